@@ -1,0 +1,76 @@
+"""The three spiking attentions. None has a softmax; queries, keys and values are spikes.
+
+Shapes: T time steps, B batch, C channels, H height, W width, N = H*W tokens, h heads, d = C/h channels a head.
+Each attention maps [T,B,C,H,W] to [T,B,C,H,W].
+"""
+
+from torch import Tensor, nn
+
+from .layers import SpikingConv, residual_branch
+from .neuron import ATTN_THRESHOLD, LIF
+
+SSA_SCALE = 0.125
+
+
+class _QKAttention(nn.Module):
+    """Q-K attention (paper, section 3.2): a sum of the query's spikes decides which keys pass."""
+
+    sum_dim: int  # axis of [T,B,h,d,N] over which the query is summed
+
+    def __init__(self, dim: int, heads: int, residual: str = "sew"):
+        super().__init__()
+        self.heads = heads
+        self.lif, last = residual_branch(residual)
+        self.q = SpikingConv(dim, dim, tokens=True)
+        self.k = SpikingConv(dim, dim, tokens=True)
+        self.attn_lif = LIF(ATTN_THRESHOLD)
+        self.proj = last(dim, dim, bias=True, tokens=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_tokens = self.lif(x).flatten(3)  # [T,B,C,N]
+        q = self.q(x_tokens).unflatten(2, (self.heads, -1))  # [T,B,h,d,N]
+        k = self.k(x_tokens).unflatten(2, (self.heads, -1))  # [T,B,h,d,N]
+        mask = self.attn_lif(q.sum(self.sum_dim, keepdim=True))  # token: [T,B,h,1,N], channel: [T,B,h,d,1]
+        y = self.proj((mask * k).flatten(2, 3))  # [T,B,C,N]
+        return y.unflatten(3, x.shape[3:])  # [T,B,C,H,W]
+
+
+class TokenQKAttention(_QKAttention):
+    """Q-K token attention (QKTA): the query, summed over a head's channels, masks tokens."""
+
+    sum_dim = 3
+
+
+class ChannelQKAttention(_QKAttention):
+    """Q-K channel attention (QKCA): the query, summed over the tokens, masks channels."""
+
+    sum_dim = 4
+
+
+class SpikingSelfAttention(nn.Module):
+    """Spiking self-attention (SSA, from Spikformer): LIF(q (k^T v) * 0.125), linear in N by its order.
+
+    Args:
+        leak_across_batch: let the membrane behind the projection run over the batch, as in the released code.
+    """
+
+    def __init__(self, dim: int, heads: int, residual: str = "sew", leak_across_batch: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.lif, last = residual_branch(residual)
+        self.q = SpikingConv(dim, dim, tokens=True)
+        self.k = SpikingConv(dim, dim, tokens=True)
+        self.v = SpikingConv(dim, dim, tokens=True)
+        self.attn_lif = LIF(ATTN_THRESHOLD)
+        leak = {"leak_across_batch": True} if leak_across_batch else {}
+        self.proj = last(dim, dim, bias=True, tokens=True, **leak)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_tokens = self.lif(x).flatten(3)  # [T,B,C,N]
+        q = self.q(x_tokens).unflatten(2, (self.heads, -1))  # [T,B,h,d,N]
+        k = self.k(x_tokens).unflatten(2, (self.heads, -1))  # [T,B,h,d,N]
+        v = self.v(x_tokens).unflatten(2, (self.heads, -1))  # [T,B,h,d,N]
+        kv = v @ k.mT  # [T,B,h,d,d], the transpose of k^T v with tokens as rows
+        y = self.attn_lif(kv @ q * SSA_SCALE)  # [T,B,h,d,N]
+        y = self.proj(y.flatten(2, 3))  # [T,B,C,N]
+        return y.unflatten(3, x.shape[3:])  # [T,B,C,H,W]

@@ -1,0 +1,210 @@
+"""The hierarchical spiking transformer: one class, the table of its variants, and the registry.
+
+Shapes: T time steps, B batch, C channels, H height, W width.
+"""
+
+import difflib
+import inspect
+from collections.abc import Sequence
+
+import timm
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from .attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
+from .embed import SPEDS
+from .layers import SpikingMLP
+from .neuron import LIF, set_lif_backend
+
+ATTENTIONS = {"token": TokenQKAttention, "channel": ChannelQKAttention, "self": SpikingSelfAttention}
+
+# family: (units of the first SPEDS, units before its shortcut starts, units of the later SPEDS), where a unit is
+# (n, pool): a 3x3 convolution to 1/n of the stage's channels, pooled or not.
+EMBEDS = {
+    "imagenet": ([(2, True), (1, True), (1, False)], 1, [(1, True), (1, False)]),
+    "cifar": ([(2, False), (1, False)], 1, [(1, False), (1, True)]),
+    "dvs": ([(8, False), (4, True), (2, True), (1, True)], 2, [(1, False), (1, True)]),
+}
+
+_IMAGENET = {"family": "imagenet", "depths": (1, 2, 7)}
+_CIFAR = {"family": "cifar", "heads": 8, "num_classes": 10}
+_DVS = {"family": "dvs", "heads": 16, "num_classes": 10, "in_channels": 2, "mlp_ratio": 1, "time_steps": 16}
+VARIANTS = {
+    "qkformer_10_384": {**_IMAGENET, "width": 384, "heads": 6},
+    "qkformer_10_512": {**_IMAGENET, "width": 512, "heads": 8},
+    "qkformer_10_768": {**_IMAGENET, "width": 768, "heads": 12},
+    "qkformer_4_384": {**_CIFAR, "width": 384, "depths": (1, 1, 2)},
+    "qkformer_3_64": {**_CIFAR, "width": 64, "depths": (1, 1, 1), "in_channels": 1},
+    "qkformer_2_256": {**_DVS, "width": 256, "depths": (1, 1), "attention": ("token", "self")},
+}
+
+
+class Block(nn.Module):
+    """x + attention(x), then x + mlp(x). [T,B,C,H,W], unchanged. With "sew" residuals x is a small integer."""
+
+    def __init__(self, attention: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.attn = attention
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        return x + self.mlp(x)
+
+
+class HierarchicalSpikingTransformer(nn.Module):
+    """QKFormer (Zhou et al., NeurIPS 2024): stages of one SPEDS and some blocks, then a linear head.
+
+    Images [B,C,H,W] are repeated `time_steps` times; event frames [B,T,C,H,W] bring their own T. The result is
+    [B,num_classes], averaged over tokens and time. Every membrane starts at zero and none outlives the call.
+
+    Args:
+        family: which SPEDS, a key of `EMBEDS`.
+        width: channels of the last stage; each earlier stage has half of the next one's.
+        depths: blocks of each stage.
+        heads: attention heads, the same in all stages.
+        mlp_ratio: hidden channels of the MLP over channels.
+        attention: "token", "channel" or "self" for each stage.
+        in_channels: channels of the input.
+        num_classes: outputs of the head.
+        time_steps: T of a static image.
+        shortcut: SPEDS with its shortcut; False is the paper's ablation "w/o SPEDS".
+        residual: "sew" adds spikes (the paper); "ms" adds membrane currents (MaxFormer's MS-QKFormer).
+        ssa_membrane: "per_sample", or "released" to reproduce the leak across the batch in the released
+            self-attention, on which the published accuracies and checkpoints depend (README, errata).
+        lif_backend: see `models.neuron.set_lif_backend`.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        *,
+        family: str,
+        width: int,
+        depths: Sequence[int],
+        heads: int,
+        mlp_ratio: float = 4,
+        attention: Sequence[str] = ("token", "token", "self"),
+        in_channels: int = 3,
+        num_classes: int = 1000,
+        time_steps: int = 4,
+        shortcut: bool = True,
+        residual: str = "sew",
+        ssa_membrane: str = "per_sample",
+        lif_backend: str = "auto",
+    ):
+        super().__init__()
+        _require_choice("family", family, EMBEDS)
+        _require_choice("residual", residual, ("sew", "ms"))
+        _require_choice("ssa_membrane", ssa_membrane, ("per_sample", "released"))
+        if residual == "ms" and ssa_membrane == "released":
+            raise ValueError("ssa_membrane='released' needs residual='sew': with 'ms' no membrane leaks")
+        if isinstance(attention, str) or len(attention) != len(depths):
+            raise ValueError(f"attention={attention!r} must name one of {', '.join(ATTENTIONS)} per stage ({len(depths)})")
+        for kind in attention:
+            _require_choice("attention", kind, ATTENTIONS)
+        for name, value in (("time_steps", time_steps), ("num_classes", num_classes), ("in_channels", in_channels)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        self.family, self.attention, self.residual = family, tuple(attention), residual
+        self.shortcut, self.ssa_membrane, self.time_steps = shortcut, ssa_membrane, time_steps
+        self.in_channels, self.num_classes, self.num_features = in_channels, num_classes, width
+
+        first_units, first_branch, later_units = EMBEDS[family]
+        self.stages = nn.ModuleList()
+        channels = in_channels
+        for i, (kind, depth) in enumerate(zip(attention, depths, strict=True)):
+            dim = width // 2 ** (len(depths) - 1 - i)
+            units = [(dim // n, pool) for n, pool in (later_units if i else first_units)]
+            embed = SPEDS(channels, units, 0 if i else first_branch, shortcut, residual)
+            kwargs = {"leak_across_batch": ssa_membrane == "released"} if kind == "self" else {}
+            blocks = [
+                Block(ATTENTIONS[kind](dim, heads, residual, **kwargs), SpikingMLP(dim, int(dim * mlp_ratio), residual))
+                for _ in range(depth)
+            ]
+            self.stages.append(nn.Sequential())
+            self.stages[i].add_module("embed", embed)
+            self.stages[i].add_module("blocks", nn.Sequential(*blocks))
+            channels = dim
+        self.lif = LIF() if residual == "ms" else nn.Identity()
+        self.head = nn.Linear(width, num_classes)
+        trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        set_lif_backend(self, lif_backend)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B,C,H,W] or [B,T,C,H,W] to the last stage's [T,B,C,H,W]."""
+        if x.dim() not in (4, 5) or x.shape[-3] != self.in_channels:
+            raise ValueError(
+                f"input of shape {tuple(x.shape)}: expected images [B,{self.in_channels},H,W] "
+                f"or event frames [B,T,{self.in_channels},H,W]"
+            )
+        if x.dim() == 4:
+            x = x.expand(self.time_steps, *x.shape)  # [T,B,C,H,W]
+        else:
+            x = x.transpose(0, 1)  # [T,B,C,H,W]
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """[T,B,C,H,W] to logits [B,num_classes]."""
+        tokens_mean = self.lif(x.mean((3, 4)))  # [T,B,C]; "ms": the last LIF reads the mean of the tokens
+        return self.head(tokens_mean.mean(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}")
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` knows."""
+    return sorted(VARIANTS)
+
+
+def create_model(name: str, **kwargs) -> HierarchicalSpikingTransformer:
+    """Build a variant by name; `QKFormer_10_384`, the spelling of the released code, is accepted too.
+
+    Args:
+        name: one of `list_models()`.
+        **kwargs: any argument of `HierarchicalSpikingTransformer`; the variant's row of `VARIANTS` is the default.
+
+    Raises:
+        ValueError: unknown name or argument (the nearest valid one is named), or a value out of range.
+    """
+    if name.lower() not in VARIANTS:
+        raise ValueError(f"model {name!r} is unknown{_nearest(name.lower(), VARIANTS)}")
+    known = inspect.signature(HierarchicalSpikingTransformer).parameters
+    for key in kwargs:
+        if key not in known:
+            raise ValueError(f"model argument {key!r} is unknown{_nearest(key, known)}")
+    return HierarchicalSpikingTransformer(**{**VARIANTS[name.lower()], **kwargs})
+
+
+def _nearest(word: str, valid: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, valid, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f": choose one of {', '.join(sorted(valid))}"
+
+
+def _register_with_timm(name: str) -> None:
+    def entrypoint(pretrained: bool = False, in_chans: int | None = None, **kwargs):
+        if pretrained:
+            raise ValueError(f"{name} has no weights to download; load a file with models.released.load_released")
+        for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm passes them to every model
+            kwargs.pop(unused, None)
+        if in_chans is not None:
+            kwargs["in_channels"] = in_chans
+        return create_model(name, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    timm.models.register_model(entrypoint)
+
+
+for _name in VARIANTS:
+    _register_with_timm(_name)

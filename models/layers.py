@@ -1,0 +1,72 @@
+"""Convolution units over time and the spiking MLP.
+
+Shapes: T time steps, B batch, C channels, H height, W width, N = H*W tokens.
+"""
+
+from torch import Tensor, nn
+
+from .neuron import LIF
+
+
+class ConvBN(nn.Module):
+    """Convolution, BatchNorm and optional max pooling (3x3, stride 2, padding 1), the same at every time step.
+
+    [T,B,C,H,W] -> [T,B,C',H',W'], or [T,B,C,N] -> [T,B,C',N] with `tokens=True`. The statistics of the
+    BatchNorm run over time and batch together.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        bias: bool = False,
+        pool: bool = False,
+        tokens: bool = False,
+    ):
+        super().__init__()
+        conv, bn = (nn.Conv1d, nn.BatchNorm1d) if tokens else (nn.Conv2d, nn.BatchNorm2d)
+        self.conv = conv(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
+        self.bn = bn(out_channels)
+        self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if pool else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pool(self.bn(self.conv(x.flatten(0, 1))))  # [T*B,C',H',W']
+        return y.unflatten(0, x.shape[:2])  # [T,B,C',H',W']
+
+
+class SpikingConv(ConvBN):
+    """`ConvBN` followed by LIF neurons: the unit that everything here is built of. Arguments and shapes as there.
+
+    `leak_across_batch` is passed on to the neurons, see `LIF`.
+    """
+
+    def __init__(self, *args, leak_across_batch: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lif = LIF(leak_across_batch=leak_across_batch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lif(super().forward(x))
+
+
+def residual_branch(residual: str) -> tuple[nn.Module, type[ConvBN]]:
+    """First module and last unit type of a residual branch, which is all that the two residual kinds change.
+
+    "sew": the branch ends in spikes, which are added to its input. "ms" (membrane shortcut, pre-activation):
+    it starts with a LIF and ends in membrane currents.
+    """
+    return (LIF(), ConvBN) if residual == "ms" else (nn.Identity(), SpikingConv)
+
+
+class SpikingMLP(nn.Module):
+    """Two 1x1 convolutions with bias, each with BatchNorm and LIF (paper, section 3.1). [T,B,C,H,W], unchanged."""
+
+    def __init__(self, dim: int, hidden: int, residual: str = "sew"):
+        super().__init__()
+        self.lif, last = residual_branch(residual)
+        self.fc1 = SpikingConv(dim, hidden, bias=True)
+        self.fc2 = last(hidden, dim, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(self.lif(x)))

@@ -1,0 +1,192 @@
+"""The multi-step leaky integrate-and-fire neuron: the one owner of tau, surrogate, reset and backend.
+
+Shapes: T time steps, then any neuron shape; the networks use [T,B,C,H,W] and [T,B,C,N].
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+TAU = 2.0  # membrane time constant in time steps; the input decays with it (spikingjelly: decay_input=True)
+THRESHOLD = 1.0  # firing threshold; the reset is hard, to 0, and detached from the gradient
+ATTN_THRESHOLD = 0.5  # firing threshold of the neurons that read the attention sums
+ALPHA = 4.0  # slope of the sigmoid whose derivative stands in for the derivative of the spike
+CUPY_MAX_ELEMENTS = 2**31  # the CuPy kernels index with 32-bit integers and return zeros from here on
+
+
+def lif_step(x: Tensor, v: Tensor, threshold: float = THRESHOLD) -> tuple[Tensor, Tensor]:
+    """One time step of the LIF neuron, as a pure function.
+
+    The membrane follows tau dv/dt = -v + x, stepped by forward Euler with dt = 1:
+    h = v + (x - v) / tau; spike = [h >= threshold]; v = h (1 - spike). (Paper, eq. 1-3.)
+
+    Args:
+        x: input current at this step, any shape.
+        v: membrane potential after the step before, same shape; zeros at the start.
+        threshold: firing threshold.
+
+    Returns:
+        (spike, v): 0/1 in the dtype of x, and the membrane potential after the reset.
+    """
+    h = v + (x - v) / TAU
+    spike = (h >= threshold).to(x.dtype)
+    return spike, h * (1 - spike)
+
+
+def surrogate_grad(over_threshold: Tensor) -> Tensor:
+    """Derivative used for the spike function: that of sigmoid(ALPHA u) at u = h - threshold."""
+    sigmoid = torch.sigmoid(over_threshold * ALPHA)
+    return (1 - sigmoid) * sigmoid * ALPHA
+
+
+class _TorchLIF(torch.autograd.Function):
+    """`lif_step` over T, with the backward pass written out so that only h is kept: bit-equal to autograd's."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, threshold: float) -> Tensor:
+        spikes = torch.empty_like(x)
+        keep = ctx.needs_input_grad[0]
+        h_seq = torch.empty_like(x) if keep else None
+        h = torch.empty_like(x[0])
+        v = torch.zeros_like(x[0])
+        for t in range(len(x)):
+            h = h_seq[t] if keep else h
+            torch.sub(x[t], v, out=h).div_(TAU).add_(v)
+            torch.ge(h, threshold, out=spikes[t])
+            torch.mul(h, 1 - spikes[t], out=v)
+        if keep:
+            ctx.save_for_backward(h_seq)
+            ctx.threshold = threshold
+        return spikes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_spikes: Tensor) -> tuple[Tensor, None]:
+        (h_seq,) = ctx.saved_tensors
+        silent = (h_seq < ctx.threshold).to(h_seq.dtype)
+        grad = grad_spikes * surrogate_grad(h_seq - ctx.threshold)
+        grad_v = None
+        for t in reversed(range(len(grad))):
+            grad_h = grad[t]
+            if grad_v is not None:
+                grad_h.addcmul_(grad_v, silent[t])
+            grad_x = grad_h / TAU
+            grad_v = grad_h - grad_x
+            grad[t] = grad_x
+        return grad, None
+
+
+def _torch_lif(x: Tensor, threshold: float) -> Tensor:
+    return _TorchLIF.apply(x, threshold)
+
+
+@functools.cache
+def _spikingjelly_node(threshold: float) -> nn.Module:
+    from spikingjelly.activation_based import neuron, surrogate
+
+    node = neuron.LIFNode(
+        tau=TAU,
+        v_threshold=threshold,
+        v_reset=0.0,
+        surrogate_function=surrogate.Sigmoid(alpha=ALPHA),
+        detach_reset=True,
+        step_mode="m",
+        backend="cupy",
+    )
+    return node.train()  # in eval mode spikingjelly leaves its kernels for a TorchScript loop, same spikes
+
+
+def _cupy_lif(x: Tensor, threshold: float) -> Tensor:
+    if reason := _cupy_refusal(x):
+        raise ValueError(f"lif_backend='cupy' {reason}")
+    node = _spikingjelly_node(threshold)
+    spikes = node(x)
+    node.reset()
+    return spikes
+
+
+def _cupy_refusal(x: Tensor) -> str | None:
+    if not x.is_cuda:
+        return f"needs its input on a CUDA device, got {x.device}; use lif_backend='torch' or 'auto'"
+    if x.dtype not in (torch.float16, torch.float32):
+        return f"computes in float16 or float32, got {x.dtype}; use lif_backend='torch' or 'auto'"
+    if x.numel() >= CUPY_MAX_ELEMENTS:
+        return (
+            f"cannot index {x.numel():,} elements (input {tuple(x.shape)}): its limit is 2^31 - 1; "
+            "use a smaller batch, or lif_backend='torch'"
+        )
+    return None
+
+
+@functools.cache
+def cupy_problem() -> str | None:
+    """Why the CuPy backend cannot run in this process, with the remedy; None where it can (it is tried once)."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA device, and torch sees none; use lif_backend='torch' or 'auto'"
+    try:
+        import cupy  # noqa: F401
+    except ImportError as error:
+        return f"needs CuPy ({error}); install cupy-cuda13x==14.2.0, or use lif_backend='torch'"
+    x = torch.linspace(-1, 3, 64, device="cuda").reshape(4, 16)
+    try:
+        spikes = _cupy_lif(x, THRESHOLD)
+    except Exception as error:  # whatever a broken CUDA or CuPy installation throws
+        return f"does not launch here ({type(error).__name__}: {error}); use lif_backend='torch'"
+    if not torch.equal(spikes, _torch_lif(x, THRESHOLD)):
+        return "gives wrong spikes here; use lif_backend='torch'"
+    return None
+
+
+def _auto_lif(x: Tensor, threshold: float) -> Tensor:
+    use_cupy = x.is_cuda and cupy_problem() is None and _cupy_refusal(x) is None
+    return (_cupy_lif if use_cupy else _torch_lif)(x, threshold)
+
+
+BACKENDS = {"auto": _auto_lif, "torch": _torch_lif, "cupy": _cupy_lif}
+
+
+class LIF(nn.Module):
+    """Multi-step LIF neurons: currents [T, ...] to spikes [T, ...], the membrane at zero before and after.
+
+    Args:
+        threshold: firing threshold.
+        leak_across_batch: reproduce the released self-attention, whose last LIF was handed [T*B, ...] and so
+            runs its membrane over the samples of a batch as if they were time steps (order t*B + b).
+    """
+
+    def __init__(self, threshold: float = THRESHOLD, leak_across_batch: bool = False):
+        super().__init__()
+        self.threshold = threshold
+        self.leak_across_batch = leak_across_batch
+        self.backend = "auto"
+
+    def forward(self, x: Tensor) -> Tensor:
+        lif = BACKENDS[self.backend]
+        if self.leak_across_batch:
+            return lif(x.flatten(0, 1), self.threshold).unflatten(0, x.shape[:2])
+        return lif(x, self.threshold)
+
+    def extra_repr(self) -> str:
+        leak = ", leak_across_batch=True" if self.leak_across_batch else ""
+        return f"threshold={self.threshold}, backend={self.backend!r}{leak}"
+
+
+def set_lif_backend(model: nn.Module, backend: str) -> None:
+    """Choose what computes every LIF of `model`.
+
+    Args:
+        backend: "torch" (any device and floating dtype), "cupy" (spikingjelly's CUDA kernels; float16 and
+            float32), or "auto": cupy for every input it can take, else torch.
+
+    Raises:
+        ValueError: unknown backend, or one that cannot run here (the message says what to install).
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"lif_backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    if backend == "cupy" and (problem := cupy_problem()):
+        raise ValueError(f"lif_backend='cupy' {problem}")
+    for module in model.modules():
+        if isinstance(module, LIF):
+            module.backend = backend

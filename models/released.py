@@ -1,0 +1,129 @@
+"""Checkpoint names of the released code and of MaxFormer's MS-QKFormer, translated to ours and back.
+
+Each released model spells the same modules in its own way. A `Naming` holds one spelling; all entries keep
+their shapes, so translating is renaming only.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .hst import HierarchicalSpikingTransformer
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Spelling of one released code base: `{}` in a pattern stands for "conv" or "bn"."""
+
+    first_units: tuple[str, ...]  # 3x3 units of the first SPEDS
+    first_shortcut: str
+    later_units: tuple[str, ...]  # 3x3 units of the later SPEDS
+    attention: Mapping[str, str]  # attention kind -> module name
+    mlp: tuple[str, str]
+
+
+_LATER = ("proj3_{}", "proj4_{}")
+_FC, _MLP = ("fc1_{}", "fc2_{}"), ("mlp1_{}", "mlp2_{}")
+NAMINGS = {
+    "imagenet": Naming(
+        ("proj_{}", "proj1_{}", "proj2_{}"), "proj_res_{}", _LATER, {"token": "tssa", "self": "attn"}, _FC
+    ),
+    "cifar": Naming(("proj_{}", "proj1_{}"), "proj_res_{}", _LATER, {"token": "tssa", "self": "ssa"}, _MLP),
+    "dvs": Naming(
+        ("proj_{}", "proj1_{}", "proj2_{}", "proj3_{}"),
+        "proj_res_{}",
+        ("proj_{}", "proj4_{}"),
+        {"token": "tssa", "self": "ssa"},
+        _MLP,
+    ),
+    "ms": Naming(("proj_{}", "proj_{}1", "proj_{}2"), "rpe_{}", _LATER, {"token": "attn", "self": "attn"}, _FC),
+}
+_OURS = re.compile(
+    r"stages\.(?P<stage>\d+)\.(embed\.(units\.(?P<unit>\d+)|shortcut)|blocks\.(?P<block>\d+)\.(attn|mlp)\.(?P<part>\w+))"
+    r"\.(?P<kind>conv|bn)\.(?P<leaf>\w+)"
+)
+
+
+def _rename(ours: str, naming: Naming, attention: tuple[str, ...]) -> str | None:
+    """The released name of one entry; None where this naming has no word for it."""
+    match = _OURS.fullmatch(ours)
+    if match is None:
+        return ours  # the head has one name everywhere
+    stage, kind, leaf = int(match["stage"]), match["kind"], match["leaf"]
+    if match["block"] is None:
+        units = later = naming.later_units if stage else naming.first_units
+        shortcut = "proj_res_{}" if stage else naming.first_shortcut
+        index = int(match["unit"] or 0)
+        if index >= len(later):
+            return None
+        pattern = shortcut if match["unit"] is None else units[index]
+        return f"patch_embed{stage + 1}.{pattern.format(kind)}.{leaf}"
+    block, part = f"stage{stage + 1}.{match['block']}", match["part"]
+    if part in ("fc1", "fc2"):
+        return f"{block}.mlp.{naming.mlp[part == 'fc2'].format(kind)}.{leaf}"
+    attn = naming.attention.get(attention[stage])
+    return None if attn is None else f"{block}.{attn}.{part}_{kind}.{leaf}"
+
+
+def _key_map(model: HierarchicalSpikingTransformer, naming: Naming) -> dict[str, str]:
+    names = {ours: _rename(ours, naming, model.attention) for ours in model.state_dict()}
+    return {theirs: ours for ours, theirs in names.items() if theirs is not None}
+
+
+def released_key_map(model: HierarchicalSpikingTransformer) -> dict[str, str]:
+    """{released name: our name} of every state-dict entry, in the spelling of the model's own family.
+
+    Raises:
+        ValueError: the model has channel attention, or "ms" residuals outside the ImageNet family, of which
+            nothing was ever released.
+    """
+    if "channel" in model.attention:
+        raise ValueError("channel attention was never released, so its weights have no released names")
+    if model.residual == "ms" and model.family != "imagenet":
+        raise ValueError(f"residual='ms' was released for the imagenet family only, not for {model.family!r}")
+    return _key_map(model, NAMINGS["ms" if model.residual == "ms" else model.family])
+
+
+def to_released(model: HierarchicalSpikingTransformer) -> dict[str, Tensor]:
+    """The model's state dict under its released names; raises as `released_key_map` does."""
+    state = model.state_dict()
+    return {theirs: state[ours] for theirs, ours in released_key_map(model).items()}
+
+
+def load_released(model: HierarchicalSpikingTransformer, state_dict: Mapping[str, Tensor]) -> None:
+    """Load weights under any released spelling (also with `module.` in front) into `model`, strictly.
+
+    Raises:
+        ValueError: an entry is missing, foreign, or of another shape; all of them are listed and nothing is
+            loaded.
+    """
+    ours_of = {}
+    for naming in NAMINGS.values():
+        ours_of |= _key_map(model, naming)
+    state, wanted, foreign = {}, model.state_dict(), []
+    for name, value in state_dict.items():
+        ours = ours_of.get(name.removeprefix("module."))
+        if ours is None or ours in state:
+            foreign.append(name)
+        else:
+            state[ours] = value
+    theirs_of = {ours: theirs for theirs, ours in reversed(ours_of.items())}
+    problems = _listing("missing", [theirs_of.get(ours, ours) for ours in wanted if ours not in state])
+    problems += _listing("foreign", foreign)
+    problems += _listing(
+        "of another shape",
+        [
+            f"{ours} (checkpoint {tuple(value.shape)}, model {tuple(wanted[ours].shape)})"
+            for ours, value in state.items()
+            if value.shape != wanted[ours].shape
+        ],
+    )
+    if problems:
+        raise ValueError("the checkpoint does not fit the model: " + "; ".join(problems))
+    model.load_state_dict(state)
+
+
+def _listing(what: str, names: list[str]) -> list[str]:
+    return [f"{len(names)} {what}: {', '.join(names)}"] if names else []
