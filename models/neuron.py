@@ -16,29 +16,35 @@ ALPHA = 4.0  # slope of the sigmoid whose derivative stands in for the derivativ
 CUPY_MAX_ELEMENTS = 2**31  # the CuPy kernels index with 32-bit integers and return zeros from here on
 
 
-def lif_step(x: Tensor, v: Tensor, threshold: float = THRESHOLD) -> tuple[Tensor, Tensor]:
-    """One time step of the LIF neuron, as a pure function.
+def lif_step(
+    x: Tensor, v: Tensor, threshold: float = THRESHOLD, h: Tensor | None = None, spike: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One time step of the LIF neuron, without state.
 
-    The membrane follows tau dv/dt = -v + x, stepped by forward Euler with dt = 1:
-    h = v + (x - v) / tau; spike = [h >= threshold]; v = h (1 - spike). (Paper, eq. 1-3.)
+    The membrane follows tau dv/dt = -v + x, stepped by forward Euler with dt = 1 (paper, eq. 1-3):
+    h = v + (x - v) / tau; spike = [h >= threshold]; v = h (1 - spike).
 
     Args:
         x: input current at this step, any shape.
         v: membrane potential after the step before, same shape; zeros at the start.
         threshold: firing threshold.
+        h, spike: buffers of the same shape and dtype to write the charged membrane and the spikes to.
 
     Returns:
         (spike, v): 0/1 in the dtype of x, and the membrane potential after the reset.
     """
-    h = v + (x - v) / TAU
-    spike = (h >= threshold).to(x.dtype)
+    h = torch.sub(x, v, out=h).div_(TAU).add_(v)
+    spike = torch.ge(h, threshold, out=spike).to(x.dtype)
     return spike, h * (1 - spike)
 
 
-def surrogate_grad(over_threshold: Tensor) -> Tensor:
-    """Derivative used for the spike function: that of sigmoid(ALPHA u) at u = h - threshold."""
+def spike_backward(grad_spike: Tensor, over_threshold: Tensor) -> Tensor:
+    """Gradient of a spike with respect to h - threshold: that of sigmoid(ALPHA u) stands in for the step's.
+
+    The order of the products is spikingjelly's, so that gradients agree to the last bit.
+    """
     sigmoid = torch.sigmoid(over_threshold * ALPHA)
-    return (1 - sigmoid) * sigmoid * ALPHA
+    return grad_spike * (1 - sigmoid) * sigmoid * ALPHA
 
 
 class _TorchLIF(torch.autograd.Function):
@@ -48,14 +54,10 @@ class _TorchLIF(torch.autograd.Function):
     def forward(ctx, x: Tensor, threshold: float) -> Tensor:
         spikes = torch.empty_like(x)
         keep = ctx.needs_input_grad[0]
-        h_seq = torch.empty_like(x) if keep else None
-        h = torch.empty_like(x[0])
+        h_seq = torch.empty_like(x if keep else x[:1])
         v = torch.zeros_like(x[0])
         for t in range(len(x)):
-            h = h_seq[t] if keep else h
-            torch.sub(x[t], v, out=h).div_(TAU).add_(v)
-            torch.ge(h, threshold, out=spikes[t])
-            torch.mul(h, 1 - spikes[t], out=v)
+            _, v = lif_step(x[t], v, threshold, h=h_seq[t if keep else 0], spike=spikes[t])
         if keep:
             ctx.save_for_backward(h_seq)
             ctx.threshold = threshold
@@ -65,17 +67,16 @@ class _TorchLIF(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_spikes: Tensor) -> tuple[Tensor, None]:
         (h_seq,) = ctx.saved_tensors
-        silent = (h_seq < ctx.threshold).to(h_seq.dtype)
-        grad = grad_spikes * surrogate_grad(h_seq - ctx.threshold)
-        grad_v = None
-        for t in reversed(range(len(grad))):
-            grad_h = grad[t]
+        grad_x = torch.empty_like(h_seq)
+        grad_v = None  # of the membrane that step t hands to step t + 1
+        for t in reversed(range(len(h_seq))):
+            over_threshold = h_seq[t] - ctx.threshold
+            grad_h = spike_backward(grad_spikes[t], over_threshold)
             if grad_v is not None:
-                grad_h.addcmul_(grad_v, silent[t])
-            grad_x = grad_h / TAU
-            grad_v = grad_h - grad_x
-            grad[t] = grad_x
-        return grad, None
+                grad_h.addcmul_(grad_v, (over_threshold < 0).to(grad_h.dtype))
+            torch.div(grad_h, TAU, out=grad_x[t])
+            grad_v = grad_h.sub_(grad_x[t])
+        return grad_x, None
 
 
 def _torch_lif(x: Tensor, threshold: float) -> Tensor:

@@ -1,0 +1,1 @@
+"""Everything that trains, evaluates and records; only `engine.run` imports the networks."""

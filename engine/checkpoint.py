@@ -1,0 +1,84 @@
+"""Checkpoints: ours, written atomically, and the released ones. None is trusted: reading never runs code."""
+
+import argparse
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from .errors import UserError
+
+FORMAT = "qkformer-1"
+
+
+def read(path: str | Path) -> dict:
+    """Read a checkpoint of ours, or a released one of ImageNet, CIFAR, DVS or MS-QKFormer, onto the CPU.
+
+    Returns:
+        The file's own entries, plus `state_dict` (name -> tensor, as named in the file) and `format`:
+        "qkformer", "imagenet", "cifar", "dvs", or "weights" for a file of weights alone.
+
+    Raises:
+        UserError: the file is missing, damaged, holds no weights, or holds anything but plain data. Objects other
+            than `argparse.Namespace` are refused unread, for unpickling one can run code.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"checkpoint {path}: refused, {_reason(error)}") from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError, IndexError):
+        raise UserError(f"checkpoint {path}: truncated, or not a checkpoint; fetch it again") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"checkpoint {path}: holds no weights but a {type(content).__name__}")
+    return _recognised(dict(content), path)
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    found = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)|function ([\w.]+)", str(error))
+    if found:
+        name = next(filter(None, found.groups()))
+        return f"it holds {name}, which is more than plain data and could run code; ask its author for the weights alone"
+    return "it is damaged, or holds more than plain data; fetch it again or ask its author for the weights alone"
+
+
+def _recognised(content: dict, path: str | Path) -> dict:
+    if content.get("format") == FORMAT:
+        kind, state_dict = "qkformer", content.get("state_dict")
+    elif "state_dict" in content:
+        kind, state_dict = ("cifar" if "arch" in content else "weights"), content["state_dict"]
+    elif "model" in content:
+        kind, state_dict = ("dvs" if "max_test_acc1" in content else "imagenet"), content["model"]
+    else:
+        kind, state_dict = "weights", content
+    is_weights = isinstance(state_dict, Mapping) and all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()
+    )
+    if not is_weights or not state_dict:
+        raise UserError(f"checkpoint {path}: holds no weights; its entries are {', '.join(map(str, content)) or 'none'}")
+    if kind == "weights":
+        content = {}
+    return content | {"format": kind, "state_dict": dict(state_dict)}
+
+
+def save(path: str | Path, content: dict) -> None:
+    """Write a checkpoint of plain data atomically: a crash leaves the old file or the new one, never half of it.
+
+    Raises:
+        UserError: it cannot be written; the old file stays.
+    """
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content | {"format": FORMAT}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write the checkpoint {path}: {error}; what was saved before stays") from None

@@ -1,0 +1,74 @@
+"""One process or many: a thin layer over torch.distributed that does nothing where there is one process."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as td
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process among all: `rank` of `world_size`, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def setup(device: str) -> Dist:
+    """Join the process group that a launcher announced in the environment (RANK, WORLD_SIZE, LOCAL_RANK), if any.
+
+    Args:
+        device: "cpu", "cuda", or "auto" for CUDA where torch sees it. NCCL connects GPUs, gloo CPUs.
+
+    Raises:
+        UserError: CUDA is asked for and there is none, or fewer devices than processes on this node.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"process {local_rank} of this node has no GPU: start {torch.cuda.device_count()} processes")
+        torch.cuda.set_device(local_rank)
+    where = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Dist(0, 1, where)
+    td.init_process_group("nccl" if device == "cuda" else "gloo")
+    return Dist(td.get_rank(), td.get_world_size(), where)
+
+
+def teardown() -> None:
+    """Leave the process group, if there is one."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The elementwise sum of every process's `values` (in place)."""
+    if td.is_initialized():
+        td.all_reduce(values)
+    return values
+
+
+def from_main(value):
+    """The main process's `value`, in every process."""
+    if td.is_initialized():
+        box = [value]
+        td.broadcast_object_list(box)
+        value = box[0]
+    return value

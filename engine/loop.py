@@ -1,0 +1,167 @@
+"""The one training loop, and evaluation, for every data set."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import timm.utils
+import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+
+from . import dist as distributed
+from .config import Config
+from .data.image import Data
+from .dist import Dist
+from .errors import UserError
+from .log import RunLog, logger, progress
+from .optim import lr_at, set_lr, total_epochs
+
+AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Trainer:
+    """A network with all that its training carries from epoch to epoch; `state` and `restore` are what resumes it.
+
+    The randomness of an epoch depends on the seed, the epoch and the rank alone, so none of it needs saving.
+    """
+
+    def __init__(self, cfg: Config, dist: Dist, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data):
+        self.cfg, self.dist, self.model, self.optimizer, self.data = cfg, dist, model, optimizer, data
+        self.parallel = model
+        if dist.world_size > 1:
+            ids = [dist.device] if dist.device.type == "cuda" else None
+            self.parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        self.criterion = SoftTargetCrossEntropy() if cfg.mixup else LabelSmoothingCrossEntropy(cfg.smoothing)
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=cfg.amp == "fp16")
+        self.epoch = 0  # epochs done
+        self.best = {"epoch": None, "test_top1": -1.0}
+
+    def state(self) -> dict:
+        """Plain data from which `restore` goes on as if nothing had happened."""
+        return {
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "best": self.best,
+        }
+
+    def restore(self, state: dict) -> None:
+        """Take up what `state` saved; the network must be the same."""
+        self.model.load_state_dict(state["state_dict"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.best = state["epoch"], state["best"]
+
+    def fit(self, log: RunLog | None, save: Callable[[bool], None]) -> None:
+        """Train to the last epoch; after each, evaluate, record (`log` in the main process) and `save(is_best)`."""
+        epochs = total_epochs(self.cfg)
+        while self.epoch < epochs:
+            start = time.monotonic()
+            name = f"epoch {self.epoch + 1}/{epochs}"
+            train_loss = self.train_epoch(name)
+            result = evaluate(self.cfg, self.dist, self.model, self.data.test, f"{name} test")
+            is_best = result["top1"] > self.best["test_top1"]
+            if is_best:
+                self.best = {"epoch": self.epoch, "test_top1": result["top1"]}
+            row = {
+                "epoch": self.epoch,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "train_loss": train_loss,
+                **{f"test_{key}": result[key] for key in ("loss", "top1", "top5")},
+                "seconds": round(time.monotonic() - start, 2),
+            }
+            self.epoch += 1
+            save(is_best)
+            if log:
+                log.epoch(row)
+            logger.info(
+                f"{name}: lr {row['lr']:.2e}, train loss {train_loss:.4f}, test loss {row['test_loss']:.4f}, "
+                f"top-1 {row['test_top1']:.2f} %, best {self.best['test_top1']:.2f} % "
+                f"(epoch {self.best['epoch'] + 1}), {row['seconds']:.1f} s"
+            )
+
+    def train_epoch(self, name: str) -> float:
+        """One pass over the training set; returns the mean loss over all processes."""
+        cfg, device = self.cfg, self.dist.device
+        seed = np.random.SeedSequence([cfg.seed, self.epoch, self.dist.rank]).generate_state(1)[0]
+        timm.utils.random_seed(int(seed))
+        loader, mixup = self.data.train, self.data.mixup
+        if hasattr(loader.sampler, "set_epoch"):
+            loader.sampler.set_epoch(self.epoch)
+        if mixup:
+            mixup.mixup_enabled = cfg.mixup_off_epoch is None or self.epoch < cfg.mixup_off_epoch
+        self.parallel.train()
+        self.optimizer.zero_grad()
+        steps, loss_sum, seen = len(loader), torch.zeros((), dtype=torch.float64, device=device), 0
+
+        def status() -> dict:
+            self._refuse_nan(loss_sum)
+            return {"loss": f"{loss_sum.item() / seen:.4f}", "lr": f"{self.optimizer.param_groups[0]['lr']:.2e}"}
+
+        for step, (images, labels) in enumerate(progress(loader, name, cfg.log_interval, self.dist.is_main, status)):
+            first = step // cfg.accum_iter * cfg.accum_iter  # step at which this update's accumulation starts
+            group = min(cfg.accum_iter, steps - first)
+            is_update = step == first + group - 1
+            if step == first:
+                set_lr(self.optimizer, lr_at(cfg, self.epoch + (first / steps if cfg.lr_step == "iteration" else 0)))
+            if mixup and cfg.mixup_in == "step":
+                images, labels = mixup(images, labels)
+            with contextlib.nullcontext() if is_update or self.parallel is self.model else self.parallel.no_sync():
+                with autocast(cfg.amp, device):
+                    loss = self.criterion(self.parallel(images), labels)
+                self.scaler.scale(loss / group).backward()
+            if is_update:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.optimizer.zero_grad()
+            loss_sum += loss.detach() * len(images)
+            seen += len(images)
+        self._refuse_nan(loss_sum)
+        total = distributed.sum_over_ranks(torch.stack([loss_sum, loss_sum.new_tensor(float(seen))]))
+        return (total[0] / total[1]).item()
+
+    def _refuse_nan(self, loss_sum: torch.Tensor) -> None:
+        if not torch.isfinite(loss_sum):
+            raise UserError(
+                f"the loss is no longer finite in epoch {self.epoch + 1}: lower lr or use --amp bf16; "
+                "the checkpoint of the epoch before is kept"
+            )
+
+
+def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """Mixed precision of the kind `amp` ("fp16", "bf16" or "off") on `device`."""
+    return torch.autocast(device.type, AMP_DTYPES[amp]) if amp != "off" else contextlib.nullcontext()
+
+
+@torch.inference_mode()
+def evaluate(
+    cfg: Config,
+    dist: Dist,
+    model: nn.Module,
+    loader: Iterable,
+    name: str = "test",
+    on_batch: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
+) -> dict:
+    """Accuracy over the whole test set, each sample counted once, however many processes share it.
+
+    Args:
+        on_batch: called with the images, labels and logits of every batch of this process.
+
+    Returns:
+        `loss` (mean cross-entropy), `top1` and `top5` (percent), `count` (samples).
+    """
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # loss, top-1, top-5, samples
+    for images, labels in progress(loader, name, cfg.log_interval, dist.is_main):
+        with autocast(cfg.eval_amp or cfg.amp, dist.device):
+            logits = model(images)
+        if on_batch:
+            on_batch(images, labels, logits)
+        losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        sums += torch.stack([losses.sum(), hits[:, 0].sum(), hits.sum(), hits.new_tensor(len(labels), dtype=torch.int)])
+    loss, top1, top5, count = distributed.sum_over_ranks(sums).tolist()
+    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": int(count)}

@@ -1,0 +1,69 @@
+"""Optimizer and learning rate. The rate is a function of the epoch alone, so resuming needs no schedule state."""
+
+import functools
+import warnings
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from . import dist
+from .config import Config
+from .errors import UserError
+
+
+def effective_batch(cfg: Config) -> int:
+    """Images per update, over all processes and accumulated steps."""
+    return cfg.batch_size * cfg.accum_iter * dist.world_size()
+
+
+def base_lr(cfg: Config) -> float:
+    """The learning rate at the top of the schedule: `lr`, or `blr` per 256 images of effective batch."""
+    return cfg.lr if cfg.lr is not None else cfg.blr * effective_batch(cfg) / 256
+
+
+def total_epochs(cfg: Config) -> int:
+    """Epochs of the schedule and of the cool-down behind it."""
+    return cfg.epochs + cfg.cooldown_epochs
+
+
+def create_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer `cfg.opt`; biases and BatchNorm are not decayed unless `cfg.decay_1d`."""
+    try:
+        return create_optimizer_v2(
+            model, opt=cfg.opt, lr=base_lr(cfg), weight_decay=cfg.weight_decay, filter_bias_and_bn=not cfg.decay_1d
+        )
+    except ValueError as error:
+        raise UserError(f"opt = {cfg.opt!r}: {error}") from None
+
+
+def lr_at(cfg: Config, epoch: float) -> float:
+    """Learning rate at a (fractional) epoch, from timm's schedulers."""
+    optimizer, scheduler = _schedule(cfg, base_lr(cfg))
+    scheduler.step(epoch)
+    return optimizer.param_groups[0]["lr"]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group, times its `lr_scale` where it has one (layer decay)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+@functools.lru_cache(maxsize=8)
+def _schedule(cfg: Config, lr: float):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's about stepping a schedule before its optimizer
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=cfg.sched,
+            num_epochs=cfg.epochs - (cfg.warmup_epochs if cfg.warmup_prefix else 0),
+            cooldown_epochs=cfg.cooldown_epochs,
+            warmup_epochs=cfg.warmup_epochs,
+            warmup_lr=cfg.warmup_lr,
+            warmup_prefix=cfg.warmup_prefix,
+            min_lr=cfg.min_lr,
+        )
+    return optimizer, scheduler

@@ -1,0 +1,77 @@
+"""The networks equal the released code: see golden_cases.py for the data."""
+
+import pytest
+import torch
+from golden_cases import MODELS, load_case
+
+from models import attention, create_model, layers, neuron
+from models.released import to_released
+
+CASES = {name: load_case(name) for name in MODELS}
+MEASURED = [
+    (name, membrane, what)
+    for name, case in CASES.items()
+    for membrane in case.membranes
+    for what in ("eval", "train")
+    if f"{membrane}.{what}.logits" in case.arrays
+]
+
+
+def test_every_case_is_measured():
+    assert len(CASES) == 8
+    assert len(MEASURED) == 7 * 2 + 1 + 5 * 2 + 1  # two membranes, ms has one; two cases hold no training step
+
+
+@pytest.mark.parametrize(("name", "membrane", "what"), MEASURED)
+def test_equals_released_code(name, membrane, what):
+    CASES[name].compare(CASES[name].model(membrane), membrane, what)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_dict_names_and_shapes(name):
+    variant, kwargs = MODELS[name]
+    with torch.device("meta"):
+        model = create_model(variant, **kwargs)
+    assert {key: list(value.shape) for key, value in to_released(model).items()} == CASES[name].about["state_dict"]
+    assert sum(p.numel() for p in model.parameters()) == CASES[name].about["params"]
+
+
+def _pool_before_bn(self, x):
+    return self.bn(self.pool(self.conv(x.flatten(0, 1)))).unflatten(0, x.shape[:2])
+
+
+def _pool_behind_lif(self, x):
+    spikes = self.lif(self.bn(self.conv(x.flatten(0, 1))).unflatten(0, x.shape[:2]))
+    return self.pool(spikes.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def _leak_batch_major(self, x):
+    lif = neuron.BACKENDS["torch"]
+    if not self.leak_across_batch:
+        return lif(x, self.threshold)
+    return lif(x.transpose(0, 1).flatten(0, 1), self.threshold).unflatten(0, x.shape[1::-1]).transpose(0, 1)
+
+
+MUTATIONS = {
+    "tau": (neuron, "TAU", 1.9),
+    "surrogate slope": (neuron, "ALPHA", 3.9),
+    "threshold": (neuron.LIF.__init__, "__defaults__", (0.9, False)),
+    "attention threshold": (attention, "ATTN_THRESHOLD", 1.0),
+    "attention scale": (attention, "SSA_SCALE", 0.2),
+    "pooling before BatchNorm": (layers.ConvBN, "forward", _pool_before_bn),
+    "pooling behind the neurons": (layers.SpikingConv, "forward", _pool_behind_lif),
+    "membrane order": (neuron.LIF, "forward", _leak_batch_major),
+}
+
+
+@pytest.mark.parametrize("mutation", [*MUTATIONS, "heads", "membrane"])
+def test_the_comparison_notices(mutation, monkeypatch):
+    """Each property of the networks, changed, breaks the comparison with the released code."""
+    case, overrides = CASES["cifar10_T4_B3_32_s0"], {}
+    if mutation in MUTATIONS:
+        monkeypatch.setattr(*MUTATIONS[mutation])
+    else:
+        overrides = {"heads": {"heads": 4}, "membrane": {"ssa_membrane": "per_sample"}}[mutation]
+    model = case.model("released", **overrides)
+    with pytest.raises(AssertionError, match="relative error"):
+        case.compare(model, "released", "train")
