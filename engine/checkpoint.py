@@ -43,7 +43,7 @@ def _reason(error: pickle.UnpicklingError) -> str:
     found = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)|function ([\w.]+)", str(error))
     if found:
         name = next(filter(None, found.groups()))
-        return f"it holds {name}, which is more than plain data and could run code; ask its author for the weights alone"
+        return f"it holds {name}, not plain data, and could run code; ask its author for the weights alone"
     return "it is damaged, or holds more than plain data; fetch it again or ask its author for the weights alone"
 
 
@@ -60,7 +60,8 @@ def _recognised(content: dict, path: str | Path) -> dict:
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()
     )
     if not is_weights or not state_dict:
-        raise UserError(f"checkpoint {path}: holds no weights; its entries are {', '.join(map(str, content)) or 'none'}")
+        entries = ", ".join(map(str, content)) or "none"
+        raise UserError(f"checkpoint {path}: holds no weights; its entries are {entries}")
     if kind == "weights":
         content = {}
     return content | {"format": kind, "state_dict": dict(state_dict)}

@@ -49,7 +49,7 @@ class Config:
     dataset: str = option("digits", "data set", choices=("digits",))
     input_size: int = option(32, "height and width of the input", low=1)
     batch_size: int = option(64, "images per process and step", low=1)
-    eval_batch_size: int | None = option(None, "images per process and step of the evaluation (default: batch_size)", low=1)
+    eval_batch_size: int | None = option(None, "the same in the evaluation (default: batch_size)", low=1)
     workers: int = option(4, "loader processes per training process", low=0)
     mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "mean of each channel, of 1")
     std: tuple[float, ...] = option((0.229, 0.224, 0.225), "standard deviation of each channel, of 1")
@@ -73,7 +73,7 @@ class Config:
     blr: float | None = option(None, "learning rate per 256 images of effective batch", low=0)
     weight_decay: float = option(0.05, "weight decay", low=0)
     decay_1d: bool = option(False, "decay biases and BatchNorm too")
-    sched: str = option("cosine", "timm's learning-rate schedule", choices=("cosine", "step", "poly", "tanh", "constant"))
+    sched: str = option("cosine", "timm's learning-rate schedule", choices=("cosine", "poly", "tanh", "constant"))
     epochs: int = option(300, "epochs of the schedule", low=1)
     cooldown_epochs: int = option(0, "epochs at min_lr behind the schedule", low=0)
     warmup_epochs: int = option(0, "epochs of linear warm-up", low=0)
@@ -98,9 +98,8 @@ class Config:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 _TYPES = typing.get_type_hints(Config)
-MODEL_FIELDS = (
-    "model num_classes in_channels time_steps attention mlp_ratio shortcut residual ssa_membrane".split()
-)  # what a network is built from and a checkpoint must bring along
+# what a network is built from and a checkpoint brings along
+MODEL_FIELDS = "model num_classes in_channels time_steps attention mlp_ratio shortcut residual ssa_membrane".split()
 
 
 def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded: Mapping[str, object] | None = None) -> Config:
@@ -131,10 +130,12 @@ def _read_yaml(path: Path) -> dict[str, object]:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"cannot read the recipe {path}: {reason}") from None
     except yaml.YAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or 'cannot be parsed'})") from None
+        reason = getattr(error, "problem", None) or "cannot be parsed"
+        raise UserError(f"{path}{line}: not valid YAML ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
     for key in content:
@@ -193,15 +194,17 @@ def _coerce(key: str, value: object, where: str) -> object:
 
 
 def _scalar(kind: type, value: object, where: str) -> object:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     try:
-        if kind in (bool, str) or isinstance(value, bool):
+        if kind in (bool, str):
             if isinstance(value, kind):
                 return value
-        elif isinstance(value, str) or isinstance(value, int | float) and kind(value) == value:
-            return kind(value)
+        elif isinstance(value, int | float | str) and not isinstance(value, bool):
+            number = kind(value)
+            if isinstance(value, str) or number == value or math.isnan(number):
+                return number
     except (ValueError, OverflowError):
         pass
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     raise UserError(f"{where}: {value!r} is not {names[kind]}")
 
 

@@ -37,8 +37,9 @@ def setup(device: str) -> Dist:
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"process {local_rank} of this node has no GPU: start {torch.cuda.device_count()} processes")
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(f"process {local_rank} of this node has no GPU: start {gpus} processes")
         torch.cuda.set_device(local_rank)
     where = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:

@@ -5,7 +5,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -91,7 +91,8 @@ def learning_curve(history: list[dict], path: Path) -> None:
     top1 = [row["test_top1"] for row in history]
     best = max(range(len(top1)), key=top1.__getitem__)
     axes[1].plot(epochs, top1, marker=".", color="tab:orange")
-    axes[1].plot(epochs[best], top1[best], "o", color="tab:red", label=f"best: {top1[best]:.2f} % (epoch {epochs[best]})")
+    label = f"best: {top1[best]:.2f} % (epoch {epochs[best]})"
+    axes[1].plot(epochs[best], top1[best], "o", color="tab:red", label=label)
     axes[1].set(ylabel="test top-1 accuracy (%)")
     axes[1].legend(loc="lower right")
     axes[2].plot(epochs, [row["lr"] for row in history], marker=".", color="tab:green")
@@ -107,8 +108,10 @@ def learning_curve(history: list[dict], path: Path) -> None:
 class Gallery:
     """Test images with the model's answers: the first mistakes, then right answers, `rows` x `columns` in all."""
 
-    def __init__(self, classes: list[str], mean: tuple[float, ...], std: tuple[float, ...], rows: int = 4, columns: int = 10):
-        self.classes, self.mean, self.std, self.rows, self.columns = classes, mean, std, rows, columns
+    rows, columns = 4, 10
+
+    def __init__(self, classes: Sequence[str], mean: Sequence[float], std: Sequence[float]):
+        self.classes, self.mean, self.std = classes, mean, std
         self.wrong, self.right = [], []
 
     def add(self, images: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor) -> None:

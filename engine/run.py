@@ -90,7 +90,7 @@ def _setup(cfg: Config) -> Dist:
 def _resume(cfg: Config, folder: Path, trainer: Trainer) -> None:
     last = folder / "last.pt"
     if not cfg.resume and last.exists():
-        raise UserError(f"{folder} holds a run already: add --resume auto to go on with it, or choose another --output-dir")
+        raise UserError(f"{folder} holds a run already: go on with --resume auto, or choose another --output-dir")
     path = last if cfg.resume == "auto" else cfg.resume
     if not path or (cfg.resume == "auto" and not last.exists()):
         return

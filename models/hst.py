@@ -102,12 +102,18 @@ class HierarchicalSpikingTransformer(nn.Module):
         if residual == "ms" and ssa_membrane == "released":
             raise ValueError("ssa_membrane='released' needs residual='sew': with 'ms' no membrane leaks")
         if isinstance(attention, str) or len(attention) != len(depths):
-            raise ValueError(f"attention={attention!r} must name one of {', '.join(ATTENTIONS)} per stage ({len(depths)})")
+            kinds = ", ".join(ATTENTIONS)
+            raise ValueError(f"attention={attention!r} must name one of {kinds} per stage ({len(depths)})")
         for kind in attention:
             _require_choice("attention", kind, ATTENTIONS)
         for name, value in (("time_steps", time_steps), ("num_classes", num_classes), ("in_channels", in_channels)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        narrowest = width // 2 ** (len(depths) - 1)
+        if narrowest % heads:
+            raise ValueError(f"heads={heads} must divide the {narrowest} channels of the first stage")
+        if int(narrowest * mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio={mlp_ratio} leaves the MLP without hidden channels")
         self.family, self.attention, self.residual = family, tuple(attention), residual
         self.shortcut, self.ssa_membrane, self.time_steps = shortcut, ssa_membrane, time_steps
         self.in_channels, self.num_classes, self.num_features = in_channels, num_classes, width

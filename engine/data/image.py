@@ -3,7 +3,7 @@
 Batches are (images [B,C,H,W] float32, normalised, on the device; labels [B] int64, or [B,classes] under mixup).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from ..errors import UserError
 class ImageDataset(Protocol):
     """What a data set offers: PIL images with labels, `transform` (set by timm's loader) and class names."""
 
-    classes: list[str]
+    classes: Sequence[str]
     transform: Callable | None
 
     def __len__(self) -> int: ...
@@ -36,7 +36,7 @@ class Digits(Dataset):
     Every fifth of each class (360 in all) is for testing: a stratified split with a fixed seed.
     """
 
-    classes = [str(digit) for digit in range(10)]
+    classes = tuple(str(digit) for digit in range(10))
 
     def __init__(self, train: bool):
         images, labels = load_digits(return_X_y=True)

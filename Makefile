@@ -1,0 +1,39 @@
+# `make demo` and `make test` set up .venv on first use. PYTHON and VENV may be given on the command line.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+DEMO ?= output/demo
+
+.PHONY: demo test clean
+
+demo: $(VENV)/ready
+	rm -rf $(DEMO)
+	$(RUN) digits/train.py --output-dir $(DEMO)
+	$(RUN) digits/test.py --checkpoint $(DEMO)/best.pt
+	@echo
+	@echo "The run is in $(DEMO): config.yml, run.json, metrics.jsonl, last.pt, best.pt, test.json, and"
+	@echo "the pictures learning_curve.png and predictions.png (test images with the model's answers)."
+	@echo "Next: source $(VENV)/bin/activate"
+	@echo "      python digits/train.py --help              every setting is a flag"
+	@echo "      python digits/train.py --attention channel channel self --time-steps 2"
+	@echo "      tensorboard --logdir output"
+
+test: $(VENV)/ready-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) output
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/ready: requirements.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/ready-dev: requirements-dev.txt $(VENV)/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

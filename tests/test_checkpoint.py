@@ -1,0 +1,155 @@
+"""Reading every checkpoint format, and refusing what is not plain data."""
+
+import argparse
+import collections
+import os
+import pickle
+
+import pytest
+import torch
+
+from engine import checkpoint
+from engine.errors import UserError
+from models import create_model
+from models.released import load_released, to_released
+
+
+def training_state(name, **kwargs):
+    """A model under released names after one optimizer step, with all that a script would save beside it."""
+    model = create_model(name, num_classes=4, **kwargs)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scaler = torch.amp.GradScaler("cpu")
+    shape = (2, 3, 32, 32) if model.in_channels == 3 else (2, 2, 2, 32, 32)
+    scaler.scale(model(torch.randn(shape)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    args = argparse.Namespace(model=name, lr=1e-3, mean=(0.1, 0.2), resume=None, amp=True)
+    weights = collections.OrderedDict(to_released(model))
+    return model, weights, optimizer.state_dict(), scaler.state_dict(), schedule.state_dict(), args
+
+
+def imagenet_file(path):
+    model, weights, optimizer, scaler, _, args = training_state("qkformer_10_384")
+    torch.save({"model": weights, "optimizer": optimizer, "epoch": 199, "scaler": scaler, "args": args}, path)
+    return model, {"epoch": 199}
+
+
+def cifar_file(path):
+    model, weights, optimizer, scaler, _, args = training_state("qkformer_4_384")
+    content = {"epoch": 400, "arch": "QKFormer", "state_dict": weights, "optimizer": optimizer, "version": 2}
+    torch.save({**content, "args": args, "amp_scaler": scaler, "metric": 96.21}, path)
+    return model, {"epoch": 400, "metric": 96.21}
+
+
+def dvs_file(path):
+    model, weights, optimizer, _, schedule, args = training_state("qkformer_2_256")
+    content = {"model": weights, "optimizer": optimizer, "lr_scheduler": schedule, "epoch": 90}
+    torch.save({**content, "args": args, "max_test_acc1": 84.1, "test_acc5_at_max_test_acc1": 98.0}, path)
+    return model, {"epoch": 90, "max_test_acc1": 84.1}
+
+
+def ms_file(path, key="state_dict"):
+    model, weights, *_ = training_state("qkformer_10_384", residual="ms")
+    torch.save({key: weights} if key else weights, path)
+    return model, {}
+
+
+@pytest.mark.parametrize(
+    ("write", "kind"),
+    [
+        (imagenet_file, "imagenet"),
+        (cifar_file, "cifar"),
+        (dvs_file, "dvs"),
+        (ms_file, "weights"),
+        (lambda path: ms_file(path, key=None), "weights"),
+    ],
+    ids=["imagenet", "cifar", "dvs", "ms", "ms-bare"],
+)
+def test_released_formats(tmp_path, write, kind):
+    model, entries = write(tmp_path / "file.pth")
+    state = checkpoint.read(tmp_path / "file.pth")
+    assert state["format"] == kind
+    assert {key: state[key] for key in entries} == entries
+    if kind != "weights":
+        assert state["args"].lr == 1e-3
+        assert state["optimizer"]["state"][0]["exp_avg"].abs().sum() > 0
+    kwargs = {"residual": model.residual, "num_classes": 4}
+    name = {"imagenet": "qkformer_10_384", "cifar": "qkformer_4_384", "dvs": "qkformer_2_256"}[model.family]
+    fresh = create_model(name, **kwargs)
+    load_released(fresh, state["state_dict"])
+    assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch " + os.environ["PAYLOAD_MARK"],)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("place", ["args", "model", "top"])
+def test_a_malicious_pickle_is_refused_unread(tmp_path, monkeypatch, place, legacy):
+    mark = tmp_path / "ran"
+    monkeypatch.setenv("PAYLOAD_MARK", str(mark))
+    weights = {"head.weight": torch.zeros(2)}
+    content = {
+        "args": {"model": weights, "args": argparse.Namespace(x=Payload())},
+        "model": {"model": weights | {"extra": Payload()}},
+        "top": Payload(),
+    }[place]
+    path = tmp_path / "evil.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match=r"evil.pth: refused, it holds (posix|os)\.system, .*could run code") as error:
+        checkpoint.read(path)
+    assert "\n" not in str(error.value)
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Payload()))  # the payload does work where it is let in
+    assert mark.exists()
+
+
+def test_other_objects_are_refused_too(tmp_path):
+    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "module.pth")
+    with pytest.raises(UserError, match=r"refused, it holds torch\.nn.modules.linear.Linear"):
+        checkpoint.read(tmp_path / "module.pth")
+
+
+def _truncated(path):
+    imagenet_file(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.mkdir(), "does not exist"),
+        (lambda path: path.write_bytes(b""), "truncated, or not a checkpoint"),
+        (lambda path: path.write_text("<html>quota exceeded</html>"), "truncated, or not a checkpoint|refused"),
+        (_truncated, "truncated, or not a checkpoint"),
+        (lambda path: torch.save([1, 2], path), "holds no weights but a list"),
+        (lambda path: torch.save({"epoch": 3, "note": "x"}, path), "holds no weights; its entries are epoch, note"),
+        (lambda path: torch.save({"model": {}}, path), "holds no weights; its entries are model"),
+        (lambda path: torch.save({}, path), "holds no weights; its entries are none"),
+    ],
+)
+def test_bad_files_are_named_in_one_line(tmp_path, write, message):
+    write(tmp_path / "file.pth")
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.read(tmp_path / "file.pth")
+    assert "file.pth" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"state_dict": {"w": torch.ones(2)}, "epoch": 1})
+
+    def full_disk(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match=r"cannot write .*last.pt: .*No space left"):
+        checkpoint.save(path, {"state_dict": {"w": torch.zeros(2)}, "epoch": 2})
+    assert checkpoint.read(path)["epoch"] == 1
+    assert os.listdir(tmp_path) == ["last.pt"]

@@ -1,0 +1,113 @@
+"""Defaults, then YAML, then what a checkpoint recorded, then flags; every mistake named in one line."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine import config
+from engine.errors import UserError
+from engine.optim import lr_at
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path for path in ROOT.glob("*/*.yml") if (path.parent / "train.py").exists())
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_flags_beat_the_checkpoint_beats_the_recipe_beats_defaults(recipe):
+    path = recipe("lr: 1e-3\nepochs: 7\ntime_steps: 2\nbatch_size: 8\n")
+    cfg = config.load(path, ["--batch-size", "16"], recorded={"time_steps": 3, "batch_size": 4})
+    assert (cfg.lr, cfg.epochs, cfg.time_steps, cfg.batch_size, cfg.accum_iter) == (1e-3, 7, 3, 16, 1)
+
+
+def test_both_spellings_of_a_flag_and_every_kind_of_value(recipe):
+    path = recipe("lr: 1\n")
+    argv = "--batch_size 4 --time_step 2 --mean 0.1 0.2 0.3 --std .1,.2,.3 --no-shortcut --decay_1d".split()
+    cfg = config.load(path, [*argv, "--attention", "token", "self", "self"])
+    assert (cfg.batch_size, cfg.time_steps, cfg.lr) == (4, 2, 1.0)
+    assert cfg.mean == cfg.std == (0.1, 0.2, 0.3)
+    assert (cfg.shortcut, cfg.decay_1d, cfg.attention) == (False, True, ("token", "self", "self"))
+    assert config.load(path, ["--auto-augment", "none", "--local_rank=1", "--local-rank", "0"]).auto_augment is None
+
+
+def test_another_recipe_can_be_named(recipe):
+    assert config.load("missing.yml", ["--config", str(recipe("lr: 0.25\n"))]).lr == 0.25
+
+
+def test_the_saved_configuration_reads_back(recipe, tmp_path):
+    cfg = config.load(recipe("lr: 0.1\nattention: [token, self, self]\nmixup: 0.5\n"))
+    path = tmp_path / "saved.yml"
+    path.write_text(config.to_yaml(cfg))
+    assert vars(config.load(path)) | {"config": ""} == vars(cfg) | {"config": ""}
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("lr: 1\nepochz: 3", "", "recipe.yml: unknown key 'epochz', did you mean 'epochs'?"),
+        ("lr: 1\n3: 3", "", "recipe.yml: unknown key 3"),
+        ("lr: fast", "", "recipe.yml: lr: 'fast' is not a number"),
+        ("lr: 1\nepochs: 2.5", "", "recipe.yml: epochs: 2.5 is not a whole number"),
+        ("lr: 1\nepochs: true", "", "recipe.yml: epochs: True is not a whole number"),
+        ("lr: 1\nepochs: [3]", "", "recipe.yml: epochs: [3] is not a whole number"),
+        ("lr: 1\nepochs:", "", "recipe.yml: epochs: None is not a whole number"),
+        ("lr: 1\nshortcut: 1", "", "recipe.yml: shortcut: 1 is not true or false"),
+        ("lr: 1\nmodel: 10", "", "recipe.yml: model: 10 is not a text"),
+        ("lr: 1\nmean: [a, b, c]", "", "recipe.yml: mean: 'a' is not a number"),
+        ("lr: 1\nepochs: 0", "", "epochs = 0: must be at least 1"),
+        ("lr: 1\nhflip: 1.5", "", "hflip = 1.5: must be at most 1"),
+        ("lr: .nan", "", "lr = nan: not a finite number"),
+        ("lr: 1\nresidual: add", "", "residual = 'add': choose one of sew, ms"),
+        ("lr: 1\nscale: [1]", "", "scale = (1.0,): needs two numbers"),
+        ("lr: 1\nin_channels: 1", "", "mean = (0.485, 0.456, 0.406): needs one number per channel"),
+        ("epochs: 3", "", "lr = None: set lr, or blr"),
+        ("lr: 1\nmixup: 1\nbatch_size: 3", "", "batch_size = 3: mixup pairs the images of a batch"),
+        ("- lr", "", "recipe.yml: expected `key: value` lines, found list"),
+        ("", "", "recipe.yml: expected `key: value` lines, found NoneType"),
+        ("lr: [1", "", "recipe.yml, line 1: not valid YAML"),
+        ("lr: !!python/object/apply:os.system [ls]", "", "not valid YAML"),
+        ("lr: 1", "--epochz 3", "unknown flag --epochz, did you mean '--epochs'?"),
+        ("lr: 1", "--epochs=x", "--epochs: 'x' is not a whole number"),
+        ("lr: 1", "--epoch 3", "unknown flag --epoch, did you mean '--epochs'?"),
+        ("lr: 1", "--epochs", "expected one argument"),
+        ("lr: 1", "what", "unexpected argument 'what'"),
+        ("lr: 1", "--batch-size -1", "batch_size = -1: must be at least 1"),
+        ("lr: 1", "--config no/such.yml", "cannot read the recipe no/such.yml: No such file"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(recipe, text, flags, message):
+    with pytest.raises(UserError) as error:
+        config.load(recipe(text), flags.split())
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_every_field_is_read_somewhere():
+    sources = "".join(path.read_text() for path in (ROOT / "engine").rglob("*.py"))
+    read = set(re.findall(r"\b(?:cfg|config)\.(\w+)", sources)) | set(config.MODEL_FIELDS)
+    assert not set(config.FIELDS) - read
+
+
+def test_every_field_has_its_help():
+    assert all(field.metadata["help"] for field in config.FIELDS.values())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_recipe_loads(path):
+    cfg = config.load(path)
+    assert lr_at(cfg, 0) >= 0
+    assert set(yaml.safe_load(path.read_text())) <= set(config.FIELDS)
+
+
+def test_there_are_recipes():
+    assert "digits/digits.yml" in [str(path.relative_to(ROOT)) for path in RECIPES]

@@ -1,0 +1,153 @@
+"""Learning rate, mixup and the training loop, without a script around them."""
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import config, dist
+from engine.data.image import create_data
+from engine.errors import UserError
+from engine.loop import Trainer, evaluate
+from engine.optim import create_optimizer, lr_at
+from engine.run import build_model
+
+DIGITS = Path(__file__).resolve().parents[1] / "digits/digits.yml"
+LOSSES = [2.3030338925685037, 2.312364332910037, 2.2400097693761825, 2.2621201550727075, 2.1888208477107765]
+
+
+def configure(*flags):
+    return config.load(DIGITS, ["--batch-size", "128", *flags])
+
+
+def trainer(cfg, batches=11, dtype=torch.float32):
+    here = dist.setup("cpu")
+    torch.manual_seed(cfg.seed)
+    model = build_model(cfg).to(dtype)
+    data = create_data(cfg, here)
+    data = dataclasses.replace(data, train=FirstBatches(data.train, batches, dtype))
+    return Trainer(cfg, here, model, create_optimizer(cfg, model), data)
+
+
+class FirstBatches:
+    """The first `count` batches of a loader, in another type."""
+
+    def __init__(self, loader, count, dtype):
+        self.loader, self.count, self.dtype, self.sampler = loader, count, dtype, loader.sampler
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        return ((images.to(self.dtype), labels) for images, labels in itertools.islice(self.loader, self.count))
+
+
+def test_lr_of_a_schedule_per_epoch_runs_underneath_the_warmup():
+    flags = "--lr 1e-3 --epochs 400 --cooldown-epochs 10 --warmup-epochs 20 --warmup-lr 1e-5 --no-warmup-prefix"
+    cfg = configure(*flags.split())
+    for epoch in (0, 1, 19):
+        assert lr_at(cfg, epoch) == pytest.approx(1e-5 + epoch * (1e-3 - 1e-5) / 20, rel=1e-12)
+    for epoch in (20, 200, 399):
+        cosine = 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 400)) / 2
+        assert lr_at(cfg, epoch) == pytest.approx(cosine, rel=1e-12)
+    assert lr_at(cfg, 400) == lr_at(cfg, 409) == 1e-5
+
+
+def test_lr_of_a_schedule_per_iteration_starts_behind_the_warmup():
+    flags = "--epochs 200 --warmup-epochs 5 --warmup-lr 0 --min-lr 1e-6 --warmup-prefix --accum-iter 2"
+    cfg = configure(*flags.split())
+    cfg = dataclasses.replace(cfg, lr=None, blr=6e-4)
+    top = 6e-4 * 128 * 2 / 256
+    assert lr_at(cfg, 2.5) == pytest.approx(top / 2, rel=1e-12)
+    cosine = 1e-6 + (top - 1e-6) * (1 + math.cos(math.pi * (100.25 - 5) / 195)) / 2
+    assert lr_at(cfg, 100.25) == pytest.approx(cosine, rel=1e-12)
+
+
+def test_updates_accumulate_and_step_the_rate_per_iteration():
+    cfg = configure("--accum-iter", "4", "--lr-step", "iteration", "--mixup", "0.5", "--mixup-in", "step")
+    run, rates = trainer(cfg), []
+    step = run.optimizer.step
+    run.optimizer.step = lambda: (rates.append(run.optimizer.param_groups[0]["lr"]), step())
+    run.train_epoch("test")
+    steps = len(run.data.train)
+    assert steps == 11  # the last update has three steps, not four
+    assert rates == [lr_at(cfg, first / steps) for first in (0, 4, 8)]
+
+
+def test_accumulated_gradients_are_the_mean_over_the_update(monkeypatch):
+    """With BatchNorm frozen, three accumulated steps give the gradient of their mean loss."""
+    run, batches, gradients = trainer(configure("--accum-iter", "100"), batches=3, dtype=torch.float64), [], []
+    monkeypatch.setattr(run.model, "train", lambda mode=True: torch.nn.Module.train(run.model, False))
+    monkeypatch.setattr(run.optimizer, "step", lambda: gradients.extend(p.grad.clone() for p in run.model.parameters()))
+    run.model.register_forward_pre_hook(lambda model, args: batches.append(args[0]))
+    criterion = run.criterion
+    run.criterion = lambda logits, target: labels.append(target) or criterion(logits, target)
+    labels = []
+    run.train_epoch("test")
+    run.model.zero_grad()
+    torch.stack([criterion(run.model(x), y) for x, y in zip(batches[:3], labels, strict=True)]).mean().backward()
+    for ours, expected in zip(gradients, run.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("where", ["loader", "step"])
+def test_mixup_ends_at_its_epoch_in_the_workers_too(where):
+    cfg = configure("--mixup", "1", "--mixup-off-epoch", "1", "--mixup-in", where, "--workers", "2", "--smoothing", "0")
+    run, mixed = trainer(cfg), []
+    criterion = run.criterion
+    run.criterion = lambda logits, target: mixed.append((target.max(1).values < 1).any()) or criterion(logits, target)
+    for run.epoch in (0, 1):
+        run.train_epoch("test")
+    first, second = mixed[:11], mixed[11:]
+    assert sum(first) >= 9
+    assert not any(second)
+
+
+def test_loss_sequence_of_a_fixed_seed():
+    """Guards refactoring: float64 on the CPU, five updates. A change that means to alter training renews it."""
+    run, losses = trainer(configure("--warmup-epochs", "0", "--lr", "1e-2"), batches=5, dtype=torch.float64), []
+    criterion = run.criterion
+    run.criterion = lambda logits, target: losses.append(criterion(logits, target)) or losses[-1]
+    run.train_epoch("test")
+    assert [loss.item() for loss in losses] == pytest.approx(LOSSES, rel=1e-9)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    run = trainer(configure(), batches=2)
+    run.criterion = lambda logits, target: logits.sum() * float("nan")
+    with pytest.raises(UserError, match="no longer finite in epoch 1: lower lr"):
+        run.train_epoch("test")
+
+
+@pytest.mark.parametrize("amp", ["fp16", "bf16"])
+def test_mixed_precision_trains(amp):
+    run = trainer(configure("--amp", amp), batches=2)
+    before = [p.clone() for p in run.model.parameters()]
+    assert math.isfinite(run.train_epoch("test"))
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+    result = evaluate(run.cfg, run.dist, run.model, itertools.islice(run.data.test, 1))
+    assert result["count"] == 128
+    assert math.isfinite(result["loss"])
+
+
+def test_evaluation_shares_whole_batches_among_processes():
+    cfg = configure("--eval-batch-size", "50")  # 360 samples: the last batch is a short one
+    alone = list(create_data(cfg, dist.Dist(0, 1, torch.device("cpu")), train=False).test)
+    shared = [list(create_data(cfg, dist.Dist(r, 3, torch.device("cpu")), train=False).test) for r in range(3)]
+    for i, (images, labels) in enumerate(alone):
+        their_images, their_labels = shared[i % 3][i // 3]
+        assert torch.equal(images, their_images)
+        assert torch.equal(labels, their_labels)
+    assert sum(map(len, shared)) == len(alone) == 8
+
+
+def test_the_digits_split_is_fixed_and_disjoint():
+    data = create_data(configure(), dist.setup("cpu"))
+    train, test = data.train.dataset, data.test.dataset.dataset
+    assert (len(train), len(test)) == (1437, 360)
+    seen = {image.tobytes() for image in train.images}
+    assert sum(image.tobytes() in seen for image in test.images) == 0
+    assert test.labels[:8] == [7, 6, 3, 7, 7, 3, 2, 8]

@@ -1,0 +1,182 @@
+"""Shapes, parameter counts, independence of the batch, and attention against independent formulas."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import models
+from models import create_model
+from models.attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
+from models.embed import SPEDS
+from models.neuron import BACKENDS
+
+COUNTS = [  # exact counts, and the paper's ablations in millions
+    ("qkformer_10_384", {}, 16_473_688),
+    ("qkformer_10_512", {}, 29_079_336),
+    ("qkformer_10_768", {}, 64_962_760),
+    ("qkformer_4_384", {}, 6_706_234),
+    ("qkformer_4_384", {"num_classes": 100}, 6_740_884),
+    ("qkformer_2_256", {}, 1_504_138),
+    ("qkformer_2_256", {"num_classes": 11}, 1_504_395),
+    ("qkformer_2_256", {"num_classes": 11, "mlp_ratio": 4}, 1_999_371),
+    ("qkformer_10_384", {"residual": "ms"}, 16_473_688),
+    ("qkformer_4_384", {"num_classes": 100, "attention": ("token", "channel", "token")}, 6.44),
+    ("qkformer_4_384", {"num_classes": 100, "attention": ("self", "self", "self")}, 6.79),
+    ("qkformer_4_384", {"num_classes": 100, "attention": ("channel", "channel", "channel")}, 6.44),
+    ("qkformer_4_384", {"num_classes": 100, "attention": ("token", "token", "token")}, 6.44),
+    ("qkformer_4_384", {"num_classes": 100, "attention": ("channel", "channel", "self")}, 6.74),
+    ("qkformer_2_256", {"attention": ("token", "channel")}, 1.44),
+    ("qkformer_2_256", {"attention": ("self", "self")}, 1.52),
+    ("qkformer_2_256", {"attention": ("channel", "channel")}, 1.44),
+    ("qkformer_2_256", {"attention": ("token", "token")}, 1.44),
+    ("qkformer_2_256", {"attention": ("channel", "self")}, 1.50),
+]
+
+
+def lively(module: nn.Module, seed: int = 0) -> nn.Module:
+    """float64, with statistics under which neurons fire."""
+    g = torch.Generator().manual_seed(seed)
+    module.double().eval()
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+            part.weight.data.uniform_(1.5, 2.5, generator=g)
+            part.bias.data.uniform_(0, 1, generator=g)
+        elif isinstance(part, nn.Conv1d | nn.Conv2d):
+            part.weight.data.normal_(std=(2 / part.weight[0].numel()) ** 0.5, generator=g)
+    return module
+
+
+def images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("name", "kwargs", "count"), COUNTS)
+def test_parameter_counts(name, kwargs, count):
+    with torch.device("meta"):
+        total = sum(p.numel() for p in create_model(name, **kwargs).parameters())
+    assert total == count if isinstance(count, int) else round(total / 1e6, 2) == count
+
+
+def test_shortcut_false_leaves_out_only_the_shortcut():
+    with_shortcut, without = (create_model("qkformer_4_384", shortcut=s).state_dict() for s in (True, False))
+    assert {key for key in with_shortcut if key not in without} == {k for k in with_shortcut if ".embed.shortcut." in k}
+
+
+@pytest.mark.parametrize(("ssa_membrane", "independent"), [("per_sample", True), ("released", False)])
+def test_a_sample_in_any_company(ssa_membrane, independent):
+    model = lively(create_model("qkformer_4_384", ssa_membrane=ssa_membrane))
+    x = images(5, 3, 16, 16)
+    with torch.no_grad():
+        together, turned = model(x), model(x.flip(0)).flip(0)
+        alone = torch.cat([model(sample[None]) for sample in x])
+    assert torch.allclose(together, turned, atol=1e-12) == independent
+    assert torch.allclose(together, alone, atol=1e-12) == independent
+    assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("attention", ["token", "channel", "self"])
+@pytest.mark.parametrize("residual", ["sew", "ms"])
+@pytest.mark.parametrize("name", ["qkformer_10_384", "qkformer_4_384", "qkformer_2_256"])
+def test_every_family_keeps_no_state_and_takes_odd_shapes(name, residual, attention):
+    stages = len(models.hst.VARIANTS[name]["depths"])
+    model = create_model(name, num_classes=3, residual=residual, attention=(attention,) * stages, time_steps=3)
+    model = lively(model)
+    size = {"imagenet": (40, 56), "cifar": (9, 14), "dvs": (24, 40)}[model.family]
+    x = images(2, model.in_channels, *size)
+    with torch.no_grad():
+        first = model(x)
+        assert first.shape == (2, 3)
+        assert torch.equal(first, model(x))
+        assert torch.equal(first, model(x[:, None].expand(-1, 3, -1, -1, -1)))  # the same as three equal frames
+        assert model(x[:1, None]).shape == (1, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_trains_under_autocast(dtype):
+    model = create_model("qkformer_3_64")
+    with torch.autocast("cpu", dtype):
+        loss = nn.functional.cross_entropy(model(images(4, 1, 8, 8).float()), torch.arange(4))
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def lif(x, threshold=1.0):
+    return BACKENDS["torch"](x, threshold)
+
+
+def unit(conv_bn, x):
+    """Convolution 1x1 and BatchNorm (eval mode) as an einsum. [T,B,C,N] -> [T,B,C',N]."""
+    conv, bn = conv_bn.conv, conv_bn.bn
+    y = torch.einsum("oc,tbcn->tbon", conv.weight[..., 0], x)
+    if conv.bias is not None:
+        y = y + conv.bias[:, None]
+    scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+    return (y - bn.running_mean[:, None]) * scale[:, None] + bn.bias[:, None]
+
+
+@pytest.mark.parametrize("kind", [TokenQKAttention, ChannelQKAttention, SpikingSelfAttention])
+def test_attention_equals_einsum(kind):
+    attention = lively(kind(12, heads=3), seed=1)
+    if kind is SpikingSelfAttention:
+        attention.k.bn.bias.data.add_(1)  # enough coincidences of the spikes to pass the threshold
+    x = (images(4, 2, 12, 5, 9) > 0.3).double()  # non-square: the order of H and W counts
+    tokens = x.reshape(4, 2, 12, 45)
+    q, k = (lif(unit(part, tokens)).reshape(4, 2, 3, 4, 45) for part in (attention.q, attention.k))
+    if kind is TokenQKAttention:
+        y = torch.einsum("tbhn,tbhdn->tbhdn", lif(torch.einsum("tbhdn->tbhn", q), 0.5), k)
+    elif kind is ChannelQKAttention:
+        y = torch.einsum("tbhd,tbhdn->tbhdn", lif(torch.einsum("tbhdn->tbhd", q), 0.5), k)
+    else:
+        v = lif(unit(attention.v, tokens)).reshape(4, 2, 3, 4, 45)
+        y = lif(torch.einsum("tbhdn,tbhdm,tbhem->tbhen", q, k, v) * 0.125, 0.5)
+    assert 0.02 < y.mean() < 0.98
+    expected = lif(unit(attention.proj, y.reshape(4, 2, 12, 45))).reshape(x.shape)
+    assert 0.02 < expected.mean() < 0.98
+    with torch.no_grad():
+        assert torch.equal(attention(x), expected)
+
+
+def test_speds_rounds_sizes_up_on_both_paths():
+    embed = lively(SPEDS(2, [(4, False), (4, True), (8, True), (8, True)], branch=2))
+    assert embed(images(1, 2, 2, 33, 50)).shape == (1, 2, 8, 5, 7)
+
+
+def test_timm_creates_the_same_networks():
+    model = timm.create_model("qkformer_10_384", num_classes=7, in_chans=1)
+    assert (model.head.out_features, model.stages[0].embed.units[0].conv.in_channels) == (7, 1)
+    with pytest.raises(ValueError, match="no weights to download"):
+        timm.create_model("qkformer_10_384", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("qkformer_10_385", {}, "'qkformer_10_385' is unknown; did you mean 'qkformer_10_384'"),
+        ("qkformer_4_384", {"time_step": 4}, "'time_step' is unknown; did you mean 'time_steps'"),
+        ("qkformer_4_384", {"time_steps": 0}, "time_steps=0"),
+        ("qkformer_4_384", {"num_classes": 0}, "num_classes=0"),
+        ("qkformer_4_384", {"mlp_ratio": 0}, "mlp_ratio=0"),
+        ("qkformer_4_384", {"heads": 7}, "heads=7"),
+        ("qkformer_4_384", {"attention": ("token", "self")}, "per stage"),
+        ("qkformer_4_384", {"attention": "token"}, "per stage"),
+        ("qkformer_4_384", {"attention": ("token", "self", "linear")}, "attention='linear'"),
+        ("qkformer_4_384", {"residual": "add"}, "residual='add'"),
+        ("qkformer_4_384", {"ssa_membrane": "leaky"}, "ssa_membrane='leaky'"),
+        ("qkformer_4_384", {"ssa_membrane": "released", "residual": "ms"}, "no membrane leaks"),
+        ("qkformer_4_384", {"lif_backend": "jax"}, "lif_backend='jax'"),
+    ],
+)
+def test_bad_arguments_are_named(name, kwargs, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        create_model(name, **kwargs)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (2, 4, 1, 32, 32)])
+def test_bad_input_is_named(shape):
+    with pytest.raises(ValueError, match=r"expected images \[B,3,H,W\] or event frames"):
+        create_model("qkformer_4_384")(torch.zeros(shape))
+
+
+def test_released_spelling_of_a_name():
+    assert sum(p.numel() for p in create_model("QKFormer_10_384").parameters()) == 16_473_688

@@ -1,0 +1,80 @@
+"""Released names to ours and back, strictly."""
+
+import pytest
+import torch
+from golden_cases import MODELS, load_case, make_weights
+
+from models import create_model
+from models.released import load_released, released_key_map, to_released
+
+SMALL = [
+    "cifar10_T4_B3_32_s0",
+    "dvs128-gesture_T6_B2_128_s0",
+    "ms_qkformer_10_384_T2_B2_224_s0",
+    "QKFormer_10_384_T4_B2_224_s0",
+]
+
+
+@pytest.fixture(params=SMALL)
+def pair(request):
+    """A model of each family and weights under its released names."""
+    name, kwargs = MODELS[request.param]
+    return create_model(name, **kwargs).double(), make_weights(load_case(request.param).about["state_dict"], seed=3)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_round_trip(pair, prefix):
+    model, weights = pair
+    load_released(model, {prefix + key: value for key, value in weights.items()})
+    back = to_released(model)
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[key], weights[key]) for key in weights)
+
+
+def test_the_map_covers_every_entry_once(pair):
+    model, weights = pair
+    names = released_key_map(model)
+    assert names.keys() == weights.keys()
+    assert sorted(names.values()) == sorted(model.state_dict())
+
+
+def test_any_spelling_is_accepted():
+    """The code bases name the same modules differently: fc1 or mlp1, attn or ssa."""
+    model = create_model("qkformer_4_384")
+    respelled = {
+        key.replace(".mlp1_", ".fc1_").replace(".mlp2_", ".fc2_").replace(".ssa.", ".attn."): value + 1
+        for key, value in to_released(model).items()
+    }
+    load_released(model, respelled)
+    ours = model.state_dict()["stages.2.blocks.1.attn.v.conv.weight"]
+    assert torch.equal(ours, respelled["stage3.1.attn.v_conv.weight"])
+
+
+def test_problems_are_all_listed_and_nothing_is_loaded(pair):
+    model, weights = pair
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    broken = dict(weights)
+    del broken["head.bias"], broken["stage1.0.attn.q_bn.bias" if model.residual == "ms" else "stage1.0.tssa.q_bn.bias"]
+    broken["patch_embed9.proj_conv.weight"] = broken["stage1.9.junk"] = torch.zeros(1)
+    broken["head.weight"] = torch.zeros(3, 5)
+    with pytest.raises(ValueError, match="does not fit the model") as error:
+        load_released(model, broken)
+    message = str(error.value)
+    assert "2 missing: stage1.0." in message
+    assert "head.bias" in message
+    assert "2 foreign: patch_embed9.proj_conv.weight, stage1.9.junk" in message
+    assert "head.weight (checkpoint (3, 5), model" in message
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_another_networks_weights_are_refused():
+    weights = to_released(create_model("qkformer_2_256"))
+    with pytest.raises(ValueError, match="missing"):
+        load_released(create_model("qkformer_4_384"), weights)
+
+
+def test_what_was_never_released_has_no_names():
+    with pytest.raises(ValueError, match="channel attention was never released"):
+        to_released(create_model("qkformer_2_256", attention=("channel", "self")))
+    with pytest.raises(ValueError, match="imagenet family only, not for 'cifar'"):
+        released_key_map(create_model("qkformer_4_384", residual="ms"))
