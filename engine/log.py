@@ -9,12 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -83,7 +79,8 @@ class RunLog:
 def learning_curve(history: list[dict], path: Path) -> None:
     """Losses, accuracy and learning rate against the epoch."""
     epochs = [row["epoch"] + 1 for row in history]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3)
     axes[0].plot(epochs, [row["train_loss"] for row in history], marker=".", label="training")
     axes[0].plot(epochs, [row["test_loss"] for row in history], marker=".", label="test")
     axes[0].set(ylabel="loss", ylim=(0, None))
@@ -102,7 +99,6 @@ def learning_curve(history: list[dict], path: Path) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 class Gallery:
@@ -125,7 +121,8 @@ class Gallery:
     def draw(self, path: Path) -> None:
         """Write the picture; mistakes come first, in red, with the truth."""
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        figure, axes = plt.subplots(self.rows, self.columns, figsize=(11, 1.4 * self.rows), layout="constrained")
+        figure = Figure(figsize=(11, 1.4 * self.rows), layout="constrained")
+        axes = figure.subplots(self.rows, self.columns)
         for axis in axes.flat:
             axis.axis("off")
         for axis, (image, label, answer) in zip(axes.flat, self.wrong + self.right, strict=False):
@@ -136,7 +133,6 @@ class Gallery:
                 axis.set_title(f"{self.classes[answer]}, is {self.classes[label]}", fontsize=10, color="tab:red")
         figure.suptitle("Test images with the model's answers; mistakes first, in red", fontsize=11)
         figure.savefig(path, dpi=110)
-        plt.close(figure)
 
 
 def provenance() -> dict:

@@ -53,12 +53,13 @@ def _rename(ours: str, naming: Naming, attention: tuple[str, ...]) -> str | None
         return ours  # the head has one name everywhere
     stage, kind, leaf = int(match["stage"]), match["kind"], match["leaf"]
     if match["block"] is None:
-        units = later = naming.later_units if stage else naming.first_units
-        shortcut = "proj_res_{}" if stage else naming.first_shortcut
-        index = int(match["unit"] or 0)
-        if index >= len(later):
+        units = naming.later_units if stage else naming.first_units
+        if match["unit"] is None:
+            pattern = "proj_res_{}" if stage else naming.first_shortcut
+        elif int(match["unit"]) < len(units):
+            pattern = units[int(match["unit"])]
+        else:
             return None
-        pattern = shortcut if match["unit"] is None else units[index]
         return f"patch_embed{stage + 1}.{pattern.format(kind)}.{leaf}"
     block, part = f"stage{stage + 1}.{match['block']}", match["part"]
     if part in ("fc1", "fc2"):
@@ -96,9 +97,10 @@ def load_released(model: HierarchicalSpikingTransformer, state_dict: Mapping[str
     """Load weights under any released spelling (also with `module.` in front) into `model`, strictly.
 
     Raises:
-        ValueError: an entry is missing, foreign, or of another shape; all of them are listed and nothing is
-            loaded.
+        ValueError: an entry is missing, foreign, or of another shape; they are listed (20 of each kind) and
+            nothing is loaded. Or the model has no released names, see `released_key_map`.
     """
+    theirs_of = {ours: theirs for theirs, ours in released_key_map(model).items()}
     ours_of = {}
     for naming in NAMINGS.values():
         ours_of |= _key_map(model, naming)
@@ -109,13 +111,12 @@ def load_released(model: HierarchicalSpikingTransformer, state_dict: Mapping[str
             foreign.append(name)
         else:
             state[ours] = value
-    theirs_of = {ours: theirs for theirs, ours in reversed(ours_of.items())}
-    problems = _listing("missing", [theirs_of.get(ours, ours) for ours in wanted if ours not in state])
+    problems = _listing("missing", [theirs_of[ours] for ours in wanted if ours not in state])
     problems += _listing("foreign", foreign)
     problems += _listing(
         "of another shape",
         [
-            f"{ours} (checkpoint {tuple(value.shape)}, model {tuple(wanted[ours].shape)})"
+            f"{theirs_of[ours]} (checkpoint {tuple(value.shape)}, model {tuple(wanted[ours].shape)})"
             for ours, value in state.items()
             if value.shape != wanted[ours].shape
         ],
@@ -125,5 +126,6 @@ def load_released(model: HierarchicalSpikingTransformer, state_dict: Mapping[str
     model.load_state_dict(state)
 
 
-def _listing(what: str, names: list[str]) -> list[str]:
-    return [f"{len(names)} {what}: {', '.join(names)}"] if names else []
+def _listing(what: str, names: list[str], most: int = 20) -> list[str]:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return [f"{len(names)} {what}: {', '.join(names[:most])}{more}"] if names else []

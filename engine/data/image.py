@@ -10,8 +10,6 @@ from typing import Protocol
 import numpy as np
 import timm.data
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
 
 from ..config import Config
@@ -39,6 +37,9 @@ class Digits(Dataset):
     classes = tuple(str(digit) for digit in range(10))
 
     def __init__(self, train: bool):
+        from sklearn.datasets import load_digits  # a second to import, and no other data set needs it
+        from sklearn.model_selection import train_test_split
+
         images, labels = load_digits(return_X_y=True)
         parts = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
         images, labels = parts[0::2] if train else parts[1::2]
