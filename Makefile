@@ -2,12 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-DEMO ?= output/demo
+DEMO := output/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: demo test clean
 
 demo: $(VENV)/ready
-	rm -rf $(DEMO)
 	$(RUN) digits/train.py --output-dir $(DEMO)
 	$(RUN) digits/test.py --checkpoint $(DEMO)/best.pt
 	@echo

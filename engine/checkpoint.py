@@ -12,6 +12,7 @@ import torch
 from .errors import UserError
 
 FORMAT = "qkformer-1"
+ENTRIES = ("state_dict", "optimizer", "scaler", "epoch", "best", "config")
 
 
 def read(path: str | Path) -> dict:
@@ -49,7 +50,9 @@ def _reason(error: pickle.UnpicklingError) -> str:
 
 def _recognised(content: dict, path: str | Path) -> dict:
     if content.get("format") == FORMAT:
-        kind, state_dict = "qkformer", content.get("state_dict")
+        if absent := [key for key in ENTRIES if key not in content]:
+            raise UserError(f"checkpoint {path}: damaged, it lacks {', '.join(absent)}")
+        kind, state_dict = "qkformer", content["state_dict"]
     elif "state_dict" in content:
         kind, state_dict = ("cifar" if "arch" in content else "weights"), content["state_dict"]
     elif "model" in content:

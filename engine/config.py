@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -115,7 +116,8 @@ def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded: Mapping[str,
     """
     flags = _read_flags(argv)
     path = Path(flags.get("config", yaml_path))
-    values = _read_yaml(path) | dict(recorded or {}) | flags | {"config": str(path)}
+    recorded = {key: _coerce(key, value, f"{key} in the checkpoint") for key, value in (recorded or {}).items()}
+    values = _read_yaml(path) | recorded | flags | {"config": str(path)}
     return _validated(Config(**values))
 
 
@@ -150,12 +152,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _read_flags(argv: Sequence[str]) -> dict[str, object]:
+    argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    names = []
     for key, field in FIELDS.items():
         spellings = [f"--{key.replace('_', '-')}", *field.metadata["flags"]]
-        spellings += [flag for flag in (f"--{s[2:].replace('-', '_')}" for s in spellings) if flag not in spellings]
-        names += spellings
         default = "" if field.default in (None, "") else f" [{field.default}]"
         kwargs = {"dest": key, "help": (field.metadata["help"] + default).replace("%", "%%")}
         if _TYPES[key] is bool:
@@ -164,12 +164,12 @@ def _read_flags(argv: Sequence[str]) -> dict[str, object]:
             nargs = "+" if _is_tuple(_TYPES[key]) else None
             parser.add_argument(*spellings, nargs=nargs, metavar="|".join(field.metadata["choices"]) or "X", **kwargs)
     # torch.distributed.launch passes it; the environment variable LOCAL_RANK is what counts
-    parser.add_argument("--local-rank", "--local_rank", dest="local_rank", help=argparse.SUPPRESS)
+    parser.add_argument("--local-rank", help=argparse.SUPPRESS)
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
         if flag.startswith("-"):
-            raise UserError(f"unknown flag {flag}{_nearest(flag, names)}")
+            raise UserError(f"unknown flag {flag}{_nearest(flag, [f'--{key}'.replace('_', '-') for key in FIELDS])}")
         raise UserError(f"unexpected argument {flag!r} (--help lists the flags)")
     raw = {key: value for key, value in vars(parsed).items() if key != "local_rank"}
     return {key: _coerce(key, value, f"--{key.replace('_', '-')}") for key, value in raw.items()}

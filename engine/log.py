@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -53,11 +53,14 @@ class RunLog:
         self.folder = folder
         self.path = folder / "metrics.jsonl"
         self.history = [row for row in self._read() if row["epoch"] < first_epoch]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.history))
+        temporary = folder / "metrics.jsonl.tmp"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.history))
+        temporary.replace(self.path)
         self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_epoch)
 
     def _read(self) -> list[dict]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # a crash may leave half a line
 
     def epoch(self, row: dict) -> None:
         """Record the figures of one epoch."""
@@ -137,13 +140,17 @@ class Gallery:
 
 def provenance() -> dict:
     """What produced a result: git commit, versions of the packages, command line, time."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    commit = head.stdout.strip() + ("+changes" if changed.stdout.strip() else "") if head.returncode == 0 else None
     return {
-        "git_commit": commit,
+        "git_commit": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
         "command": sys.argv,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {d.name: d.version for d in distributions() if d.name in PACKAGES},
     }
+
+
+def _git(*arguments: str) -> str:
+    """What git prints in this repository; nothing where there is no git, or no repository."""
+    try:
+        return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""

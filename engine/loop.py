@@ -73,10 +73,10 @@ class Trainer:
                 **{f"test_{key}": result[key] for key in ("loss", "top1", "top5")},
                 "seconds": round(time.monotonic() - start, 2),
             }
-            self.epoch += 1
-            save(is_best)
             if log:
                 log.epoch(row)
+            self.epoch += 1
+            save(is_best)
             logger.info(
                 f"{name}: lr {row['lr']:.2e}, train loss {train_loss:.4f}, test loss {row['test_loss']:.4f}, "
                 f"top-1 {row['test_top1']:.2f} %, best {self.best['test_top1']:.2f} % "

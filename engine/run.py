@@ -98,7 +98,10 @@ def _resume(cfg: Config, folder: Path, trainer: Trainer) -> None:
     if state["format"] != "qkformer":
         raise UserError(f"--resume {path}: not a checkpoint of this project, so there is no run to go on with")
     _refuse_other_network(cfg, state["config"], path)
-    trainer.restore(state)
+    try:
+        trainer.restore(state)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"--resume {path}: {' '.join(str(error).split())}") from None
     logger.info(f"resumed {path} after epoch {trainer.epoch}")
 
 
@@ -130,7 +133,7 @@ def _records(cfg: Config, here: Dist, folder: Path, first_epoch: int) -> Iterato
 def _save(cfg: Config, here: Dist, folder: Path, trainer: Trainer, is_best: bool) -> None:
     if here.is_main:
         recorded = {key: value for key, value in json.loads(json.dumps(vars(cfg))).items() if key != "config"}
-        for name in ("last.pt", "best.pt") if is_best else ("last.pt",):
+        for name in ("best.pt", "last.pt") if is_best else ("last.pt",):  # killed in between, the epoch is run again
             checkpoint.save(folder / name, trainer.state() | {"config": recorded})
 
 
@@ -140,8 +143,7 @@ def _test(recipe: Path, argv: Sequence[str]) -> None:
         raise UserError("test.py needs --checkpoint FILE, such as best.pt in the folder of a run")
     state = checkpoint.read(cfg.checkpoint)
     if state["format"] == "qkformer":
-        recorded = {key: state["config"].get(key) for key in MODEL_FIELDS}
-        recorded["attention"] = recorded["attention"] and tuple(recorded["attention"])
+        recorded = {key: value for key, value in state["config"].items() if key in MODEL_FIELDS}
         cfg = load(recipe, argv, recorded)
     here = _setup(cfg)
     data = create_data(cfg, here, train=False)

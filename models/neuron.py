@@ -125,7 +125,7 @@ def _cupy_refusal(x: Tensor) -> str | None:
 def cupy_problem() -> str | None:
     """Why the CuPy backend cannot run in this process, with the remedy; None where it can (it is tried once)."""
     if not torch.cuda.is_available():
-        return "needs a CUDA device, and torch sees none; use lif_backend='torch' or 'auto'"
+        return "needs a CUDA device (torch sees none) and cupy-cuda13x==14.2.0; use lif_backend='torch' or 'auto'"
     try:
         import cupy  # noqa: F401
     except ImportError as error:

@@ -130,6 +130,10 @@ def _truncated(path):
         (lambda path: torch.save({"epoch": 3, "note": "x"}, path), "holds no weights; its entries are epoch, note"),
         (lambda path: torch.save({"model": {}}, path), "holds no weights; its entries are model"),
         (lambda path: torch.save({}, path), "holds no weights; its entries are none"),
+        (
+            lambda path: checkpoint.save(path, {"state_dict": {}, "epoch": 1}),
+            "damaged, it lacks optimizer, scaler, best",
+        ),
     ],
 )
 def test_bad_files_are_named_in_one_line(tmp_path, write, message):
@@ -142,7 +146,8 @@ def test_bad_files_are_named_in_one_line(tmp_path, write, message):
 
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    checkpoint.save(path, {"state_dict": {"w": torch.ones(2)}, "epoch": 1})
+    content = dict.fromkeys(checkpoint.ENTRIES) | {"state_dict": {"w": torch.ones(2)}, "epoch": 1}
+    checkpoint.save(path, content)
 
     def full_disk(content, file):
         file.write(b"half")
@@ -150,6 +155,6 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(UserError, match=r"cannot write .*last.pt: .*No space left"):
-        checkpoint.save(path, {"state_dict": {"w": torch.zeros(2)}, "epoch": 2})
+        checkpoint.save(path, content | {"epoch": 2})
     assert checkpoint.read(path)["epoch"] == 1
     assert os.listdir(tmp_path) == ["last.pt"]

@@ -126,7 +126,9 @@ def test_unknown_backend_is_named():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the error of a machine without CUDA")
 def test_cupy_without_a_device_says_what_to_do():
-    with pytest.raises(ValueError, match=r"'cupy' needs a CUDA device.*use lif_backend='torch' or 'auto'"):
+    with pytest.raises(
+        ValueError, match=r"'cupy' needs a CUDA device.*cupy-cuda13x.*use lif_backend='torch' or 'auto'"
+    ):
         set_lif_backend(LIF(), "cupy")
     with pytest.raises(ValueError, match="needs its input on a CUDA device, got cpu"):
         neuron.BACKENDS["cupy"](torch.zeros(2, 3), 1.0)
