@@ -1,10 +1,11 @@
-# `make demo` and `make test` set up .venv on first use. PYTHON and VENV may be given on the command line.
+# `make demo` and `make test` set up .venv on first use, with the interpreter PYTHON.
 PYTHON ?= python3
-VENV ?= .venv
+VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := output/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test clean
+.PHONY: demo test
+.DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
 	$(RUN) digits/train.py --output-dir $(DEMO)
@@ -21,9 +22,6 @@ test: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(RUN) -m pytest $(PYTEST_ARGS)
-
-clean:
-	rm -rf $(VENV) output
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

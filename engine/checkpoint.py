@@ -33,7 +33,7 @@ def read(path: str | Path) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"checkpoint {path}: refused, {_reason(error)}") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError, IndexError):
+    except Exception:  # a damaged file makes the reader fail in any way
         raise UserError(f"checkpoint {path}: truncated, or not a checkpoint; fetch it again") from None
     if not isinstance(content, Mapping):
         raise UserError(f"checkpoint {path}: holds no weights but a {type(content).__name__}")
@@ -49,24 +49,25 @@ def _reason(error: pickle.UnpicklingError) -> str:
 
 
 def _recognised(content: dict, path: str | Path) -> dict:
+    found = list(content)
     if content.get("format") == FORMAT:
         if absent := [key for key in ENTRIES if key not in content]:
             raise UserError(f"checkpoint {path}: damaged, it lacks {', '.join(absent)}")
+        if not all(isinstance(content[key], kind) for key, kind in (("config", dict), ("best", dict), ("epoch", int))):
+            raise UserError(f"checkpoint {path}: damaged, its config, best or epoch is not what it should be")
         kind, state_dict = "qkformer", content["state_dict"]
     elif "state_dict" in content:
         kind, state_dict = ("cifar" if "arch" in content else "weights"), content["state_dict"]
     elif "model" in content:
         kind, state_dict = ("dvs" if "max_test_acc1" in content else "imagenet"), content["model"]
     else:
-        kind, state_dict = "weights", content
+        kind, state_dict, content = "weights", content, {}
     is_weights = isinstance(state_dict, Mapping) and all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()
     )
     if not is_weights or not state_dict:
-        entries = ", ".join(map(str, content)) or "none"
+        entries = ", ".join(map(str, found[:10])) or "none"
         raise UserError(f"checkpoint {path}: holds no weights; its entries are {entries}")
-    if kind == "weights":
-        content = {}
     return content | {"format": kind, "state_dict": dict(state_dict)}
 
 

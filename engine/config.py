@@ -35,9 +35,11 @@ class Config:
     model: str = option("qkformer_4_384", "network, see models.list_models()")
     num_classes: int = option(10, "classes of the data set", low=1)
     in_channels: int = option(3, "channels of the input", low=1)
-    time_steps: int = option(4, "T: how often a static image is shown", low=1, flags=("--time-step",))
+    time_steps: int = option(4, "T: how often a static image is shown", low=1, high=1024, flags=("--time-step",))
     attention: tuple[str, ...] | None = option(None, "token, channel or self for each stage (default: the model's)")
-    mlp_ratio: float | None = option(None, "hidden over outer channels of the MLP (default: the model's)", low=0.1)
+    mlp_ratio: float | None = option(
+        None, "hidden over outer channels of the MLP (default: the model's)", low=0.1, high=64
+    )
     shortcut: bool = option(True, "SPEDS with its shortcut")
     residual: str = option("sew", "what residual connections add: spikes or membrane currents", choices=("sew", "ms"))
     ssa_membrane: str = option(
@@ -48,13 +50,13 @@ class Config:
     lif_backend: str = option("auto", "what computes the LIF neurons", choices=("auto", "torch", "cupy"))
 
     dataset: str = option("digits", "data set", choices=("digits",))
-    input_size: int = option(32, "height and width of the input", low=1)
-    batch_size: int = option(64, "images per process and step", low=1)
-    eval_batch_size: int | None = option(None, "the same in the evaluation (default: batch_size)", low=1)
-    workers: int = option(4, "loader processes per training process", low=0)
+    input_size: int = option(32, "height and width of the input", low=1, high=8192)
+    batch_size: int = option(64, "images per process and step", low=1, high=65536)
+    eval_batch_size: int | None = option(None, "the same in the evaluation (default: batch_size)", low=1, high=65536)
+    workers: int = option(4, "loader processes per training process", low=0, high=256)
     mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "mean of each channel, of 1")
-    std: tuple[float, ...] = option((0.229, 0.224, 0.225), "standard deviation of each channel, of 1")
-    interpolation: str = option("bicubic", "resizing filter", choices=("bicubic", "bilinear", "nearest", "random"))
+    std: tuple[float, ...] = option((0.229, 0.224, 0.225), "standard deviation of each channel, of 1", low=1e-6)
+    interpolation: str = option("bicubic", "resizing filter", choices=("bicubic", "bilinear", "nearest"))
     scale: tuple[float, ...] = option((1.0, 1.0), "random resized crop: area, from and to", low=0.01, high=1)
     ratio: tuple[float, ...] = option((1.0, 1.0), "random resized crop: aspect ratio, from and to", low=0.01)
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
@@ -70,8 +72,8 @@ class Config:
     smoothing: float = option(0.1, "label smoothing", low=0, high=0.999)
 
     opt: str = option("adamw", "timm's optimizer")
-    lr: float | None = option(None, "learning rate (default: blr * effective batch / 256)", low=0)
-    blr: float | None = option(None, "learning rate per 256 images of effective batch", low=0)
+    lr: float | None = option(None, "learning rate (default: blr * effective batch / 256)", low=0, high=1000)
+    blr: float | None = option(None, "learning rate per 256 images of effective batch", low=0, high=1000)
     weight_decay: float = option(0.05, "weight decay", low=0)
     decay_1d: bool = option(False, "decay biases and BatchNorm too")
     sched: str = option("cosine", "timm's learning-rate schedule", choices=("cosine", "poly", "tanh", "constant"))
@@ -88,10 +90,10 @@ class Config:
         None, "mixed precision of the evaluation (default: that of the training)", choices=("fp16", "bf16", "off")
     )
 
-    seed: int = option(42, "seed of weights, order and augmentation", low=0)
+    seed: int = option(42, "seed of weights, order and augmentation", low=0, high=2**32 - 1)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    threads: int | None = option(None, "CPU threads of torch per process (default: torch's choice)", low=1)
-    output_dir: str | None = option(None, "folder of the run (default: output/RECIPE/TIME)")
+    threads: int | None = option(None, "CPU threads of torch per process (default: torch's choice)", low=1, high=1024)
+    output_dir: str | None = option(None, "folder of the run (default: output/RECIPE/TIME, or that of --resume)")
     resume: str | None = option(None, "checkpoint to go on from; 'auto' is last.pt of --output-dir, if there")
     checkpoint: str | None = option(None, "test.py: checkpoint to evaluate")
     log_interval: int = option(50, "steps between two lines of progress where there is no terminal", low=1)
@@ -99,8 +101,10 @@ class Config:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 _TYPES = typing.get_type_hints(Config)
-# what a network is built from and a checkpoint brings along
+# what a network is built from
 MODEL_FIELDS = "model num_classes in_channels time_steps attention mlp_ratio shortcut residual ssa_membrane".split()
+# what belongs to a machine or a command and not to the run; a checkpoint brings along all the rest
+LOCAL_FIELDS = "config lif_backend workers device threads output_dir resume checkpoint log_interval".split()
 
 
 def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded: Mapping[str, object] | None = None) -> Config:
@@ -116,25 +120,38 @@ def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded: Mapping[str,
     """
     flags = _read_flags(argv)
     path = Path(flags.get("config", yaml_path))
-    recorded = {key: _coerce(key, value, f"{key} in the checkpoint") for key, value in (recorded or {}).items()}
+    recorded = {key: value for key, value in (recorded or {}).items() if key in FIELDS and key not in LOCAL_FIELDS}
+    recorded = {key: _coerce(key, value, f"{key} in the checkpoint") for key, value in recorded.items()}
     values = _read_yaml(path) | recorded | flags | {"config": str(path)}
-    return _validated(Config(**values))
+    config = _validated(Config(**values))
+    return dataclasses.replace(config, model=config.model.lower())  # the released code writes QKFormer_10_384
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved configuration as a recipe that `load` reads back."""
-    plain = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(config).items()}
-    del plain["config"]
-    return yaml.safe_dump(plain, sort_keys=False)
+def plain(config: Config, without: Sequence[str] = ()) -> dict[str, object]:
+    """The settings as plain data for YAML, JSON and checkpoints, `without` some."""
+    values = {key: value for key, value in vars(config).items() if key not in without}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which lets the last of two equal keys win, made to refuse them."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = set()
+        for key, _ in node.value:
+            if key.value in keys:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands there twice", key.start_mark)
+            keys.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: Path) -> dict[str, object]:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"cannot read the recipe {path}: {reason}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
         line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         reason = getattr(error, "problem", None) or "cannot be parsed"
         raise UserError(f"{path}{line}: not valid YAML ({reason})") from None
@@ -226,6 +243,8 @@ def _validated(config: Config) -> Config:
     for key in ("scale", "ratio"):
         if len(getattr(config, key)) != 2:
             raise _bad(config, key, "needs two numbers, from and to")
+        if getattr(config, key)[0] > getattr(config, key)[1]:
+            raise _bad(config, key, "the first number must not be above the second")
     for key in ("mean", "std"):
         if len(getattr(config, key)) != config.in_channels:
             raise _bad(config, key, f"needs one number per channel (in_channels is {config.in_channels})")

@@ -29,22 +29,31 @@ def setup(device: str) -> Dist:
         device: "cpu", "cuda", or "auto" for CUDA where torch sees it. NCCL connects GPUs, gloo CPUs.
 
     Raises:
-        UserError: CUDA is asked for and there is none, or fewer devices than processes on this node.
+        UserError: CUDA is asked for and there is none, there are fewer devices than processes on this node, or
+            the environment is not a launcher's.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    try:
+        local_rank, world_size = (
+            int(os.environ.get(key, default)) for key, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+        )
+    except ValueError:
+        raise UserError("LOCAL_RANK and WORLD_SIZE in the environment must be numbers; start with torchrun") from None
     if device == "cuda":
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
             raise UserError(f"process {local_rank} of this node has no GPU: start {gpus} processes")
         torch.cuda.set_device(local_rank)
     where = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if world_size == 1:
         return Dist(0, 1, where)
-    td.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        td.init_process_group("nccl" if device == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot join the other processes, start with torchrun: {error}") from None
     return Dist(td.get_rank(), td.get_world_size(), where)
 
 

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from .errors import UserError
+
 logger = logging.getLogger("qkformer")
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "torchvision", "timm", "spikingjelly", "numpy")
@@ -60,7 +62,10 @@ class RunLog:
 
     def _read(self) -> list[dict]:
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # a crash may leave half a line
+        try:
+            return [json.loads(line) for line in lines if line.endswith("\n")]  # a crash may leave half a line
+        except ValueError:
+            raise UserError(f"{self.path}: damaged; move it away to go on without the history") from None
 
     def epoch(self, row: dict) -> None:
         """Record the figures of one epoch."""

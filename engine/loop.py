@@ -1,6 +1,7 @@
 """The one training loop, and evaluation, for every data set."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -18,6 +19,7 @@ from .errors import UserError
 from .log import RunLog, logger, progress
 from .optim import lr_at, set_lr, total_epochs
 
+NO_BEST = {"epoch": None, "test_top1": -1.0}
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -36,7 +38,7 @@ class Trainer:
         self.criterion = SoftTargetCrossEntropy() if cfg.mixup else LabelSmoothingCrossEntropy(cfg.smoothing)
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=cfg.amp == "fp16")
         self.epoch = 0  # epochs done
-        self.best = {"epoch": None, "test_top1": -1.0}
+        self.best = dict(NO_BEST)
 
     def state(self) -> dict:
         """Plain data from which `restore` goes on as if nothing had happened."""
@@ -49,10 +51,14 @@ class Trainer:
         }
 
     def restore(self, state: dict) -> None:
-        """Take up what `state` saved; the network must be the same."""
+        """Take up what `state` saved, but for the optimizer's settings, which are the configuration's."""
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.model.load_state_dict(state["state_dict"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best = state["epoch"], state["best"]
 
     def fit(self, log: RunLog | None, save: Callable[[bool], None]) -> None:
@@ -62,7 +68,10 @@ class Trainer:
             start = time.monotonic()
             name = f"epoch {self.epoch + 1}/{epochs}"
             train_loss = self.train_epoch(name)
+            if self.dist.world_size > 1:  # each process has its own running statistics; their mean is what is saved
+                timm.utils.distribute_bn(self.model, self.dist.world_size, reduce=True)
             result = evaluate(self.cfg, self.dist, self.model, self.data.test, f"{name} test")
+            self._refuse_not_finite(result["loss"])
             is_best = result["top1"] > self.best["test_top1"]
             if is_best:
                 self.best = {"epoch": self.epoch, "test_top1": result["top1"]}
@@ -98,7 +107,7 @@ class Trainer:
         steps, loss_sum, seen = len(loader), torch.zeros((), dtype=torch.float64, device=device), 0
 
         def status() -> dict:
-            self._refuse_nan(loss_sum)
+            self._refuse_not_finite(loss_sum.item())
             return {"loss": f"{loss_sum.item() / seen:.4f}", "lr": f"{self.optimizer.param_groups[0]['lr']:.2e}"}
 
         for step, (images, labels) in enumerate(progress(loader, name, cfg.log_interval, self.dist.is_main, status)):
@@ -119,15 +128,15 @@ class Trainer:
                 self.optimizer.zero_grad()
             loss_sum += loss.detach() * len(images)
             seen += len(images)
-        self._refuse_nan(loss_sum)
-        total = distributed.sum_over_ranks(torch.stack([loss_sum, loss_sum.new_tensor(float(seen))]))
-        return (total[0] / total[1]).item()
+        loss_sum, seen = distributed.sum_over_ranks(torch.stack([loss_sum, loss_sum.new_tensor(seen)])).tolist()
+        self._refuse_not_finite(loss_sum)
+        return loss_sum / seen
 
-    def _refuse_nan(self, loss_sum: torch.Tensor) -> None:
-        if not torch.isfinite(loss_sum):
+    def _refuse_not_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
             raise UserError(
                 f"the loss is no longer finite in epoch {self.epoch + 1}: lower lr or use --amp bf16; "
-                "the checkpoint of the epoch before is kept"
+                "what was saved before stays"
             )
 
 
@@ -154,7 +163,7 @@ def evaluate(
         `loss` (mean cross-entropy), `top1` and `top5` (percent), `count` (samples).
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # loss, top-1, top-5, samples
+    sums, count = torch.zeros(3, dtype=torch.float64, device=dist.device), 0  # loss, top-1, top-5
     for images, labels in progress(loader, name, cfg.log_interval, dist.is_main):
         with autocast(cfg.eval_amp or cfg.amp, dist.device):
             logits = model(images)
@@ -162,6 +171,7 @@ def evaluate(
             on_batch(images, labels, logits)
         losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        sums += torch.stack([losses.sum(), hits[:, 0].sum(), hits.sum(), hits.new_tensor(len(labels), dtype=torch.int)])
-    loss, top1, top5, count = distributed.sum_over_ranks(sums).tolist()
+        sums += torch.stack([losses.double().sum(), hits[:, 0].sum(), hits.sum()])
+        count += len(labels)
+    loss, top1, top5, count = distributed.sum_over_ranks(torch.cat([sums, sums.new_tensor([count])])).tolist()
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": int(count)}

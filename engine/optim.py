@@ -31,11 +31,14 @@ def total_epochs(cfg: Config) -> int:
 def create_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer `cfg.opt`; biases and BatchNorm are not decayed unless `cfg.decay_1d`."""
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model, opt=cfg.opt, lr=base_lr(cfg), weight_decay=cfg.weight_decay, filter_bias_and_bn=not cfg.decay_1d
         )
-    except ValueError as error:
+    except Exception as error:  # some optimizers need packages or devices of their own, and say so in many ways
         raise UserError(f"opt = {cfg.opt!r}: {error}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(f"opt = {cfg.opt!r}: needs second derivatives, which spikes do not have; use adamw")
+    return optimizer
 
 
 def lr_at(cfg: Config, epoch: float) -> float:

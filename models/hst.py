@@ -116,7 +116,7 @@ class HierarchicalSpikingTransformer(nn.Module):
             raise ValueError(f"mlp_ratio={mlp_ratio} leaves the MLP without hidden channels")
         self.family, self.attention, self.residual = family, tuple(attention), residual
         self.shortcut, self.ssa_membrane, self.time_steps = shortcut, ssa_membrane, time_steps
-        self.in_channels, self.num_classes, self.num_features = in_channels, num_classes, width
+        self.in_channels, self.num_classes = in_channels, num_classes
 
         first_units, first_branch, later_units = EMBEDS[family]
         self.stages = nn.ModuleList()

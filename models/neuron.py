@@ -4,6 +4,7 @@ Shapes: T time steps, then any neuron shape; the networks use [T,B,C,H,W] and [T
 """
 
 import functools
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -103,9 +104,10 @@ def _cupy_lif(x: Tensor, threshold: float) -> Tensor:
     if reason := _cupy_refusal(x):
         raise ValueError(f"lif_backend='cupy' {reason}")
     node = _spikingjelly_node(threshold)
-    spikes = node(x)
-    node.reset()
-    return spikes
+    try:
+        return node(x)
+    finally:
+        node.reset()
 
 
 def _cupy_refusal(x: Tensor) -> str | None:
@@ -130,8 +132,8 @@ def cupy_problem() -> str | None:
         import cupy  # noqa: F401
     except ImportError as error:
         return f"needs CuPy ({error}); install cupy-cuda13x==14.2.0, or use lif_backend='torch'"
-    x = torch.linspace(-1, 3, 64, device="cuda").reshape(4, 16)
     try:
+        x = torch.linspace(-1, 3, 64, device="cuda").reshape(4, 16)
         spikes = _cupy_lif(x, THRESHOLD)
     except Exception as error:  # whatever a broken CUDA or CuPy installation throws
         return f"does not launch here ({type(error).__name__}: {error}); use lif_backend='torch'"
@@ -140,8 +142,15 @@ def cupy_problem() -> str | None:
     return None
 
 
+@functools.cache
+def _cupy_launches() -> bool:
+    if problem := cupy_problem():
+        warnings.warn(f"the LIF neurons run on torch, for the CuPy backend {problem}", stacklevel=2)
+    return problem is None
+
+
 def _auto_lif(x: Tensor, threshold: float) -> Tensor:
-    use_cupy = x.is_cuda and cupy_problem() is None and _cupy_refusal(x) is None
+    use_cupy = x.is_cuda and _cupy_launches() and _cupy_refusal(x) is None
     return (_cupy_lif if use_cupy else _torch_lif)(x, threshold)
 
 
@@ -178,6 +187,7 @@ def set_lif_backend(model: nn.Module, backend: str) -> None:
     """Choose what computes every LIF of `model`.
 
     Args:
+        model: any module; its `LIF`s are set.
         backend: "torch" (any device and floating dtype), "cupy" (spikingjelly's CUDA kernels; float16 and
             float32), or "auto": cupy for every input it can take, else torch.
 

@@ -102,7 +102,9 @@ def load_released(model: HierarchicalSpikingTransformer, state_dict: Mapping[str
     """
     theirs_of = {ours: theirs for theirs, ours in released_key_map(model).items()}
     ours_of = {}
-    for naming in NAMINGS.values():
+    for kind, naming in NAMINGS.items():
+        if (kind == "ms") != (model.residual == "ms"):
+            continue  # equal shapes, another function: weights of the one are foreign to the other
         ours_of |= _key_map(model, naming)
     state, wanted, foreign = {}, model.state_dict(), []
     for name, value in state_dict.items():

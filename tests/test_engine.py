@@ -6,7 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from PIL import Image
 
 from engine import config, dist
 from engine.data.image import create_data
@@ -131,6 +133,38 @@ def test_mixed_precision_trains(amp):
     result = evaluate(run.cfg, run.dist, run.model, itertools.islice(run.data.test, 1))
     assert result["count"] == 120
     assert math.isfinite(result["loss"])
+
+
+def test_a_test_loss_that_is_not_finite_is_not_saved():
+    run, saved = trainer(configure("--lr", "1", "--epochs", "1"), batches=1), []
+    run.train_epoch = lambda name: 1.0
+    run.model.head.bias.data[0] = float("inf")
+    with pytest.raises(UserError, match="no longer finite in epoch 1"):
+        run.fit(None, saved.append)
+    assert not saved
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9-n1-mstd0.4-inc1"])
+def test_the_papers_augmentations_never_fail(policy):
+    """A policy's rarest draw comes once in thousands; this fails under Pillow 13."""
+    transform = timm.data.create_transform(16, is_training=True, auto_augment=policy, color_jitter=None)
+    timm.utils.random_seed(0)
+    image = Image.new("RGB", (16, 16), (200, 100, 50))
+    for _ in range(4000):
+        transform(image)
+
+
+def test_an_unknown_augmentation_is_named():
+    with pytest.raises(UserError, match="auto_augment = 'foo': timm has no such policy"):
+        create_data(configure("--auto-augment", "foo"), dist.setup("cpu"))
+
+
+def test_resuming_keeps_the_configured_optimizer_settings():
+    first, second = trainer(configure(), batches=1), trainer(configure("--weight-decay", "0.5"), batches=1)
+    first.train_epoch("test")
+    second.restore(first.state())
+    assert {group["weight_decay"] for group in second.optimizer.param_groups} == {0.5}
+    assert second.optimizer.state_dict()["state"][0]["step"] == 1
 
 
 def test_evaluation_shares_whole_batches_among_processes():

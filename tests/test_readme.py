@@ -32,7 +32,7 @@ def test_commands_run_in_order(tmp_path):
     assert len(commands) >= 4
     for command in commands:
         words = shlex.split(command)
-        launcher = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
+        launcher = ["-m", "torch.distributed.run", "--standalone"] if words[0] == "torchrun" else []
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
         words[script] = str(ROOT / words[script])
         short = ["--epochs", "1", "--batch-size", "128", "--time-steps", "1"] if "train.py" in words[script] else []

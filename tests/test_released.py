@@ -73,6 +73,14 @@ def test_another_networks_weights_are_refused():
         load_released(create_model("qkformer_4_384"), weights)
 
 
+def test_membrane_shortcuts_are_not_mistaken_for_spiking_ones():
+    """All shapes agree; only the names tell the two networks apart."""
+    sew, ms = create_model("qkformer_10_384"), create_model("qkformer_10_384", residual="ms")
+    for model, weights in ((sew, to_released(ms)), (ms, to_released(sew))):
+        with pytest.raises(ValueError, match=r"\d+ missing: .*; \d+ foreign: "):
+            load_released(model, weights)
+
+
 def test_what_was_never_released_has_no_names():
     with pytest.raises(ValueError, match="channel attention was never released"):
         to_released(create_model("qkformer_2_256", attention=("channel", "self")))

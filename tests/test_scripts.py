@@ -41,6 +41,7 @@ def trained(tmp_path_factory):
 def test_the_recipe_learns_the_digits(trained):
     folder, output = trained
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["test_top1"] for row in rows) >= 98
     assert rows[-1]["test_top1"] >= 97.5
     assert rows[-1]["train_loss"] < 0.3 < rows[0]["train_loss"]
     assert f"checkpoints, metrics and curves are in {folder}" in output
@@ -60,7 +61,7 @@ def test_a_run_leaves_its_records(trained):
         "tensorboard",
     }
     assert list((folder / "tensorboard").glob("events.*"))
-    about = json.loads((folder / "run.json").read_text())
+    (about,) = json.loads((folder / "run.json").read_text())
     assert about["versions"]["torch"] == torch.__version__.split("+")[0]
     assert re.fullmatch(r"([0-9a-f]{40}(\+changes)?)?", about["git_commit"])
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
@@ -88,18 +89,20 @@ def test_the_networks_settings_come_from_the_checkpoint(tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
-    arguments = ["digits/train.py", *QUICK, "--epochs", "4", "--time-steps", "1", "--threads", "1"]
+    arguments = ["digits/train.py", *QUICK, "--epochs", "4", "--time-steps", "1", "--seed", "7"]
     succeed(*arguments, "--output-dir", tmp_path / "whole")
     killed = subprocess.Popen([sys.executable, *arguments, "--output-dir", tmp_path / "cut"], cwd=ROOT)
-    metrics = tmp_path / "cut/metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text()):
+    while not (tmp_path / "cut/last.pt").exists():
         assert killed.poll() is None
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert checkpoint.read(tmp_path / "cut/last.pt")["epoch"] < 4
-    output = succeed(*arguments, "--output-dir", tmp_path / "cut", "--resume", "auto")
-    assert "resumed" in output
+    done = checkpoint.read(tmp_path / "cut/last.pt")["epoch"]
+    assert done < 4
+    with (tmp_path / "cut/metrics.jsonl").open("a") as file:  # as if killed between record and checkpoint, and later
+        file.write(json.dumps({"epoch": done, "test_top1": 100}) + '\n{"epoch": ')
+    output = succeed("digits/train.py", "--output-dir", tmp_path / "cut", "--resume", "auto")  # settings as recorded
+    assert f"after epoch {done}" in output
     whole, cut = (checkpoint.read(tmp_path / name / "last.pt") for name in ("whole", "cut"))
     assert all(torch.equal(whole["state_dict"][key], cut["state_dict"][key]) for key in whole["state_dict"])
     assert whole["best"] == cut["best"]
@@ -112,28 +115,21 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
 def test_two_ranks(tmp_path):
     """Under torchrun and the older launcher; the evaluation counts every sample once, whoever evaluates."""
     launchers = [
-        ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"],
-        ["-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=29612"],
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+        ["-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2"],
     ]
-    train = [
-        "--batch-size",
-        "64",
-        "--lr",
-        "1e-2",
-        "--epochs",
-        "1",
-        "--time-steps",
-        "1",
-        "--output-dir",
-        tmp_path / "run",
-    ]
-    output = succeed(*launchers[0], "digits/train.py", *train)
-    assert "on 2 x cpu; effective batch 128" in output
+    train = "--batch-size 32 --lr 1e-2 --epochs 1 --time-steps 1 --output-dir".split()
+    output = succeed(*launchers[0], "digits/train.py", *train, tmp_path / "run")
+    assert "on 2 x cpu; effective batch 64" in output
     assert output.count("epoch 1/1: lr") == 1
     one = succeed("digits/test.py", "--checkpoint", tmp_path / "run/last.pt")
     two = succeed(*launchers[1], "digits/test.py", "--checkpoint", tmp_path / "run/last.pt")
     assert one == two
     assert "on 360 samples" in two
+    recorded = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    tested = json.loads((tmp_path / "run/test.json").read_text())
+    for key in ("loss", "top1", "top5"):  # what was recorded is what was saved
+        assert tested[key] == pytest.approx(recorded[f"test_{key}"], rel=1e-6)
 
 
 def fail(monkeypatch, capfd, script, *arguments):
@@ -157,6 +153,15 @@ def fail(monkeypatch, capfd, script, *arguments):
         (["train.py", "--num-classes", "11"], "num_classes = 11: digits has 10 classes"),
         (["train.py", "--batch-size", "4000"], "use a smaller batch_size"),
         (["train.py", "--opt", "adamx"], "opt = 'adamx'"),
+        (["train.py", "--opt", "adahessian"], "opt = 'adahessian': needs second derivatives"),
+        (["train.py", "--opt", "fusedadam"], "opt = 'fusedadam': "),
+        (["train.py", "--auto-augment", "foo"], "auto_augment = 'foo': timm has no such policy"),
+        (["train.py", "--in-channels", "3", "--mean", "0,0,0", "--std", "1,1,1"], "in_channels = 3: digits has 1"),
+        (["train.py", "--resume", "auto"], "--resume auto needs --output-dir"),
+        (["train.py", "--resume", 300 * "x"], "File name too long"),
+        (["train.py", "--output-dir", 300 * "x"], "File name too long"),
+        (["test.py", "--checkpoint", 300 * "x"], "File name too long"),
+        (["test.py", "--checkpoint", "no\nsuch.pt"], "checkpoint no such.pt does not exist"),
         (["train.py", "--resume", "no/such.pt"], "checkpoint no/such.pt does not exist"),
         (["train.py", "--checkpoint", "x.pt"], "--checkpoint is for test.py"),
         (
@@ -164,7 +169,7 @@ def fail(monkeypatch, capfd, script, *arguments):
             "lif_backend='cupy' needs a CUDA device (torch sees none) and cupy-cuda13x==14.2.0",
         ),
         (["train.py", "--device", "cuda"], "torch sees no CUDA device here; use --device cpu"),
-        (["train.py", "--output-dir", "/dev/null/run"], "--output-dir /dev/null/run: Not a directory"),
+        (["train.py", "--output-dir", "/dev/null/run"], "/dev/null/run: Not a directory"),
         (["test.py"], "test.py needs --checkpoint FILE"),
         (["test.py", "--checkpoint", ROOT / "LICENSE"], "LICENSE: refused, it is damaged"),
     ],
@@ -190,13 +195,48 @@ def test_a_recipe_with_a_mistake_ends_in_one_line_and_exit_code_2(tmp_path, monk
         assert message in fail(monkeypatch, capfd, "digits/train.py", "--config", tmp_path / "recipe.yml")
 
 
+def test_the_environment_of_a_launcher_is_checked(monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "cannot join the other processes" in fail(monkeypatch, capfd, "digits/train.py")
+    monkeypatch.setenv("LOCAL_RANK", "x")
+    assert "LOCAL_RANK and WORLD_SIZE" in fail(monkeypatch, capfd, "digits/train.py")
+
+
+def test_evaluation_under_the_conditions_of_the_run(tmp_path):
+    settings = ["--input-size", "12", "--mean", "0.1", "--amp", "bf16", "--ssa-membrane", "released"]
+    quick = ["--batch-size", "96", "--eval-batch-size", "50", "--lr", "1e-2", "--epochs", "1", "--time-steps", "2"]
+    succeed("digits/train.py", *quick, *settings, "--output-dir", tmp_path)
+    succeed("digits/test.py", "--checkpoint", tmp_path / "last.pt")
+    recorded, tested = (json.loads((tmp_path / name).read_text()) for name in ("metrics.jsonl", "test.json"))
+    assert (tested["loss"], tested["top1"]) == (recorded["test_loss"], recorded["test_top1"])
+    assert (tested["input_size"], tested["amp"], tested["eval_batch_size"]) == (12, "bf16", 50)
+
+
+def test_a_run_can_branch_off_into_another_folder(trained, tmp_path):
+    """Its settings are the recipe's and the flags', its best is its own, and the first run stays as it was."""
+    folder, _ = trained
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    longer = ["--epochs", "9", "--weight-decay", "0", "--batch-size", "128"]
+    succeed("digits/train.py", "--resume", folder / "last.pt", "--output-dir", tmp_path / "branch", *longer)
+    state = checkpoint.read(tmp_path / "branch/best.pt")
+    assert (state["epoch"], state["best"]["epoch"], state["config"]["weight_decay"]) == (9, 8, 0)
+    (start,) = json.loads((tmp_path / "branch/run.json").read_text())
+    assert start["first_epoch"] == 8
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
 def test_nothing_is_overwritten(trained, monkeypatch, capfd):
     folder, _ = trained
     before = (folder / "last.pt").read_bytes()
     again = ["digits/train.py", "--output-dir", folder]
     assert "holds a run already: go on with --resume auto" in fail(monkeypatch, capfd, *again)
-    line = fail(monkeypatch, capfd, *again, "--resume", "auto", "--time-steps", "2")
-    assert "time_steps is 4 there and 2 here" in line
+    line = fail(monkeypatch, capfd, *again, "--resume", folder / "best.pt")
+    assert "holds a run already" in line
+    for flag, value, message in [
+        ("--time-steps", "2", "time_steps is 4 there and 2 here"),
+        ("--opt", "sgd", "opt is 'adamw' there and 'sgd' here"),
+    ]:
+        assert message in fail(monkeypatch, capfd, *again, "--resume", "auto", flag, value)
     assert (folder / "last.pt").read_bytes() == before
 
 

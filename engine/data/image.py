@@ -18,9 +18,10 @@ from ..errors import UserError
 
 
 class ImageDataset(Protocol):
-    """What a data set offers: PIL images with labels, `transform` (set by timm's loader) and class names."""
+    """What a data set offers: PIL images with labels, `transform` (set by timm's loader), class names, channels."""
 
     classes: Sequence[str]
+    channels: int
     transform: Callable | None
 
     def __len__(self) -> int: ...
@@ -31,10 +32,11 @@ class ImageDataset(Protocol):
 class Digits(Dataset):
     """scikit-learn's 1,797 handwritten digits, 8x8 grey, shipped inside the package.
 
-    Every fifth of each class (360 in all) is for testing: a stratified split with a fixed seed.
+    360 of them, a fifth of each class drawn with a fixed seed, are for testing.
     """
 
     classes = tuple(str(digit) for digit in range(10))
+    channels = 1
 
     def __init__(self, train: bool):
         from sklearn.datasets import load_digits  # a second to import, and no other data set needs it
@@ -88,25 +90,21 @@ class Data:
     mixup: object | None
 
 
-def create_datasets(cfg: Config) -> tuple[ImageDataset, ImageDataset]:
-    """Training and test set of `cfg.dataset`."""
-    return {"digits": Digits}[cfg.dataset](train=True), {"digits": Digits}[cfg.dataset](train=False)
+DATASETS = {"digits": Digits}
 
 
 def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
     """The loaders that `cfg` describes.
 
     Raises:
-        UserError: the classes of the data set are not `num_classes`, or a batch is larger than the set.
+        UserError: the data set has not `num_classes` classes or `in_channels` channels, a batch is larger than the
+            set, or timm does not know the augmentation.
     """
-    train_set, test_set = create_datasets(cfg)
+    test_set = DATASETS[cfg.dataset](train=False)
     if len(test_set.classes) != cfg.num_classes:
         raise UserError(f"num_classes = {cfg.num_classes}: {cfg.dataset} has {len(test_set.classes)} classes")
-    if train and len(train_set) < cfg.batch_size * dist.world_size:
-        raise UserError(
-            f"batch_size = {cfg.batch_size}: {dist.world_size} processes need more than the {len(train_set)} "
-            f"training images of {cfg.dataset}; use a smaller batch_size"
-        )
+    if test_set.channels != cfg.in_channels:
+        raise UserError(f"in_channels = {cfg.in_channels}: {cfg.dataset} has {test_set.channels}")
     common = {
         "input_size": (cfg.in_channels, cfg.input_size, cfg.input_size),
         "mean": cfg.mean,
@@ -122,29 +120,41 @@ def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
     eval_batch = cfg.eval_batch_size or cfg.batch_size
     test_shard = _Shard(test_set, eval_batch, dist.rank, dist.world_size)
     return Data(
-        train=_train_loader(cfg, dist, train_set, mixup, common) if train else None,
+        train=_train_loader(cfg, dist, mixup, common) if train else None,
         test=timm.data.create_loader(test_shard, batch_size=eval_batch, crop_pct=cfg.crop_pct, **common),
         classes=list(test_set.classes),
         mixup=mixup,
     )
 
 
-def _train_loader(cfg: Config, dist: Dist, dataset: ImageDataset, mixup: object, common: dict) -> Iterable:
-    return timm.data.create_loader(
-        dataset,
-        batch_size=cfg.batch_size,
-        is_training=True,
-        scale=cfg.scale,
-        ratio=cfg.ratio,
-        hflip=cfg.hflip,
-        color_jitter=None,
-        auto_augment=cfg.auto_augment,
-        re_prob=cfg.reprob,
-        re_mode=cfg.remode,
-        collate_fn=mixup if cfg.mixup_in == "loader" else None,
-        distributed=dist.world_size > 1,
-        **common,
-    )
+def _train_loader(cfg: Config, dist: Dist, mixup: object, common: dict) -> Iterable:
+    dataset = DATASETS[cfg.dataset](train=True)
+    if len(dataset) < cfg.batch_size * dist.world_size:
+        raise UserError(
+            f"batch_size = {cfg.batch_size}: {dist.world_size} processes need more than the {len(dataset)} "
+            f"training images of {cfg.dataset}; use a smaller batch_size"
+        )
+    try:
+        loader = timm.data.create_loader(
+            dataset,
+            batch_size=cfg.batch_size,
+            is_training=True,
+            scale=cfg.scale,
+            ratio=cfg.ratio,
+            hflip=cfg.hflip,
+            color_jitter=None,
+            auto_augment=cfg.auto_augment,
+            re_prob=cfg.reprob,
+            re_mode=cfg.remode,
+            collate_fn=mixup if cfg.mixup_in == "loader" else None,
+            distributed=dist.world_size > 1,
+            **common,
+        )
+    except (AssertionError, KeyError, ValueError, IndexError):
+        raise UserError(f"auto_augment = {cfg.auto_augment!r}: timm has no such policy") from None
+    if dist.world_size > 1:
+        loader.sampler.seed = cfg.seed  # timm leaves it at 0
+    return loader
 
 
 def _mixup(cfg: Config) -> object:
