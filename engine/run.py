@@ -174,6 +174,9 @@ def _test(recipe: Path, argv: Sequence[str]) -> None:
     if state["format"] == "qkformer":
         cfg = load(recipe, argv, state["config"])
     here = _setup(cfg)
+    for key in MODEL_FIELDS if state["format"] == "qkformer" else ():
+        if plain(cfg)[key] != state["config"].get(key):
+            logger.warning(f"{key} is {plain(cfg)[key]!r}, where the checkpoint recorded {state['config'].get(key)!r}")
     data = create_data(cfg, here, train=False)
     model = build_model(cfg).to(here.device)
     _load_weights(model, state, cfg.checkpoint)

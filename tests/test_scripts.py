@@ -84,7 +84,8 @@ def test_the_networks_settings_come_from_the_checkpoint(tmp_path):
     result = json.loads((tmp_path / "test.json").read_text())
     assert (result["attention"], result["time_steps"]) == (["channel", "token", "self"], 2)
     assert result["top1"] == json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["test_top1"]
-    succeed("digits/test.py", "--checkpoint", tmp_path / "last.pt", "--ssa-membrane", "per_sample")
+    output = succeed("digits/test.py", "--checkpoint", tmp_path / "last.pt", "--ssa-membrane", "per_sample")
+    assert "ssa_membrane is 'per_sample', where the checkpoint recorded 'released'" in output
     assert json.loads((tmp_path / "test.json").read_text())["ssa_membrane"] == "per_sample"
 
 
