@@ -5,6 +5,7 @@ Shapes: T time steps, B batch, C channels, H height, W width.
 
 import difflib
 import inspect
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import timm
@@ -42,10 +43,11 @@ VARIANTS = {
 class Block(nn.Module):
     """x + attention(x), then x + mlp(x). [T,B,C,H,W], unchanged. With "sew" residuals x is a small integer."""
 
-    def __init__(self, attention: nn.Module, mlp: nn.Module):
+    def __init__(self, kind: str, dim: int, heads: int, mlp_ratio: float, residual: str, ssa_membrane: str):
         super().__init__()
-        self.attn = attention
-        self.mlp = mlp
+        leak = {"leak_across_batch": ssa_membrane == "released"} if kind == "self" else {}
+        self.attn = ATTENTIONS[kind](dim, heads, residual, **leak)
+        self.mlp = SpikingMLP(dim, int(dim * mlp_ratio), residual)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(x)
@@ -101,39 +103,21 @@ class HierarchicalSpikingTransformer(nn.Module):
         _require_choice("ssa_membrane", ssa_membrane, ("per_sample", "released"))
         if residual == "ms" and ssa_membrane == "released":
             raise ValueError("ssa_membrane='released' needs residual='sew': with 'ms' no membrane leaks")
-        if isinstance(attention, str) or len(attention) != len(depths):
-            kinds = ", ".join(ATTENTIONS)
-            raise ValueError(f"attention={attention!r} must name one of {kinds} per stage ({len(depths)})")
-        for kind in attention:
-            _require_choice("attention", kind, ATTENTIONS)
-        for name, value in (("time_steps", time_steps), ("num_classes", num_classes), ("in_channels", in_channels)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        narrowest = width // 2 ** (len(depths) - 1)
-        if narrowest % heads:
-            raise ValueError(f"heads={heads} must divide the {narrowest} channels of the first stage")
-        if int(narrowest * mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratio={mlp_ratio} leaves the MLP without hidden channels")
+        _require_attention(attention, len(depths))
+        dims = [width // 2 ** (len(depths) - 1 - i) for i in range(len(depths))]
+        _require_sizes(dims[0], heads, mlp_ratio, time_steps, num_classes, in_channels)
         self.family, self.attention, self.residual = family, tuple(attention), residual
         self.shortcut, self.ssa_membrane, self.time_steps = shortcut, ssa_membrane, time_steps
         self.in_channels, self.num_classes = in_channels, num_classes
 
         first_units, first_branch, later_units = EMBEDS[family]
         self.stages = nn.ModuleList()
-        channels = in_channels
-        for i, (kind, depth) in enumerate(zip(attention, depths, strict=True)):
-            dim = width // 2 ** (len(depths) - 1 - i)
+        for i, (dim, depth, kind) in enumerate(zip(dims, depths, attention, strict=True)):
             units = [(dim // n, pool) for n, pool in (later_units if i else first_units)]
-            embed = SPEDS(channels, units, 0 if i else first_branch, shortcut, residual)
-            kwargs = {"leak_across_batch": ssa_membrane == "released"} if kind == "self" else {}
-            blocks = [
-                Block(ATTENTIONS[kind](dim, heads, residual, **kwargs), SpikingMLP(dim, int(dim * mlp_ratio), residual))
-                for _ in range(depth)
-            ]
-            self.stages.append(nn.Sequential())
-            self.stages[i].add_module("embed", embed)
-            self.stages[i].add_module("blocks", nn.Sequential(*blocks))
-            channels = dim
+            channels, branch = (dims[i - 1], 0) if i else (in_channels, first_branch)
+            embed = SPEDS(channels, units, branch, shortcut, residual)
+            blocks = [Block(kind, dim, heads, mlp_ratio, residual, ssa_membrane) for _ in range(depth)]
+            self.stages.append(nn.Sequential(OrderedDict(embed=embed, blocks=nn.Sequential(*blocks))))
         self.lif = LIF() if residual == "ms" else nn.Identity()
         self.head = nn.Linear(width, num_classes)
         trunc_normal_(self.head.weight, std=0.02)
@@ -167,6 +151,25 @@ class HierarchicalSpikingTransformer(nn.Module):
 def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}")
+
+
+def _require_attention(attention: Sequence[str], stages: int) -> None:
+    if isinstance(attention, str) or len(attention) != stages:
+        raise ValueError(f"attention={attention!r} must name one of {', '.join(ATTENTIONS)} per stage ({stages})")
+    for kind in attention:
+        _require_choice("attention", kind, ATTENTIONS)
+
+
+def _require_sizes(
+    narrowest: int, heads: int, mlp_ratio: float, time_steps: int, num_classes: int, in_channels: int
+) -> None:
+    for name, value in (("time_steps", time_steps), ("num_classes", num_classes), ("in_channels", in_channels)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if heads < 1 or narrowest % heads:
+        raise ValueError(f"heads={heads} must divide the {narrowest} channels of the first stage")
+    if int(narrowest * mlp_ratio) < 1:
+        raise ValueError(f"mlp_ratio={mlp_ratio} leaves the MLP without hidden channels")
 
 
 def list_models() -> list[str]:
