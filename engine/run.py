@@ -121,10 +121,15 @@ def _read_run(path: Path) -> dict:
     return state
 
 
+def _differences(cfg: Config, state: dict, keys: Sequence[str]) -> list[tuple[str, object, object]]:
+    """(key, our value, the checkpoint's value) of each setting among `keys` that differs."""
+    ours, theirs = plain(cfg), state["config"]
+    return [(key, ours[key], theirs.get(key)) for key in keys if ours[key] != theirs.get(key)]
+
+
 def _restore(cfg: Config, trainer: Trainer, state: dict, path: Path) -> None:
-    for key, ours in plain(cfg).items():
-        if key in (*MODEL_FIELDS, "opt") and ours != state["config"].get(key):
-            raise UserError(f"--resume {path}: {key} is {state['config'].get(key)!r} there and {ours!r} here")
+    for key, ours, theirs in _differences(cfg, state, (*MODEL_FIELDS, "opt")):
+        raise UserError(f"--resume {path}: {key} is {theirs!r} there and {ours!r} here")
     try:
         trainer.restore(state)
     except (ValueError, KeyError, RuntimeError) as error:
@@ -171,12 +176,12 @@ def _test(recipe: Path, argv: Sequence[str]) -> None:
     if not cfg.checkpoint:
         raise UserError("test.py needs --checkpoint FILE, such as best.pt in the folder of a run")
     state = checkpoint.read(cfg.checkpoint)
-    if state["format"] == "qkformer":
+    is_ours = state["format"] == "qkformer"
+    if is_ours:
         cfg = load(recipe, argv, state["config"])
     here = _setup(cfg)
-    for key in MODEL_FIELDS if state["format"] == "qkformer" else ():
-        if plain(cfg)[key] != state["config"].get(key):
-            logger.warning(f"{key} is {plain(cfg)[key]!r}, where the checkpoint recorded {state['config'].get(key)!r}")
+    for key, ours, theirs in _differences(cfg, state, MODEL_FIELDS) if is_ours else ():
+        logger.warning(f"{key} is {ours!r}, where the checkpoint recorded {theirs!r}")
     data = create_data(cfg, here, train=False)
     model = build_model(cfg).to(here.device)
     _load_weights(model, state, cfg.checkpoint)

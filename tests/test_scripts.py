@@ -16,13 +16,12 @@ import torch
 from engine import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
+CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # what is compared here to the last bit, is so on the CPU
 QUICK = ["--batch-size", "128", "--lr", "1e-2"]  # 11 steps an epoch
 
 
-def run(*command, cwd=ROOT, **environment):
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
-    )
+def run(*command, cwd=ROOT):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=CPU, capture_output=True, text=True)
 
 
 def succeed(*command, **kwargs):
@@ -92,7 +91,7 @@ def test_the_networks_settings_come_from_the_checkpoint(tmp_path):
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     arguments = ["digits/train.py", *QUICK, "--epochs", "4", "--time-steps", "1", "--seed", "7"]
     succeed(*arguments, "--output-dir", tmp_path / "whole")
-    killed = subprocess.Popen([sys.executable, *arguments, "--output-dir", tmp_path / "cut"], cwd=ROOT)
+    killed = subprocess.Popen([sys.executable, *arguments, "--output-dir", tmp_path / "cut"], cwd=ROOT, env=CPU)
     while not (tmp_path / "cut/last.pt").exists():
         assert killed.poll() is None
         time.sleep(0.02)

@@ -151,6 +151,8 @@ def _train_loader(cfg: Config, dist: Dist, mixup: object, common: dict) -> Itera
             **common,
         )
     except (AssertionError, KeyError, ValueError, IndexError):
+        if not cfg.auto_augment:
+            raise
         raise UserError(f"auto_augment = {cfg.auto_augment!r}: timm has no such policy") from None
     if dist.world_size > 1:
         loader.sampler.seed = cfg.seed  # timm leaves it at 0
