@@ -55,6 +55,8 @@ def _recognised(content: dict, path: str | Path) -> dict:
             raise UserError(f"checkpoint {path}: damaged, it lacks {', '.join(absent)}")
         if not all(isinstance(content[key], kind) for key, kind in (("config", dict), ("best", dict), ("epoch", int))):
             raise UserError(f"checkpoint {path}: damaged, its config, best or epoch is not what it should be")
+        if content.get("state_dict_ema") is not None and not _is_weights(content["state_dict_ema"]):
+            raise UserError(f"checkpoint {path}: damaged, its state_dict_ema holds no weights")
         kind, state_dict = "qkformer", content["state_dict"]
     elif "state_dict" in content:
         kind, state_dict = ("cifar" if "arch" in content else "weights"), content["state_dict"]
@@ -62,13 +64,17 @@ def _recognised(content: dict, path: str | Path) -> dict:
         kind, state_dict = ("dvs" if "max_test_acc1" in content else "imagenet"), content["model"]
     else:
         kind, state_dict, content = "weights", content, {}
-    is_weights = isinstance(state_dict, Mapping) and all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()
-    )
-    if not is_weights or not state_dict:
+    if not _is_weights(state_dict):
         entries = ", ".join(map(str, found[:10])) or "none"
         raise UserError(f"checkpoint {path}: holds no weights; its entries are {entries}")
     return content | {"format": kind, "state_dict": dict(state_dict)}
+
+
+def _is_weights(value: object) -> bool:
+    is_named = isinstance(value, Mapping) and all(
+        isinstance(key, str) and isinstance(entry, torch.Tensor) for key, entry in value.items()
+    )
+    return is_named and len(value) > 0
 
 
 def save(path: str | Path, content: dict) -> None:

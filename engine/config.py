@@ -1,13 +1,13 @@
-"""Typed configuration: defaults below, then the recipe (YAML), then what a checkpoint recorded, then the flags.
+"""Typed configuration: the defaults of `settings`, then the recipe (YAML), then what a checkpoint recorded, then flags.
 
-A field is declared once, with its type, help and range, and is then a YAML key and a flag (`--batch-size` and
-`--batch_size`) alike.
+Each field of `Config` is a YAML key and a flag (`--batch-size` and `--batch_size`) alike.
 """
 
 import argparse
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -17,101 +17,38 @@ from pathlib import Path
 import yaml
 
 from .errors import UserError
-
-
-def option(default, help: str, *, choices=(), low=None, high=None, flags: Sequence[str] = ()):
-    """A field of `Config`: allowed values or inclusive range, and further spellings of its flag."""
-    return dataclasses.field(
-        default=default, metadata={"help": help, "choices": choices, "low": low, "high": high, "flags": flags}
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """All settings of a run. Sizes in pixels, rates per image, learning rates absolute unless said otherwise."""
-
-    config: str = option("", "recipe to read in place of the one beside the script")
-
-    model: str = option("qkformer_4_384", "network, see models.list_models()")
-    num_classes: int = option(10, "classes of the data set", low=1)
-    in_channels: int = option(3, "channels of the input", low=1)
-    time_steps: int = option(4, "T: how often a static image is shown", low=1, high=1024, flags=("--time-step",))
-    attention: tuple[str, ...] | None = option(None, "token, channel or self for each stage (default: the model's)")
-    mlp_ratio: float | None = option(
-        None, "hidden over outer channels of the MLP (default: the model's)", low=0.1, high=64
-    )
-    shortcut: bool = option(True, "SPEDS with its shortcut")
-    residual: str = option("sew", "what residual connections add: spikes or membrane currents", choices=("sew", "ms"))
-    ssa_membrane: str = option(
-        "per_sample",
-        "membrane of the self-attention: per sample, or leaking over the batch as released (README, errata)",
-        choices=("per_sample", "released"),
-    )
-    lif_backend: str = option("auto", "what computes the LIF neurons", choices=("auto", "torch", "cupy"))
-
-    dataset: str = option("digits", "data set", choices=("digits",))
-    input_size: int = option(32, "height and width of the input", low=1, high=8192)
-    batch_size: int = option(64, "images per process and step", low=1, high=65536)
-    eval_batch_size: int | None = option(None, "the same in the evaluation (default: batch_size)", low=1, high=65536)
-    workers: int = option(4, "loader processes per training process", low=0, high=256)
-    mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "mean of each channel, of 1")
-    std: tuple[float, ...] = option((0.229, 0.224, 0.225), "standard deviation of each channel, of 1", low=1e-6)
-    interpolation: str = option("bicubic", "resizing filter", choices=("bicubic", "bilinear", "nearest"))
-    scale: tuple[float, ...] = option((1.0, 1.0), "random resized crop: area, from and to", low=0.01, high=1)
-    ratio: tuple[float, ...] = option((1.0, 1.0), "random resized crop: aspect ratio, from and to", low=0.01)
-    hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
-    auto_augment: str | None = option(None, "timm's policy, such as rand-m9-mstd0.5-inc1", flags=("--aa",))
-    reprob: float = option(0.0, "probability of random erasing", low=0, high=1)
-    remode: str = option("const", "what random erasing fills in", choices=("const", "rand", "pixel"))
-    crop_pct: float = option(1.0, "evaluation: side of the centre crop over side of the resized image", low=0.1, high=1)
-    mixup: float = option(0.0, "alpha of mixup; 0 is none", low=0)
-    mixup_prob: float = option(1.0, "probability that mixup is applied", low=0, high=1)
-    mixup_mode: str = option("batch", "one mixing ratio per batch, pair or image", choices=("batch", "pair", "elem"))
-    mixup_off_epoch: int | None = option(None, "first epoch without mixup (default: never off)", low=0)
-    mixup_in: str = option("loader", "mix in the loader's workers or in the training step", choices=("loader", "step"))
-    smoothing: float = option(0.1, "label smoothing", low=0, high=0.999)
-
-    opt: str = option("adamw", "timm's optimizer")
-    lr: float | None = option(None, "learning rate (default: blr * effective batch / 256)", low=0, high=1000)
-    blr: float | None = option(None, "learning rate per 256 images of effective batch", low=0, high=1000)
-    weight_decay: float = option(0.05, "weight decay", low=0)
-    decay_1d: bool = option(False, "decay biases and BatchNorm too")
-    sched: str = option("cosine", "timm's learning-rate schedule", choices=("cosine", "poly", "tanh", "constant"))
-    epochs: int = option(300, "epochs of the schedule", low=1)
-    cooldown_epochs: int = option(0, "epochs at min_lr behind the schedule", low=0)
-    warmup_epochs: int = option(0, "epochs of linear warm-up", low=0)
-    warmup_lr: float = option(1e-5, "learning rate at the start of the warm-up", low=0)
-    warmup_prefix: bool = option(False, "the decay starts behind the warm-up, not underneath it")
-    min_lr: float = option(1e-5, "learning rate at the end of the schedule", low=0)
-    lr_step: str = option("epoch", "how often the learning rate changes", choices=("epoch", "iteration"))
-    accum_iter: int = option(1, "steps whose gradients are added up for one update", low=1)
-    amp: str = option("off", "mixed precision of the training", choices=("fp16", "bf16", "off"))
-    eval_amp: str | None = option(
-        None, "mixed precision of the evaluation (default: that of the training)", choices=("fp16", "bf16", "off")
-    )
-
-    seed: int = option(42, "seed of weights, order and augmentation", low=0, high=2**32 - 1)
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    threads: int | None = option(None, "CPU threads of torch per process (default: torch's choice)", low=1, high=1024)
-    output_dir: str | None = option(None, "folder of the run (default: output/RECIPE/TIME, or that of --resume)")
-    resume: str | None = option(None, "checkpoint to go on from; 'auto' is last.pt of --output-dir, if there")
-    checkpoint: str | None = option(None, "test.py: checkpoint to evaluate")
-    log_interval: int = option(50, "steps between two lines of progress where there is no terminal", low=1)
-
+from .settings import Config
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 _TYPES = typing.get_type_hints(Config)
 # what a network is built from
 MODEL_FIELDS = "model num_classes in_channels time_steps attention mlp_ratio shortcut residual ssa_membrane".split()
 # what belongs to a machine or a command and not to the run; a checkpoint brings along all the rest
-LOCAL_FIELDS = "config lif_backend workers device threads output_dir resume checkpoint log_interval".split()
+LOCAL_FIELDS = (
+    "config lif_backend data_path download workers compile device threads output_dir resume finetune checkpoint eval "
+    "both_membranes use_ema log_interval"
+).split()
+# flags of the released scripts and of launchers that change nothing here, and how many values each takes
+IGNORED = {
+    "--local-rank": 1,  # of torch.distributed.launch; the environment variable LOCAL_RANK is what counts
+    "--world-size": 1,
+    "--dist-url": 1,
+    "--dist-on-itp": 0,
+    "--dist-eval": 0,  # evaluation is always shared
+    "--pin-mem": 0,
+    "--no-pin-mem": 0,
+    "--global-pool": 0,
+    "--cls-token": 0,
+    "--log-dir": 1,  # TensorBoard writes to the folder of the run
+}
 
 
 def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded: Mapping[str, object] | None = None) -> Config:
     """Read a recipe and the flags over it.
 
     Args:
-        yaml_path: the recipe; `--config FILE` among the flags replaces it.
+        yaml_path: the recipe; `--config FILE` among the flags replaces it, which may also be the name of a recipe
+            beside `yaml_path`.
         argv: command line without the program's name.
         recorded: values that a checkpoint recorded; they beat the recipe, and flags beat them.
 
@@ -119,7 +56,7 @@ def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded: Mapping[str,
         UserError: unknown key (the nearest valid one is named), wrong type or value out of range.
     """
     flags = _read_flags(argv)
-    path = Path(flags.get("config", yaml_path))
+    path = _recipe_path(Path(yaml_path), flags.get("config"))
     recorded = {key: value for key, value in (recorded or {}).items() if key in FIELDS and key not in LOCAL_FIELDS}
     recorded = {key: _coerce(key, value, f"{key} in the checkpoint") for key, value in recorded.items()}
     values = _read_yaml(path) | recorded | flags | {"config": str(path)}
@@ -127,10 +64,24 @@ def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded: Mapping[str,
     return dataclasses.replace(config, model=config.model.lower())  # the released code writes QKFormer_10_384
 
 
+def mixes(config: Config) -> bool:
+    """Whether images of a batch are mixed, by mixup or cutmix."""
+    return bool(config.mixup or config.cutmix or config.cutmix_minmax)
+
+
 def plain(config: Config, without: Sequence[str] = ()) -> dict[str, object]:
     """The settings as plain data for YAML, JSON and checkpoints, `without` some."""
     values = {key: value for key, value in vars(config).items() if key not in without}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def _recipe_path(own: Path, named: str | None) -> Path:
+    """The recipe beside the script, or the one that `--config` names: a file, or the name of one beside the script."""
+    if named is None or Path(named).exists():
+        return Path(named or own)
+    beside = own.parent / named
+    beside = beside if beside.suffix else beside.with_suffix(".yml")
+    return beside if beside.exists() else Path(named)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -160,7 +111,10 @@ def _read_yaml(path: Path) -> dict[str, object]:
     for key in content:
         if key not in FIELDS or key == "config":
             raise UserError(f"{path}: unknown key {key!r}{_nearest(str(key), FIELDS)}")
-    return {key: _coerce(key, value, f"{path}: {key}") for key, value in content.items()}
+    values = {key: _coerce(key, value, f"{path}: {key}") for key, value in content.items()}
+    if values.get("data_path") and ":" not in values["data_path"]:  # not the address of shards
+        values["data_path"] = os.path.abspath(path.parent / Path(values["data_path"]).expanduser())
+    return values
 
 
 class _Parser(argparse.ArgumentParser):
@@ -180,15 +134,16 @@ def _read_flags(argv: Sequence[str]) -> dict[str, object]:
         else:
             nargs = "+" if _is_tuple(_TYPES[key]) else None
             parser.add_argument(*spellings, nargs=nargs, metavar="|".join(field.metadata["choices"]) or "X", **kwargs)
-    # torch.distributed.launch passes it; the environment variable LOCAL_RANK is what counts
-    parser.add_argument("--local-rank", help=argparse.SUPPRESS)
+    for flag, values in IGNORED.items():
+        kind = {"metavar": "X"} if values else {"action": "store_true"}
+        parser.add_argument(flag, help=argparse.SUPPRESS, dest=f"ignored{flag}", **kind)
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
         if flag.startswith("-"):
             raise UserError(f"unknown flag {flag}{_nearest(flag, [f'--{key}'.replace('_', '-') for key in FIELDS])}")
         raise UserError(f"unexpected argument {flag!r} (--help lists the flags)")
-    raw = {key: value for key, value in vars(parsed).items() if key != "local_rank"}
+    raw = {key: value for key, value in vars(parsed).items() if key in FIELDS}
     return {key: _coerce(key, value, f"--{key.replace('_', '-')}") for key, value in raw.items()}
 
 
@@ -240,10 +195,11 @@ def _validated(config: Config) -> Config:
                 raise _bad(config, key, f"must be at least {rules['low']}")
             if rules["high"] is not None and item > rules["high"]:
                 raise _bad(config, key, f"must be at most {rules['high']}")
-    for key in ("scale", "ratio"):
-        if len(getattr(config, key)) != 2:
+    for key in ("scale", "ratio", "cutmix_minmax"):
+        bounds = getattr(config, key)
+        if bounds is not None and len(bounds) != 2:
             raise _bad(config, key, "needs two numbers, from and to")
-        if getattr(config, key)[0] > getattr(config, key)[1]:
+        if bounds is not None and bounds[0] > bounds[1]:
             raise _bad(config, key, "the first number must not be above the second")
     for key in ("mean", "std"):
         if len(getattr(config, key)) != config.in_channels:
@@ -252,7 +208,7 @@ def _validated(config: Config) -> Config:
         raise _bad(config, "lr", "set lr, or blr to scale with the batch")
     if config.warmup_prefix and config.warmup_epochs >= config.epochs:
         raise _bad(config, "warmup_epochs", f"must be below epochs ({config.epochs})")
-    if config.mixup and config.batch_size % 2:
+    if mixes(config) and config.batch_size % 2:
         raise _bad(config, "batch_size", "mixup pairs the images of a batch: must be even")
     return config
 

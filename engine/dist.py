@@ -1,10 +1,14 @@
 """One process or many: a thin layer over torch.distributed that does nothing where there is one process."""
 
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as td
+import torch.distributed.nn.functional
+from torch import Tensor, nn
 
 from .errors import UserError
 
@@ -23,7 +27,10 @@ class Dist:
 
 
 def setup(device: str) -> Dist:
-    """Join the process group that a launcher announced in the environment (RANK, WORLD_SIZE, LOCAL_RANK), if any.
+    """Join the process group that a launcher announced in the environment, if any.
+
+    torchrun and torch.distributed.launch set RANK, WORLD_SIZE and LOCAL_RANK; under a bare `srun` Slurm's variables
+    are taken for them.
 
     Args:
         device: "cpu", "cuda", or "auto" for CUDA where torch sees it. NCCL connects GPUs, gloo CPUs.
@@ -36,6 +43,7 @@ def setup(device: str) -> Dist:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    _translate_slurm()
     try:
         local_rank, world_size = (
             int(os.environ.get(key, default)) for key, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
@@ -57,6 +65,54 @@ def setup(device: str) -> Dist:
     return Dist(td.get_rank(), td.get_world_size(), where)
 
 
+def _translate_slurm() -> None:
+    """Set what torchrun would set, in a process that `srun` started as one of several and torchrun did not."""
+    env = os.environ
+    if "WORLD_SIZE" in env or int(env.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
+        return
+    host = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", env.get("SLURM_STEP_NODELIST", "localhost"))  # node[01-04,9] to node01
+    env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
+    env.setdefault("MASTER_ADDR", host.split(",")[0])
+    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+
+
+def local_rank() -> int:
+    """Number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_restart() -> bool:
+    """Whether torchrun started this process anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def may_restart() -> bool:
+    """Whether torchrun would start the processes anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether `error` is what a process sees when another one of its group has died."""
+    signs = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
+    is_network = isinstance(error, td.DistError) or any(sign in str(error).lower() for sign in signs)
+    return td.is_initialized() and is_network
+
+
+def in_turns(make: Callable):
+    """What `make` returns: in the main process first, then in one process of each machine, then in the others.
+
+    For what only one process at a time should write to a disk, which may be shared by machines or not.
+    """
+    if not td.is_initialized():
+        return make()
+    mine = 0 if td.get_rank() == 0 else 1 if local_rank() == 0 else 2
+    for turn in range(3):
+        if turn == mine:
+            result = make()
+        td.barrier()
+    return result
+
+
 def teardown() -> None:
     """Leave the process group, if there is one."""
     if td.is_initialized():
@@ -68,7 +124,7 @@ def world_size() -> int:
     return td.get_world_size() if td.is_initialized() else 1
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(values: Tensor) -> Tensor:
     """The elementwise sum of every process's `values` (in place)."""
     if td.is_initialized():
         td.all_reduce(values)
@@ -82,3 +138,40 @@ def from_main(value):
         td.broadcast_object_list(box)
         value = box[0]
     return value
+
+
+def gather(values: list) -> list:
+    """The lists of all processes, one behind the other, in every process."""
+    if not td.is_initialized():
+        return values
+    lists = [None] * td.get_world_size()
+    td.all_gather_object(lists, values)
+    return [value for one in lists for value in one]
+
+
+def sync_batchnorm(model: nn.Module) -> nn.Module:
+    """`model` with BatchNorm over the batches of all processes: torch's SyncBatchNorm, made to work on CPUs too."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.__class__ = _SyncBatchNorm  # the conversion knows torch's class alone
+    return model
+
+
+class _SyncBatchNorm(nn.SyncBatchNorm):
+    """torch's is for GPUs; on a CPU this takes the mean and variance over all processes by differentiable sums."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not self.training or world_size() == 1:
+            return super().forward(x)
+        dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+        count = sum_over_ranks(x.new_tensor(x.numel() / x.shape[1]))
+        mean = torch.distributed.nn.functional.all_reduce(x.sum(dims)) / count
+        centred = x - mean.view(shape)
+        var = torch.distributed.nn.functional.all_reduce(centred.square().sum(dims)) / count
+        if self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return centred * scale.view(shape) + self.bias.view(shape)

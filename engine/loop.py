@@ -9,10 +9,11 @@ import numpy as np
 import timm.utils
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from . import dist as distributed
-from .config import Config
+from .config import Config, mixes
 from .data.image import Data
 from .dist import Dist
 from .errors import UserError
@@ -31,19 +32,30 @@ class Trainer:
 
     def __init__(self, cfg: Config, dist: Dist, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data):
         self.cfg, self.dist, self.model, self.optimizer, self.data = cfg, dist, model, optimizer, data
+        self.ema = ModelEmaV3(model, decay=cfg.ema_decay) if cfg.ema_decay is not None else None
+        if cfg.compile:
+            model.compile()
         self.parallel = model
         if dist.world_size > 1:
             ids = [dist.device] if dist.device.type == "cuda" else None
-            self.parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-        self.criterion = SoftTargetCrossEntropy() if cfg.mixup else LabelSmoothingCrossEntropy(cfg.smoothing)
-        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=cfg.amp == "fp16")
+            self.parallel = nn.parallel.DistributedDataParallel(
+                model, device_ids=ids, static_graph=True, broadcast_buffers=False
+            )
+        self.criterion = SoftTargetCrossEntropy() if mixes(cfg) else LabelSmoothingCrossEntropy(cfg.smoothing)
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=cfg.amp == "fp16" and dist.device.type == "cuda")
         self.epoch = 0  # epochs done
         self.best = dict(NO_BEST)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated: the average of the weights where there is one."""
+        return self.ema.module if self.ema else self.model
 
     def state(self) -> dict:
         """Plain data from which `restore` goes on as if nothing had happened."""
         return {
             "state_dict": self.model.state_dict(),
+            "state_dict_ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -54,6 +66,8 @@ class Trainer:
         """Take up what `state` saved, but for the optimizer's settings, which are the configuration's."""
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.model.load_state_dict(state["state_dict"])
+        if self.ema:
+            self.ema.module.load_state_dict(state.get("state_dict_ema") or state["state_dict"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(setting)
@@ -69,8 +83,9 @@ class Trainer:
             name = f"epoch {self.epoch + 1}/{epochs}"
             train_loss = self.train_epoch(name)
             if self.dist.world_size > 1:  # each process has its own running statistics; their mean is what is saved
-                timm.utils.distribute_bn(self.model, self.dist.world_size, reduce=True)
-            result = evaluate(self.cfg, self.dist, self.model, self.data.test, f"{name} test")
+                for model in [self.model, self.ema.module] if self.ema else [self.model]:
+                    timm.utils.distribute_bn(model, self.dist.world_size, reduce=True)
+            result = evaluate(self.cfg, self.dist, self.evaluated, self.data.test, f"{name} test")
             self._refuse_not_finite(result["loss"])
             is_best = result["top1"] > self.best["test_top1"]
             if is_best:
@@ -98,8 +113,12 @@ class Trainer:
         seed = np.random.SeedSequence([cfg.seed, self.epoch, self.dist.rank]).generate_state(1)[0]
         timm.utils.random_seed(int(seed))
         loader, mixup = self.data.train, self.data.mixup
-        if hasattr(loader.sampler, "set_epoch"):
-            loader.sampler.set_epoch(self.epoch)
+        for order in (
+            loader.sampler,
+            loader.dataset,
+        ):  # of timm's data sets those that stream have the order themselves
+            if hasattr(order, "set_epoch"):
+                order.set_epoch(self.epoch)
         if mixup:
             mixup.mixup_enabled = cfg.mixup_off_epoch is None or self.epoch < cfg.mixup_off_epoch
         self.parallel.train()
@@ -118,19 +137,28 @@ class Trainer:
                 set_lr(self.optimizer, lr_at(cfg, self.epoch + (first / steps if cfg.lr_step == "iteration" else 0)))
             if mixup and cfg.mixup_in == "step":
                 images, labels = mixup(images, labels)
+            images = in_memory_format(cfg, images)
             with contextlib.nullcontext() if is_update or self.parallel is self.model else self.parallel.no_sync():
                 with autocast(cfg.amp, device):
                     loss = self.criterion(self.parallel(images), labels)
                 self.scaler.scale(loss / group).backward()
             if is_update:
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-                self.optimizer.zero_grad()
+                self._update()
             loss_sum += loss.detach() * len(images)
             seen += len(images)
         loss_sum, seen = distributed.sum_over_ranks(torch.stack([loss_sum, loss_sum.new_tensor(seen)])).tolist()
         self._refuse_not_finite(loss_sum)
         return loss_sum / seen
+
+    def _update(self) -> None:
+        if self.cfg.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.model)
 
     def _refuse_not_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -141,8 +169,18 @@ class Trainer:
 
 
 def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Mixed precision of the kind `amp` ("fp16", "bf16" or "off") on `device`."""
-    return torch.autocast(device.type, AMP_DTYPES[amp]) if amp != "off" else contextlib.nullcontext()
+    """Mixed precision of the kind `amp` ("fp16", "bf16" or "off") on `device`.
+
+    On a CPU "fp16" is float32, which takes a fifteenth of the time there.
+    """
+    if amp == "off" or (amp == "fp16" and device.type == "cpu"):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, AMP_DTYPES[amp])
+
+
+def in_memory_format(cfg: Config, images: torch.Tensor) -> torch.Tensor:
+    """The images [B,C,H,W] in the memory format that `cfg` asks for."""
+    return images.contiguous(memory_format=torch.channels_last) if cfg.channels_last else images
 
 
 @torch.inference_mode()
@@ -163,15 +201,19 @@ def evaluate(
         `loss` (mean cross-entropy), `top1` and `top5` (percent), `count` (samples).
     """
     model.eval()
-    sums, count = torch.zeros(3, dtype=torch.float64, device=dist.device), 0  # loss, top-1, top-5
+    batches = []  # of each: loss, top-1, top-5, count
     for images, labels in progress(loader, name, cfg.log_interval, dist.is_main):
         with autocast(cfg.eval_amp or cfg.amp, dist.device):
-            logits = model(images)
+            logits = model(in_memory_format(cfg, images))
         if on_batch:
             on_batch(images, labels, logits)
         losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        sums += torch.stack([losses.double().sum(), hits[:, 0].sum(), hits.sum()])
-        count += len(labels)
-    loss, top1, top5, count = distributed.sum_over_ranks(torch.cat([sums, sums.new_tensor([count])])).tolist()
+        samples = [losses, hits[:, 0], hits.sum(1), torch.ones_like(losses)]
+        batches.append(torch.stack([value.double() for value in samples]).sum(1))
+    rows = distributed.gather(torch.stack(batches).tolist() if batches else [])
+    if not rows:
+        raise UserError("the test set holds no images")
+    # fsum rounds once: the result does not depend on which process had which batch
+    loss, top1, top5, count = map(math.fsum, zip(*rows, strict=True))
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": int(count)}

@@ -23,16 +23,43 @@ def base_lr(cfg: Config) -> float:
     return cfg.lr if cfg.lr is not None else cfg.blr * effective_batch(cfg) / 256
 
 
+def batch_advice(cfg: Config) -> str | None:
+    """One line if the effective batch is not what the recipe means, with the flags that restore it; else None."""
+    target, processes = cfg.effective_batch, dist.world_size()
+    if target is None or effective_batch(cfg) == target:
+        return None
+    recipe_lr = cfg.lr if cfg.lr is not None else cfg.blr * target / 256
+    line = (
+        f"effective batch {effective_batch(cfg)} and learning rate {base_lr(cfg):.3g} in place of the recipe's "
+        f"{target} and {recipe_lr:.3g}: "
+    )
+    if target % processes:
+        return line + f"{processes} processes cannot share {target} images evenly; use another number of them"
+    share = target // processes
+    batch = max(n for n in range(1, cfg.batch_size + 1) if share % n == 0)
+    flags = [f"--batch-size {batch}"] if batch != cfg.batch_size else []
+    flags += [f"--accum-iter {share // batch}"] if share // batch != cfg.accum_iter else []
+    return line + f"{' '.join(flags)} would restore them"
+
+
 def total_epochs(cfg: Config) -> int:
     """Epochs of the schedule and of the cool-down behind it."""
     return cfg.epochs + cfg.cooldown_epochs
 
 
 def create_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer `cfg.opt`; biases and BatchNorm are not decayed unless `cfg.decay_1d`."""
+    """timm's optimizer `cfg.opt`; biases and BatchNorm are not decayed unless `cfg.decay_1d`.
+
+    With `cfg.layer_decay` below 1 there is a group for each depth of the network, see its `group_matcher`.
+    """
     try:
         optimizer = create_optimizer_v2(
-            model, opt=cfg.opt, lr=base_lr(cfg), weight_decay=cfg.weight_decay, filter_bias_and_bn=not cfg.decay_1d
+            model,
+            opt=cfg.opt,
+            lr=base_lr(cfg),
+            weight_decay=cfg.weight_decay,
+            filter_bias_and_bn=not cfg.decay_1d,
+            layer_decay=cfg.layer_decay if cfg.layer_decay < 1 else None,
         )
     except Exception as error:  # some optimizers need packages or devices of their own, and say so in many ways
         raise UserError(f"opt = {cfg.opt!r}: {error}") from None

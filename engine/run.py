@@ -1,28 +1,30 @@
 """What the scripts call: `train` and `test` of one recipe. Alone in the engine, this file imports the networks."""
 
-import contextlib
+import dataclasses
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import timm.utils
 import torch
-import yaml
+from timm.layers import trunc_normal_
 from torch import nn
 
 from models import create_model
-from models.released import load_released
+from models.released import identify, load_released
 
-from . import checkpoint, dist, log
-from .config import LOCAL_FIELDS, MODEL_FIELDS, Config, load, plain
+from . import checkpoint, dist, log, published
+from .config import FIELDS, MODEL_FIELDS, Config, load, plain
 from .data.image import create_data
 from .dist import Dist
 from .errors import UserError
-from .log import RunLog, logger
+from .folder import checkpoint_to_test, differences, find_run, recorded_settings, records, save
+from .log import logger
 from .loop import NO_BEST, Trainer, evaluate
-from .optim import base_lr, create_optimizer, effective_batch, total_epochs
+from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs
 
 
 def train(recipe: Path) -> None:
@@ -44,9 +46,11 @@ def build_model(cfg: Config) -> nn.Module:
     settings = {key: getattr(cfg, key) for key in MODEL_FIELDS[1:]}
     settings = {key: value for key, value in settings.items() if value is not None}
     try:
-        return create_model(cfg.model, **settings, lif_backend=cfg.lif_backend)
+        model = create_model(cfg.model, **settings, drop_path=cfg.drop_path, lif_backend=cfg.lif_backend)
     except ValueError as error:
         raise UserError(str(error)) from None
+    model.set_grad_checkpointing(cfg.grad_checkpointing)
+    return model.to(memory_format=torch.channels_last) if cfg.channels_last else model
 
 
 def _main(body: Callable[[Path, Sequence[str]], None], recipe: Path) -> None:
@@ -58,82 +62,76 @@ def _main(body: Callable[[Path, Sequence[str]], None], recipe: Path) -> None:
         if error.filename is None:
             raise
         _exit(f"{error.filename}: {error.strerror}")
-    finally:
-        dist.teardown()
+    except RuntimeError as error:
+        if not dist.is_lost_peer(error):
+            raise
+        _exit("another process of this run has ended, see its own message; --resume auto goes on from the last epoch")
+    dist.teardown()
 
 
 def _exit(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if dist.local_rank():
+        time.sleep(3)  # most mistakes are every process's: the launcher ends the others once the first has told
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 def _train(recipe: Path, argv: Sequence[str]) -> None:
     cfg = load(recipe, argv)
+    if cfg.eval:
+        _test(recipe, argv)
+        return
     if cfg.checkpoint:
         raise UserError("--checkpoint is for test.py; to go on with a run give --resume")
-    folder, path = _find_run(cfg)
-    state = _read_run(path) if path else None
-    continues = state is not None and folder.resolve() == path.parent.resolve()
-    if continues:
-        cfg = load(recipe, argv, state["config"])
     here = _setup(cfg)
+    folder, path, state = find_run(cfg, here)
+    continues = bool(state and folder and folder.resolve() == path.parent.resolve())
+    if continues:
+        cfg = recorded_settings(cfg, recipe, argv, path, state)
     timm.utils.random_seed(cfg.seed)
     data = create_data(cfg, here)
     model = build_model(cfg).to(here.device)
+    if state and state["format"] != "qkformer":
+        _load_weights(cfg, model, state, path)
+    elif cfg.finetune and not state:
+        _load_weights(cfg, model, checkpoint.read(cfg.finetune), cfg.finetune, new_head=True)
+    if cfg.sync_bn:
+        model = dist.sync_batchnorm(model)
     trainer = Trainer(cfg, here, model, create_optimizer(cfg, model), data)
     if state:
         _restore(cfg, trainer, state, path)
         if not continues:
             trainer.best = dict(NO_BEST)  # of the run in the other folder
     folder = folder or Path(dist.from_main(f"output/{Path(cfg.config).stem}/{time.strftime('%Y%m%d-%H%M%S')}"))
-    parameters = sum(p.numel() for p in model.parameters())
+    _announce(cfg, here, trainer, folder)
+    with records(cfg, here, folder, trainer.epoch) as run_log:
+        trainer.fit(run_log, lambda is_best: save(cfg, here, folder, trainer, is_best))
+    logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {folder}")
+
+
+def _announce(cfg: Config, here: Dist, trainer: Trainer, folder: Path) -> None:
+    parameters = sum(p.numel() for p in trainer.model.parameters())
     logger.info(
         f"{cfg.model}: {parameters:,} parameters, T = {cfg.time_steps}, on {here.world_size} x {here.device.type}; "
         f"effective batch {effective_batch(cfg)}, learning rate {base_lr(cfg):.3g}\nwriting to {folder}"
     )
+    if advice := batch_advice(cfg):
+        logger.warning(f"warning: {advice}")
     if trainer.epoch >= total_epochs(cfg):
         logger.info(f"nothing is left to train: {trainer.epoch} of {total_epochs(cfg)} epochs are done")
-    with _records(cfg, here, folder, trainer.epoch) as run_log:
-        trainer.fit(run_log, lambda is_best: _save(cfg, here, folder, trainer, is_best))
-    logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {folder}")
-
-
-def _find_run(cfg: Config) -> tuple[Path | None, Path | None]:
-    """The folder to write to (None: a new one) and the checkpoint to go on from (None: from the start)."""
-    folder, path = cfg.output_dir and Path(cfg.output_dir), None
-    if cfg.resume == "auto":
-        if not folder:
-            raise UserError("--resume auto needs --output-dir, the folder of the run to go on with")
-        path = folder / "last.pt" if (folder / "last.pt").exists() else None
-    elif cfg.resume:
-        path = Path(cfg.resume)
-        folder = folder or path.parent
-    last = folder and folder / "last.pt"
-    if last and last.exists() and not (path and path.exists() and path.samefile(last)):
-        raise UserError(f"{folder} holds a run already: go on with --resume auto, or choose another --output-dir")
-    return folder, path
-
-
-def _read_run(path: Path) -> dict:
-    state = checkpoint.read(path)
-    if state["format"] != "qkformer":
-        raise UserError(f"--resume {path}: not a checkpoint of this project, so there is no run to go on with")
-    return state
-
-
-def _differences(cfg: Config, state: dict, keys: Sequence[str]) -> list[tuple[str, object, object]]:
-    """(key, our value, the checkpoint's value) of each setting among `keys` that differs."""
-    ours, theirs = plain(cfg), state["config"]
-    return [(key, ours[key], theirs.get(key)) for key in keys if ours[key] != theirs.get(key)]
 
 
 def _restore(cfg: Config, trainer: Trainer, state: dict, path: Path) -> None:
-    for key, ours, theirs in _differences(cfg, state, (*MODEL_FIELDS, "opt")):
-        raise UserError(f"--resume {path}: {key} is {theirs!r} there and {ours!r} here")
-    try:
-        trainer.restore(state)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"--resume {path}: {error}") from None
+    if state["format"] == "qkformer":
+        for key, ours, theirs in differences(cfg, state, (*MODEL_FIELDS, "opt")):
+            raise UserError(f"--resume {path}: {key} is {theirs!r} there and {ours!r} here")
+        try:
+            trainer.restore(state)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"--resume {path}: {error}") from None
+    else:
+        trainer.epoch = state["epoch"] + 1
+        logger.warning(f"{path}: weights and epoch are taken over, and {cfg.opt} starts anew")
     logger.info(f"resumed {path} after epoch {trainer.epoch}")
 
 
@@ -142,73 +140,114 @@ def _setup(cfg: Config) -> Dist:
         torch.set_num_threads(cfg.threads)
     here = dist.setup(cfg.device)
     log.setup_console(here.is_main)
+    if here.device.type == "cpu" and "fp16" in (cfg.amp, cfg.eval_amp):
+        logger.info("fp16 does not pay on a CPU: computing in float32 (--amp bf16 is another choice)")
     return here
-
-
-@contextlib.contextmanager
-def _records(cfg: Config, here: Dist, folder: Path, first_epoch: int) -> Iterator[RunLog | None]:
-    if not here.is_main:
-        yield None
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    about = folder / "run.json"
-    starts = json.loads(about.read_text()) if about.exists() else []
-    starts.append({**log.provenance(), "first_epoch": first_epoch, "config": plain(cfg)})
-    about.write_text(json.dumps(starts, indent=2) + "\n")
-    settings = plain(cfg, without=("config", "output_dir", "resume", "checkpoint"))
-    (folder / "config.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    run_log = RunLog(folder, first_epoch)
-    try:
-        yield run_log
-    finally:
-        run_log.close()
-
-
-def _save(cfg: Config, here: Dist, folder: Path, trainer: Trainer, is_best: bool) -> None:
-    if here.is_main:
-        content = trainer.state() | {"config": plain(cfg, without=LOCAL_FIELDS)}
-        for name in ("best.pt", "last.pt") if is_best else ("last.pt",):  # killed in between, the epoch is run again
-            checkpoint.save(folder / name, content)
 
 
 def _test(recipe: Path, argv: Sequence[str]) -> None:
     cfg = load(recipe, argv)
-    if not cfg.checkpoint:
-        raise UserError("test.py needs --checkpoint FILE, such as best.pt in the folder of a run")
-    state = checkpoint.read(cfg.checkpoint)
-    is_ours = state["format"] == "qkformer"
-    if is_ours:
-        cfg = load(recipe, argv, state["config"])
     here = _setup(cfg)
-    for key, ours, theirs in _differences(cfg, state, MODEL_FIELDS) if is_ours else ():
-        logger.warning(f"{key} is {ours!r}, where the checkpoint recorded {theirs!r}")
+    path = dist.from_main(checkpoint_to_test(cfg) if here.is_main else None)
+    state = checkpoint.read(path)
+    cfg = dataclasses.replace(_settings_of(state, path, recipe, argv), checkpoint=str(path))
+    folder = Path(cfg.output_dir or path.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):  # better known now than behind the evaluation
+        pass
     data = create_data(cfg, here, train=False)
-    model = build_model(cfg).to(here.device)
-    _load_weights(model, state, cfg.checkpoint)
-    gallery = log.Gallery(data.classes, cfg.mean, cfg.std)
-    result = evaluate(cfg, here, model, data.test, on_batch=gallery.add)
+    gallery, results = log.Gallery(data.classes, cfg.mean, cfg.std), {}
+    for membrane in ("released", "per_sample") if cfg.both_membranes else (cfg.ssa_membrane,):
+        model = build_model(dataclasses.replace(cfg, ssa_membrane=membrane)).to(here.device)
+        _load_weights(cfg, model, state, path)
+        if cfg.compile:
+            model.compile()
+        is_first = not results
+        results[membrane] = evaluate(cfg, here, model, data.test, on_batch=gallery.add if is_first else None)
+        _tell(cfg, membrane, results[membrane], published.accuracies(cfg, recipe.parent))
     if here.is_main:
-        _report(cfg, result, gallery)
+        _report(cfg, folder, results, published.accuracies(cfg, recipe.parent), gallery)
 
 
-def _load_weights(model: nn.Module, state: dict, path: str) -> None:
+def _settings_of(state: dict, path: Path, recipe: Path, argv: Sequence[str]) -> Config:
+    """How to evaluate this checkpoint: as it records, as its published row, or as its shapes tell; flags beat all."""
+    if state["format"] == "qkformer":
+        cfg = load(recipe, argv, state["config"])
+        for key, ours, theirs in differences(cfg, state, MODEL_FIELDS):
+            logger.warning(f"{key} is {ours!r}, where the checkpoint recorded {theirs!r}")
+    elif known := published.recipe_of(path, recipe.parent):
+        cfg = load(known, argv)
+        logger.info(f"{path}: the released checkpoint of {known.stem}, known by its md5")
+    else:
+        cfg = load(recipe, argv, _shown_by(state, path))
+    logger.info(
+        f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
+        f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {cfg.ssa_membrane}"
+    )
+    return cfg
+
+
+def _shown_by(state: dict, path: Path) -> dict[str, object]:
+    """Settings that a checkpoint of another project shows: shapes tell the network, `args` may tell T and size."""
     try:
-        if state["format"] == "qkformer":
-            model.load_state_dict(state["state_dict"])
+        name, arguments = identify(state["state_dict"])
+    except ValueError as error:
+        logger.warning(f"{path}: {error}; trying what recipe and flags say")
+        return {}
+    if arguments["residual"] == "ms":
+        arguments["ssa_membrane"] = "per_sample"
+    for key, theirs in (("time_steps", "time_step"), ("input_size", "input_size")):
+        value = getattr(state.get("args"), theirs, None)
+        if isinstance(value, int) and FIELDS[key].metadata["low"] <= value <= FIELDS[key].metadata["high"]:
+            arguments[key] = value
+    told = [key for key in ("time_steps", "input_size") if key in arguments]
+    logger.info(
+        f"{path}: {name}, known by its shapes; the file tells {' and '.join(told) or 'neither T nor size'}. "
+        "Other values: --time-steps, --input-size (224, 288 and 384 differ by nothing else), --ssa-membrane"
+    )
+    return {"model": name, **arguments}
+
+
+def _load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, new_head: bool = False) -> None:
+    weights = state["state_dict"]
+    if cfg.use_ema and state.get("state_dict_ema"):
+        weights = state["state_dict_ema"]
+        logger.info(f"{path}: taking the averaged weights (--no-use-ema takes the others)")
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    head = weights.get("head.weight")
+    if new_head and head is not None and len(head) != model.num_classes:
+        logger.info(f"{path}: a new head for {model.num_classes} classes in place of {len(head)}")
+        trunc_normal_(model.head.weight, std=2e-5)  # as the released fine-tuning
+        weights |= {"head.weight": model.head.weight, "head.bias": model.head.bias}
+    try:
+        if any(name.startswith("stages.") for name in weights):
+            model.load_state_dict(weights)
         else:
-            load_released(model, state["state_dict"])
+            load_released(model, weights)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"checkpoint {path}: {error}") from None
 
 
-def _report(cfg: Config, result: dict, gallery: log.Gallery) -> None:
+def _tell(cfg: Config, membrane: str, result: dict, figures: dict[str, float]) -> None:
+    which = f" ({membrane})" if cfg.both_membranes else ""
     logger.info(
         f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} "
-        f"on {result['count']} samples"
+        f"on {result['count']} samples{which}"
     )
-    folder = Path(cfg.output_dir or Path(cfg.checkpoint).parent)
-    folder.mkdir(parents=True, exist_ok=True)
+    if figures:
+        told = ", ".join(
+            f"{value:.2f} % ({source}; {result['top1'] - value:+.2f})" for source, value in figures.items()
+        )
+        logger.info(f"published: {told}")
+
+
+def _report(
+    cfg: Config, folder: Path, results: dict[str, dict], figures: dict[str, float], gallery: log.Gallery
+) -> None:
     numbers, picture = folder / "test.json", folder / "predictions.png"
-    numbers.write_text(json.dumps({**result, **plain(cfg), **log.provenance()}, indent=2) + "\n")
+    content = {**next(iter(results.values())), "published_top1": figures, **plain(cfg), **log.provenance()}
+    if cfg.both_membranes:
+        content["membranes"] = results
+    numbers.write_text(json.dumps(content, indent=2) + "\n")
     gallery.draw(picture)
     logger.info(f"written: {numbers}, {picture}")

@@ -9,12 +9,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import timm
-from timm.layers import trunc_normal_
+from timm.layers import calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
 from .attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from .embed import SPEDS
-from .layers import SpikingMLP
+from .layers import DropPath, SpikingMLP, checkpointed
 from .neuron import LIF, set_lif_backend
 
 ATTENTIONS = {"token": TokenQKAttention, "channel": ChannelQKAttention, "self": SpikingSelfAttention}
@@ -43,15 +43,18 @@ VARIANTS = {
 class Block(nn.Module):
     """x + attention(x), then x + mlp(x). [T,B,C,H,W], unchanged. With "sew" residuals x is a small integer."""
 
-    def __init__(self, kind: str, dim: int, heads: int, mlp_ratio: float, residual: str, ssa_membrane: str):
+    def __init__(
+        self, kind: str, dim: int, heads: int, mlp_ratio: float, residual: str, ssa_membrane: str, drop_path: float
+    ):
         super().__init__()
         leak = {"leak_across_batch": ssa_membrane == "released"} if kind == "self" else {}
         self.attn = ATTENTIONS[kind](dim, heads, residual, **leak)
         self.mlp = SpikingMLP(dim, int(dim * mlp_ratio), residual)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(x)
-        return x + self.mlp(x)
+        x = x + self.drop_path(self.attn(x))
+        return x + self.drop_path(self.mlp(x))
 
 
 class HierarchicalSpikingTransformer(nn.Module):
@@ -74,6 +77,7 @@ class HierarchicalSpikingTransformer(nn.Module):
         residual: "sew" adds spikes (the paper); "ms" adds membrane currents (MaxFormer's MS-QKFormer).
         ssa_membrane: "per_sample", or "released" to reproduce the leak across the batch in the released
             self-attention, on which the published accuracies and checkpoints depend (README, errata).
+        drop_path: stochastic depth, the rate of the last block; it rises linearly from 0 in the first.
         lif_backend: see `models.neuron.set_lif_backend`.
 
     Raises:
@@ -95,6 +99,7 @@ class HierarchicalSpikingTransformer(nn.Module):
         shortcut: bool = True,
         residual: str = "sew",
         ssa_membrane: str = "per_sample",
+        drop_path: float = 0.0,
         lif_backend: str = "auto",
     ):
         super().__init__()
@@ -106,17 +111,21 @@ class HierarchicalSpikingTransformer(nn.Module):
         _require_attention(attention, len(depths))
         dims = [width // 2 ** (len(depths) - 1 - i) for i in range(len(depths))]
         _require_sizes(dims[0], heads, mlp_ratio, time_steps, num_classes, in_channels)
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path={drop_path} must be at least 0 and below 1")
         self.family, self.attention, self.residual = family, tuple(attention), residual
         self.shortcut, self.ssa_membrane, self.time_steps = shortcut, ssa_membrane, time_steps
         self.in_channels, self.num_classes = in_channels, num_classes
+        self.grad_checkpointing = False
 
         first_units, first_branch, later_units = EMBEDS[family]
+        rates = iter(calculate_drop_path_rates(drop_path, sum(depths)))
         self.stages = nn.ModuleList()
         for i, (dim, depth, kind) in enumerate(zip(dims, depths, attention, strict=True)):
             units = [(dim // n, pool) for n, pool in (later_units if i else first_units)]
             channels, branch = (dims[i - 1], 0) if i else (in_channels, first_branch)
             embed = SPEDS(channels, units, branch, shortcut, residual)
-            blocks = [Block(kind, dim, heads, mlp_ratio, residual, ssa_membrane) for _ in range(depth)]
+            blocks = [Block(kind, dim, heads, mlp_ratio, residual, ssa_membrane, next(rates)) for _ in range(depth)]
             self.stages.append(nn.Sequential(OrderedDict(embed=embed, blocks=nn.Sequential(*blocks))))
         self.lif = LIF() if residual == "ms" else nn.Identity()
         self.head = nn.Linear(width, num_classes)
@@ -136,7 +145,8 @@ class HierarchicalSpikingTransformer(nn.Module):
         else:
             x = x.transpose(0, 1)  # [T,B,C,H,W]
         for stage in self.stages:
-            x = stage(x)
+            for module in (stage.embed, *stage.blocks):
+                x = checkpointed(module, x) if self.grad_checkpointing and self.training else module(x)
         return x
 
     def forward_head(self, x: Tensor) -> Tensor:
@@ -146,6 +156,18 @@ class HierarchicalSpikingTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each SPEDS and block in the backward pass instead of keeping its activations (timm's name)."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Depth of each parameter, as timm's layer decay asks: the first SPEDS, then block by block, then the head.
+
+        A later SPEDS counts with the block behind it.
+        """
+        by_block = [(r"^stages\.(\d+)\.embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": r"^stages\.0\.embed", "blocks": r"^stages\.(\d+)" if coarse else by_block}
 
 
 def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -202,13 +224,15 @@ def _nearest(word: str, valid: Sequence[str]) -> str:
 
 
 def _register_with_timm(name: str) -> None:
-    def entrypoint(pretrained: bool = False, in_chans: int | None = None, **kwargs):
+    def entrypoint(pretrained: bool = False, **kwargs):
         if pretrained:
             raise ValueError(f"{name} has no weights to download; load a file with models.released.load_released")
         for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm passes them to every model
             kwargs.pop(unused, None)
-        if in_chans is not None:
-            kwargs["in_channels"] = in_chans
+        for theirs, ours in (("in_chans", "in_channels"), ("drop_path_rate", "drop_path")):
+            if kwargs.get(theirs) is not None:
+                kwargs[ours] = kwargs[theirs]
+            kwargs.pop(theirs, None)
         return create_model(name, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name

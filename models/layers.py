@@ -3,7 +3,12 @@
 Shapes: T time steps, B batch, C channels, H height, W width, N = H*W tokens.
 """
 
+import contextlib
+from collections.abc import Iterator
+
+from timm.layers import drop_path
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .neuron import LIF
 
@@ -70,3 +75,39 @@ class SpikingMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.fc1(self.lif(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training a sample's whole branch is zero with probability `rate`, at every time step alike.
+
+    What stays is divided by 1 - rate, as in timm. [T,B,...], unchanged.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.rate or not self.training:
+            return x
+        return drop_path(x.transpose(0, 1), self.rate, training=True).transpose(0, 1)
+
+
+def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)` that keeps only `x` for the backward pass and computes the rest once more there."""
+    return checkpoint(
+        module, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(module))
+    )
+
+
+@contextlib.contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """The second forward pass must not enter the batch into the running statistics once more."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -8,9 +8,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from .hst import HierarchicalSpikingTransformer
+from .hst import VARIANTS, HierarchicalSpikingTransformer, create_model
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,47 @@ def load_released(model: HierarchicalSpikingTransformer, state_dict: Mapping[str
     if problems:
         raise ValueError("the checkpoint does not fit the model: " + "; ".join(problems))
     model.load_state_dict(state)
+
+
+def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, object]]:
+    """Name and arguments of the variant that these weights fit, from names (released or ours) and shapes alone.
+
+    What leaves no trace in shapes stays open: `time_steps`, `ssa_membrane`, the resolution; and under our own names
+    `attention` and `residual`, for which the defaults are taken.
+
+    Raises:
+        ValueError: they fit none.
+    """
+    shapes = {name.removeprefix("module."): tuple(value.shape) for name, value in state_dict.items()}
+    if len(shapes.get("head.weight", ())) == 2:
+        classes, width = shapes["head.weight"]
+        for name, variant in VARIANTS.items():
+            for residual in ("sew", "ms") if variant["width"] == width else ():
+                if fitting := _fitting(shapes, name, {"num_classes": classes, "residual": residual}):
+                    return name, fitting
+    raise ValueError(f"these weights fit none of {', '.join(sorted(VARIANTS))} as released")
+
+
+def _fitting(shapes: dict[str, tuple[int, ...]], name: str, arguments: dict) -> dict[str, object] | None:
+    """The arguments with which the variant has entries of these names and shapes, if there are such."""
+    with torch.device("meta"):
+        model = create_model(name, **arguments)
+    spellings = [{ours: ours for ours in model.state_dict()}]
+    if arguments["residual"] == "sew" or model.family == "imagenet":
+        spellings.append({ours: theirs for theirs, ours in released_key_map(model).items()})
+    for spelling in spellings:
+        if set(spelling.values()) != set(shapes):
+            continue
+        first_conv = shapes[spelling["stages.0.embed.units.0.conv.weight"]]
+        fc1 = shapes[spelling["stages.0.blocks.0.mlp.fc1.conv.weight"]]
+        if len(first_conv) != 4 or len(fc1) != 4 or 0 in fc1:
+            continue
+        arguments = {**arguments, "in_channels": first_conv[1], "mlp_ratio": fc1[0] / fc1[1]}
+        with torch.device("meta"):
+            wanted = create_model(name, **arguments).state_dict()
+        if all(shapes[spelling[ours]] == tuple(value.shape) for ours, value in wanted.items()):
+            return arguments
+    return None
 
 
 def _listing(what: str, names: list[str], most: int = 20) -> list[str]:

@@ -104,7 +104,7 @@ def test_mistakes_are_named_in_one_line(recipe, text, flags, message):
 def test_every_field_is_read_somewhere():
     paths = [path for path in (ROOT / "engine").rglob("*.py") if path.name != "config.py"]
     sources = "".join(path.read_text() for path in paths)
-    read = set(re.findall(r"\b(?:cfg|config)\.(\w+)", sources)) | set(config.MODEL_FIELDS)
+    read = set(re.findall(r"\b(?:cfg|config|recipe)\.(\w+)", sources)) | set(config.MODEL_FIELDS)
     assert len(paths) > 5
     assert not set(config.FIELDS) - read
 

@@ -3,58 +3,18 @@
 Batches are (images [B,C,H,W] float32, normalised, on the device; labels [B] int64, or [B,classes] under mixup).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
 import timm.data
-from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
-from ..config import Config
+from ..config import Config, mixes
 from ..dist import Dist
 from ..errors import UserError
-
-
-class ImageDataset(Protocol):
-    """What a data set offers: PIL images with labels, `transform` (set by timm's loader), class names, channels."""
-
-    classes: Sequence[str]
-    channels: int
-    transform: Callable | None
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[object, int]: ...
-
-
-class Digits(Dataset):
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, shipped inside the package.
-
-    360 of them, a fifth of each class drawn with a fixed seed, are for testing.
-    """
-
-    classes = tuple(str(digit) for digit in range(10))
-    channels = 1
-
-    def __init__(self, train: bool):
-        from sklearn.datasets import load_digits  # a second to import, and no other data set needs it
-        from sklearn.model_selection import train_test_split
-
-        images, labels = load_digits(return_X_y=True)
-        parts = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
-        images, labels = parts[0::2] if train else parts[1::2]
-        self.images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)  # 0..16 to 0..255
-        self.labels = labels.tolist()
-        self.transform = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[object, int]:
-        image = Image.fromarray(self.images[index])
-        return (self.transform(image) if self.transform else image), self.labels[index]
+from .datasets import ImageDataset, class_names, create_dataset
 
 
 class _Shard(Dataset):
@@ -80,6 +40,19 @@ class _Shard(Dataset):
         return self.dataset[self.indices[index]]
 
 
+class _Turns:
+    """The same for the loader of a stream, which has no indices: every process reads all, and keeps its batches."""
+
+    def __init__(self, loader: Iterable, rank: int, world_size: int):
+        self.loader, self.rank, self.world_size = loader, rank, world_size
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.loader), self.world_size))
+
+    def __iter__(self) -> Iterator:
+        return itertools.islice(self.loader, self.rank, None, self.world_size)
+
+
 @dataclass(frozen=True)
 class Data:
     """Loaders of a run. `mixup` is timm's object, wherever it mixes; its `mixup_enabled` is the switch."""
@@ -90,45 +63,57 @@ class Data:
     mixup: object | None
 
 
-DATASETS = {"digits": Digits}
-
-
 def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
     """The loaders that `cfg` describes.
 
     Raises:
-        UserError: the data set has not `num_classes` classes or `in_channels` channels, a batch is larger than the
-            set, or timm does not know the augmentation.
+        UserError: the data set is not what `cfg` says (see `create_dataset`), its training and test set have
+            different classes, a batch is larger than the set, or timm does not know the augmentation.
     """
-    test_set = DATASETS[cfg.dataset](train=False)
-    if len(test_set.classes) != cfg.num_classes:
-        raise UserError(f"num_classes = {cfg.num_classes}: {cfg.dataset} has {len(test_set.classes)} classes")
-    if test_set.channels != cfg.in_channels:
-        raise UserError(f"in_channels = {cfg.in_channels}: {cfg.dataset} has {test_set.channels}")
+    test_set = create_dataset(cfg, train=False)
     common = {
         "input_size": (cfg.in_channels, cfg.input_size, cfg.input_size),
         "mean": cfg.mean,
         "std": cfg.std,
-        "num_workers": cfg.workers,
+        "num_workers": min(cfg.workers, len(os.sched_getaffinity(0))),
         "interpolation": cfg.interpolation,
         "device": dist.device,
         "pin_memory": dist.device.type == "cuda",
         # started anew each epoch, so that they hear of the end of mixup and draw from the epoch's seed
         "persistent_workers": False,
     }
-    mixup = _mixup(cfg) if train and cfg.mixup else None
-    eval_batch = cfg.eval_batch_size or cfg.batch_size
-    test_shard = _Shard(test_set, eval_batch, dist.rank, dist.world_size)
+    names = class_names(test_set)
+    mixup = _mixup(cfg) if train and mixes(cfg) else None
     return Data(
-        train=_train_loader(cfg, dist, mixup, common) if train else None,
-        test=timm.data.create_loader(test_shard, batch_size=eval_batch, crop_pct=cfg.crop_pct, **common),
-        classes=list(test_set.classes),
+        train=_train_loader(cfg, dist, names, mixup, common) if train else None,
+        test=_test_loader(cfg, dist, test_set, common),
+        classes=_readable(names) or [str(i) for i in range(cfg.num_classes)],
         mixup=mixup,
     )
 
 
-def _train_loader(cfg: Config, dist: Dist, mixup: object, common: dict) -> Iterable:
-    dataset = DATASETS[cfg.dataset](train=True)
+def _readable(names: list[str]) -> list[str]:
+    """The names, with what WordNet calls ImageNet's classes in place of their numbers."""
+    imagenet = timm.data.ImageNetInfo()
+    if names != imagenet.label_names():
+        return names
+    return [imagenet.label_name_to_description(name).split(",")[0] for name in names]
+
+
+def _test_loader(cfg: Config, dist: Dist, dataset: Dataset, common: dict) -> Iterable:
+    batch_size = cfg.eval_batch_size or cfg.batch_size
+    crop_pct = cfg.crop_pct or (0.875 if cfg.input_size <= 224 else 1.0)  # as the released ImageNet code
+    is_stream = isinstance(dataset, IterableDataset)
+    if not is_stream:
+        dataset = _Shard(dataset, batch_size, dist.rank, dist.world_size)
+    loader = timm.data.create_loader(dataset, batch_size=batch_size, crop_pct=crop_pct, **common)
+    return _Turns(loader, dist.rank, dist.world_size) if is_stream else loader
+
+
+def _train_loader(cfg: Config, dist: Dist, test_classes: list[str], mixup: object, common: dict) -> Iterable:
+    dataset = create_dataset(cfg, train=True)
+    if different := set(class_names(dataset)) ^ set(test_classes):
+        raise UserError(f"{cfg.dataset}: only one of training and test set has the class {min(different)}")
     if len(dataset) < cfg.batch_size * dist.world_size:
         raise UserError(
             f"batch_size = {cfg.batch_size}: {dist.world_size} processes need more than the {len(dataset)} "
@@ -142,10 +127,11 @@ def _train_loader(cfg: Config, dist: Dist, mixup: object, common: dict) -> Itera
             scale=cfg.scale,
             ratio=cfg.ratio,
             hflip=cfg.hflip,
-            color_jitter=None,
+            color_jitter=cfg.color_jitter,
             auto_augment=cfg.auto_augment,
             re_prob=cfg.reprob,
             re_mode=cfg.remode,
+            re_count=cfg.recount,
             collate_fn=mixup if cfg.mixup_in == "loader" else None,
             distributed=dist.world_size > 1,
             **common,
@@ -154,7 +140,7 @@ def _train_loader(cfg: Config, dist: Dist, mixup: object, common: dict) -> Itera
         if not cfg.auto_augment:
             raise
         raise UserError(f"auto_augment = {cfg.auto_augment!r}: timm has no such policy") from None
-    if dist.world_size > 1:
+    if dist.world_size > 1 and not isinstance(dataset, IterableDataset):
         loader.sampler.seed = cfg.seed  # timm leaves it at 0
     return loader
 
@@ -163,7 +149,10 @@ def _mixup(cfg: Config) -> object:
     kind = timm.data.FastCollateMixup if cfg.mixup_in == "loader" else timm.data.Mixup
     return kind(
         mixup_alpha=cfg.mixup,
+        cutmix_alpha=cfg.cutmix,
+        cutmix_minmax=cfg.cutmix_minmax,
         prob=cfg.mixup_prob,
+        switch_prob=cfg.mixup_switch_prob,
         mode=cfg.mixup_mode,
         label_smoothing=cfg.smoothing,
         num_classes=cfg.num_classes,

@@ -1,0 +1,210 @@
+"""Image data sets by name: the embedded digits, folders of images, and whatever timm's `create_dataset` knows."""
+
+import functools
+import glob
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import timm.data
+import torchvision.datasets
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import check_integrity
+
+from .. import dist
+from ..config import Config
+from ..errors import UserError
+from ..log import logger
+
+IMAGENET_SIZES = {"train": 1_281_167, "val": 50_000}
+SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "test")}
+
+
+class ImageDataset(Protocol):
+    """What a data set offers: PIL images with labels, `transform` (set by timm's loader), and class names."""
+
+    classes: Sequence[str]
+    transform: Callable | None
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[object, int]: ...
+
+
+def create_dataset(cfg: Config, train: bool) -> Dataset:
+    """The training or the test set that `cfg` names; one of timm's may be iterable.
+
+    Raises:
+        UserError: it is unknown, missing or incomplete, a package for it is not installed, or it has not
+            `num_classes` classes or `in_channels` channels.
+    """
+    if cfg.dataset == "digits":
+        dataset = Digits(train)
+    elif cfg.dataset == "imagefolder":
+        dataset = _image_folder(cfg, "train" if train else "val")
+    else:
+        dataset = _of_timm(cfg, train)
+    channels = getattr(dataset, "channels", None)
+    if channels and channels != cfg.in_channels:
+        raise UserError(f"in_channels = {cfg.in_channels}: {cfg.dataset} has {channels}")
+    names = class_names(dataset)
+    if names and len(names) != cfg.num_classes:
+        where = getattr(dataset, "root", cfg.dataset)
+        raise UserError(
+            f"num_classes = {cfg.num_classes}: {where} has {len(names)} classes; "
+            "complete the data set, or choose --num-classes"
+        )
+    return dataset
+
+
+def class_names(dataset: Dataset) -> list[str]:
+    """Names in the order of the labels, none where the data set does not tell."""
+    if hasattr(dataset, "classes"):
+        return list(dataset.classes)
+    indices = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
+    return sorted(indices, key=indices.get)
+
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, shipped inside the package.
+
+    360 of them, a fifth of each class drawn with a fixed seed, are for testing.
+    """
+
+    classes = tuple(str(digit) for digit in range(10))
+    channels = 1
+
+    def __init__(self, train: bool):
+        from sklearn.datasets import load_digits  # a second to import, and no other data set needs it
+        from sklearn.model_selection import train_test_split
+
+        images, labels = load_digits(return_X_y=True)
+        parts = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
+        images, labels = parts[0::2] if train else parts[1::2]
+        self.images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)  # 0..16 to 0..255
+        self.labels = labels.tolist()
+        self.transform = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        image = Image.fromarray(self.images[index])
+        return (self.transform(image) if self.transform else image), self.labels[index]
+
+
+def read_image(file, mode: str = "RGB", name: str | None = None) -> Image.Image:
+    """The image in `file` (a path, or an open file called `name`).
+
+    Raises:
+        UserError: it cannot be decoded.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(file) as image:
+            warnings.simplefilter("ignore")  # Pillow's about EXIF data and palettes: they harm nobody
+            return image.convert(mode)
+    except Exception as error:  # a damaged file makes decoders fail in any way
+        raise UserError(
+            f"{name or file}: cannot be read as an image ({error}); fetch it again or take it out"
+        ) from None
+
+
+def _image_folder(cfg: Config, split: str) -> ImageFolder:
+    root = _data_path(cfg)
+    mode = {1: "L", 3: "RGB"}.get(cfg.in_channels)
+    if mode is None:
+        raise UserError(f"in_channels = {cfg.in_channels}: images of a folder have 3, or 1 when read as grey")
+    folder = next((root / name for name in SPLIT_FOLDERS[split] if (root / name).is_dir()), None)
+    if folder is None:
+        if glob.glob("ILSVRC2012_*.tar", root_dir=root):
+            extract = f"python -c \"from torchvision.datasets import ImageNet as I; I('{root}', '{split}')\""
+            raise UserError(f"{root} holds archives of ImageNet and no folder {split}; extract them: {extract}")
+        raise UserError(f"{root} holds no folder {split}; it should hold train and val, each with a folder per class")
+    try:
+        dataset = ImageFolder(str(folder), loader=functools.partial(read_image, mode=mode))
+    except FileNotFoundError as error:
+        empty = re.search(r"for the classes (.+?)\. Supported", str(error))
+        if empty:
+            raise UserError(f"{folder}: no images in {_first(empty[1].split(', '))}; complete the data set") from None
+        images = sum(path.suffix.lower() in IMG_EXTENSIONS for path in folder.iterdir())
+        raise UserError(f"{folder} holds {images} images but no folder per class; sort them into such") from None
+    if dataset.classes == timm.data.ImageNetInfo().label_names() and len(dataset) != IMAGENET_SIZES[split]:
+        logger.warning(
+            f"{folder}: {len(dataset):,} images where ImageNet-1k has {IMAGENET_SIZES[split]:,}; fully extracted?"
+        )
+    return dataset
+
+
+def _data_path(cfg: Config) -> Path:
+    if cfg.data_path is None:
+        raise UserError(f"dataset {cfg.dataset}: say where it is with --data-path")
+    root = Path(cfg.data_path)
+    if not root.is_dir() and not cfg.download:
+        raise UserError(f"data folder {root} does not exist; say where {cfg.dataset} is with --data-path")
+    return root
+
+
+def _first(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _damaged_file(cfg: Config) -> str | None:
+    """The first file of CIFAR that is missing or not as published, and what to do."""
+    kind = getattr(torchvision.datasets, cfg.dataset.split("/")[1].upper(), None)
+    for name, md5 in [*getattr(kind, "train_list", ()), *getattr(kind, "test_list", ())]:
+        path = Path(cfg.data_path) / kind.base_folder / name
+        if not check_integrity(path, md5):
+            state = "is damaged" if path.exists() else "is missing"
+            return f"{path} {state}; fetch it anew with --download, or say with --data-path where it is"
+    return None
+
+
+class _HuggingFace(timm.data.ImageDataset):
+    """timm's, which replaces an image that cannot be read by the next one, made to name it."""
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        file, label = self.reader[index]
+        image = read_image(file, self.input_img_mode, f"image {index} of {self.reader.split}")
+        return (self.transform(image) if self.transform else image), label
+
+
+def _of_timm(cfg: Config, train: bool) -> Dataset:
+    """torchvision's data sets (`torch/`), WebDataset shards (`wds/`), Hugging Face (`hfds/`), TFDS (`tfds/`)."""
+    kind = cfg.dataset.split("/")[0].lower()
+    if kind not in ("torch", "wds", "hfds", "hfids", "tfds") or "/" not in cfg.dataset:
+        raise UserError(
+            f"dataset = {cfg.dataset!r}: choose digits, imagefolder, or one of timm's, such as torch/cifar10, "
+            "wds/NAME, hfds/NAME, tfds/NAME"
+        )
+    if kind == "torch":
+        _data_path(cfg)
+    arguments = {
+        "name": cfg.dataset,
+        "root": cfg.data_path,
+        "split": cfg.train_split if train else cfg.val_split,
+        "is_training": train,
+        "batch_size": cfg.batch_size,
+        "seed": cfg.seed,
+        "input_img_mode": "L" if cfg.in_channels == 1 else "RGB",
+    }
+    make = functools.partial(timm.data.create_dataset, **arguments, download=cfg.download)
+    if kind == "hfds":
+        mode = {"input_img_mode": arguments["input_img_mode"]}
+        make = functools.partial(_HuggingFace, cfg.data_path, cfg.dataset, split=arguments["split"], **mode)
+    try:
+        dataset = dist.in_turns(make) if cfg.download else make()
+    except Exception as error:  # packages that are not there, files that are not there, in as many ways as libraries
+        reason = (kind == "torch" and _damaged_file(cfg)) or str(error) or type(error).__name__
+        raise UserError(f"dataset {cfg.dataset} in {cfg.data_path}: {reason}") from None
+    reader = getattr(dataset, "reader", None)
+    if not train and hasattr(reader, "dist_num_replicas"):
+        # in a distributed evaluation timm's streaming readers repeat or leave out samples; here all processes read
+        # everything and take the batches in turn
+        reader.dist_rank, reader.dist_num_replicas = 0, 1
+    return dataset

@@ -1,0 +1,104 @@
+"""The folder of a run: which one to go on with, which checkpoint to take, and what is recorded in it."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from . import checkpoint, dist, log
+from .config import FIELDS, LOCAL_FIELDS, Config, load, plain
+from .dist import Dist
+from .errors import UserError
+from .log import RunLog
+from .loop import Trainer
+
+
+def find_run(cfg: Config, here: Dist) -> tuple[Path | None, Path | None, dict | None]:
+    """The folder to write to (None: a new one), and the checkpoint to go on from and its content (None: a start)."""
+    folder = Path(cfg.output_dir) if cfg.output_dir else None
+    path = dist.from_main(_checkpoint_to_resume(cfg, folder) if here.is_main else None)  # others may not see its disk
+    state = checkpoint.read(path) if path else None
+    if state and state["format"] == "qkformer":
+        folder = folder or path.parent
+    elif state and (state["format"] != "imagenet" or not isinstance(state.get("epoch"), int)):
+        raise UserError(
+            f"--resume {path}: neither a checkpoint of this project nor one of the released ImageNet training, so "
+            "there is no run to go on with; --finetune starts a new one from its weights"
+        )
+    last = folder and folder / "last.pt"
+    if last and last.exists() and not (path and path.samefile(last)):
+        raise UserError(f"{folder} holds a run already: go on with --resume auto, or choose another --output-dir")
+    return folder, path, state
+
+
+def _checkpoint_to_resume(cfg: Config, folder: Path | None) -> Path | None:
+    if not folder and cfg.resume == "auto":
+        raise UserError("--resume auto needs --output-dir, the folder of the run to go on with")
+    if not folder and dist.may_restart():
+        raise UserError("torchrun --max-restarts needs --output-dir, so that a restart finds the run it goes on with")
+    if cfg.resume == "auto" or dist.is_restart():
+        last = folder / "last.pt"
+        if last.exists():
+            return last
+    return Path(cfg.resume) if cfg.resume not in (None, "auto") else None
+
+
+def checkpoint_to_test(cfg: Config) -> Path:
+    named = cfg.checkpoint or cfg.resume or cfg.finetune
+    if named == "auto" and cfg.output_dir:
+        named = Path(cfg.output_dir) / "last.pt"
+    if named:
+        return Path(named)
+    runs = Path("output", Path(cfg.config).stem)
+    found = sorted(runs.glob("*/best.pt"), key=os.path.getmtime)
+    if not found:
+        raise UserError(f"test.py needs --checkpoint FILE, such as best.pt of a run (there is none in {runs})")
+    return found[-1]
+
+
+def recorded_settings(cfg: Config, recipe: Path, argv: Sequence[str], path: Path, state: dict) -> Config:
+    """Those of the run that goes on, under the flags; a recipe named on the command line must say the same."""
+    recorded = load(recipe, argv, state["config"])
+    if cfg.config != str(recipe):
+        for key in FIELDS:
+            if key not in LOCAL_FIELDS and getattr(cfg, key) != getattr(recorded, key):
+                raise UserError(
+                    f"{path} is of a run with {key} = {getattr(recorded, key)!r}, where {cfg.config} has "
+                    f"{getattr(cfg, key)!r}: --output-dir NEW branches off, and without --config the run goes on"
+                )
+    return recorded
+
+
+def differences(cfg: Config, state: dict, keys: Sequence[str]) -> list[tuple[str, object, object]]:
+    """(key, our value, the checkpoint's value) of each setting among `keys` that differs."""
+    ours, theirs = plain(cfg), state["config"]
+    return [(key, ours[key], theirs.get(key)) for key in keys if ours[key] != theirs.get(key)]
+
+
+@contextlib.contextmanager
+def records(cfg: Config, here: Dist, folder: Path, first_epoch: int) -> Iterator[RunLog | None]:
+    if not here.is_main:
+        yield None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    about = folder / "run.json"
+    starts = json.loads(about.read_text()) if about.exists() else []
+    starts.append({**log.provenance(), "first_epoch": first_epoch, "config": plain(cfg)})
+    about.write_text(json.dumps(starts, indent=2) + "\n")
+    settings = plain(cfg, without=("config", "output_dir", "resume", "checkpoint"))
+    (folder / "config.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    run_log = RunLog(folder, first_epoch)
+    try:
+        yield run_log
+    finally:
+        run_log.close()
+
+
+def save(cfg: Config, here: Dist, folder: Path, trainer: Trainer, is_best: bool) -> None:
+    if here.is_main:
+        content = trainer.state() | {"config": plain(cfg, without=LOCAL_FIELDS)}
+        for name in ("best.pt", "last.pt") if is_best else ("last.pt",):  # killed in between, the epoch is run again
+            checkpoint.save(folder / name, content)
