@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -116,6 +117,9 @@ def in_turns(make: Callable):
 def teardown() -> None:
     """Leave the process group, if there is one."""
     if td.is_initialized():
+        # gloo's threads need the interpreter to free what the last collective sent, and torch, waiting for the threads
+        # to end, does not let go of it: they get their moment before
+        time.sleep(0.2)
         td.destroy_process_group()
 
 
@@ -149,20 +153,24 @@ def gather(values: list) -> list:
     return [value for one in lists for value in one]
 
 
-def sync_batchnorm(model: nn.Module) -> nn.Module:
-    """`model` with BatchNorm over the batches of all processes: torch's SyncBatchNorm, made to work on CPUs too."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` with BatchNorm over the batches of all processes: torch's on GPUs, ours on a CPU, where torch has none."""
+    if device.type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        if isinstance(module, nn.SyncBatchNorm):
-            module.__class__ = _SyncBatchNorm  # the conversion knows torch's class alone
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = _SyncBatchNorm  # same parameters, buffers and settings
     return model
 
 
-class _SyncBatchNorm(nn.SyncBatchNorm):
-    """torch's is for GPUs; on a CPU this takes the mean and variance over all processes by differentiable sums."""
+class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm whose mean and variance are differentiable sums over all processes. [B,C,...], unchanged."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass  # any number of dimensions
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not self.training or world_size() == 1:
+        if not self.training or world_size() == 1:
             return super().forward(x)
         dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         count = sum_over_ranks(x.new_tensor(x.numel() / x.shape[1]))

@@ -43,6 +43,7 @@ class Trainer:
             )
         self.criterion = SoftTargetCrossEntropy() if mixes(cfg) else LabelSmoothingCrossEntropy(cfg.smoothing)
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=cfg.amp == "fp16" and dist.device.type == "cuda")
+        self.can_skip_sync = False
         self.epoch = 0  # epochs done
         self.best = dict(NO_BEST)
 
@@ -113,12 +114,9 @@ class Trainer:
         seed = np.random.SeedSequence([cfg.seed, self.epoch, self.dist.rank]).generate_state(1)[0]
         timm.utils.random_seed(int(seed))
         loader, mixup = self.data.train, self.data.mixup
-        for order in (
-            loader.sampler,
-            loader.dataset,
-        ):  # of timm's data sets those that stream have the order themselves
-            if hasattr(order, "set_epoch"):
-                order.set_epoch(self.epoch)
+        order = loader.sampler if hasattr(loader.sampler, "set_epoch") else loader.dataset  # a stream orders itself
+        if hasattr(order, "set_epoch"):
+            order.set_epoch(self.epoch)
         if mixup:
             mixup.mixup_enabled = cfg.mixup_off_epoch is None or self.epoch < cfg.mixup_off_epoch
         self.parallel.train()
@@ -138,10 +136,11 @@ class Trainer:
             if mixup and cfg.mixup_in == "step":
                 images, labels = mixup(images, labels)
             images = in_memory_format(cfg, images)
-            with contextlib.nullcontext() if is_update or self.parallel is self.model else self.parallel.no_sync():
+            with contextlib.nullcontext() if is_update or not self.can_skip_sync else self.parallel.no_sync():
                 with autocast(cfg.amp, device):
                     loss = self.criterion(self.parallel(images), labels)
                 self.scaler.scale(loss / group).backward()
+            self.can_skip_sync = self.dist.world_size > 1  # DDP learns its static graph from a backward pass that syncs
             if is_update:
                 self._update()
             loss_sum += loss.detach() * len(images)

@@ -96,7 +96,7 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
     elif cfg.finetune and not state:
         _load_weights(cfg, model, checkpoint.read(cfg.finetune), cfg.finetune, new_head=True)
     if cfg.sync_bn:
-        model = dist.sync_batchnorm(model)
+        model = dist.sync_batchnorm(model, here.device)
     trainer = Trainer(cfg, here, model, create_optimizer(cfg, model), data)
     if state:
         _restore(cfg, trainer, state, path)

@@ -38,7 +38,8 @@ class FirstBatches:
     """The first `count` batches of a loader, in another type."""
 
     def __init__(self, loader, count, dtype):
-        self.loader, self.count, self.dtype, self.sampler = loader, count, dtype, loader.sampler
+        self.loader, self.count, self.dtype = loader, count, dtype
+        self.sampler, self.dataset = loader.sampler, loader.dataset
 
     def __len__(self):
         return self.count
@@ -124,9 +125,8 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         run.train_epoch("test")
 
 
-@pytest.mark.parametrize("amp", ["fp16", "bf16"])
-def test_mixed_precision_trains(amp):
-    run = trainer(configure("--amp", amp), batches=2)
+def test_mixed_precision_trains():
+    run = trainer(configure("--amp", "bf16"), batches=2)
     before = [p.clone() for p in run.model.parameters()]
     assert math.isfinite(run.train_epoch("test"))
     assert any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))

@@ -75,7 +75,7 @@ def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
         "input_size": (cfg.in_channels, cfg.input_size, cfg.input_size),
         "mean": cfg.mean,
         "std": cfg.std,
-        "num_workers": min(cfg.workers, len(os.sched_getaffinity(0))),
+        "num_workers": min(cfg.workers, os.cpu_count() or 1),
         "interpolation": cfg.interpolation,
         "device": dist.device,
         "pin_memory": dist.device.type == "cuda",

@@ -1,0 +1,56 @@
+"""Updates in float64 on fixed batches of 8 images, shared by all processes; the main one saves gradients and weights.
+
+    python first_step.py RESULT.pt [flag ...]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from engine import config, dist
+from engine.data.image import Data
+from engine.loop import Trainer
+from engine.optim import create_optimizer
+from engine.run import build_model
+
+RECIPE = Path(__file__).resolve().parents[1] / "digits/digits.yml"
+
+
+class Batches(list):
+    """Loads batches of (images, labels) in order."""
+
+    sampler = dataset = None
+
+
+def main(result, *flags):
+    torch.set_default_dtype(torch.float64)
+    cfg = config.load(RECIPE, ["--time-steps", "2", "--smoothing", "0", *flags])
+    here = dist.setup("cpu")
+    torch.manual_seed(0)
+    steps = []
+    for _ in range(2):
+        images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)
+        parts = [x.chunk(cfg.accum_iter) for x in (images, labels)]
+        steps += [(x[here.rank :: here.world_size], y[here.rank :: here.world_size]) for x, y in zip(*parts, strict=True)]
+    model = build_model(cfg)
+    model = dist.sync_batchnorm(model, here.device) if cfg.sync_bn else model
+    trainer = Trainer(cfg, here, model, create_optimizer(cfg, model), Data(Batches(steps), [], [], None))
+    gradients, step = [], trainer.optimizer.step
+
+    def record():
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        step()
+
+    trainer.optimizer.step = record
+    loss = trainer.train_epoch("first")
+    batchnorms = sum("Sync" in type(m).__name__ for m in model.modules())
+    if here.is_main:
+        torch.save({"gradients": gradients, "state": model.state_dict(), "loss": loss, "synced": batchnorms}, result)
+    dist.teardown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,145 @@
+"""The recipes against the published logs, of which `facts/` holds the figures."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import config, dist
+from engine.optim import base_lr, batch_advice, create_optimizer, effective_batch, lr_at, total_epochs
+from models import create_model
+
+ROOT = Path(__file__).resolve().parents[1]
+FACTS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "facts").glob("*.json")}
+RECIPES = sorted(path for path in ROOT.glob("*/*.yml") if (path.parent / "train.py").exists())
+EIGHT_GPUS = {"imagenet": 8}
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    return lambda count: monkeypatch.setattr(dist, "world_size", lambda: count)
+
+
+def mean_rate(cfg, epoch, steps):
+    """Mean learning rate over the iterations of an epoch, as the released ImageNet training logs it."""
+    groups = range(0, steps, cfg.accum_iter)
+    weights = [min(cfg.accum_iter, steps - first) for first in groups]
+    rates = [lr_at(cfg, epoch + first / steps) for first in groups]
+    return sum(w * r for w, r in zip(weights, rates, strict=True)) / steps
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "epochs", "lr"),
+    [("768_224", 6672, range(200), 1.35e-3), ("768_384", 20018, range(201, 210), 1.2e-3)],
+)
+def test_imagenet_rates_are_those_of_the_log(processes, name, steps, epochs, lr):
+    processes(8)
+    cfg = config.load(ROOT / f"imagenet/qkformer_10_{name.removesuffix('_224')}.yml")
+    assert 1_281_167 // (cfg.batch_size * 8) == steps
+    assert base_lr(cfg) == pytest.approx(lr, rel=1e-15)
+    logged = FACTS[f"imagenet_{name}"]["train_lr"]
+    assert len(logged) == len(epochs)
+    for epoch, rate in zip(epochs, logged, strict=True):
+        assert mean_rate(cfg, epoch, steps) == pytest.approx(rate, rel=1e-12), f"epoch {epoch}"
+    assert total_epochs(cfg) == epochs[-1] + 1
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_rates_are_those_of_the_log(name):
+    cfg = config.load(ROOT / f"{name}/{name}.yml")
+    logged = FACTS[name]["lr"]
+    assert len(logged) == total_epochs(cfg) == 410
+    for epoch, rate in enumerate(logged):
+        assert float(f"{lr_at(cfg, epoch):.4g}") == rate, f"epoch {epoch}"
+    assert cfg.mixup_off_epoch is None
+
+
+def test_the_published_accuracies_are_those_of_the_logs():
+    for name, path in [
+        ("cifar10", "cifar10/cifar10.yml"),
+        ("cifar100", "cifar100/cifar100.yml"),
+        ("imagenet_768_224", "imagenet/qkformer_10_768.yml"),
+        ("imagenet_768_384", "imagenet/qkformer_10_768_384.yml"),
+    ]:
+        assert config.load(ROOT / path).log_top1 == pytest.approx(max(FACTS[name]["test_acc1"]), abs=0.005)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipes_header_says_what_its_settings_do(processes, path):
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    cfg = config.load(path)
+    processes(EIGHT_GPUS.get(path.parent.name, 1))
+    assert effective_batch(cfg) == cfg.effective_batch
+    assert batch_advice(cfg) is None
+    if path.parent.name == "digits":
+        return
+    assert f"effective batch {cfg.effective_batch}" in header
+    assert f"{cfg.paper_top1:.2f} % top-1 (paper)" in header
+    assert cfg.log_top1 is None or re.search(rf"{cfg.log_top1}0* % \(log\)", header)
+    assert f"{path.parent.name}/train.py" in header
+    assert f"T = {cfg.time_steps}" in header.splitlines()[0]
+    assert cfg.ssa_membrane == "released"
+
+
+@pytest.mark.parametrize(
+    ("count", "flags", "advice"),
+    [
+        (1, "", "--accum-iter 16 would restore them"),
+        (4, "", "--accum-iter 4 would restore them"),
+        (16, "", "--accum-iter 1 would restore them"),
+        (32, "", "--batch-size 16 --accum-iter 1 would restore them"),
+        (8, "--batch-size 48", "--batch-size 32 would restore them"),
+        (6, "", "6 processes cannot share 512 images evenly"),
+    ],
+)
+def test_another_number_of_processes_is_advised(processes, count, flags, advice):
+    processes(count)
+    path = ROOT / "imagenet/qkformer_10_384.yml"
+    cfg = config.load(path, flags.split())
+    line = batch_advice(cfg)
+    assert line.startswith(f"effective batch {effective_batch(cfg)} and learning rate {base_lr(cfg):.3g} in place of ")
+    assert "512 and 0.0012: " in line
+    assert advice in line
+    if advice.startswith("--"):
+        flags = advice.removesuffix(" would restore them").split()
+        restored = dataclasses.replace(config.load(path, flags), effective_batch=512)
+        assert effective_batch(restored) == 512
+
+
+def test_biases_and_batchnorm_are_not_decayed():
+    model = create_model("qkformer_10_384")
+    optimizer = create_optimizer(config.load(ROOT / "imagenet/qkformer_10_384.yml"), model)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert all(decay[id(p)] == (0.05 if p.dim() > 1 else 0) for p in model.parameters())
+
+
+def test_layer_decay_goes_by_depth():
+    """MAE's rule: with n layers, layer k learns at decay**(n - k); the first SPEDS is layer 0, the head layer n."""
+    model = create_model("qkformer_10_384")
+    cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", ["--layer-decay", "0.75"])
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = create_optimizer(cfg, model).param_groups
+    scale = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert len(scale) == len(names)
+    for name, depth in [
+        ("stages.0.embed.units.0.conv.weight", 0),
+        ("stages.0.blocks.0.attn.q.bn.bias", 1),
+        ("stages.1.embed.shortcut.conv.weight", 2),
+        ("stages.1.blocks.1.mlp.fc1.conv.weight", 3),
+        ("stages.2.blocks.6.mlp.fc2.bn.weight", 10),
+        ("head.weight", 11),
+    ]:
+        assert scale[name] == pytest.approx(0.75 ** (11 - depth))
+    decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert (decay["head.weight"], decay["head.bias"]) == (0.05, 0)
+
+
+def test_the_rate_of_a_layer_is_scaled():
+    from engine.optim import set_lr
+
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr_scale": 0.5}, {"params": [torch.zeros(1)]}], lr=1)
+    set_lr(optimizer, 0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.1]
