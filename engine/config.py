@@ -43,7 +43,12 @@ IGNORED = {
 }
 
 
-def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded: Mapping[str, object] | None = None) -> Config:
+def load(
+    yaml_path: str | Path,
+    argv: Sequence[str] = (),
+    recorded: Mapping[str, object] | None = None,
+    validate: bool = True,
+) -> Config:
     """Read a recipe and the flags over it.
 
     Args:
@@ -51,6 +56,7 @@ def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded: Mapping[str,
             beside `yaml_path`.
         argv: command line without the program's name.
         recorded: values that a checkpoint recorded; they beat the recipe, and flags beat them.
+        validate: False leaves open whether the settings go together, where `recorded` is yet to be read.
 
     Raises:
         UserError: unknown key (the nearest valid one is named), wrong type or value out of range.
@@ -60,7 +66,10 @@ def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded: Mapping[str,
     recorded = {key: value for key, value in (recorded or {}).items() if key in FIELDS and key not in LOCAL_FIELDS}
     recorded = {key: _coerce(key, value, f"{key} in the checkpoint") for key, value in recorded.items()}
     values = _read_yaml(path) | recorded | flags | {"config": str(path)}
-    config = _validated(Config(**values))
+    config = Config(**values)
+    _check_each(config)
+    if validate:
+        _check_together(config)
     return dataclasses.replace(config, model=config.model.lower())  # the released code writes QKFormer_10_384
 
 
@@ -77,7 +86,7 @@ def plain(config: Config, without: Sequence[str] = ()) -> dict[str, object]:
 
 def _recipe_path(own: Path, named: str | None) -> Path:
     """The recipe beside the script, or the one that `--config` names: a file, or the name of one beside the script."""
-    if named is None or Path(named).exists():
+    if named is None or Path(named).is_file():
         return Path(named or own)
     beside = own.parent / named
     beside = beside if beside.suffix else beside.with_suffix(".yml")
@@ -180,7 +189,7 @@ def _scalar(kind: type, value: object, where: str) -> object:
     raise UserError(f"{where}: {value!r} is not {names[kind]}")
 
 
-def _validated(config: Config) -> Config:
+def _check_each(config: Config) -> None:
     for key, field in FIELDS.items():
         rules = field.metadata
         value = getattr(config, key)
@@ -195,6 +204,9 @@ def _validated(config: Config) -> Config:
                 raise _bad(config, key, f"must be at least {rules['low']}")
             if rules["high"] is not None and item > rules["high"]:
                 raise _bad(config, key, f"must be at most {rules['high']}")
+
+
+def _check_together(config: Config) -> None:
     for key in ("scale", "ratio", "cutmix_minmax"):
         bounds = getattr(config, key)
         if bounds is not None and len(bounds) != 2:
@@ -210,7 +222,8 @@ def _validated(config: Config) -> Config:
         raise _bad(config, "warmup_epochs", f"must be below epochs ({config.epochs})")
     if mixes(config) and config.batch_size % 2:
         raise _bad(config, "batch_size", "mixup pairs the images of a batch: must be even")
-    return config
+    if config.compile and config.grad_checkpointing:
+        raise _bad(config, "compile", "does not go together with grad_checkpointing; choose one")
 
 
 def _bad(config: Config, key: str, why: str) -> UserError:

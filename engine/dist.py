@@ -154,7 +154,7 @@ def gather(values: list) -> list:
 
 
 def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with BatchNorm over the batches of all processes: torch's on GPUs, ours on a CPU, where torch has none."""
+    """`model` with BatchNorm over all processes' batches: torch's on GPUs, and ours on a CPU, where torch has none."""
     if device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():

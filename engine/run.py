@@ -77,7 +77,7 @@ def _exit(message: str) -> None:
 
 
 def _train(recipe: Path, argv: Sequence[str]) -> None:
-    cfg = load(recipe, argv)
+    cfg = load(recipe, argv, validate=False)
     if cfg.eval:
         _test(recipe, argv)
         return
@@ -86,8 +86,7 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
     here = _setup(cfg)
     folder, path, state = find_run(cfg, here)
     continues = bool(state and folder and folder.resolve() == path.parent.resolve())
-    if continues:
-        cfg = recorded_settings(cfg, recipe, argv, path, state)
+    cfg = recorded_settings(cfg, recipe, argv, path, state) if continues else load(recipe, argv)
     timm.utils.random_seed(cfg.seed)
     data = create_data(cfg, here)
     model = build_model(cfg).to(here.device)
@@ -146,7 +145,7 @@ def _setup(cfg: Config) -> Dist:
 
 
 def _test(recipe: Path, argv: Sequence[str]) -> None:
-    cfg = load(recipe, argv)
+    cfg = load(recipe, argv, validate=False)
     here = _setup(cfg)
     path = dist.from_main(checkpoint_to_test(cfg) if here.is_main else None)
     state = checkpoint.read(path)

@@ -104,10 +104,12 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
     """The second forward pass must not enter the batch into the running statistics once more."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)

@@ -1,6 +1,6 @@
 """Updates in float64 on fixed batches of 8 images, shared by all processes; the main one saves gradients and weights.
 
-    python first_step.py RESULT.pt [flag ...]
+python first_step.py RESULT.pt [flag ...]
 """
 
 import sys
@@ -34,7 +34,9 @@ def main(result, *flags):
     for _ in range(2):
         images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)
         parts = [x.chunk(cfg.accum_iter) for x in (images, labels)]
-        steps += [(x[here.rank :: here.world_size], y[here.rank :: here.world_size]) for x, y in zip(*parts, strict=True)]
+        steps += [
+            (x[here.rank :: here.world_size], y[here.rank :: here.world_size]) for x, y in zip(*parts, strict=True)
+        ]
     model = build_model(cfg)
     model = dist.sync_batchnorm(model, here.device) if cfg.sync_bn else model
     trainer = Trainer(cfg, here, model, create_optimizer(cfg, model), Data(Batches(steps), [], [], None))

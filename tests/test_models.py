@@ -9,6 +9,7 @@ import models
 from models import create_model
 from models.attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from models.embed import SPEDS
+from models.layers import DropPath
 from models.neuron import BACKENDS
 
 COUNTS = [  # exact counts, and the paper's ablations in millions
@@ -180,3 +181,71 @@ def test_bad_input_is_named(shape):
 
 def test_released_spelling_of_a_name():
     assert sum(p.numel() for p in create_model("QKFormer_10_384").parameters()) == 16_473_688
+
+
+def test_drop_path_drops_whole_branches_of_samples_and_keeps_the_mean():
+    branch = DropPath(0.25).train()
+    x = torch.ones(4, 4000, 3, 1, 1)
+    y = branch(x)
+    assert torch.equal(y, y[:1, :, :1].expand_as(y))  # alike at every time step and in every channel
+    assert y.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert y.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(branch.eval()(x), x)
+
+
+def test_drop_path_rises_from_block_to_block_and_works_in_training_only():
+    model = lively(create_model("qkformer_4_384", drop_path=0.3, time_steps=1, num_classes=5))
+    assert [block.drop_path.rate for stage in model.stages for block in stage.blocks] == pytest.approx(
+        [0, 0.1, 0.2, 0.3]
+    )
+    assert timm.create_model("qkformer_4_384", drop_path_rate=0.3).stages[2].blocks[1].drop_path.rate > 0.29
+    x = images(2, 3, 8, 8)
+    plain = create_model("qkformer_4_384", time_steps=1, num_classes=5).double().eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+        model.train(), plain.train()
+        torch.manual_seed(0)
+        assert not torch.equal(model(x), plain(x))
+    with pytest.raises(ValueError, match="drop_path=1 must be at least 0 and below 1"):
+        create_model("qkformer_3_64", drop_path=1)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_checkpointed_activations_change_nothing_but_memory(drop_path):
+    """Gradients and running statistics to the last bit, though every block is computed twice."""
+    results = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        model = lively(create_model("qkformer_3_64", in_channels=3, drop_path=drop_path)).train()
+        model.set_grad_checkpointing(enable)
+        kept, calls = [], []
+        model.stages[2].blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            loss = model(images(4, 3, 8, 8)).square().mean()
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters()), *model.buffers()])
+        assert len(calls) == 1 + enable
+        results[-1].append(sum(kept))
+    *plain, memory = results[0]
+    *checkpointed, less = results[1]
+    assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
+    assert less < memory / 5
+
+
+def test_channels_last_memory_gives_the_same_logits():
+    model, x = lively(create_model("qkformer_3_64", in_channels=3)), images(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(x)
+        actual = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_whole_network_is_one_graph_to_the_compiler():
+    model, x = lively(create_model("qkformer_3_64", in_channels=3, time_steps=2)), images(2, 3, 8, 8)
+    expected = model.train()(x)
+    model.compile(backend="aot_eager", fullgraph=True)  # the graph and its gradient without minutes of C++ compilation
+    actual = model(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+    actual.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -5,7 +5,7 @@ import torch
 from golden_cases import MODELS, load_case, make_weights
 
 from models import create_model
-from models.released import load_released, released_key_map, to_released
+from models.released import identify, load_released, released_key_map, to_released
 
 SMALL = [
     "cifar10_T4_B3_32_s0",
@@ -88,3 +88,25 @@ def test_what_was_never_released_has_no_names():
         load_released(create_model("qkformer_2_256", attention=("channel", "self")), {})
     with pytest.raises(ValueError, match="imagenet family only, not for 'cifar'"):
         released_key_map(create_model("qkformer_4_384", residual="ms"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_released_weights_tell_their_network(name):
+    variant, arguments = MODELS[name]
+    weights = {f"module.{key}": torch.empty(shape) for key, shape in load_case(name).about["state_dict"].items()}
+    found, their_arguments = identify(weights)
+    assert found == variant
+    assert their_arguments["residual"] == arguments.get("residual", "sew")
+    create_model(found, **their_arguments).load_state_dict(create_model(variant, **arguments).state_dict())
+    assert identify(create_model(variant, **arguments).state_dict())[0] == variant  # under our names
+
+
+def test_foreign_weights_are_no_network_of_ours():
+    model = create_model("qkformer_3_64")
+    weights = {**to_released(model), "head.weight": torch.zeros(10, 48)}
+    more = {**to_released(model), "another": torch.zeros(1)}
+    wrong = {**to_released(model), "stage2.0.mlp.mlp1_conv.weight": torch.zeros(7, 32, 1, 1)}
+    flat = {key: value.flatten() if "conv" in key else value for key, value in to_released(model).items()}
+    for state in ({}, {"head.weight": torch.zeros(())}, weights, more, wrong, flat):
+        with pytest.raises(ValueError, match="fit none of qkformer_10_384, "):
+            identify(state)

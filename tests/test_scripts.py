@@ -1,33 +1,19 @@
 """The scripts as a user runs them, in subprocesses."""
 
 import json
-import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import CPU, ROOT, fail, run, succeed
 
 from engine import checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
-CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # what is compared here to the last bit, is so on the CPU
 QUICK = ["--batch-size", "128", "--lr", "1e-2"]  # 11 steps an epoch
-
-
-def run(*command, cwd=ROOT):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=CPU, capture_output=True, text=True)
-
-
-def succeed(*command, **kwargs):
-    result = run(*command, **kwargs)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -130,18 +116,6 @@ def test_two_ranks(tmp_path):
     tested = json.loads((tmp_path / "run/test.json").read_text())
     for key in ("loss", "top1", "top5"):  # what was recorded is what was saved
         assert tested[key] == pytest.approx(recorded[f"test_{key}"], rel=1e-6)
-
-
-def fail(monkeypatch, capfd, script, *arguments):
-    """Run a script in this process, which saves its start, and return its one line."""
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    assert end.value.code == 2
-    line = capfd.readouterr().err
-    assert line.startswith("error: ")
-    assert line.count("\n") == 1
-    return line
 
 
 @pytest.mark.parametrize(

@@ -38,13 +38,13 @@ def image_folder(root, classes=4, train=16, test=9, size=40):
 
 
 def cifar(root, classes, train=150, test=33):
-    """The pickles of CIFAR-10 or CIFAR-100 in their folder, as the archive unpacks."""
+    """The pickles of CIFAR-10 or CIFAR-100 in their folder, as the archive unpacks; images of ten classes."""
     random = np.random.default_rng(0)
     key = "labels" if classes == 10 else "fine_labels"
 
     def batch(count):
-        labels = [i % classes for i in range(count)]
-        images = np.stack([pixels(label, classes, 32, random).transpose(2, 0, 1).ravel() for label in labels])
+        labels = [i % 10 for i in range(count)]
+        images = np.stack([pixels(label, 10, 32, random).transpose(2, 0, 1).ravel() for label in labels])
         return {"data": images, key: labels}
 
     if classes == 10:
@@ -100,5 +100,6 @@ if __name__ == "__main__":
     from torchvision.datasets import cifar, utils
 
     cifar.check_integrity = utils.check_integrity = lambda path, md5=None: os.path.isfile(path)
-    del sys.argv[0]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    script = next(word for word in sys.argv[1:] if word.endswith(".py"))  # a launcher may put a flag in front
+    sys.argv = [script, *(word for word in sys.argv[1:] if word != script)]
+    runpy.run_path(script, run_name="__main__")

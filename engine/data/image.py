@@ -3,7 +3,6 @@
 Batches are (images [B,C,H,W] float32, normalised, on the device; labels [B] int64, or [B,classes] under mixup).
 """
 
-import itertools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -45,12 +44,21 @@ class _Turns:
 
     def __init__(self, loader: Iterable, rank: int, world_size: int):
         self.loader, self.rank, self.world_size = loader, rank, world_size
+        self.size = getattr(loader.dataset.reader, "num_samples", None)
 
     def __len__(self) -> int:
         return len(range(self.rank, len(self.loader), self.world_size))
 
     def __iter__(self) -> Iterator:
-        return itertools.islice(self.loader, self.rank, None, self.world_size)
+        seen = 0
+        for i, (images, labels) in enumerate(self.loader):
+            seen += len(labels)
+            if i % self.world_size == self.rank:
+                yield images, labels
+        if self.size and seen != self.size:  # timm's readers leave out what they cannot read
+            raise UserError(
+                f"the test set gave {seen} images where its description says {self.size}; is a file damaged?"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""How tests run the scripts: as a user does, in a process of their own, or in this one where only a line is wanted."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # what is compared bit by bit, is so there
+
+
+def run(*command, cwd=ROOT, **environment):
+    environment = {**CPU, **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def succeed(*command, **kwargs):
+    result = run(*command, **kwargs)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def here(monkeypatch, capfd, script, *arguments):
+    """Run a script in this process, which saves its start, and return what it says."""
+    monkeypatch.setattr(sys, "argv", [script, "--device", "cpu", *map(str, arguments)])
+    capfd.readouterr()
+    threads = torch.get_num_threads()
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    torch.set_num_threads(threads)
+    return capfd.readouterr().out
+
+
+def fail(monkeypatch, capfd, script, *arguments):
+    """Run a script in this process, which saves its start, and return its one line."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert end.value.code == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ")
+    assert not [line for line in lines[:-1] if line.startswith(("error: ", "Traceback"))]
+    return lines[-1]

@@ -1,0 +1,178 @@
+"""Several processes: the same gradients as one, deaths, restarts, and the ways to start them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import CPU, ROOT, run, succeed
+
+from engine import checkpoint, dist
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+QUICK = ["--batch-size", "64", "--lr", "1e-2", "--time-steps", "1"]  # 11 steps an epoch in two processes
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The update of one process, with and without accumulation."""
+    folder = tmp_path_factory.mktemp("alone")
+    results = {}
+    for accumulated in (1, 2):
+        path = folder / f"{accumulated}.pt"
+        succeed("tests/first_step.py", path, "--accum-iter", accumulated)
+        results[accumulated] = torch.load(path)
+    return results
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "flags"),
+    [(1, []), (2, []), (2, ["--grad-checkpointing"]), (1, ["--channels-last", "--ema-decay", "0.5"])],
+)
+def test_two_processes_make_the_updates_of_one(alone, tmp_path, accumulated, flags):
+    path = tmp_path / "two.pt"
+    succeed(*TORCHRUN, "tests/first_step.py", path, "--sync-bn", "--accum-iter", accumulated, *flags)
+    two, one = torch.load(path), alone[accumulated]
+    assert two["synced"] == 25
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
+    assert len(two["gradients"]) == 2
+    for ours, expected in zip(two["gradients"], one["gradients"], strict=True):
+        largest = max(g.abs().max() for g in expected.values())
+        for name, gradient in expected.items():  # of a bias that a BatchNorm removes it is zero but for rounding
+            scale = gradient.abs().clamp(min=1e-3 * largest)
+            assert ((ours[name] - gradient).abs() / scale).max() < 1e-9, name
+    for name, value in one["state"].items():
+        torch.testing.assert_close(two["state"][name], value, rtol=1e-6, atol=1e-9)
+
+
+def test_without_synchronised_batchnorm_they_differ(alone, tmp_path):
+    """The comparison above can fail."""
+    succeed(*TORCHRUN, "tests/first_step.py", tmp_path / "two.pt")
+    two = torch.load(tmp_path / "two.pt")
+    assert two["synced"] == 0
+    assert two["loss"] != pytest.approx(alone[1]["loss"], rel=1e-3)
+
+
+def start(*words, **environment):
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env={**CPU, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def processes_of(launcher):
+    """{rank: process id} of what a launcher has started."""
+    ids = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    ranks = {}
+    for process in ids:
+        environment = dict(
+            entry.split("=", 1) for entry in Path(f"/proc/{process}/environ").read_text().split("\0") if "=" in entry
+        )
+        if "RANK" in environment:
+            ranks[int(environment["RANK"])] = int(process)
+    return ranks
+
+
+def kill_one(launcher, folder, rank):
+    """SIGKILL one process once the run has its first checkpoint."""
+    while not (folder / "last.pt").exists():
+        assert launcher.poll() is None, launcher.stdout.read()
+        time.sleep(0.02)
+    os.kill(processes_of(launcher)[rank], signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_the_death_of_one_ends_all(tmp_path):
+    launcher = start(*TORCHRUN, "digits/train.py", *QUICK, "--epochs", "500", "--output-dir", tmp_path)
+    kill_one(launcher, tmp_path, rank=1)
+    killed = time.monotonic()
+    output, _ = launcher.communicate(timeout=120)
+    assert time.monotonic() - killed < 60
+    assert launcher.returncode != 0
+    assert "Signal 9 (SIGKILL) received" in output  # torchrun's own words on who died
+    assert checkpoint.read(tmp_path / "last.pt")["epoch"] >= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_torchruns_restart_goes_on_from_the_last_checkpoint(tmp_path):
+    train = ["digits/train.py", *QUICK, "--epochs", "5", "--output-dir"]
+    launcher = start(*TORCHRUN, "--max-restarts=1", *train, tmp_path / "cut")
+    kill_one(launcher, tmp_path / "cut", rank=0)
+    output, _ = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, output
+    assert f"resumed {tmp_path / 'cut/last.pt'} after epoch " in output
+    succeed(*TORCHRUN, *train, tmp_path / "whole")
+    whole, cut = (checkpoint.read(tmp_path / name / "last.pt")["state_dict"] for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    starts = json.loads((tmp_path / "cut/run.json").read_text())
+    assert len(starts) == 2
+    assert starts[1]["first_epoch"] >= 1
+
+
+def test_restarts_need_a_folder_to_find_the_run_in():
+    result = run(*TORCHRUN, "--max-restarts=2", "digits/train.py", "--epochs", "1")
+    assert result.returncode != 0
+    assert "error: torchrun --max-restarts needs --output-dir" in result.stderr
+
+
+def test_a_mistake_is_told_once():
+    result = run(*TORCHRUN, "digits/train.py", "--epochs", "0")
+    assert result.returncode != 0
+    assert result.stderr.count("error: epochs = 0: must be at least 1") == 1
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def test_two_machines_under_torchrun(tmp_path):
+    """One launcher each, both on this machine, as the README says."""
+    rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_id=1", "--rdzv_backend=c10d"]
+    rendezvous += [f"--rdzv_endpoint=localhost:{free_port()}"]
+    train = ["digits/train.py", *QUICK, "--epochs", "1", "--output-dir", tmp_path]
+    machines = [start("-m", "torch.distributed.run", *rendezvous, *train) for _ in range(2)]
+    outputs = [machine.communicate(timeout=240)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert sum("on 2 x cpu; effective batch 128" in output for output in outputs) == 1
+
+
+def test_two_tasks_under_srun(tmp_path):
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
+    train = ["digits/train.py", *QUICK, "--epochs", "1", "--output-dir", tmp_path]
+    tasks = [start(*train, **slurm, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
+    outputs = [task.communicate(timeout=240)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert sum("on 2 x cpu; effective batch 128" in output for output in outputs) == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("node[01-04,9],other", "node01"), ("gpu7", "gpu7"), ("a-b[3,5-6]", "a-b3"), ("x1,x2", "x1"), (None, "localhost")],
+)
+def test_the_first_machine_of_a_slurm_step_is_the_meeting_point(monkeypatch, nodes, first):
+    for key in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NODELIST"):
+        monkeypatch.setenv(key, "")  # put back after the test
+        monkeypatch.delenv(key)
+    if nodes:
+        monkeypatch.setenv("SLURM_STEP_NODELIST", nodes)
+    for key, value in {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "40007"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # an allocation's shell, or torchrun once per machine
+    dist._translate_slurm()
+    assert "WORLD_SIZE" not in os.environ
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    dist._translate_slurm()
+    told = [os.environ[key] for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    assert told == ["5", "1", "16", first, "20007"]

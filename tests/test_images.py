@@ -1,0 +1,350 @@
+"""The scripts of ImageNet and CIFAR as a user runs them, on tiny data in the true formats."""
+
+import argparse
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import tarfile
+
+import pytest
+import torch
+import torchvision.datasets.cifar
+from PIL import Image
+from scripts import ROOT, fail, here, succeed
+from tiny_data import cifar, image_folder, shards
+
+from engine import checkpoint, config, dist, published
+from engine.data.image import create_data
+from engine.loop import Trainer
+from engine.optim import create_optimizer
+from engine.run import build_model
+from models import create_model
+from models.released import to_released
+
+LAUNCHERS = {
+    "python": [],
+    "launch": ["-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2"],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+}
+EASY = "--hflip 0 --aa none --reprob 0 --smoothing 0 --mixup 0 --lr 1e-3 --accum-iter 1".split()
+SMALL = "--time-steps 1 --batch-size 8 --workers 1 --warmup-epochs 0 --cooldown-epochs 0".split()
+IMAGENET = "--num-classes 4 --input-size 32".split()
+CIFAR = "--input-size 8".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    image_folder(root / "imagenet")
+    image_folder(root / "five", train=4, test=1)
+    cifar(root / "cifar10", 10, train=80, test=21)
+    cifar(root / "cifar100", 100, train=100, test=21)
+    shards(root / "shards")
+    return root
+
+
+def command(name, launcher="python", script="train.py"):
+    """The words in front of the flags; CIFAR's script runs with torchvision's check of the md5 switched off."""
+    patched = ["tests/tiny_data.py"] if name.startswith("cifar") else []
+    return [*LAUNCHERS[launcher], *patched, f"{name}/{script}"]
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("name", "launcher", "flags"),
+    [
+        ("imagenet", "python", IMAGENET),
+        ("imagenet", "launch", IMAGENET),
+        ("imagenet", "torchrun", IMAGENET),
+        ("cifar10", "python", CIFAR),
+        ("cifar100", "launch", CIFAR),
+    ],
+)
+def test_train_resume_test(data, tmp_path, name, launcher, flags):
+    """The loss falls, and the evaluation is the same to the last digit, however many processes share it."""
+    where = ["--data-path", data / name, "--workers", "1", "--output-dir"]
+    train = command(name, launcher)
+    output = succeed(*train, *SMALL, *EASY, *flags, "--epochs", "3", *where, tmp_path / "run")
+    processes = 1 if launcher == "python" else 2
+    assert f"T = 1, on {processes} x cpu; effective batch {8 * processes}, learning rate 0.001" in output
+    assert "warning: effective batch" in output
+    output = succeed(*train, *where, tmp_path / "run", "--resume", "auto", "--epochs", "4")
+    assert "after epoch 3" in output
+    losses = [row["train_loss"] for row in rows(tmp_path / "run")]
+    assert len(losses) == 4
+    assert losses[-1] < 0.95 * losses[0]
+    results = []
+    for kind in {"python": 1, launcher: 2}:
+        test = [*command(name, kind, "test.py"), "--checkpoint", tmp_path / "run/last.pt", "--eval-batch-size", "4"]
+        succeed(*test, *where, tmp_path / kind)
+        results.append(json.loads((tmp_path / kind / "test.json").read_text()))
+    for key in ("loss", "top1", "top5", "count"):
+        assert results[0][key] == results[-1][key]
+    assert results[0]["count"] == (37 if name == "imagenet" else 21)  # neither is a multiple of 2 x 4
+    assert (tmp_path / "python/predictions.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_shards_train_and_evaluate_as_folders_do(data, tmp_path):
+    flags = [*SMALL, *IMAGENET, "--dataset", "wds/tiny", "--data-path", data / "shards"]
+    succeed(*command("imagenet", "torchrun"), *flags, "--epochs", "1", "--output-dir", tmp_path)
+    losses = []
+    for launcher in ("python", "torchrun"):
+        test = command("imagenet", launcher, "test.py")
+        output = succeed(*test, *flags, "--eval-batch-size", "4", "--checkpoint", tmp_path / "last.pt")
+        assert "on 37 samples" in output
+        losses.append(json.loads((tmp_path / "test.json").read_text())["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_a_damaged_shard_is_not_left_out_silently(tmp_path, data, monkeypatch, capfd):
+    torch.save(create_model("qkformer_10_384", num_classes=4).state_dict(), tmp_path / "weights.pt")
+    root = shards(tmp_path / "shards", test=9)
+    with tarfile.open(root / "tiny-validation-0000.tar", "w") as archive:
+        member = tarfile.TarInfo("000000.jpg")
+        member.size = 9
+        archive.addfile(member, io.BytesIO(b"no image."))
+    flags = [*IMAGENET, "--dataset", "wds/tiny", "--data-path", root, "--workers", "0", "--time-steps", "1"]
+    line = fail(monkeypatch, capfd, "imagenet/test.py", *flags, "--checkpoint", tmp_path / "weights.pt")
+    assert "the test set gave 1 images where its description says 9" in line
+
+
+def break_nothing(root):
+    pass
+
+
+def no_train(root):
+    (root / "train").rename(root / "training")
+
+
+def archives(root):
+    (root / "val").rename(root / "elsewhere")
+    (root / "ILSVRC2012_img_val.tar").touch()
+
+
+def flat(root):
+    for path in list((root / "val").glob("*/*")):
+        path.rename(root / "val" / path.name)
+    for folder in (root / "val").iterdir():
+        if folder.is_dir():
+            folder.rmdir()
+
+
+def empty_class(root):
+    for path in (root / "val/n00000002").iterdir():
+        path.unlink()
+
+
+def missing_class(root):
+    empty_class(root)
+    (root / "val/n00000002").rmdir()
+
+
+def other_class(root):
+    (root / "val/n00000002").rename(root / "val/n00000009")
+
+
+def truncated(root):
+    path = root / "val/n00000001/1_3.JPEG"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def not_an_image(root):
+    (root / "train/n00000001/1_3.JPEG").write_text("<html>")
+
+
+@pytest.mark.parametrize(
+    ("damage", "flags", "message"),
+    [
+        (break_nothing, ["--data-path", "no/where"], "data folder no/where does not exist; say where imagefolder is"),
+        (break_nothing, ["--num-classes", "1000"], "val has 4 classes; complete the data set, or choose --num-classes"),
+        (break_nothing, ["--in-channels", "2", "--mean", "0,0", "--std", "1,1"], "in_channels = 2: images of a folder"),
+        (break_nothing, ["--dataset", "imagenet"], "dataset = 'imagenet': choose digits, imagefolder, or one of timm"),
+        (break_nothing, ["--dataset", "wds/x"], "split validation not found in info"),
+        (no_train, [], "holds no folder train; it should hold train and val, each with a folder per class"),
+        (archives, [], "extract them: python -c \"from torchvision.datasets import ImageNet as I; I('"),
+        (flat, [], "val holds 37 images but no folder per class; sort them into such"),
+        (empty_class, [], "val: no images in n00000002; complete the data set"),
+        (missing_class, [], "num_classes = 4: "),
+        (other_class, [], "imagefolder: only one of training and test set has the class n00000002"),
+        (truncated, [], "val/n00000001/1_3.JPEG: cannot be read as an image"),
+        (not_an_image, [], "train/n00000001/1_3.JPEG: cannot be read as an image"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_broken_folder_is_named_in_one_line(damage, flags, message, tmp_path, monkeypatch, capfd):
+    root = image_folder(tmp_path / "data", train=8)
+    damage(root)
+    small = [*SMALL, *IMAGENET, "--data-path", root, "--epochs", "1", "--output-dir", tmp_path / "run"]
+    assert message in fail(monkeypatch, capfd, "imagenet/train.py", *small, *flags)
+
+
+def test_broken_cifar_is_named_in_one_line(tmp_path, monkeypatch, capfd):
+    assert "cifar10 does not exist; say where torch/cifar10 is" in fail(monkeypatch, capfd, "cifar10/train.py")
+    train = ["cifar10/train.py", "--data-path", tmp_path]
+    assert "cifar-10-batches-py/data_batch_1 is missing; fetch it anew with --download" in fail(
+        monkeypatch, capfd, *train
+    )
+    cifar(tmp_path, 10)  # not the published files
+    assert "cifar-10-batches-py/data_batch_1 is damaged; fetch it" in fail(monkeypatch, capfd, *train)
+
+
+def test_the_released_flags_and_the_default_checkpoint(data, tmp_path, monkeypatch, capfd):
+    """What users of the released scripts type; `--eval` evaluates what it loaded, and test.py finds the last run."""
+    monkeypatch.chdir(tmp_path)
+    released = "--model QKFormer_10_384 --time_step 1 --input_size 32 --batch_size 8 --accum_iter 1 --blr 1e-3"
+    released += " --dist_eval --num_workers 0 --nb_classes 4 --warmup_epochs 0 --pin_mem --dist_url env:// --aa none"
+    flags = [*released.split(), "--data_path", data / "five"]
+    assert (
+        "test.py needs --checkpoint FILE, such as best.pt of a run (there is none in output/qkformer_10_384)"
+        in fail(monkeypatch, capfd, "imagenet/test.py")
+    )
+    here(monkeypatch, capfd, "imagenet/train.py", *flags, "--epochs", "1")
+    (folder,) = (tmp_path / "output/qkformer_10_384").iterdir()
+    lines = []
+    for words in (
+        ["train.py", "--eval", "--resume", folder / "best.pt"],
+        ["train.py", "--eval", "--finetune", folder / "best.pt"],
+        ["test.py"],
+    ):
+        output = here(monkeypatch, capfd, f"imagenet/{words[0]}", *words[1:], *flags)
+        assert f"evaluating {folder.relative_to(tmp_path) if words == ['test.py'] else folder}/best.pt" in output
+        lines += [line for line in output.splitlines() if line.startswith("top-1")]
+    assert len(lines) == 3
+    assert len(set(lines)) == 1
+    assert "on 5 samples" in lines[0]
+
+
+def released_file(path, name="qkformer_10_384", extra=(), **arguments):
+    """A file in the format of the released ImageNet training, with random weights."""
+    torch.manual_seed(0)
+    content = {"model": to_released(create_model(name, **arguments)), "optimizer": {}, "epoch": 199, **dict(extra)}
+    torch.save(content, path)
+    return path
+
+
+def test_a_known_file_is_evaluated_by_its_recipe(data, tmp_path, monkeypatch, capfd):
+    """Recognised by its md5: the recipe's resolution, membrane and batch, and its published figure."""
+    path = released_file(tmp_path / "weights.pth", num_classes=4)
+    digest = hashlib.md5(path.read_bytes()).hexdigest()
+    assert published.recipe_of(path, ROOT / "imagenet") is None
+    monkeypatch.setitem(published.RELEASED, digest, "qkformer_10_384")
+    monkeypatch.setattr(published, "accuracies", lambda cfg, folder: {"paper": 78.8, "log": 78.85})
+    flags = ["--data-path", data / "five", "--num-classes", "4", "--workers", "0", "--both-membranes"]
+    output = here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *flags)
+    assert f"{path}: the released checkpoint of qkformer_10_384, known by its md5" in output
+    assert "T = 4, at 224 x 224 pixels, in batches of 32, ssa_membrane released" in output
+    about = json.loads((tmp_path / "test.json").read_text())
+    assert about["published_top1"] == {"paper": 78.8, "log": 78.85}
+    assert about["membranes"]["released"]["top1"] == about["top1"]
+    for membrane, result in about["membranes"].items():
+        assert f"top-1 {result['top1']:.2f} %" in output
+        assert f"on 5 samples ({membrane})" in output
+    assert f"published: 78.80 % (paper; {about['top1'] - 78.8:+.2f}), 78.85 % (log; " in output
+    assert set(about["membranes"]) == {"released", "per_sample"}
+
+
+def test_published_figures_stand_beside_their_own_network_only():
+    folder = ROOT / "imagenet"
+    for flags, figures in [
+        ("", {"paper": 78.8, "log": 78.85}),
+        ("--ssa-membrane per_sample --batch-size 7", {"paper": 78.8, "log": 78.85}),
+        ("--model qkformer_10_768", {"paper": 84.22, "log": 84.29}),
+        ("--model qkformer_10_768 --time-steps 1", {"paper": 81.69}),
+        ("--model qkformer_10_768 --input-size 288", {"paper": 85.25, "log": 85.3}),
+        ("--model qkformer_10_768 --input-size 384", {"paper": 85.65, "log": 85.65}),
+        ("--model qkformer_10_512 --time-steps 2", {}),
+        ("--dataset wds/mine", {}),
+    ]:
+        assert published.accuracies(config.load(folder / "qkformer_10_384.yml", flags.split()), folder) == figures
+    assert len(published.RELEASED) == 5
+    assert all((folder / f"{name}.yml").exists() for name in published.RELEASED.values())
+
+
+def test_an_unknown_file_is_known_by_its_shapes(data, tmp_path, monkeypatch, capfd):
+    small = ["--data-path", data / "five", "--workers", "0"]
+    path = released_file(
+        tmp_path / "a.pth", extra={"args": argparse.Namespace(time_step=1, input_size=48)}, num_classes=4
+    )
+    output = here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *small)
+    assert "qkformer_10_384, known by its shapes; the file tells time_steps and input_size" in output
+    assert "T = 1, at 48 x 48 pixels, in batches of 32, ssa_membrane released" in output
+    path = released_file(tmp_path / "b.pth", residual="ms", num_classes=4)
+    output = here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *small, "--input-size", "32")
+    assert "the file tells neither T nor size. Other values: --time-steps, --input-size" in output
+    assert "T = 4, at 32 x 32 pixels, in batches of 32, ssa_membrane per_sample" in output
+
+
+def test_fine_tuning_and_resuming_from_released_weights(data, tmp_path, monkeypatch, capfd):
+    path = released_file(tmp_path / "released.pth")
+    weights = checkpoint.read(path)["state_dict"]
+    small = [*SMALL, *IMAGENET, "--data-path", data / "five", "--lr", "0", "--warmup-lr", "0", "--min-lr", "0"]
+    tune = ["imagenet/train.py", *small, "--finetune", path, "--epochs", "1", "--output-dir", tmp_path / "tuned"]
+    output = here(monkeypatch, capfd, *tune)
+    assert "a new head for 4 classes in place of 1000" in output
+    tuned = checkpoint.read(tmp_path / "tuned/last.pt")
+    model = create_model("qkformer_10_384", num_classes=4)
+    model.load_state_dict(tuned["state_dict"])
+    ours = to_released(model)
+    assert all(torch.equal(ours[key], weights[key]) for key in ours if key.endswith("conv.weight"))
+    head = ours["head.weight"]
+    assert 1e-5 < head.std() < 3e-5
+    assert not ours["head.bias"].any()
+
+    path = released_file(tmp_path / "four.pth", num_classes=4)
+    resume = ["imagenet/train.py", *small, "--resume", path, "--output-dir", tmp_path / "resumed"]
+    output = here(monkeypatch, capfd, *resume, "--epochs", "201")
+    assert "weights and epoch are taken over, and adamw starts anew" in output
+    assert [row["epoch"] for row in rows(tmp_path / "resumed")] == [200]
+    assert checkpoint.read(tmp_path / "resumed/last.pt")["epoch"] == 201
+    line = fail(monkeypatch, capfd, "imagenet/train.py", *small, "--resume", released_file(tmp_path / "1k.pth"))
+    assert "of another shape: head.weight" in line
+    torch.save(weights, tmp_path / "bare.pth")
+    line = fail(monkeypatch, capfd, "imagenet/train.py", *small, "--resume", tmp_path / "bare.pth")
+    assert "there is no run to go on with; --finetune starts a new one" in line
+
+
+def test_a_recipe_named_on_the_command_line_is_not_ignored_by_a_resumed_run(tmp_path, monkeypatch, capfd):
+    """Else `--config ..._384 --resume last.pt` would go on at 224 without a word."""
+    quick = ["--batch-size", "128", "--epochs", "1", "--time-steps", "1"]
+    here(monkeypatch, capfd, "digits/train.py", *quick, "--output-dir", tmp_path / "run")
+    other = tmp_path / "other.yml"
+    other.write_text((ROOT / "digits/digits.yml").read_text() + "clip_grad: 1\n")
+    again = ["digits/train.py", "--config", other, *quick, "--resume", tmp_path / "run/last.pt"]
+    line = fail(monkeypatch, capfd, *again)
+    assert "last.pt is of a run with clip_grad = None, where " in line
+    assert "has 1.0: --output-dir NEW branches off" in line
+    assert "after epoch 1" in here(monkeypatch, capfd, *again, "--output-dir", tmp_path / "branch")
+
+
+def test_an_image_is_read_in_the_mode_of_the_network(tmp_path):
+    from engine.data.datasets import read_image
+
+    Image.new("RGBA", (4, 4), (255, 0, 0, 128)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").mode == "RGB"
+    assert read_image(tmp_path / "a.png", "L").mode == "L"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("imagenet/*.yml")) + sorted(ROOT.glob("cifar*/*.yml")), ids=lambda p: p.stem
+)
+def test_every_recipe_trains(path, data, monkeypatch):
+    """One update of the recipe's own network with its own optimizer and augmentation, on small images."""
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: True)
+    name = path.parent.name
+    flags = ["--input-size", "16" if name.startswith("cifar") else "32", "--time-steps", "1", "--workers", "0"]
+    flags += ["--num-classes", "4"] if name == "imagenet" else []
+    cfg = config.load(path, [*flags, "--batch-size", "40", "--data-path", str(data / name), "--accum-iter", "1"])
+    cfg = dataclasses.replace(cfg, warmup_epochs=0)  # starts at a rate of 0
+    where = dist.setup("cpu")
+    model, loaded = build_model(cfg), create_data(cfg, where)
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer = Trainer(cfg, where, model, create_optimizer(cfg, model), loaded)
+    assert math.isfinite(trainer.train_epoch("once"))
+    assert len(loaded.train) == (1 if name == "imagenet" else 2)
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert sum(changed) > 0.9 * len(changed)
