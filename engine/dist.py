@@ -10,6 +10,7 @@ import torch
 import torch.distributed as td
 import torch.distributed.nn.functional
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from .errors import UserError
 
@@ -60,7 +61,12 @@ def setup(device: str) -> Dist:
     if world_size == 1:
         return Dist(0, 1, where)
     try:
-        td.init_process_group("nccl" if device == "cuda" else "gloo")
+        store, rank, world_size = next(rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun's restarted processes get the store of those that died, with their addresses in it; on several
+            # machines their numbers of restarts differ, see the README
+            store = td.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        td.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"cannot join the other processes, start with torchrun: {error}") from None
     return Dist(td.get_rank(), td.get_world_size(), where)
@@ -80,11 +86,6 @@ def _translate_slurm() -> None:
 def local_rank() -> int:
     """Number of this process among those of its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def is_restart() -> bool:
-    """Whether torchrun started this process anew after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def may_restart() -> bool:

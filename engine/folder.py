@@ -39,10 +39,8 @@ def _checkpoint_to_resume(cfg: Config, folder: Path | None) -> Path | None:
         raise UserError("--resume auto needs --output-dir, the folder of the run to go on with")
     if not folder and dist.may_restart():
         raise UserError("torchrun --max-restarts needs --output-dir, so that a restart finds the run it goes on with")
-    if cfg.resume == "auto" or dist.is_restart():
-        last = folder / "last.pt"
-        if last.exists():
-            return last
+    if (cfg.resume == "auto" or dist.may_restart()) and (folder / "last.pt").exists():
+        return folder / "last.pt"
     return Path(cfg.resume) if cfg.resume not in (None, "auto") else None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import CPU, ROOT, run, succeed
+from scripts import CPU, ROOT, fail, run, succeed
 
 from engine import checkpoint, dist
 
@@ -119,10 +119,10 @@ def test_torchruns_restart_goes_on_from_the_last_checkpoint(tmp_path):
     assert starts[1]["first_epoch"] >= 1
 
 
-def test_restarts_need_a_folder_to_find_the_run_in():
-    result = run(*TORCHRUN, "--max-restarts=2", "digits/train.py", "--epochs", "1")
-    assert result.returncode != 0
-    assert "error: torchrun --max-restarts needs --output-dir" in result.stderr
+def test_restarts_need_a_folder_to_find_the_run_in(monkeypatch, capfd):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    line = fail(monkeypatch, capfd, "digits/train.py", "--epochs", "1")
+    assert line == "error: torchrun --max-restarts needs --output-dir, so that a restart finds the run it goes on with"
 
 
 def test_a_mistake_is_told_once():

@@ -13,7 +13,7 @@ from PIL import Image
 from engine import config, dist
 from engine.data.image import create_data
 from engine.errors import UserError
-from engine.loop import Trainer, evaluate
+from engine.loop import Trainer, autocast, evaluate
 from engine.optim import create_optimizer, lr_at
 from engine.run import build_model
 
@@ -185,3 +185,55 @@ def test_the_digits_split_is_fixed_and_disjoint():
     seen = {image.tobytes() for image in train.images}
     assert sum(image.tobytes() in seen for image in test.images) == 0
     assert test.labels[:8] == [7, 6, 3, 7, 7, 3, 2, 8]
+
+
+def test_the_average_of_the_weights_is_kept_evaluated_and_resumed():
+    run = trainer(configure("--ema-decay", "0.75"), batches=1, dtype=torch.float64)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    run.train_epoch("test")
+    for name, average in run.ema.module.state_dict().items():
+        after = run.model.state_dict()[name]
+        if average.is_floating_point():
+            torch.testing.assert_close(average, 0.75 * before[name] + 0.25 * after, rtol=1e-9, atol=1e-12)
+    assert run.evaluated is run.ema.module
+    again = trainer(configure("--ema-decay", "0.75"), batches=1, dtype=torch.float64)
+    again.restore(run.state())
+    kept = again.ema.module.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in run.ema.module.state_dict().items())
+    fresh = trainer(configure("--ema-decay", "0.75"), batches=1, dtype=torch.float64)
+    fresh.restore(run.state() | {"state_dict_ema": None})  # of a run without: the average starts from the weights
+    assert torch.equal(fresh.ema.module.head.weight, run.model.head.weight)
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e6])
+def test_gradients_are_clipped_to_their_norm(limit):
+    run, norms = trainer(configure("--clip-grad", str(limit)), batches=1, dtype=torch.float64), []
+    run.optimizer.step = lambda: norms.append(torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()]))
+    run.train_epoch("test")
+    (norm,) = norms
+    assert norm == pytest.approx(limit, rel=1e-3) if limit < 1 else 0.01 < norm < 100
+
+
+def test_cutmix_mixes_too():
+    run, targets = trainer(configure("--cutmix", "1", "--smoothing", "0"), batches=2), []
+    criterion = run.criterion
+    run.criterion = lambda logits, target: targets.append(target) or criterion(logits, target)
+    run.train_epoch("test")
+    assert all(((target > 0).sum(1) <= 2).all() for target in targets)
+    assert any((target.max(1).values < 1).any() for target in targets)
+
+
+def test_fp16_is_float32_on_a_cpu():
+    with autocast("fp16", torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    with autocast("bf16", torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_the_evaluation_does_not_depend_on_the_order_of_batches():
+    run = trainer(configure("--eval-batch-size", "7"))
+    batches = list(run.data.test)
+    results = [evaluate(run.cfg, run.dist, run.model, order) for order in (batches, batches[::-1])]
+    assert results[0] == results[1]
+    with pytest.raises(UserError, match="the test set holds no images"):
+        evaluate(run.cfg, run.dist, run.model, [])

@@ -1,20 +1,32 @@
 """What the README tells people to type works."""
 
-import os
 import re
 import shlex
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import torch
+import torchvision.datasets.cifar
+from scripts import ROOT, here, succeed
+from tiny_data import cifar, image_folder
 
+from engine import config
 from models import create_model, list_models
+from models.released import to_released
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+COMMANDS, ELSEWHERE = (
+    [line for kind, block in BLOCKS if kind == k for line in block.splitlines()] for k in ("bash", "")
+)
+PYTHON = [block for kind, block in BLOCKS if kind == "python"]
+SHORT = "--epochs 1 --warmup-epochs 0 --cooldown-epochs 0 --time-steps 1 --workers 0".split()
+SMALL = {  # what makes a command of each folder short
+    "digits": ["--epochs", "1", "--time-steps", "1", "--batch-size", "128"],
+    "imagenet": [*SHORT, *"--model qkformer_10_384 --num-classes 4 --input-size 32 --batch-size 8".split()],
+    "cifar10": [*SHORT, *"--input-size 8 --batch-size 40".split()],
+    "cifar100": [*SHORT, *"--input-size 8 --batch-size 40".split()],
+}
 
 
 def test_the_readme_has_commands():
@@ -27,23 +39,70 @@ def test_make_targets_exist(command):
     subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_commands_run_in_order(tmp_path):
-    """Each as it stands, but for a shorter training, in a folder of its own."""
-    commands = [c for c in COMMANDS if not c.startswith("make ")]
-    assert len(commands) >= 4
-    for command in commands:
-        words = shlex.split(command)
-        launcher = ["-m", "torch.distributed.run", "--standalone"] if words[0] == "torchrun" else []
-        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        words[script] = str(ROOT / words[script])
-        short = ["--epochs", "1", "--batch-size", "128", "--time-steps", "1"] if "train.py" in words[script] else []
-        words = [sys.executable, *launcher, *words[1:], *short]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # two processes need two GPUs, or none
-        result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, command + result.stderr
-        assert "top-1" in result.stdout
-    assert (tmp_path / "output/first/learning_curve.png").exists()
-    assert len(list((tmp_path / "output/digits").iterdir())) == 2  # the runs without --output-dir
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with tiny data and a released checkpoint where the commands expect them."""
+    image_folder(tmp_path / "data/imagenet", train=8, test=1)
+    cifar(tmp_path / "data/cifar10", 10, train=80, test=10)
+    cifar(tmp_path / "data/cifar100", 100, train=80, test=10)
+    (tmp_path / "weights").mkdir()
+    torch.save({"model": to_released(create_model("qkformer_10_384", num_classes=4))}, tmp_path / "weights/10-384.pth")
+    for module in (torchvision.datasets.cifar, torchvision.datasets.utils):
+        monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_commands_run_in_order(workplace, monkeypatch, capfd):
+    """Each as it stands, but short and on tiny data; launchers start two processes, the first time they are met."""
+    commands = [shlex.split(command) for command in COMMANDS if not command.startswith("make ")]
+    assert len(commands) >= 20
+    folder, launched = workplace, set()
+    for words in commands:
+        if words[0] == "cd":
+            folder = (folder / words[1]).resolve()
+            folder.mkdir(exist_ok=True)
+            monkeypatch.chdir(folder)
+            continue
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        script = (folder / words[at]).relative_to(workplace)
+        name = script.parent.name
+        flags = [*words[at + 1 :], *(SMALL[name] if script.name == "train.py" else ["--workers", "0"])]
+        flags += ["--data-path", workplace / "data" / name]
+        if "output/10-768-384" in flags:
+            flags += ["--epochs", "2"]  # goes on after the one epoch of the run before
+        kind = "run" if words[0] == "torchrun" else "launch" if "torch.distributed.launch" in words else None
+        if kind and (kind, name) not in launched and script.name == "train.py":
+            launched.add((kind, name))
+            start = ["-m", f"torch.distributed.{kind}", "--standalone", "--nproc_per_node=2"]
+            output = succeed(*start, ROOT / script, *flags, cwd=folder)
+        else:
+            output = here(monkeypatch, capfd, str(script), *flags)
+        assert "top-1" in output, words
+    assert launched == {("run", "digits"), ("launch", "imagenet"), ("run", "imagenet")}
+    assert (workplace / "output/first/learning_curve.png").exists()
+    assert len(list((workplace / "output/digits").iterdir())) == 2  # the runs without --output-dir
+
+
+def test_commands_for_other_machines_have_valid_flags():
+    lines = [line for line in ELSEWHERE if "imagenet/train.py" in line]
+    assert len(lines) == 2
+    for line in lines:
+        flags = shlex.split(line)
+        flags = flags[flags.index("imagenet/train.py") + 1 :]
+        assert config.load(ROOT / "imagenet/qkformer_10_384.yml", flags).output_dir
+
+
+def test_the_table_of_recipes_is_complete():
+    for path in ROOT.glob("*/*.yml"):
+        if not (path.parent / "train.py").exists():
+            continue
+        cfg = config.load(path)
+        (row,) = [line for line in README.splitlines() if line.startswith(f"| `{path.relative_to(ROOT)}`")]
+        assert f", {cfg.time_steps}, {cfg.input_size} | " in row
+        assert f"{cfg.effective_batch} | " in row
+        for figure in (cfg.paper_top1, cfg.log_top1):
+            assert figure is None or f"| {figure:.2f} %" in row or f"| {figure} %" in row
 
 
 @pytest.mark.parametrize("code", PYTHON)
