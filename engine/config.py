@@ -40,6 +40,8 @@ IGNORED = {
     "--global-pool": 0,
     "--cls-token": 0,
     "--log-dir": 1,  # TensorBoard writes to the folder of the run
+    "--start-epoch": 1,  # a checkpoint knows its epoch
+    "--resplit": 0,
 }
 
 

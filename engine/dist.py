@@ -1,5 +1,6 @@
 """One process or many: a thin layer over torch.distributed that does nothing where there is one process."""
 
+import datetime
 import os
 import re
 import time
@@ -45,19 +46,21 @@ def setup(device: str) -> Dist:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    _translate_slurm()
+    is_slurm = _translate_slurm()
     try:
         local_rank, world_size = (
             int(os.environ.get(key, default)) for key, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
         )
     except ValueError:
         raise UserError("LOCAL_RANK and WORLD_SIZE in the environment must be numbers; start with torchrun") from None
+    where = torch.device(device)
     if device == "cuda":
         gpus = torch.cuda.device_count()
-        if local_rank >= gpus:
+        index = 0 if is_slurm and gpus == 1 else local_rank  # Slurm may show each task its own GPU alone
+        if index >= gpus:
             raise UserError(f"process {local_rank} of this node has no GPU: start {gpus} processes")
-        torch.cuda.set_device(local_rank)
-    where = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+        torch.cuda.set_device(index)
+        where = torch.device(device, index)
     if world_size == 1:
         return Dist(0, 1, where)
     try:
@@ -66,26 +69,34 @@ def setup(device: str) -> Dist:
             # torchrun's restarted processes get the store of those that died, with their addresses in it; on several
             # machines their numbers of restarts differ, see the README
             store = td.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        td.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
+        group = {"store": store, "rank": rank, "world_size": world_size}
+        if device == "cuda":
+            td.init_process_group("nccl", device_id=where, **group)
+        else:
+            td.init_process_group("gloo", **group)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"cannot join the other processes, start with torchrun: {error}") from None
     return Dist(td.get_rank(), td.get_world_size(), where)
 
 
-def _translate_slurm() -> None:
+def _translate_slurm() -> bool:
     """Set what torchrun would set, in a process that `srun` started as one of several and torchrun did not."""
     env = os.environ
-    if "WORLD_SIZE" in env or int(env.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
-        return
+    if "WORLD_SIZE" in env or "SLURM_PROCID" not in env or env.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        return False
     host = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", env.get("SLURM_STEP_NODELIST", "localhost"))  # node[01-04,9] to node01
-    env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
+    env.update(
+        RANK=env["SLURM_PROCID"], LOCAL_RANK=env.get("SLURM_LOCALID", "0"), WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"]
+    )
     env.setdefault("MASTER_ADDR", host.split(",")[0])
     env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+    return True
 
 
 def local_rank() -> int:
     """Number of this process among those of its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    value = os.environ.get("LOCAL_RANK", "0")
+    return int(value) if value.isdigit() else 0
 
 
 def may_restart() -> bool:
@@ -103,15 +114,17 @@ def is_lost_peer(error: RuntimeError) -> bool:
 def in_turns(make: Callable):
     """What `make` returns: in the main process first, then in one process of each machine, then in the others.
 
-    For what only one process at a time should write to a disk, which may be shared by machines or not.
+    For what only one process at a time should write to a disk, which may be shared by machines or not; it may take
+    a day.
     """
     if not td.is_initialized():
         return make()
+    patient = td.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     mine = 0 if td.get_rank() == 0 else 1 if local_rank() == 0 else 2
     for turn in range(3):
         if turn == mine:
             result = make()
-        td.barrier()
+        td.barrier(patient)
     return result
 
 
@@ -173,6 +186,7 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(x)
+        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, self.weight.dtype))  # bfloat16 cannot count
         dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         count = sum_over_ranks(x.new_tensor(x.numel() / x.shape[1]))
         mean = torch.distributed.nn.functional.all_reduce(x.sum(dims)) / count
@@ -183,4 +197,4 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_mean.lerp_(mean.detach(), self.momentum)
             self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
         scale = self.weight * torch.rsqrt(var + self.eps)
-        return centred * scale.view(shape) + self.bias.view(shape)
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(dtype)

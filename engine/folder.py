@@ -12,7 +12,7 @@ from . import checkpoint, dist, log
 from .config import FIELDS, LOCAL_FIELDS, Config, load, plain
 from .dist import Dist
 from .errors import UserError
-from .log import RunLog
+from .log import RunLog, logger
 from .loop import Trainer
 
 
@@ -40,11 +40,14 @@ def _checkpoint_to_resume(cfg: Config, folder: Path | None) -> Path | None:
     if not folder and dist.may_restart():
         raise UserError("torchrun --max-restarts needs --output-dir, so that a restart finds the run it goes on with")
     if (cfg.resume == "auto" or dist.may_restart()) and (folder / "last.pt").exists():
+        if cfg.resume not in (None, "auto"):
+            logger.info(f"--resume {cfg.resume} is left aside, for {folder} holds a run to go on with (--max-restarts)")
         return folder / "last.pt"
     return Path(cfg.resume) if cfg.resume not in (None, "auto") else None
 
 
 def checkpoint_to_test(cfg: Config) -> Path:
+    """What the flags name, else `best.pt` of the recipe's last run in `output/`."""
     named = cfg.checkpoint or cfg.resume or cfg.finetune
     if named == "auto" and cfg.output_dir:
         named = Path(cfg.output_dir) / "last.pt"
@@ -78,14 +81,20 @@ def differences(cfg: Config, state: dict, keys: Sequence[str]) -> list[tuple[str
 
 @contextlib.contextmanager
 def records(cfg: Config, here: Dist, folder: Path, first_epoch: int) -> Iterator[RunLog | None]:
+    """Write what the run is to its folder, and give the main process its log."""
     if not here.is_main:
         yield None
         return
     folder.mkdir(parents=True, exist_ok=True)
     about = folder / "run.json"
-    starts = json.loads(about.read_text()) if about.exists() else []
+    try:
+        starts = json.loads(about.read_text()) if about.exists() else []
+    except ValueError:
+        raise UserError(f"{about}: damaged; move it away to go on without the record of earlier starts") from None
     starts.append({**log.provenance(), "first_epoch": first_epoch, "config": plain(cfg)})
-    about.write_text(json.dumps(starts, indent=2) + "\n")
+    temporary = folder / "run.json.tmp"
+    temporary.write_text(json.dumps(starts, indent=2) + "\n")
+    temporary.replace(about)
     settings = plain(cfg, without=("config", "output_dir", "resume", "checkpoint"))
     (folder / "config.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
     run_log = RunLog(folder, first_epoch)
@@ -96,6 +105,7 @@ def records(cfg: Config, here: Dist, folder: Path, first_epoch: int) -> Iterator
 
 
 def save(cfg: Config, here: Dist, folder: Path, trainer: Trainer, is_best: bool) -> None:
+    """Write `last.pt`, and `best.pt` if it is, from the main process."""
     if here.is_main:
         content = trainer.state() | {"config": plain(cfg, without=LOCAL_FIELDS)}
         for name in ("best.pt", "last.pt") if is_best else ("last.pt",):  # killed in between, the epoch is run again

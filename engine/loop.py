@@ -145,6 +145,8 @@ class Trainer:
                 self._update()
             loss_sum += loss.detach() * len(images)
             seen += len(images)
+        if step + 1 != steps:  # only a stream can end before; its processes would no longer be in step
+            raise UserError(f"epoch {self.epoch + 1}: the training set ended after {step + 1} of {steps} batches")
         loss_sum, seen = distributed.sum_over_ranks(torch.stack([loss_sum, loss_sum.new_tensor(seen)])).tolist()
         self._refuse_not_finite(loss_sum)
         return loss_sum / seen
@@ -170,7 +172,7 @@ class Trainer:
 def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManager:
     """Mixed precision of the kind `amp` ("fp16", "bf16" or "off") on `device`.
 
-    On a CPU "fp16" is float32, which takes a fifteenth of the time there.
+    On a CPU "fp16" is float32, which takes a fraction of the time there.
     """
     if amp == "off" or (amp == "fp16" and device.type == "cpu"):
         return contextlib.nullcontext()

@@ -28,10 +28,10 @@ def batch_advice(cfg: Config) -> str | None:
     target, processes = cfg.effective_batch, dist.world_size()
     if target is None or effective_batch(cfg) == target:
         return None
-    recipe_lr = cfg.lr if cfg.lr is not None else cfg.blr * target / 256
+    recipe_lr = "" if cfg.lr is not None else f" ({cfg.blr * target / 256:.3g})"
     line = (
-        f"effective batch {effective_batch(cfg)} and learning rate {base_lr(cfg):.3g} in place of the recipe's "
-        f"{target} and {recipe_lr:.3g}: "
+        f"effective batch {effective_batch(cfg)} (learning rate {base_lr(cfg):.3g}), where the recipe means "
+        f"{target}{recipe_lr}: "
     )
     if target % processes:
         return line + f"{processes} processes cannot share {target} images evenly; use another number of them"
@@ -39,7 +39,7 @@ def batch_advice(cfg: Config) -> str | None:
     batch = max(n for n in range(1, cfg.batch_size + 1) if share % n == 0)
     flags = [f"--batch-size {batch}"] if batch != cfg.batch_size else []
     flags += [f"--accum-iter {share // batch}"] if share // batch != cfg.accum_iter else []
-    return line + f"{' '.join(flags)} would restore them"
+    return line + f"{' '.join(flags)} would restore it"
 
 
 def total_epochs(cfg: Config) -> int:

@@ -18,9 +18,9 @@ RELEASED = {  # md5 -> recipe in imagenet/
 def recipe_of(path: Path, folder: Path) -> Path | None:
     """The recipe in `folder` of a released checkpoint, if the file's md5 is known and there is such a recipe."""
     with path.open("rb") as file:
-        name = RELEASED.get(hashlib.file_digest(file, "md5").hexdigest())
-    recipe = folder / f"{name}.yml"
-    return recipe if recipe.exists() else None
+        digest = hashlib.file_digest(file, "md5").hexdigest()
+    recipe = folder / f"{RELEASED[digest]}.yml" if digest in RELEASED else None
+    return recipe if recipe and recipe.exists() else None
 
 
 def accuracies(cfg: Config, folder: Path) -> dict[str, float]:
@@ -28,7 +28,7 @@ def accuracies(cfg: Config, folder: Path) -> dict[str, float]:
 
     The membrane of the self-attention may be another one, for the comparison of the two is of interest.
     """
-    keys = [key for key in (*MODEL_FIELDS, "dataset", "input_size") if key != "ssa_membrane"]
+    keys = [key for key in (*MODEL_FIELDS, "input_size") if key != "ssa_membrane"]
     for path in sorted(folder.glob("*.yml")):
         try:
             recipe = load(path)

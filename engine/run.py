@@ -65,7 +65,10 @@ def _main(body: Callable[[Path, Sequence[str]], None], recipe: Path) -> None:
     except RuntimeError as error:
         if not dist.is_lost_peer(error):
             raise
-        _exit("another process of this run has ended, see its own message; --resume auto goes on from the last epoch")
+        _exit(
+            f"lost the other processes ({str(error).splitlines()[0]}); if one of them has ended, see its own message; "
+            "--resume auto goes on from the last epoch"
+        )
     dist.teardown()
 
 
@@ -156,7 +159,7 @@ def _test(recipe: Path, argv: Sequence[str]) -> None:
         pass
     data = create_data(cfg, here, train=False)
     gallery, results = log.Gallery(data.classes, cfg.mean, cfg.std), {}
-    for membrane in ("released", "per_sample") if cfg.both_membranes else (cfg.ssa_membrane,):
+    for membrane in _membranes(cfg):
         model = build_model(dataclasses.replace(cfg, ssa_membrane=membrane)).to(here.device)
         _load_weights(cfg, model, state, path)
         if cfg.compile:
@@ -166,6 +169,15 @@ def _test(recipe: Path, argv: Sequence[str]) -> None:
         _tell(cfg, membrane, results[membrane], published.accuracies(cfg, recipe.parent))
     if here.is_main:
         _report(cfg, folder, results, published.accuracies(cfg, recipe.parent), gallery)
+
+
+def _membranes(cfg: Config) -> list[str]:
+    """The membranes to evaluate with, the configured one first."""
+    if cfg.both_membranes and cfg.residual == "sew":
+        return sorted(("released", "per_sample"), key=lambda kind: kind != cfg.ssa_membrane)
+    if cfg.both_membranes:
+        logger.warning("with membrane shortcuts nothing leaks over the batch: there is one membrane to evaluate")
+    return [cfg.ssa_membrane]
 
 
 def _settings_of(state: dict, path: Path, recipe: Path, argv: Sequence[str]) -> Config:
@@ -181,7 +193,7 @@ def _settings_of(state: dict, path: Path, recipe: Path, argv: Sequence[str]) -> 
         cfg = load(recipe, argv, _shown_by(state, path))
     logger.info(
         f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
-        f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {cfg.ssa_membrane}"
+        f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {' and '.join(_membranes(cfg))}"
     )
     return cfg
 
@@ -228,7 +240,7 @@ def _load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, 
 
 
 def _tell(cfg: Config, membrane: str, result: dict, figures: dict[str, float]) -> None:
-    which = f" ({membrane})" if cfg.both_membranes else ""
+    which = f" (ssa_membrane {membrane})" if cfg.both_membranes else ""
     logger.info(
         f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} "
         f"on {result['count']} samples{which}"
@@ -243,7 +255,8 @@ def _tell(cfg: Config, membrane: str, result: dict, figures: dict[str, float]) -
 def _report(
     cfg: Config, folder: Path, results: dict[str, dict], figures: dict[str, float], gallery: log.Gallery
 ) -> None:
-    numbers, picture = folder / "test.json", folder / "predictions.png"
+    name = Path(cfg.checkpoint).stem  # several checkpoints may share a folder
+    numbers, picture = folder / f"{name}.test.json", folder / f"{name}.predictions.png"
     content = {**next(iter(results.values())), "published_top1": figures, **plain(cfg), **log.provenance()}
     if cfg.both_membranes:
         content["membranes"] = results

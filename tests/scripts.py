@@ -1,5 +1,6 @@
 """How tests run the scripts: as a user does, in a process of their own, or in this one where only a line is wanted."""
 
+import json
 import os
 import runpy
 import subprocess
@@ -34,6 +35,12 @@ def here(monkeypatch, capfd, script, *arguments):
     runpy.run_path(str(ROOT / script), run_name="__main__")
     torch.set_num_threads(threads)
     return capfd.readouterr().out
+
+
+def result_in(folder):
+    """What test.py wrote to `folder`."""
+    (path,) = folder.glob("*.test.json")
+    return json.loads(path.read_text())
 
 
 def fail(monkeypatch, capfd, script, *arguments):

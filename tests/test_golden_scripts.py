@@ -1,14 +1,13 @@
 """A released checkpoint, evaluated by test.py as a user would, gives the released code's logits."""
 
 import argparse
-import json
 import runpy
 import sys
 
 import pytest
 import torch
 from golden_cases import assert_close, load_case, make_weights
-from scripts import ROOT
+from scripts import ROOT, result_in
 
 import engine.run
 from engine.data.image import Data
@@ -63,7 +62,7 @@ def test_a_released_checkpoint_gives_the_golden_logits(name, float64, tmp_path, 
         runpy.run_path(str(ROOT / SCRIPTS[name] / "test.py"), run_name="__main__")
         assert_close(logits.pop().numpy(), case.arrays[f"{membrane}.eval.logits"], f"{name} {membrane}")
         assert "known by its shapes" in capfd.readouterr().out
-        result = json.loads((tmp_path / "test.json").read_text())
+        result = result_in(tmp_path)
         assert (result["count"], result["time_steps"]) == (len(images), case.about["T"])
         expected = torch.from_numpy(case.arrays[f"{membrane}.eval.logits"])
         assert result["loss"] == pytest.approx(torch.nn.functional.cross_entropy(expected, labels).item(), rel=1e-5)

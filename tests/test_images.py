@@ -7,21 +7,25 @@ import io
 import json
 import math
 import tarfile
+import urllib.request
 
 import pytest
 import torch
 import torchvision.datasets.cifar
 from PIL import Image
-from scripts import ROOT, fail, here, succeed
+from scripts import ROOT, fail, here, result_in, succeed
 from tiny_data import cifar, image_folder, shards
 
 from engine import checkpoint, config, dist, published
+from engine.data import image
+from engine.data.datasets import create_dataset
 from engine.data.image import create_data
+from engine.errors import UserError
 from engine.loop import Trainer
 from engine.optim import create_optimizer
 from engine.run import build_model
 from models import create_model
-from models.released import to_released
+from models.released import identify, to_released
 
 LAUNCHERS = {
     "python": [],
@@ -31,6 +35,7 @@ LAUNCHERS = {
 EASY = "--hflip 0 --aa none --reprob 0 --smoothing 0 --mixup 0 --lr 1e-3 --accum-iter 1".split()
 SMALL = "--time-steps 1 --batch-size 8 --workers 1 --warmup-epochs 0 --cooldown-epochs 0".split()
 IMAGENET = "--num-classes 4 --input-size 32".split()
+SHARDS = "--dataset wds/tiny --num-classes 4 --data-path".split()
 CIFAR = "--input-size 8".split()
 
 
@@ -82,11 +87,11 @@ def test_train_resume_test(data, tmp_path, name, launcher, flags):
     for kind in {"python": 1, launcher: 2}:
         test = [*command(name, kind, "test.py"), "--checkpoint", tmp_path / "run/last.pt", "--eval-batch-size", "4"]
         succeed(*test, *where, tmp_path / kind)
-        results.append(json.loads((tmp_path / kind / "test.json").read_text()))
+        results.append(result_in(tmp_path / kind))
     for key in ("loss", "top1", "top5", "count"):
         assert results[0][key] == results[-1][key]
     assert results[0]["count"] == (37 if name == "imagenet" else 21)  # neither is a multiple of 2 x 4
-    assert (tmp_path / "python/predictions.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "python/last.predictions.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_shards_train_and_evaluate_as_folders_do(data, tmp_path):
@@ -97,8 +102,17 @@ def test_shards_train_and_evaluate_as_folders_do(data, tmp_path):
         test = command("imagenet", launcher, "test.py")
         output = succeed(*test, *flags, "--eval-batch-size", "4", "--checkpoint", tmp_path / "last.pt")
         assert "on 37 samples" in output
-        losses.append(json.loads((tmp_path / "test.json").read_text())["loss"])
+        losses.append(result_in(tmp_path)["loss"])
     assert losses[0] == losses[1]
+
+
+def test_more_processes_than_shards_are_refused(data, monkeypatch, capfd):
+    """Else one of them would have nothing to train on, and the others wait for it."""
+    stream = create_dataset(config.load(ROOT / "imagenet/qkformer_10_384.yml", [*SHARDS, str(data / "shards")]), True)
+    assert image._feedable(stream, 10, 2) == 4  # 8 shards
+    assert image._feedable(stream, 3, 2) == 3
+    with pytest.raises(UserError, match="9 processes cannot share 8 shards"):
+        image._feedable(stream, 1, 9)
 
 
 def test_a_damaged_shard_is_not_left_out_silently(tmp_path, data, monkeypatch, capfd):
@@ -110,7 +124,10 @@ def test_a_damaged_shard_is_not_left_out_silently(tmp_path, data, monkeypatch, c
         archive.addfile(member, io.BytesIO(b"no image."))
     flags = [*IMAGENET, "--dataset", "wds/tiny", "--data-path", root, "--workers", "0", "--time-steps", "1"]
     line = fail(monkeypatch, capfd, "imagenet/test.py", *flags, "--checkpoint", tmp_path / "weights.pt")
-    assert "the test set gave 1 images where its description says 9" in line
+    assert "a sample of the shards cannot be read (" in line
+    (root / "tiny-validation-0000.tar").write_bytes((root / "tiny-validation-0001.tar").read_bytes())
+    line = fail(monkeypatch, capfd, "imagenet/test.py", *flags, "--checkpoint", tmp_path / "weights.pt")
+    assert "the test set gave 2 images where its description says 9" in line
 
 
 def break_nothing(root):
@@ -171,6 +188,7 @@ def not_an_image(root):
         (empty_class, [], "val: no images in n00000002; complete the data set"),
         (missing_class, [], "num_classes = 4: "),
         (other_class, [], "imagefolder: only one of training and test set has the class n00000002"),
+        (truncated, ["--dataset", "torch/folder"], "val/n00000001/1_3.JPEG: cannot be read as an image"),
         (truncated, [], "val/n00000001/1_3.JPEG: cannot be read as an image"),
         (not_an_image, [], "train/n00000001/1_3.JPEG: cannot be read as an image"),
     ],
@@ -189,6 +207,9 @@ def test_broken_cifar_is_named_in_one_line(tmp_path, monkeypatch, capfd):
     assert "cifar-10-batches-py/data_batch_1 is missing; fetch it anew with --download" in fail(
         monkeypatch, capfd, *train
     )
+    with monkeypatch.context() as offline:
+        offline.setattr(urllib.request, "urlopen", lambda *args, **kwargs: 1 / 0)
+        assert "division by zero" in fail(offline, capfd, *train, "--download")  # why it cannot be fetched
     cifar(tmp_path, 10)  # not the published files
     assert "cifar-10-batches-py/data_batch_1 is damaged; fetch it" in fail(monkeypatch, capfd, *train)
 
@@ -197,7 +218,8 @@ def test_the_released_flags_and_the_default_checkpoint(data, tmp_path, monkeypat
     """What users of the released scripts type; `--eval` evaluates what it loaded, and test.py finds the last run."""
     monkeypatch.chdir(tmp_path)
     released = "--model QKFormer_10_384 --time_step 1 --input_size 32 --batch_size 8 --accum_iter 1 --blr 1e-3"
-    released += " --dist_eval --num_workers 0 --nb_classes 4 --warmup_epochs 0 --pin_mem --dist_url env:// --aa none"
+    released += " --dist_eval --start_epoch 0 --num_workers 0 --nb_classes 4 --warmup_epochs 0 --pin_mem --aa none"
+    released += " --dist_url env://"
     flags = [*released.split(), "--data_path", data / "five"]
     assert (
         "test.py needs --checkpoint FILE, such as best.pt of a run (there is none in output/qkformer_10_384)"
@@ -237,19 +259,27 @@ def test_a_known_file_is_evaluated_by_its_recipe(data, tmp_path, monkeypatch, ca
     flags = ["--data-path", data / "five", "--num-classes", "4", "--workers", "0", "--both-membranes"]
     output = here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *flags)
     assert f"{path}: the released checkpoint of qkformer_10_384, known by its md5" in output
-    assert "T = 4, at 224 x 224 pixels, in batches of 32, ssa_membrane released" in output
-    about = json.loads((tmp_path / "test.json").read_text())
+    assert "T = 4, at 224 x 224 pixels, in batches of 32, ssa_membrane released and per_sample" in output
+    about = result_in(tmp_path)
     assert about["published_top1"] == {"paper": 78.8, "log": 78.85}
     assert about["membranes"]["released"]["top1"] == about["top1"]
     for membrane, result in about["membranes"].items():
         assert f"top-1 {result['top1']:.2f} %" in output
-        assert f"on 5 samples ({membrane})" in output
+        assert f"on 5 samples (ssa_membrane {membrane})" in output
     assert f"published: 78.80 % (paper; {about['top1'] - 78.8:+.2f}), 78.85 % (log; " in output
     assert set(about["membranes"]) == {"released", "per_sample"}
+    other = here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *flags, "--ssa-membrane", "per_sample")
+    assert "ssa_membrane per_sample and released" in other
+    again = result_in(tmp_path)
+    assert (again["top1"], again["ssa_membrane"]) == (about["membranes"]["per_sample"]["top1"], "per_sample")
 
 
 def test_published_figures_stand_beside_their_own_network_only():
-    folder = ROOT / "imagenet"
+    for name, arguments in (("qkformer_10_384", {}), ("qkformer_4_384", {"num_classes": 100})):
+        found, shown = identify(to_released(create_model(name, **arguments)))
+        folder = ROOT / ("cifar100" if arguments else "imagenet")
+        cfg = config.load(next(folder.glob("*.yml")), [], {"model": found, **shown})
+        assert set(published.accuracies(cfg, folder)) == {"paper", "log"}
     for flags, figures in [
         ("", {"paper": 78.8, "log": 78.85}),
         ("--ssa-membrane per_sample --batch-size 7", {"paper": 78.8, "log": 78.85}),
@@ -258,11 +288,13 @@ def test_published_figures_stand_beside_their_own_network_only():
         ("--model qkformer_10_768 --input-size 288", {"paper": 85.25, "log": 85.3}),
         ("--model qkformer_10_768 --input-size 384", {"paper": 85.65, "log": 85.65}),
         ("--model qkformer_10_512 --time-steps 2", {}),
-        ("--dataset wds/mine", {}),
+        ("--dataset wds/mine", {"paper": 78.8, "log": 78.85}),
+        ("--num-classes 4", {}),
     ]:
-        assert published.accuracies(config.load(folder / "qkformer_10_384.yml", flags.split()), folder) == figures
+        cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", flags.split())
+        assert published.accuracies(cfg, ROOT / "imagenet") == figures
     assert len(published.RELEASED) == 5
-    assert all((folder / f"{name}.yml").exists() for name in published.RELEASED.values())
+    assert all((ROOT / f"imagenet/{name}.yml").exists() for name in published.RELEASED.values())
 
 
 def test_an_unknown_file_is_known_by_its_shapes(data, tmp_path, monkeypatch, capfd):
@@ -348,3 +380,22 @@ def test_every_recipe_trains(path, data, monkeypatch):
     assert len(loaded.train) == (1 if name == "imagenet" else 2)
     changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
     assert sum(changed) > 0.9 * len(changed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "train", "size"),
+    [
+        ("--device cpu --input-size 32 --time-steps 1 --batch-size 8 --lif-backend torch", 25, 40),
+        pytest.param("--device cuda --batch-size 32 --lif-backend cupy", 200, 256, marks=pytest.mark.gpu),
+    ],
+    ids=["small", "imagenet"],
+)
+def test_fifty_steps_lower_the_loss(tmp_path, flags, train, size):
+    """10-384 by its recipe but for the data; where there is a GPU at 224 x 224, T = 4, in fp16, with CuPy's neurons."""
+    root = image_folder(tmp_path / "data", train=train, test=2, size=size)
+    fixed = "--num-classes 4 --epochs 2 --warmup-epochs 0 --accum-iter 1 --lr 3e-4 --workers 4"
+    start = ["-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=1", "imagenet/train.py"]
+    command = [*start, *fixed.split(), *flags.split(), "--data-path", root, "--output-dir", tmp_path / "run"]
+    succeed(*command, CUDA_VISIBLE_DEVICES="0" if "cuda" in flags else "")
+    first, second = [row["train_loss"] for row in rows(tmp_path / "run")]
+    assert second < first

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from scripts import CPU, ROOT, fail, run, succeed
+from scripts import CPU, ROOT, fail, result_in, run, succeed
 
 from engine import checkpoint
 
@@ -55,23 +55,23 @@ def test_a_run_leaves_its_records(trained):
 def test_the_best_checkpoint_evaluates_to_the_accuracy_of_its_epoch(trained, tmp_path):
     folder, _ = trained
     output = succeed("test.py", "--checkpoint", folder / "best.pt", "--output-dir", tmp_path, cwd=ROOT / "digits")
-    state, result = checkpoint.read(folder / "best.pt"), json.loads((tmp_path / "test.json").read_text())
+    state, result = checkpoint.read(folder / "best.pt"), result_in(tmp_path)
     assert result["top1"] == state["best"]["test_top1"]
     assert result["count"] == 360
     assert f"top-1 {result['top1']:.2f} %" in output
-    assert (tmp_path / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "best.predictions.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_networks_settings_come_from_the_checkpoint(tmp_path):
     settings = ["--attention", "channel", "token", "self", "--time-steps", "2", "--ssa-membrane", "released"]
     succeed("digits/train.py", *QUICK, "--epochs", "1", *settings, "--output-dir", tmp_path)
     succeed("digits/test.py", "--checkpoint", tmp_path / "last.pt", "--eval-batch-size", "128")
-    result = json.loads((tmp_path / "test.json").read_text())
+    result = result_in(tmp_path)
     assert (result["attention"], result["time_steps"]) == (["channel", "token", "self"], 2)
     assert result["top1"] == json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["test_top1"]
     output = succeed("digits/test.py", "--checkpoint", tmp_path / "last.pt", "--ssa-membrane", "per_sample")
     assert "ssa_membrane is 'per_sample', where the checkpoint recorded 'released'" in output
-    assert json.loads((tmp_path / "test.json").read_text())["ssa_membrane"] == "per_sample"
+    assert result_in(tmp_path)["ssa_membrane"] == "per_sample"
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
@@ -113,7 +113,7 @@ def test_two_ranks(tmp_path):
     assert one == two
     assert "on 360 samples" in two
     recorded = json.loads((tmp_path / "run/metrics.jsonl").read_text())
-    tested = json.loads((tmp_path / "run/test.json").read_text())
+    tested = result_in(tmp_path / "run")
     for key in ("loss", "top1", "top5"):  # what was recorded is what was saved
         assert tested[key] == pytest.approx(recorded[f"test_{key}"], rel=1e-6)
 
@@ -173,6 +173,7 @@ def test_the_environment_of_a_launcher_is_checked(monkeypatch, capfd):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "cannot join the other processes" in fail(monkeypatch, capfd, "digits/train.py")
     monkeypatch.setenv("LOCAL_RANK", "x")
+    monkeypatch.delenv("WORLD_SIZE")
     assert "LOCAL_RANK and WORLD_SIZE" in fail(monkeypatch, capfd, "digits/train.py")
 
 
@@ -181,7 +182,7 @@ def test_evaluation_under_the_conditions_of_the_run(tmp_path):
     quick = ["--batch-size", "96", "--eval-batch-size", "50", "--lr", "1e-2", "--epochs", "1", "--time-steps", "2"]
     succeed("digits/train.py", *quick, *settings, "--output-dir", tmp_path)
     succeed("digits/test.py", "--checkpoint", tmp_path / "last.pt")
-    recorded, tested = (json.loads((tmp_path / name).read_text()) for name in ("metrics.jsonl", "test.json"))
+    recorded, tested = json.loads((tmp_path / "metrics.jsonl").read_text()), result_in(tmp_path)
     assert (tested["loss"], tested["top1"]) == (recorded["test_loss"], recorded["test_top1"])
     assert (tested["input_size"], tested["amp"], tested["eval_batch_size"]) == (12, "bf16", 50)
 
@@ -224,7 +225,7 @@ def test_a_released_checkpoint_evaluates(trained, tmp_path, monkeypatch, capfd):
     model.load_state_dict(checkpoint.read(folder / "best.pt")["state_dict"])
     torch.save({"arch": "QKFormer", "epoch": 5, "state_dict": to_released(model)}, tmp_path / "released.pth.tar")
     succeed("digits/test.py", "--checkpoint", tmp_path / "released.pth.tar")
-    result = json.loads((tmp_path / "test.json").read_text())
+    result = result_in(tmp_path)
     assert result["top1"] == checkpoint.read(folder / "best.pt")["best"]["test_top1"]
     torch.save({"state_dict": {"head.weight": torch.zeros(10, 64)}}, tmp_path / "poor.pth.tar")
     line = fail(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "poor.pth.tar")

@@ -10,10 +10,11 @@ from typing import Protocol
 
 import numpy as np
 import timm.data
+import timm.data.readers.reader_wds
 import torchvision.datasets
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import DatasetFolder, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
@@ -66,7 +67,7 @@ def create_dataset(cfg: Config, train: bool) -> Dataset:
 def class_names(dataset: Dataset) -> list[str]:
     """Names in the order of the labels, none where the data set does not tell."""
     if hasattr(dataset, "classes"):
-        return list(dataset.classes)
+        return [name if isinstance(name, str) else name[0] for name in dataset.classes]  # torch/imagenet has synonyms
     indices = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
     return sorted(indices, key=indices.get)
 
@@ -154,6 +155,11 @@ def _first(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def _refuse_sample(error: Exception) -> None:
+    """In place of timm's handler, with which shards leave out what cannot be read."""
+    raise UserError(f"a sample of the shards cannot be read ({error}); make the shard anew")
+
+
 def _damaged_file(cfg: Config) -> str | None:
     """The first file of CIFAR that is missing or not as published, and what to do."""
     kind = getattr(torchvision.datasets, cfg.dataset.split("/")[1].upper(), None)
@@ -194,14 +200,25 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
         "input_img_mode": "L" if cfg.in_channels == 1 else "RGB",
     }
     make = functools.partial(timm.data.create_dataset, **arguments, download=cfg.download)
+    if kind == "wds":
+        timm.data.readers.reader_wds.log_and_continue = _refuse_sample
     if kind == "hfds":
         mode = {"input_img_mode": arguments["input_img_mode"]}
         make = functools.partial(_HuggingFace, cfg.data_path, cfg.dataset, split=arguments["split"], **mode)
-    try:
-        dataset = dist.in_turns(make) if cfg.download else make()
-    except Exception as error:  # packages that are not there, files that are not there, in as many ways as libraries
-        reason = (kind == "torch" and _damaged_file(cfg)) or str(error) or type(error).__name__
-        raise UserError(f"dataset {cfg.dataset} in {cfg.data_path}: {reason}") from None
+
+    def attempt() -> Dataset:
+        try:
+            return make()
+        except Exception as error:  # what is not there, packages and files, in as many ways as there are libraries
+            damaged = kind == "torch" and not cfg.download and _damaged_file(cfg)
+            reason = damaged or str(error) or type(error).__name__
+            raise UserError(f"dataset {cfg.dataset} in {cfg.data_path}: {reason}") from None
+
+    dataset = dist.in_turns(attempt) if cfg.download else attempt()
+    if isinstance(dataset, DatasetFolder):  # of torchvision: torch/imagenet, torch/folder
+        dataset.loader = functools.partial(read_image, mode=arguments["input_img_mode"])
+    elif kind == "torch" and len(dataset[0][0].getbands()) != cfg.in_channels:
+        raise UserError(f"in_channels = {cfg.in_channels}: {cfg.dataset} has {len(dataset[0][0].getbands())}")
     reader = getattr(dataset, "reader", None)
     if not train and hasattr(reader, "dist_num_replicas"):
         # in a distributed evaluation timm's streaming readers repeat or leave out samples; here all processes read

@@ -4,7 +4,7 @@ Batches are (images [B,C,H,W] float32, normalised, on the device; labels [B] int
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import timm.data
@@ -26,11 +26,13 @@ class _Shard(Dataset):
         self.dataset = dataset
         self.indices = [i for i in range(len(dataset)) if i // batch_size % world_size == rank]
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if name == "transform":  # timm's loader sets it
-            self.dataset.transform = value
-        else:
-            super().__setattr__(name, value)
+    @property
+    def transform(self) -> Callable | None:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, value: Callable) -> None:  # timm's loader does
+        self.dataset.transform = value
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -142,7 +144,7 @@ def _train_loader(cfg: Config, dist: Dist, test_classes: list[str], mixup: objec
             re_count=cfg.recount,
             collate_fn=mixup if cfg.mixup_in == "loader" else None,
             distributed=dist.world_size > 1,
-            **common,
+            **common | {"num_workers": _feedable(dataset, common["num_workers"], dist.world_size)},
         )
     except (AssertionError, KeyError, ValueError, IndexError):
         if not cfg.auto_augment:
@@ -151,6 +153,16 @@ def _train_loader(cfg: Config, dist: Dist, test_classes: list[str], mixup: objec
     if dist.world_size > 1 and not isinstance(dataset, IterableDataset):
         loader.sampler.seed = cfg.seed  # timm leaves it at 0
     return loader
+
+
+def _feedable(dataset: Dataset, workers: int, world_size: int) -> int:
+    """As many loader processes as can have a shard each, of data in shards; else `workers`."""
+    shards = len(getattr(getattr(getattr(dataset, "reader", None), "split_info", None), "filenames", ()))
+    if not shards:
+        return workers
+    if shards < world_size:
+        raise UserError(f"{world_size} processes cannot share {shards} shards: make more, or start fewer processes")
+    return min(workers, shards // world_size)
 
 
 def _mixup(cfg: Config) -> object:
