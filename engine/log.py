@@ -129,18 +129,23 @@ class Gallery:
     def draw(self, path: Path) -> None:
         """Write the picture; mistakes come first, in red, with the truth."""
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        figure = Figure(figsize=(11, 1.4 * self.rows), layout="constrained")
+        figure = Figure(figsize=(11, 1.5 * self.rows), layout="constrained")
         axes = figure.subplots(self.rows, self.columns)
         for axis in axes.flat:
             axis.axis("off")
         for axis, (image, label, answer) in zip(axes.flat, self.wrong + self.right, strict=False):
             axis.imshow((image * std + mean).permute(1, 2, 0).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+            said, true = (_short(self.classes[index]) for index in (answer, label))
             if label == answer:
-                axis.set_title(self.classes[answer], fontsize=10)
+                axis.set_title(said, fontsize=8)
             else:
-                axis.set_title(f"{self.classes[answer]}, is {self.classes[label]}", fontsize=10, color="tab:red")
+                axis.set_title(f"{said}\nis {true}", fontsize=8, color="tab:red")
         figure.suptitle("Test images with the model's answers; mistakes first, in red", fontsize=11)
         figure.savefig(path, dpi=110)
+
+
+def _short(name: str, most: int = 15) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def provenance() -> dict:

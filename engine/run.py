@@ -88,12 +88,13 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
         raise UserError("--checkpoint is for test.py; to go on with a run give --resume")
     here = _setup(cfg)
     folder, path, state = find_run(cfg, here)
-    continues = bool(state and folder and folder.resolve() == path.parent.resolve())
+    is_ours = bool(state) and state["format"] == "qkformer"
+    continues = is_ours and folder.resolve() == path.parent.resolve()
     cfg = recorded_settings(cfg, recipe, argv, path, state) if continues else load(recipe, argv)
     timm.utils.random_seed(cfg.seed)
     data = create_data(cfg, here)
     model = build_model(cfg).to(here.device)
-    if state and state["format"] != "qkformer":
+    if state and not is_ours:
         _load_weights(cfg, model, state, path)
     elif cfg.finetune and not state:
         _load_weights(cfg, model, checkpoint.read(cfg.finetune), cfg.finetune, new_head=True)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tiny_data import cifar, image_folder, shards
 
 torch.set_num_threads(2)
 
@@ -10,3 +11,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Tiny data sets: imagenet, five (images to test), cifar10, cifar100, shards."""
+    root = tmp_path_factory.mktemp("data")
+    image_folder(root / "imagenet")
+    image_folder(root / "five", train=4, test=1)
+    cifar(root / "cifar10", 10, train=80, test=21)
+    cifar(root / "cifar100", 100, train=100, test=21)
+    shards(root / "shards")
+    return root

@@ -1,8 +1,6 @@
 """The scripts of ImageNet and CIFAR as a user runs them, on tiny data in the true formats."""
 
-import argparse
 import dataclasses
-import hashlib
 import io
 import json
 import math
@@ -13,10 +11,10 @@ import pytest
 import torch
 import torchvision.datasets.cifar
 from PIL import Image
-from scripts import ROOT, fail, here, result_in, succeed
+from scripts import ROOT, fail, result_in, succeed
 from tiny_data import cifar, image_folder, shards
 
-from engine import checkpoint, config, dist, published
+from engine import config, dist
 from engine.data import image
 from engine.data.datasets import create_dataset
 from engine.data.image import create_data
@@ -25,7 +23,6 @@ from engine.loop import Trainer
 from engine.optim import create_optimizer
 from engine.run import build_model
 from models import create_model
-from models.released import identify, to_released
 
 LAUNCHERS = {
     "python": [],
@@ -37,17 +34,6 @@ SMALL = "--time-steps 1 --batch-size 8 --workers 1 --warmup-epochs 0 --cooldown-
 IMAGENET = "--num-classes 4 --input-size 32".split()
 SHARDS = "--dataset wds/tiny --num-classes 4 --data-path".split()
 CIFAR = "--input-size 8".split()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    image_folder(root / "imagenet")
-    image_folder(root / "five", train=4, test=1)
-    cifar(root / "cifar10", 10, train=80, test=21)
-    cifar(root / "cifar100", 100, train=100, test=21)
-    shards(root / "shards")
-    return root
 
 
 def command(name, launcher="python", script="train.py"):
@@ -212,145 +198,6 @@ def test_broken_cifar_is_named_in_one_line(tmp_path, monkeypatch, capfd):
         assert "division by zero" in fail(offline, capfd, *train, "--download")  # why it cannot be fetched
     cifar(tmp_path, 10)  # not the published files
     assert "cifar-10-batches-py/data_batch_1 is damaged; fetch it" in fail(monkeypatch, capfd, *train)
-
-
-def test_the_released_flags_and_the_default_checkpoint(data, tmp_path, monkeypatch, capfd):
-    """What users of the released scripts type; `--eval` evaluates what it loaded, and test.py finds the last run."""
-    monkeypatch.chdir(tmp_path)
-    released = "--model QKFormer_10_384 --time_step 1 --input_size 32 --batch_size 8 --accum_iter 1 --blr 1e-3"
-    released += " --dist_eval --start_epoch 0 --num_workers 0 --nb_classes 4 --warmup_epochs 0 --pin_mem --aa none"
-    released += " --dist_url env://"
-    flags = [*released.split(), "--data_path", data / "five"]
-    assert (
-        "test.py needs --checkpoint FILE, such as best.pt of a run (there is none in output/qkformer_10_384)"
-        in fail(monkeypatch, capfd, "imagenet/test.py")
-    )
-    here(monkeypatch, capfd, "imagenet/train.py", *flags, "--epochs", "1")
-    (folder,) = (tmp_path / "output/qkformer_10_384").iterdir()
-    lines = []
-    for words in (
-        ["train.py", "--eval", "--resume", folder / "best.pt"],
-        ["train.py", "--eval", "--finetune", folder / "best.pt"],
-        ["test.py"],
-    ):
-        output = here(monkeypatch, capfd, f"imagenet/{words[0]}", *words[1:], *flags)
-        assert f"evaluating {folder.relative_to(tmp_path) if words == ['test.py'] else folder}/best.pt" in output
-        lines += [line for line in output.splitlines() if line.startswith("top-1")]
-    assert len(lines) == 3
-    assert len(set(lines)) == 1
-    assert "on 5 samples" in lines[0]
-
-
-def released_file(path, name="qkformer_10_384", extra=(), **arguments):
-    """A file in the format of the released ImageNet training, with random weights."""
-    torch.manual_seed(0)
-    content = {"model": to_released(create_model(name, **arguments)), "optimizer": {}, "epoch": 199, **dict(extra)}
-    torch.save(content, path)
-    return path
-
-
-def test_a_known_file_is_evaluated_by_its_recipe(data, tmp_path, monkeypatch, capfd):
-    """Recognised by its md5: the recipe's resolution, membrane and batch, and its published figure."""
-    path = released_file(tmp_path / "weights.pth", num_classes=4)
-    digest = hashlib.md5(path.read_bytes()).hexdigest()
-    assert published.recipe_of(path, ROOT / "imagenet") is None
-    monkeypatch.setitem(published.RELEASED, digest, "qkformer_10_384")
-    monkeypatch.setattr(published, "accuracies", lambda cfg, folder: {"paper": 78.8, "log": 78.85})
-    flags = ["--data-path", data / "five", "--num-classes", "4", "--workers", "0", "--both-membranes"]
-    output = here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *flags)
-    assert f"{path}: the released checkpoint of qkformer_10_384, known by its md5" in output
-    assert "T = 4, at 224 x 224 pixels, in batches of 32, ssa_membrane released and per_sample" in output
-    about = result_in(tmp_path)
-    assert about["published_top1"] == {"paper": 78.8, "log": 78.85}
-    assert about["membranes"]["released"]["top1"] == about["top1"]
-    for membrane, result in about["membranes"].items():
-        assert f"top-1 {result['top1']:.2f} %" in output
-        assert f"on 5 samples (ssa_membrane {membrane})" in output
-    assert f"published: 78.80 % (paper; {about['top1'] - 78.8:+.2f}), 78.85 % (log; " in output
-    assert set(about["membranes"]) == {"released", "per_sample"}
-    other = here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *flags, "--ssa-membrane", "per_sample")
-    assert "ssa_membrane per_sample and released" in other
-    again = result_in(tmp_path)
-    assert (again["top1"], again["ssa_membrane"]) == (about["membranes"]["per_sample"]["top1"], "per_sample")
-
-
-def test_published_figures_stand_beside_their_own_network_only():
-    for name, arguments in (("qkformer_10_384", {}), ("qkformer_4_384", {"num_classes": 100})):
-        found, shown = identify(to_released(create_model(name, **arguments)))
-        folder = ROOT / ("cifar100" if arguments else "imagenet")
-        cfg = config.load(next(folder.glob("*.yml")), [], {"model": found, **shown})
-        assert set(published.accuracies(cfg, folder)) == {"paper", "log"}
-    for flags, figures in [
-        ("", {"paper": 78.8, "log": 78.85}),
-        ("--ssa-membrane per_sample --batch-size 7", {"paper": 78.8, "log": 78.85}),
-        ("--model qkformer_10_768", {"paper": 84.22, "log": 84.29}),
-        ("--model qkformer_10_768 --time-steps 1", {"paper": 81.69}),
-        ("--model qkformer_10_768 --input-size 288", {"paper": 85.25, "log": 85.3}),
-        ("--model qkformer_10_768 --input-size 384", {"paper": 85.65, "log": 85.65}),
-        ("--model qkformer_10_512 --time-steps 2", {}),
-        ("--dataset wds/mine", {"paper": 78.8, "log": 78.85}),
-        ("--num-classes 4", {}),
-    ]:
-        cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", flags.split())
-        assert published.accuracies(cfg, ROOT / "imagenet") == figures
-    assert len(published.RELEASED) == 5
-    assert all((ROOT / f"imagenet/{name}.yml").exists() for name in published.RELEASED.values())
-
-
-def test_an_unknown_file_is_known_by_its_shapes(data, tmp_path, monkeypatch, capfd):
-    small = ["--data-path", data / "five", "--workers", "0"]
-    path = released_file(
-        tmp_path / "a.pth", extra={"args": argparse.Namespace(time_step=1, input_size=48)}, num_classes=4
-    )
-    output = here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *small)
-    assert "qkformer_10_384, known by its shapes; the file tells time_steps and input_size" in output
-    assert "T = 1, at 48 x 48 pixels, in batches of 32, ssa_membrane released" in output
-    path = released_file(tmp_path / "b.pth", residual="ms", num_classes=4)
-    output = here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *small, "--input-size", "32")
-    assert "the file tells neither T nor size. Other values: --time-steps, --input-size" in output
-    assert "T = 4, at 32 x 32 pixels, in batches of 32, ssa_membrane per_sample" in output
-
-
-def test_fine_tuning_and_resuming_from_released_weights(data, tmp_path, monkeypatch, capfd):
-    path = released_file(tmp_path / "released.pth")
-    weights = checkpoint.read(path)["state_dict"]
-    small = [*SMALL, *IMAGENET, "--data-path", data / "five", "--lr", "0", "--warmup-lr", "0", "--min-lr", "0"]
-    tune = ["imagenet/train.py", *small, "--finetune", path, "--epochs", "1", "--output-dir", tmp_path / "tuned"]
-    output = here(monkeypatch, capfd, *tune)
-    assert "a new head for 4 classes in place of 1000" in output
-    tuned = checkpoint.read(tmp_path / "tuned/last.pt")
-    model = create_model("qkformer_10_384", num_classes=4)
-    model.load_state_dict(tuned["state_dict"])
-    ours = to_released(model)
-    assert all(torch.equal(ours[key], weights[key]) for key in ours if key.endswith("conv.weight"))
-    head = ours["head.weight"]
-    assert 1e-5 < head.std() < 3e-5
-    assert not ours["head.bias"].any()
-
-    path = released_file(tmp_path / "four.pth", num_classes=4)
-    resume = ["imagenet/train.py", *small, "--resume", path, "--output-dir", tmp_path / "resumed"]
-    output = here(monkeypatch, capfd, *resume, "--epochs", "201")
-    assert "weights and epoch are taken over, and adamw starts anew" in output
-    assert [row["epoch"] for row in rows(tmp_path / "resumed")] == [200]
-    assert checkpoint.read(tmp_path / "resumed/last.pt")["epoch"] == 201
-    line = fail(monkeypatch, capfd, "imagenet/train.py", *small, "--resume", released_file(tmp_path / "1k.pth"))
-    assert "of another shape: head.weight" in line
-    torch.save(weights, tmp_path / "bare.pth")
-    line = fail(monkeypatch, capfd, "imagenet/train.py", *small, "--resume", tmp_path / "bare.pth")
-    assert "there is no run to go on with; --finetune starts a new one" in line
-
-
-def test_a_recipe_named_on_the_command_line_is_not_ignored_by_a_resumed_run(tmp_path, monkeypatch, capfd):
-    """Else `--config ..._384 --resume last.pt` would go on at 224 without a word."""
-    quick = ["--batch-size", "128", "--epochs", "1", "--time-steps", "1"]
-    here(monkeypatch, capfd, "digits/train.py", *quick, "--output-dir", tmp_path / "run")
-    other = tmp_path / "other.yml"
-    other.write_text((ROOT / "digits/digits.yml").read_text() + "clip_grad: 1\n")
-    again = ["digits/train.py", "--config", other, *quick, "--resume", tmp_path / "run/last.pt"]
-    line = fail(monkeypatch, capfd, *again)
-    assert "last.pt is of a run with clip_grad = None, where " in line
-    assert "has 1.0: --output-dir NEW branches off" in line
-    assert "after epoch 1" in here(monkeypatch, capfd, *again, "--output-dir", tmp_path / "branch")
 
 
 def test_an_image_is_read_in_the_mode_of_the_network(tmp_path):
