@@ -33,7 +33,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("accumulated", "flags"),
-    [(1, []), (2, []), (2, ["--grad-checkpointing"]), (1, ["--channels-last", "--ema-decay", "0.5"])],
+    [(1, ["--channels-last", "--ema-decay", "0.5"]), (2, ["--grad-checkpointing"])],
 )
 def test_two_processes_make_the_updates_of_one(alone, tmp_path, accumulated, flags):
     path = tmp_path / "two.pt"

@@ -49,11 +49,11 @@ def rows(folder):
 @pytest.mark.parametrize(
     ("name", "launcher", "flags"),
     [
-        ("imagenet", "python", IMAGENET),
+        pytest.param("imagenet", "python", IMAGENET, marks=pytest.mark.slow),
         ("imagenet", "launch", IMAGENET),
-        ("imagenet", "torchrun", IMAGENET),
-        ("cifar10", "python", CIFAR),
-        ("cifar100", "launch", CIFAR),
+        pytest.param("imagenet", "torchrun", IMAGENET, marks=pytest.mark.slow),
+        ("cifar10", "torchrun", CIFAR),
+        ("cifar100", "python", CIFAR),
     ],
 )
 def test_train_resume_test(data, tmp_path, name, launcher, flags):
@@ -232,7 +232,12 @@ def test_every_recipe_trains(path, data, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "train", "size"),
     [
-        ("--device cpu --input-size 32 --time-steps 1 --batch-size 8 --lif-backend torch", 25, 40),
+        pytest.param(
+            "--device cpu --input-size 32 --time-steps 1 --batch-size 8 --lif-backend torch",
+            25,
+            40,
+            marks=pytest.mark.slow,
+        ),
         pytest.param("--device cuda --batch-size 32 --lif-backend cupy", 200, 256, marks=pytest.mark.gpu),
     ],
     ids=["small", "imagenet"],

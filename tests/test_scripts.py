@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from scripts import CPU, ROOT, fail, result_in, run, succeed
+from scripts import CPU, ROOT, fail, here, result_in, run, succeed
 
 from engine import checkpoint
 
@@ -62,14 +62,16 @@ def test_the_best_checkpoint_evaluates_to_the_accuracy_of_its_epoch(trained, tmp
     assert (tmp_path / "best.predictions.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_networks_settings_come_from_the_checkpoint(tmp_path):
+def test_the_networks_settings_come_from_the_checkpoint(tmp_path, monkeypatch, capfd):
     settings = ["--attention", "channel", "token", "self", "--time-steps", "2", "--ssa-membrane", "released"]
-    succeed("digits/train.py", *QUICK, "--epochs", "1", *settings, "--output-dir", tmp_path)
-    succeed("digits/test.py", "--checkpoint", tmp_path / "last.pt", "--eval-batch-size", "128")
+    here(monkeypatch, capfd, "digits/train.py", *QUICK, "--epochs", "1", *settings, "--output-dir", tmp_path)
+    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "last.pt", "--eval-batch-size", "128")
     result = result_in(tmp_path)
     assert (result["attention"], result["time_steps"]) == (["channel", "token", "self"], 2)
     assert result["top1"] == json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["test_top1"]
-    output = succeed("digits/test.py", "--checkpoint", tmp_path / "last.pt", "--ssa-membrane", "per_sample")
+    output = here(
+        monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "last.pt", "--ssa-membrane", "per_sample"
+    )
     assert "ssa_membrane is 'per_sample', where the checkpoint recorded 'released'" in output
     assert result_in(tmp_path)["ssa_membrane"] == "per_sample"
 
@@ -177,22 +179,31 @@ def test_the_environment_of_a_launcher_is_checked(monkeypatch, capfd):
     assert "LOCAL_RANK and WORLD_SIZE" in fail(monkeypatch, capfd, "digits/train.py")
 
 
-def test_evaluation_under_the_conditions_of_the_run(tmp_path):
+def test_evaluation_under_the_conditions_of_the_run(tmp_path, monkeypatch, capfd):
     settings = ["--input-size", "12", "--mean", "0.1", "--amp", "bf16", "--ssa-membrane", "released"]
     quick = ["--batch-size", "96", "--eval-batch-size", "50", "--lr", "1e-2", "--epochs", "1", "--time-steps", "2"]
-    succeed("digits/train.py", *quick, *settings, "--output-dir", tmp_path)
-    succeed("digits/test.py", "--checkpoint", tmp_path / "last.pt")
+    here(monkeypatch, capfd, "digits/train.py", *quick, *settings, "--output-dir", tmp_path)
+    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "last.pt")
     recorded, tested = json.loads((tmp_path / "metrics.jsonl").read_text()), result_in(tmp_path)
     assert (tested["loss"], tested["top1"]) == (recorded["test_loss"], recorded["test_top1"])
     assert (tested["input_size"], tested["amp"], tested["eval_batch_size"]) == (12, "bf16", 50)
 
 
-def test_a_run_can_branch_off_into_another_folder(trained, tmp_path):
+def test_a_run_can_branch_off_into_another_folder(trained, tmp_path, monkeypatch, capfd):
     """Its settings are the recipe's and the flags', its best is its own, and the first run stays as it was."""
     folder, _ = trained
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     longer = ["--epochs", "9", "--weight-decay", "0", "--batch-size", "128"]
-    succeed("digits/train.py", "--resume", folder / "last.pt", "--output-dir", tmp_path / "branch", *longer)
+    here(
+        monkeypatch,
+        capfd,
+        "digits/train.py",
+        "--resume",
+        folder / "last.pt",
+        "--output-dir",
+        tmp_path / "branch",
+        *longer,
+    )
     state = checkpoint.read(tmp_path / "branch/best.pt")
     assert (state["epoch"], state["best"]["epoch"], state["config"]["weight_decay"]) == (9, 8, 0)
     (start,) = json.loads((tmp_path / "branch/run.json").read_text())
@@ -224,7 +235,7 @@ def test_a_released_checkpoint_evaluates(trained, tmp_path, monkeypatch, capfd):
     model = create_model("qkformer_3_64")
     model.load_state_dict(checkpoint.read(folder / "best.pt")["state_dict"])
     torch.save({"arch": "QKFormer", "epoch": 5, "state_dict": to_released(model)}, tmp_path / "released.pth.tar")
-    succeed("digits/test.py", "--checkpoint", tmp_path / "released.pth.tar")
+    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "released.pth.tar")
     result = result_in(tmp_path)
     assert result["top1"] == checkpoint.read(folder / "best.pt")["best"]["test_top1"]
     torch.save({"state_dict": {"head.weight": torch.zeros(10, 64)}}, tmp_path / "poor.pth.tar")
