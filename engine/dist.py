@@ -69,11 +69,8 @@ def setup(device: str) -> Dist:
             # torchrun's restarted processes get the store of those that died, with their addresses in it; on several
             # machines their numbers of restarts differ, see the README
             store = td.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        group = {"store": store, "rank": rank, "world_size": world_size}
-        if device == "cuda":
-            td.init_process_group("nccl", device_id=where, **group)
-        else:
-            td.init_process_group("gloo", **group)
+        backend, device_id = ("nccl", where) if device == "cuda" else ("gloo", None)
+        td.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"cannot join the other processes, start with torchrun: {error}") from None
     return Dist(td.get_rank(), td.get_world_size(), where)

@@ -159,17 +159,22 @@ def _test(recipe: Path, argv: Sequence[str]) -> None:
     with tempfile.TemporaryFile(dir=folder):  # better known now than behind the evaluation
         pass
     data = create_data(cfg, here, train=False)
+    membranes, figures = _membranes(cfg), published.accuracies(cfg, recipe.parent)
+    logger.info(
+        f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
+        f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {' and '.join(membranes)}"
+    )
     gallery, results = log.Gallery(data.classes, cfg.mean, cfg.std), {}
-    for membrane in _membranes(cfg):
+    for membrane in membranes:
         model = build_model(dataclasses.replace(cfg, ssa_membrane=membrane)).to(here.device)
         _load_weights(cfg, model, state, path)
         if cfg.compile:
             model.compile()
         is_first = not results
         results[membrane] = evaluate(cfg, here, model, data.test, on_batch=gallery.add if is_first else None)
-        _tell(cfg, membrane, results[membrane], published.accuracies(cfg, recipe.parent))
+        _tell(cfg, membrane, results[membrane], figures)
     if here.is_main:
-        _report(cfg, folder, results, published.accuracies(cfg, recipe.parent), gallery)
+        _report(cfg, folder, results, figures, gallery)
 
 
 def _membranes(cfg: Config) -> list[str]:
@@ -192,10 +197,6 @@ def _settings_of(state: dict, path: Path, recipe: Path, argv: Sequence[str]) -> 
         logger.info(f"{path}: the released checkpoint of {known.stem}, known by its md5")
     else:
         cfg = load(recipe, argv, _shown_by(state, path))
-    logger.info(
-        f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
-        f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {' and '.join(_membranes(cfg))}"
-    )
     return cfg
 
 

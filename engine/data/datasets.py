@@ -72,6 +72,11 @@ def class_names(dataset: Dataset) -> list[str]:
     return sorted(indices, key=indices.get)
 
 
+def is_imagenet(names: list[str]) -> bool:
+    """Whether these are the classes of ImageNet-1k, by their WordNet numbers."""
+    return len(names) == 1000 and names == timm.data.ImageNetInfo().label_names()
+
+
 class Digits(Dataset):
     """scikit-learn's 1,797 handwritten digits, 8x8 grey, shipped inside the package.
 
@@ -135,7 +140,7 @@ def _image_folder(cfg: Config, split: str) -> ImageFolder:
             raise UserError(f"{folder}: no images in {_first(empty[1].split(', '))}; complete the data set") from None
         images = sum(path.suffix.lower() in IMG_EXTENSIONS for path in folder.iterdir())
         raise UserError(f"{folder} holds {images} images but no folder per class; sort them into such") from None
-    if dataset.classes == timm.data.ImageNetInfo().label_names() and len(dataset) != IMAGENET_SIZES[split]:
+    if is_imagenet(dataset.classes) and len(dataset) != IMAGENET_SIZES[split]:
         logger.warning(
             f"{folder}: {len(dataset):,} images where ImageNet-1k has {IMAGENET_SIZES[split]:,}; fully extracted?"
         )

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ..config import Config, mixes
 from ..dist import Dist
 from ..errors import UserError
-from .datasets import ImageDataset, class_names, create_dataset
+from .datasets import ImageDataset, class_names, create_dataset, is_imagenet
 
 
 class _Shard(Dataset):
@@ -104,9 +104,9 @@ def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
 
 def _readable(names: list[str]) -> list[str]:
     """The names, with what WordNet calls ImageNet's classes in place of their numbers."""
-    imagenet = timm.data.ImageNetInfo()
-    if names != imagenet.label_names():
+    if not is_imagenet(names):
         return names
+    imagenet = timm.data.ImageNetInfo()
     return [imagenet.label_name_to_description(name).split(",")[0] for name in names]
 
 
