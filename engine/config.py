@@ -28,6 +28,12 @@ LOCAL_FIELDS = (
     "config lif_backend data_path download workers compile device threads output_dir resume finetune checkpoint eval "
     "both_membranes use_ema log_interval"
 ).split()
+EVENT_DATASETS = ("digits-dvs", "dvs128-gesture", "cifar10-dvs")
+# settings that mean something for images alone
+IMAGE_FIELDS = (
+    "mean std interpolation scale ratio color_jitter reprob remode recount crop_pct cutmix cutmix_minmax "
+    "mixup_switch_prob train_split val_split"
+).split()
 # flags of the released scripts and of launchers that change nothing here, and how many values each takes
 IGNORED = {
     "--local-rank": 1,  # of torch.distributed.launch; the environment variable LOCAL_RANK is what counts
@@ -215,9 +221,14 @@ def _check_together(config: Config) -> None:
             raise _bad(config, key, "needs two numbers, from and to")
         if bounds is not None and bounds[0] > bounds[1]:
             raise _bad(config, key, "the first number must not be above the second")
-    for key in ("mean", "std"):
-        if len(getattr(config, key)) != config.in_channels:
-            raise _bad(config, key, f"needs one number per channel (in_channels is {config.in_channels})")
+    if config.dataset in EVENT_DATASETS:
+        _check_events(config)
+    else:
+        for key in ("mean", "std"):
+            if len(getattr(config, key) or "RGB") != config.in_channels:
+                raise _bad(config, key, f"needs one number per channel (in_channels is {config.in_channels})")
+    if config.split_seed is not None and config.dataset != "cifar10-dvs":
+        raise _bad(config, "split_seed", f"{config.dataset} comes in two parts; only cifar10-dvs is split here")
     if config.lr is None and config.blr is None:
         raise _bad(config, "lr", "set lr, or blr to scale with the batch")
     if config.warmup_prefix and config.warmup_epochs >= config.epochs:
@@ -226,6 +237,14 @@ def _check_together(config: Config) -> None:
         raise _bad(config, "batch_size", "mixup pairs the images of a batch: must be even")
     if config.compile and config.grad_checkpointing:
         raise _bad(config, "compile", "does not go together with grad_checkpointing; choose one")
+
+
+def _check_events(config: Config) -> None:
+    for key in IMAGE_FIELDS:
+        if getattr(config, key) != FIELDS[key].default:
+            raise _bad(config, key, f"is for images; {config.dataset} has event frames")
+    if config.mixup and config.mixup_in != "step":
+        raise _bad(config, "mixup_in", "event frames are mixed in the training step: set it to step")
 
 
 def _bad(config: Config, key: str, why: str) -> UserError:

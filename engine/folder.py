@@ -10,10 +10,13 @@ import yaml
 
 from . import checkpoint, dist, log
 from .config import FIELDS, LOCAL_FIELDS, Config, load, plain
+from .data.loaders import Data
 from .dist import Dist
 from .errors import UserError
 from .log import RunLog, logger
 from .loop import Trainer
+
+SPLIT = "split.json"
 
 
 def find_run(cfg: Config, here: Dist) -> tuple[Path | None, Path | None, dict | None]:
@@ -79,13 +82,31 @@ def differences(cfg: Config, state: dict, keys: Sequence[str]) -> list[tuple[str
     return [(key, ours[key], theirs.get(key)) for key in keys if ours[key] != theirs.get(key)]
 
 
+def recorded_split(folder: Path) -> dict[str, list[str]] | None:
+    """The files of training and test set that a run in `folder` recorded, if it did."""
+    path = folder / SPLIT
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError:
+        raise UserError(f"{path}: damaged; move it away to go on without the record of the split") from None
+
+
 @contextlib.contextmanager
-def records(cfg: Config, here: Dist, folder: Path, first_epoch: int) -> Iterator[RunLog | None]:
-    """Write what the run is to its folder, and give the main process its log."""
+def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int) -> Iterator[RunLog | None]:
+    """Write what the run is, and is trained on, to its folder, and give the main process its log."""
     if not here.is_main:
         yield None
         return
     folder.mkdir(parents=True, exist_ok=True)
+    if first_epoch and recorded_split(folder) not in (None, data.split):
+        raise UserError(
+            f"{folder / SPLIT} is not how the data are split now: the data have changed since the run began; bring "
+            "back what it was trained on, or start anew with --output-dir NEW"
+        )
+    if data.split:
+        (folder / SPLIT).write_text(json.dumps(data.split, indent=0) + "\n")
+    if data.preview:
+        data.preview(folder / "samples.png")
     about = folder / "run.json"
     try:
         starts = json.loads(about.read_text()) if about.exists() else []

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import dist as distributed
 from .config import Config, mixes
-from .data.image import Data
+from .data.loaders import Data
 from .dist import Dist
 from .errors import UserError
 from .log import RunLog, logger, progress

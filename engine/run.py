@@ -17,14 +17,16 @@ from models import create_model
 from models.released import identify, load_released
 
 from . import checkpoint, dist, log, published
-from .config import FIELDS, MODEL_FIELDS, Config, load, plain
-from .data.image import create_data
+from .config import EVENT_DATASETS, FIELDS, MODEL_FIELDS, Config, load, plain
+from .data import event, image
+from .data.loaders import Data
 from .dist import Dist
 from .errors import UserError
-from .folder import checkpoint_to_test, differences, find_run, recorded_settings, records, save
+from .folder import checkpoint_to_test, differences, find_run, recorded_settings, recorded_split, records, save
 from .log import logger
 from .loop import NO_BEST, Trainer, evaluate
 from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs
+from .pictures import Gallery
 
 
 def train(recipe: Path) -> None:
@@ -51,6 +53,11 @@ def build_model(cfg: Config) -> nn.Module:
         raise UserError(str(error)) from None
     model.set_grad_checkpointing(cfg.grad_checkpointing)
     return model.to(memory_format=torch.channels_last) if cfg.channels_last else model
+
+
+def create_data(cfg: Config, here: Dist, train: bool = True) -> Data:
+    """The loaders of images or of event frames; raises `UserError` as they do."""
+    return (event if cfg.dataset in EVENT_DATASETS else image).create_data(cfg, here, train)
 
 
 def _main(body: Callable[[Path, Sequence[str]], None], recipe: Path) -> None:
@@ -107,7 +114,7 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
             trainer.best = dict(NO_BEST)  # of the run in the other folder
     folder = folder or Path(dist.from_main(f"output/{Path(cfg.config).stem}/{time.strftime('%Y%m%d-%H%M%S')}"))
     _announce(cfg, here, trainer, folder)
-    with records(cfg, here, folder, trainer.epoch) as run_log:
+    with records(cfg, here, folder, data, trainer.epoch) as run_log:
         trainer.fit(run_log, lambda is_best: save(cfg, here, folder, trainer, is_best))
     logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {folder}")
 
@@ -159,12 +166,15 @@ def _test(recipe: Path, argv: Sequence[str]) -> None:
     with tempfile.TemporaryFile(dir=folder):  # better known now than behind the evaluation
         pass
     data = create_data(cfg, here, train=False)
+    trained = set((recorded_split(path.parent) or {}).get("train", ()))
+    if data.split and (seen := trained.intersection(data.split["test"])):
+        logger.warning(f"warning: {len(seen)} of {len(data.split['test'])} test samples are training samples of {path}")
     membranes, figures = _membranes(cfg), published.accuracies(cfg, recipe.parent)
     logger.info(
         f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
         f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {' and '.join(membranes)}"
     )
-    gallery, results = log.Gallery(data.classes, cfg.mean, cfg.std), {}
+    gallery, results = Gallery(data.classes, data.show), {}
     for membrane in membranes:
         model = build_model(dataclasses.replace(cfg, ssa_membrane=membrane)).to(here.device)
         _load_weights(cfg, model, state, path)
@@ -254,9 +264,7 @@ def _tell(cfg: Config, membrane: str, result: dict, figures: dict[str, float]) -
         logger.info(f"published: {told}")
 
 
-def _report(
-    cfg: Config, folder: Path, results: dict[str, dict], figures: dict[str, float], gallery: log.Gallery
-) -> None:
+def _report(cfg: Config, folder: Path, results: dict[str, dict], figures: dict[str, float], gallery: Gallery) -> None:
     name = Path(cfg.checkpoint).stem  # several checkpoints may share a folder
     numbers, picture = folder / f"{name}.test.json", folder / f"{name}.predictions.png"
     content = {**next(iter(results.values())), "published_top1": figures, **plain(cfg), **log.provenance()}

@@ -27,7 +27,9 @@ class Config:
     model: str = option("qkformer_4_384", "network, see models.list_models()")
     num_classes: int = option(10, "classes of the data set", low=1, flags=("--nb-classes",))
     in_channels: int = option(3, "channels of the input", low=1)
-    time_steps: int = option(4, "T: how often a static image is shown", low=1, high=1024, flags=("--time-step",))
+    time_steps: int = option(
+        4, "T: how often a static image is shown, or frames of a recording", low=1, high=1024, flags=("--time-step",)
+    )
     attention: tuple[str, ...] | None = option(None, "token, channel or self for each stage (default: the model's)")
     mlp_ratio: float | None = option(
         None, "hidden over outer channels of the MLP (default: the model's)", low=0.1, high=64
@@ -42,25 +44,33 @@ class Config:
     drop_path: float = option(0.0, "stochastic depth: rate of the last block, rising linearly to it", low=0, high=0.99)
     lif_backend: str = option("auto", "what computes the LIF neurons", choices=("auto", "torch", "cupy"))
 
-    dataset: str = option("imagefolder", "digits, imagefolder, or a name that timm's create_dataset knows")
+    dataset: str = option(
+        "imagefolder",
+        "digits, imagefolder, digits-dvs, dvs128-gesture, cifar10-dvs, or a name of timm's create_dataset",
+    )
     data_path: str | None = option(None, "folder of the data set; in a YAML relative to it", flags=("--data-dir",))
-    download: bool = option(False, "download the data set where torchvision, TFDS or Hugging Face can")
+    download: bool = option(False, "download the data set where torchvision, TFDS, Hugging Face or spikingjelly can")
     train_split: str = option("train", "training split of a data set of timm's")
     val_split: str = option("validation", "test split of a data set of timm's")
+    split_seed: int | None = option(
+        None, "CIFAR10-DVS: seed of a random split (default: the first 90 % of each class train)", low=0, high=2**32 - 1
+    )
     input_size: int = option(32, "height and width of the input", low=1, high=8192, flags=("--img-size",))
     batch_size: int = option(64, "images per process and step", low=1, high=65536, flags=("-b",))
     eval_batch_size: int | None = option(None, "the same in the evaluation (default: batch_size)", low=1, high=65536)
     workers: int = option(
         4, "loader processes per training process, at most one a core", low=0, high=256, flags=("--num-workers", "-j")
     )
-    mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "mean of each channel, of 1")
-    std: tuple[float, ...] = option((0.229, 0.224, 0.225), "standard deviation of each channel, of 1", low=1e-6)
+    mean: tuple[float, ...] | None = option(None, "mean of each channel of an image, of 1 (default: ImageNet's)")
+    std: tuple[float, ...] | None = option(None, "standard deviation of each channel, of 1 (the same)", low=1e-6)
     interpolation: str = option("bicubic", "resizing filter", choices=("bicubic", "bilinear", "nearest"))
     scale: tuple[float, ...] = option((1.0, 1.0), "random resized crop: area, from and to", low=0.01, high=1)
     ratio: tuple[float, ...] = option((1.0, 1.0), "random resized crop: aspect ratio, from and to", low=0.01)
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     color_jitter: float | None = option(None, "strength of colour jitter, where there is no auto_augment", low=0)
-    auto_augment: str | None = option(None, "timm's policy, such as rand-m9-mstd0.5-inc1", flags=("--aa",))
+    auto_augment: str | None = option(
+        None, "timm's policy, such as rand-m9-mstd0.5-inc1; of event frames: snn-wide", flags=("--aa",)
+    )
     reprob: float = option(0.0, "probability of random erasing", low=0, high=1)
     remode: str = option("const", "what random erasing fills in", choices=("const", "rand", "pixel"))
     recount: int = option(1, "most areas that random erasing erases", low=1)

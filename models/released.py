@@ -166,8 +166,8 @@ def _fitting(shapes: dict[str, tuple[int, ...]], name: str, arguments: dict) -> 
         with torch.device("meta"):
             wanted = create_model(name, **arguments).state_dict()
         if all(shapes[spelling[ours]] == tuple(value.shape) for ours, value in wanted.items()):
-            if arguments["mlp_ratio"] == VARIANTS[name].get("mlp_ratio", 4):
-                del arguments["mlp_ratio"]
+            if arguments["mlp_ratio"] == 4 and "mlp_ratio" not in VARIANTS[name]:
+                del arguments["mlp_ratio"]  # of the other variants there is more than one in use
             return arguments
     return None
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from engine import config, dist
-from engine.data.image import Data
+from engine.data.loaders import Data
 from engine.loop import Trainer
 from engine.optim import create_optimizer
 from engine.run import build_model
@@ -39,7 +39,7 @@ def main(result, *flags):
         ]
     model = build_model(cfg)
     model = dist.sync_batchnorm(model, here.device) if cfg.sync_bn else model
-    trainer = Trainer(cfg, here, model, create_optimizer(cfg, model), Data(Batches(steps), [], [], None))
+    trainer = Trainer(cfg, here, model, create_optimizer(cfg, model), Data(Batches(steps), [], [], None, None))
     gradients, step = [], trainer.optimizer.step
 
     def record():

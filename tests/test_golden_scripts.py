@@ -10,8 +10,8 @@ from golden_cases import assert_close, load_case, make_weights
 from scripts import ROOT, result_in
 
 import engine.run
-from engine.data.image import Data
-from engine.log import Gallery
+from engine.data.loaders import Data
+from engine.pictures import Gallery
 
 SCRIPTS = {
     "QKFormer_10_384_T4_B2_224_s0": "imagenet",
@@ -50,7 +50,7 @@ def test_a_released_checkpoint_gives_the_golden_logits(name, float64, tmp_path, 
     monkeypatch.setattr(
         engine.run,
         "create_data",
-        lambda cfg, here, train: Data(None, [(images, labels)], ["x"] * cfg.num_classes, None),
+        lambda cfg, here, train: Data(None, [(images, labels)], ["x"] * cfg.num_classes, None, None),
     )
     monkeypatch.setattr(Gallery, "add", lambda self, x, y, z: logits.append(z))
     monkeypatch.setattr(Gallery, "draw", lambda self, path: None)

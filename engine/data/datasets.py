@@ -4,9 +4,8 @@ import functools
 import glob
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import timm.data
@@ -19,23 +18,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
 from .. import dist
-from ..config import Config
+from ..config import EVENT_DATASETS, Config
 from ..errors import UserError
 from ..log import logger
 
 IMAGENET_SIZES = {"train": 1_281_167, "val": 50_000}
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "test")}
-
-
-class ImageDataset(Protocol):
-    """What a data set offers: PIL images with labels, `transform` (set by timm's loader), and class names."""
-
-    classes: Sequence[str]
-    transform: Callable | None
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[object, int]: ...
 
 
 def create_dataset(cfg: Config, train: bool) -> Dataset:
@@ -190,8 +178,8 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
     kind = cfg.dataset.split("/")[0].lower()
     if kind not in ("torch", "wds", "hfds", "hfids", "tfds") or "/" not in cfg.dataset:
         raise UserError(
-            f"dataset = {cfg.dataset!r}: choose digits, imagefolder, or one of timm's, such as torch/cifar10, "
-            "wds/NAME, hfds/NAME, tfds/NAME"
+            f"dataset = {cfg.dataset!r}: choose digits, imagefolder, {', '.join(EVENT_DATASETS)}, or one of timm's: "
+            "torch/cifar10, wds/NAME, hfds/NAME, tfds/NAME"
         )
     if kind == "torch":
         _data_path(cfg)

@@ -3,42 +3,19 @@
 Batches are (images [B,C,H,W] float32, normalised, on the device; labels [B] int64, or [B,classes] under mixup).
 """
 
+import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 import timm.data
 from torch.utils.data import Dataset, IterableDataset
 
+from .. import pictures
 from ..config import Config, mixes
 from ..dist import Dist
 from ..errors import UserError
-from .datasets import ImageDataset, class_names, create_dataset, is_imagenet
-
-
-class _Shard(Dataset):
-    """The share of one process of an evaluation: whole batches in turn, each the same as in a single process.
-
-    So nothing is counted twice, and a membrane that leaks over the batch meets the same neighbours.
-    """
-
-    def __init__(self, dataset: ImageDataset, batch_size: int, rank: int, world_size: int):
-        self.dataset = dataset
-        self.indices = [i for i in range(len(dataset)) if i // batch_size % world_size == rank]
-
-    @property
-    def transform(self) -> Callable | None:
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, value: Callable) -> None:  # timm's loader does
-        self.dataset.transform = value
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[object, int]:
-        return self.dataset[self.indices[index]]
+from .datasets import class_names, create_dataset, is_imagenet
+from .loaders import Data, Shard, require_batches
 
 
 class _Turns:
@@ -63,16 +40,6 @@ class _Turns:
             )
 
 
-@dataclass(frozen=True)
-class Data:
-    """Loaders of a run. `mixup` is timm's object, wherever it mixes; its `mixup_enabled` is the switch."""
-
-    train: Iterable | None
-    test: Iterable
-    classes: list[str]
-    mixup: object | None
-
-
 def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
     """The loaders that `cfg` describes.
 
@@ -81,10 +48,11 @@ def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
             different classes, a batch is larger than the set, or timm does not know the augmentation.
     """
     test_set = create_dataset(cfg, train=False)
+    mean, std = cfg.mean or timm.data.IMAGENET_DEFAULT_MEAN, cfg.std or timm.data.IMAGENET_DEFAULT_STD
     common = {
         "input_size": (cfg.in_channels, cfg.input_size, cfg.input_size),
-        "mean": cfg.mean,
-        "std": cfg.std,
+        "mean": mean,
+        "std": std,
         "num_workers": min(cfg.workers, os.cpu_count() or 1),
         "interpolation": cfg.interpolation,
         "device": dist.device,
@@ -99,6 +67,7 @@ def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
         test=_test_loader(cfg, dist, test_set, common),
         classes=_readable(names) or [str(i) for i in range(cfg.num_classes)],
         mixup=mixup,
+        show=functools.partial(pictures.of_image, mean, std),
     )
 
 
@@ -115,7 +84,7 @@ def _test_loader(cfg: Config, dist: Dist, dataset: Dataset, common: dict) -> Ite
     crop_pct = cfg.crop_pct or (0.875 if cfg.input_size <= 224 else 1.0)  # as the released ImageNet code
     is_stream = isinstance(dataset, IterableDataset)
     if not is_stream:
-        dataset = _Shard(dataset, batch_size, dist.rank, dist.world_size)
+        dataset = Shard(dataset, batch_size, dist.rank, dist.world_size)
     loader = timm.data.create_loader(dataset, batch_size=batch_size, crop_pct=crop_pct, **common)
     return _Turns(loader, dist.rank, dist.world_size) if is_stream else loader
 
@@ -124,11 +93,7 @@ def _train_loader(cfg: Config, dist: Dist, test_classes: list[str], mixup: objec
     dataset = create_dataset(cfg, train=True)
     if different := set(class_names(dataset)) ^ set(test_classes):
         raise UserError(f"{cfg.dataset}: only one of training and test set has the class {min(different)}")
-    if len(dataset) < cfg.batch_size * dist.world_size:
-        raise UserError(
-            f"batch_size = {cfg.batch_size}: {dist.world_size} processes need more than the {len(dataset)} "
-            f"training images of {cfg.dataset}; use a smaller batch_size"
-        )
+    require_batches(cfg, dist, len(dataset))
     try:
         loader = timm.data.create_loader(
             dataset,

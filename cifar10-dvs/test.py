@@ -1,0 +1,11 @@
+"""Evaluate a checkpoint on CIFAR10-DVS: `python cifar10-dvs/test.py --checkpoint FILE`, with any flag of `--help`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine.run import test
+
+if __name__ == "__main__":
+    test(Path(__file__).resolve().with_name("cifar10-dvs.yml"))

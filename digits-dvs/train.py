@@ -1,0 +1,11 @@
+"""Train on digits before a simulated event camera: `python digits-dvs/train.py`, with any flag of `--help`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine.run import train
+
+if __name__ == "__main__":
+    train(Path(__file__).resolve().with_name("digits-dvs.yml"))

@@ -1,0 +1,11 @@
+"""Evaluate on DVS128 Gesture: `python dvs128-gesture/test.py --checkpoint FILE`, with any flag of `--help`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine.run import test
+
+if __name__ == "__main__":
+    test(Path(__file__).resolve().with_name("dvs128-gesture.yml"))

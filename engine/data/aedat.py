@@ -1,0 +1,93 @@
+"""Event recordings in jAER's formats AEDAT 2.0 (CIFAR10-DVS) and AEDAT 3.1 (DVS128 Gesture).
+
+The events equal those of spikingjelly 0.0.0.0.14 on the same files.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+SIDE = 128  # pixels of the DVS128 sensor, in height and in width
+
+_PACKET_HEADER = np.dtype([(name, "<u2") for name in ("type", "source")] + [
+    (name, "<u4") for name in ("size", "offset", "overflow", "capacity", "number", "valid")
+])  # fmt: skip
+_POLARITY_EVENT = 1
+
+
+class DamagedRecording(ValueError):
+    """A recording is not what it should be; the message says how."""
+
+
+class Events(NamedTuple):
+    """Events in the order of the recording, four arrays of one length."""
+
+    t: np.ndarray  # time in microseconds, int64
+    x: np.ndarray  # column, int64
+    y: np.ndarray  # row, int64
+    p: np.ndarray  # polarity, int64: 0 or 1
+
+    def between(self, start: int, end: int) -> "Events":
+        """Those with start <= t < end."""
+        chosen = (self.t >= start) & (self.t < end)
+        return Events(*(values[chosen] for values in self))
+
+
+def read_aedat2(content: bytes) -> Events:
+    """The events of a CIFAR10-DVS recording, turned upright as spikingjelly does.
+
+    Raises:
+        DamagedRecording: it is empty, cut, or no AEDAT 2.0.
+    """
+    if not content.startswith(b"#!AER-DAT2.0"):
+        raise DamagedRecording("empty" if not content else "not a recording in the format AEDAT 2.0")
+    data = memoryview(content)[_end_of_comments(content) :]
+    if len(data) % 8:
+        raise DamagedRecording(f"cut: its last event has {len(data) % 8} of 8 bytes")
+    address, t = np.frombuffer(data, ">u4").reshape(-1, 2).astype(np.int64).T
+    return Events(t, x=127 - (address >> 8 & 127), y=127 - (address >> 1 & 127), p=1 - (address & 1))
+
+
+def _end_of_comments(content: bytes) -> int:
+    """Where the events begin: behind the last of the leading lines that start with #."""
+    at = 0
+    while content.startswith(b"#", at) and (end := content.find(b"\n", at)) >= 0:
+        at = end + 1
+    return at
+
+
+def read_aedat31(content: bytes) -> Events:
+    """The events of a DVS128 Gesture recording.
+
+    Raises:
+        DamagedRecording: it is empty, cut, no AEDAT 3.1, or has events outside the sensor.
+    """
+    if not content.startswith(b"#!AER-DAT3"):
+        raise DamagedRecording("empty" if not content else "not a recording in the format AEDAT 3.1")
+    end_of_header = b"#!END-HEADER\r\n"
+    at = content.find(end_of_header)
+    if at < 0:
+        raise DamagedRecording("cut: its header has no end")
+    at += len(end_of_header)
+    address, t = [], []
+    while at < len(content):
+        body = at + _PACKET_HEADER.itemsize
+        if body > len(content):
+            raise DamagedRecording("cut within the header of a packet")
+        packet = np.frombuffer(content, _PACKET_HEADER, count=1, offset=at)[0]
+        at = body + int(packet["capacity"]) * int(packet["size"])
+        if at > len(content):
+            raise DamagedRecording(f"cut: its last packet has {len(content) - body} of {at - body} bytes")
+        if packet["type"] == _POLARITY_EVENT:
+            if packet["size"] != 8:
+                raise DamagedRecording(f"its events have {packet['size']} bytes where AEDAT 3.1 has 8")
+            words = np.frombuffer(content, "<u4", count=2 * int(packet["capacity"]), offset=body).reshape(-1, 2)
+            address.append(words[:, 0])
+            t.append(words[:, 1] | np.int64(packet["overflow"]) << 31)
+    if not address:
+        raise DamagedRecording("holds no events")
+    address = np.concatenate(address).astype(np.int64)
+    events = Events(np.concatenate(t), x=address >> 17 & 0x7FFF, y=address >> 2 & 0x7FFF, p=address >> 1 & 1)
+    if max(events.x.max(initial=0), events.y.max(initial=0)) >= SIDE:
+        raise DamagedRecording(f"has events outside the {SIDE} x {SIDE} pixels of the sensor")
+    return events

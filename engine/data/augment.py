@@ -1,0 +1,74 @@
+"""SNN wide augment, on the device: a flip and one operation a sample, the same for all its frames.
+
+The operations and magnitudes are those of the released DVS training (from Spikformer's, after Li et al., "Neuromorphic
+Data Augmentation for Training Spiking Neural Networks", ECCV 2022).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import RandomErasing
+
+OPERATIONS = ("identity", "shear_x", "translate_x", "translate_y", "rotate", "cutout")
+STEPS = 31  # magnitudes of an operation, evenly from -MOST to MOST: so the released flip of the sign changes nothing
+MOST = {"shear_x": 0.3, "translate_x": 5, "translate_y": 5, "rotate": math.radians(30)}  # radians and pixels
+CUTOUT_AREA = (0.001, 0.11)  # of the frame, a square
+
+
+class SNNWideAugment:
+    """Frames [B,T,C,H,W] to frames of the same shape: each sample is flipped, then one operation is done to it.
+
+    All that moves pixels is one nearest-neighbour sampling of the whole batch; what comes from outside is 0.
+    Random numbers are torch's, from the CPU's generator.
+
+    Args:
+        hflip: probability of the horizontal flip.
+        wide: False flips alone.
+    """
+
+    def __init__(self, hflip: float, wide: bool):
+        self.hflip, self.wide = hflip, wide
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        flips = (torch.rand(len(frames)) < self.hflip).tolist()
+        chosen = torch.randint(len(OPERATIONS), (len(frames),)).tolist() if self.wide else [0] * len(frames)
+        operations = [OPERATIONS[i] for i in chosen]
+        fractions = (torch.randint(STEPS, (len(frames),)) / (STEPS - 1) * 2 - 1).tolist()  # of MOST
+        side = frames.shape[-2:]
+        matrices = [sampling(*sample, *side) for sample in zip(operations, fractions, flips, strict=True)]
+        frames = _move(frames, torch.tensor(matrices))
+        for sample, operation in zip(frames, operations, strict=True):
+            if operation == "cutout":
+                top, left, height, width, _ = RandomErasing.get_params(sample, CUTOUT_AREA, (1, 1), [0.0])
+                sample[..., top : top + height, left : left + width] = 0
+        return frames
+
+
+def sampling(operation: str, fraction: float, flip: bool, height: int, width: int) -> list[list[float]]:
+    """Where the pixels come from, as the 2x3 matrix of `affine_grid`; angles and signs as in torchvision.
+
+    Args:
+        fraction: of the operation's largest magnitude, -1 to 1.
+        flip: mirror before the operation.
+    """
+    amount = fraction * MOST.get(operation, 0)
+    xx, xy, x, yx, yy, y = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
+    if operation == "shear_x":
+        xy = math.tan(amount) * height / width
+    elif operation == "translate_x":
+        x = -2 * int(amount) / width  # whole pixels, towards 0
+    elif operation == "translate_y":
+        y = -2 * int(amount) / height
+    elif operation == "rotate":
+        xx = yy = math.cos(amount)
+        xy, yx = -math.sin(amount) * height / width, math.sin(amount) * width / height
+    sign = -1 if flip else 1
+    return [[sign * xx, sign * xy, sign * x], [yx, yy, y]]
+
+
+def _move(frames: Tensor, matrices: Tensor) -> Tensor:
+    flat = frames.flatten(1, 2)  # [B,T*C,H,W]
+    grid = F.affine_grid(matrices.to(flat), flat.shape, align_corners=False)  # [B,H,W,2]
+    return F.grid_sample(flat, grid, mode="nearest", align_corners=False).view_as(frames)

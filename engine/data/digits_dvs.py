@@ -1,0 +1,59 @@
+"""Handwritten digits before a simulated event camera: an event data set that needs no download.
+
+As CIFAR10-DVS was recorded, images on a monitor moving along a closed path before a sensor (Li et al., "CIFAR10-DVS: An
+Event-Stream Dataset for Object Classification", 2017), so here the digits of scikit-learn move along a circle.
+
+Shapes: B digits, S side of the sensor.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .aedat import Events
+
+SIDE = 32  # pixels of the sensor, in height and in width
+DIGIT = 20  # pixels of a digit on it
+RADIUS = 4  # pixels of the circle
+STEPS = 48  # looks at the scene in one turn
+DARK = 0.1  # added to the intensities 0 to 1: the light of the dark room
+THRESHOLD = 0.2  # change of the log intensity that makes an event
+
+
+def record(images: np.ndarray, seed: int) -> list[Events]:
+    """A recording of each image as it goes round the circle once, from a random point.
+
+    Args:
+        images: [B,8,8] uint8.
+        seed: of the starting points.
+    """
+    scene = torch.from_numpy(images)[:, None].float() / 255  # [B,1,8,8]
+    scene = F.interpolate(scene, (DIGIT, DIGIT), mode="bilinear")
+    scene = F.pad(scene, [(SIDE - DIGIT) // 2] * 4)  # [B,1,S,S]
+    start = torch.rand(len(images), generator=torch.Generator().manual_seed(seed)) * 2 * math.pi
+    seen = _log_intensity(scene, start)  # [B,S,S], at the last event of each pixel
+    changes = []
+    for step in range(1, STEPS + 1):
+        change = (_log_intensity(scene, start + 2 * math.pi * step / STEPS) - seen) / THRESHOLD
+        change = change.trunc()
+        seen += change * THRESHOLD
+        changes.append(change.to(torch.int8))
+    return [_events(sample.numpy()) for sample in torch.stack(changes, 1)]
+
+
+def _log_intensity(scene: Tensor, angle: Tensor) -> Tensor:
+    """What the sensor sees, [B,S,S], with the scene at each `angle` [B] (radians) of the circle."""
+    shift = torch.stack([angle.cos(), angle.sin()], 1) * (2 * RADIUS / SIDE)  # [B,2], x and y
+    matrices = torch.cat([torch.eye(2).expand(len(scene), 2, 2), -shift[:, :, None]], 2)  # [B,2,3]
+    grid = F.affine_grid(matrices, scene.shape, align_corners=False)
+    return torch.log(F.grid_sample(scene, grid, align_corners=False)[:, 0] + DARK)
+
+
+def _events(changes: np.ndarray) -> Events:
+    """The events of changes [STEPS,S,S], in thresholds: as many as the number says, ON for a positive one."""
+    t, y, x = changes.nonzero()
+    values = changes[t, y, x]
+    return Events(*(np.repeat(column, np.abs(values)) for column in (t, x, y, (values > 0).astype(np.int64))))

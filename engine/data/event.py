@@ -1,0 +1,208 @@
+"""Event frames: DVS128 Gesture, CIFAR10-DVS and the simulated digits.
+
+Batches are (frames [B,T,2,H,W] float32, event counts, on the device; labels [B] int64).
+"""
+
+import functools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import timm.data
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from .. import dist as distributed
+from .. import pictures
+from ..config import Config, mixes
+from ..dist import Dist
+from ..errors import UserError
+from . import digits_dvs, recordings
+from .aedat import SIDE
+from .augment import SNNWideAugment
+from .datasets import Digits
+from .frames import integrate
+from .loaders import Data, Shard, require_batches
+from .prepare import contents, prepare
+
+TRAIN_PART = 0.9  # of each class of CIFAR10-DVS
+RAW = {  # data set -> (what lists its recordings, class folder -> name)
+    "cifar10-dvs": (recordings.cifar10_dvs, {name: name for name in recordings.CIFAR10_CLASSES}),
+    "dvs128-gesture": (recordings.dvs128_gesture, recordings.GESTURES),
+}
+
+
+class Frames(Dataset):
+    """Files of a frames folder with their labels: ([T,2,H,W] float32, label), in the order of spikingjelly's data sets.
+
+    Args:
+        folder: a folder that `prepare` made.
+        files: which of its files, each in a folder named like its class.
+        classes: class folders in the order of the labels.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[str], classes: Sequence[str]):
+        labels = {name: label for label, name in enumerate(classes)}
+        self.folder = folder
+        self.samples = sorted((labels[Path(file).parent.name], file) for file in files)
+        self.labels = [label for label, _ in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        label, file = self.samples[index]
+        try:
+            frames = np.load(self.folder / file, allow_pickle=False)
+            if frames.shape[1:] != (2, SIDE, SIDE):
+                raise ValueError
+        except (ValueError, EOFError, IndexError):
+            remedy = f"delete {self.folder}, and it is made anew from the recordings"
+            raise UserError(f"{self.folder / file}: damaged; {remedy}") from None
+        return torch.from_numpy(frames.astype(np.float32)), label
+
+
+class DigitsDVS(Dataset):
+    """scikit-learn's digits before a simulated event camera: ([T,2,32,32] float32, label)."""
+
+    def __init__(self, train: bool, frames: int):
+        digits = Digits(train)
+        events = digits_dvs.record(digits.images, seed=0 if train else 1)
+        self.frames = [torch.from_numpy(integrate(sample, frames, digits_dvs.SIDE)) for sample in events]
+        self.labels = digits.labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.frames[index].float(), self.labels[index]
+
+
+def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
+    """The loaders that `cfg` describes; the first time, frames are made from the recordings.
+
+    Raises:
+        UserError: recordings are missing or damaged, the settings do not fit the data set, or a batch is larger
+            than it.
+    """
+    is_simulated = cfg.dataset == "digits-dvs"
+    names = list(Digits.classes if is_simulated else RAW[cfg.dataset][1].values())
+    side = digits_dvs.SIDE if is_simulated else SIDE
+    for key, value in (("num_classes", len(names)), ("input_size", side), ("in_channels", 2)):
+        if getattr(cfg, key) != value:
+            raise UserError(f"{key} = {getattr(cfg, key)}: {cfg.dataset} has {value}")
+    if is_simulated:
+        make = functools.partial(DigitsDVS, frames=cfg.time_steps)
+        train_set, test_set, split = make(train=True) if train else None, make(train=False), None
+    else:
+        train_set, test_set, split = _from_recordings(cfg, dist)
+    return Data(
+        train=_train_loader(cfg, dist, train_set) if train else None,
+        test=_test_loader(cfg, dist, test_set),
+        classes=names,
+        mixup=_mixup(cfg) if train and mixes(cfg) else None,
+        split=split,
+        show=pictures.of_events,
+        preview=functools.partial(_preview, train_set, names) if train else None,
+    )
+
+
+def _from_recordings(cfg: Config, dist: Dist) -> tuple[Frames, Frames, dict[str, list[str]]]:
+    """Training set, test set, and the files of each."""
+    if cfg.data_path is None:
+        raise UserError(f"dataset {cfg.dataset}: say where it is with --data-path")
+    root = Path(cfg.data_path)
+    find, classes = RAW[cfg.dataset]
+    find = functools.partial(find, root, cfg.download)
+    if cfg.download:
+        root.mkdir(parents=True, exist_ok=True)
+    elif not root.exists():
+        find()  # says what to place where
+    folder = distributed.in_turns(lambda: prepare(root, cfg.time_steps, find, dist.is_main))
+    files = contents(folder)
+    if cfg.dataset == "dvs128-gesture":  # its lists of trials split it
+        split = {part: [file for file in files if file.startswith(f"{part}/")] for part in ("train", "test")}
+    else:
+        split = split_by_class(files, cfg.split_seed)
+    for part, chosen in split.items():
+        if not chosen:
+            raise UserError(f"{folder}: no samples are left for the {part} set; complete the data set")
+    return *(Frames(folder, split[part], list(classes)) for part in ("train", "test")), split
+
+
+def split_by_class(files: Sequence[str], seed: int | None) -> dict[str, list[str]]:
+    """The first 90 % of each class, rounded up, for training ("train") and the others for testing ("test").
+
+    The order is that of the names, as text; with a seed, a random one. Equals spikingjelly's
+    `split_to_train_test_set`, which reads every sample for it.
+    """
+    rng = np.random.default_rng(seed)
+    split = {"train": [], "test": []}
+    for label in sorted({Path(file).parent for file in files}):
+        members = sorted(file for file in files if Path(file).parent == label)
+        if seed is not None:
+            rng.shuffle(members)
+        count = math.ceil(len(members) * TRAIN_PART)
+        split["train"] += sorted(members[:count])
+        split["test"] += sorted(members[count:])
+    return split
+
+
+class _Loader:
+    """A DataLoader whose batches come on the device, augmented there."""
+
+    def __init__(self, loader: DataLoader, device: torch.device, augment: SNNWideAugment | None = None):
+        self.loader, self.device, self.augment = loader, device, augment
+        self.sampler, self.dataset = loader.sampler, loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for frames, labels in self.loader:
+            frames = frames.to(self.device, non_blocking=True)
+            yield self.augment(frames) if self.augment else frames, labels.to(self.device, non_blocking=True)
+
+
+def _common(cfg: Config, dist: Dist) -> dict:
+    return {"num_workers": min(cfg.workers, os.cpu_count() or 1), "pin_memory": dist.device.type == "cuda"}
+
+
+def _train_loader(cfg: Config, dist: Dist, dataset: Dataset) -> _Loader:
+    require_batches(cfg, dist, len(dataset))
+    if cfg.auto_augment not in (None, "snn-wide"):
+        raise UserError(f"auto_augment = {cfg.auto_augment!r}: event frames have snn-wide, or none")
+    sampler = None
+    if dist.world_size > 1:
+        sampler = DistributedSampler(dataset, dist.world_size, dist.rank, seed=cfg.seed)
+    loader = DataLoader(
+        dataset, cfg.batch_size, shuffle=sampler is None, sampler=sampler, drop_last=True, **_common(cfg, dist)
+    )
+    augment = SNNWideAugment(cfg.hflip, cfg.auto_augment is not None)
+    return _Loader(loader, dist.device, augment if cfg.hflip or cfg.auto_augment else None)
+
+
+def _test_loader(cfg: Config, dist: Dist, dataset: Dataset) -> _Loader:
+    batch_size = cfg.eval_batch_size or cfg.batch_size
+    shard = Shard(dataset, batch_size, dist.rank, dist.world_size)
+    return _Loader(DataLoader(shard, batch_size, **_common(cfg, dist)), dist.device)
+
+
+def _mixup(cfg: Config) -> timm.data.Mixup:
+    return timm.data.Mixup(
+        mixup_alpha=cfg.mixup,
+        prob=cfg.mixup_prob,
+        mode=cfg.mixup_mode,
+        label_smoothing=cfg.smoothing,
+        num_classes=cfg.num_classes,
+    )
+
+
+def _preview(dataset: Dataset, names: Sequence[str], path: Path, most: int = 6) -> None:
+    """Draw the first sample of each of the first classes."""
+    first = {label: dataset.labels.index(label) for label in sorted(set(dataset.labels))[:most]}
+    samples = [dataset[index] for index in first.values()]
+    pictures.frames([frames for frames, _ in samples], [names[label] for _, label in samples], path)

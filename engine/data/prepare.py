@@ -1,0 +1,95 @@
+"""The frames folder of a raw event data set: made once, on all cores, and complete or not there under its name."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import filelock
+import joblib
+
+from ..errors import UserError
+from ..log import logger, progress
+from .aedat import SIDE
+from .frames import convert
+from .recordings import Recording
+
+INDEX = "index.json"  # in a frames folder: the names of its files
+
+
+def prepare(root: Path, frames: int, find: Callable[[], list[Recording]], show: bool) -> Path:
+    """The folder with every sample of the data set in `root` as `frames` frames; made, or finished, where it is not.
+
+    Several processes may call it at once: one works and the others wait.
+
+    Args:
+        find: lists the recordings; called only where there is something to do.
+        show: whether to report progress.
+
+    Raises:
+        UserError: recordings are missing or damaged (all are named), or the disk is too small.
+    """
+    folder = root / f"frames_{frames}"
+    if not folder.exists():
+        with filelock.FileLock(root / f"{folder.name}.lock"):
+            if not folder.exists():
+                _make(folder, frames, find(), show)
+    return folder
+
+
+def _make(folder: Path, frames: int, recordings: list[Recording], show: bool) -> None:
+    partial = folder.with_suffix(".partial")
+    names = sorted(name for recording in recordings for name in recording.samples)
+    left = [r for r in recordings if not all((partial / name).exists() for name in r.samples)]
+    size = sum(len(r.samples) for r in left) * frames * 2 * SIDE**2
+    if shutil.disk_usage(folder.parent).free < size:
+        raise UserError(f"{folder} needs {size / 1e9:.1f} GB more on its disk; make room, or move the data set")
+    cores = joblib.cpu_count()
+    logger.info(
+        f"preparing {folder}, once: {len(names):,} samples of {frames} frames from {len(recordings):,} recordings, "
+        f"{len(left):,} of them still to do; up to {size / 1e9:.1f} GB, on {cores} cores"
+    )
+    for place in {(partial / name).parent for name in names}:
+        place.mkdir(parents=True, exist_ok=True)
+    jobs = (joblib.delayed(convert)(r.open(), r.decode, r.samples, partial, frames) for r in left)
+    # `max_nbytes`: what is passed is passed by pipe, not by files in a folder that may be small
+    results = joblib.Parallel(cores, return_as="generator", max_nbytes=None)(jobs)
+    results = progress(results, "preparing", max(1, len(left) // 20), show, total=len(left))
+    try:
+        problems = [f"{r.name}: {what}" for r, what in zip(left, results, strict=True) if what]
+    except BrokenProcessPool:
+        raise UserError(
+            f"a process that prepares {folder} was killed, for want of memory? Start again: it goes on"
+        ) from None
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(
+            f"{len(problems)} of {len(recordings)} recordings cannot be used: {'; '.join(problems[:5])}{more}. Fetch "
+            "them again; nothing was deleted, and the others are done"
+        )
+    for path in set(_files(partial)) - set(names):
+        (partial / path).unlink()  # halves that a killed process left
+    (partial / INDEX).write_text(json.dumps(names))
+    partial.rename(folder)
+
+
+def _files(folder: Path) -> Iterator[str]:
+    return (path.relative_to(folder).as_posix() for path in folder.rglob("*.*") if path.is_file())
+
+
+def contents(folder: Path) -> list[str]:
+    """The files of a frames folder, sorted.
+
+    Raises:
+        UserError: one is missing, or it is no frames folder.
+    """
+    remedy = f"delete {folder}, and it is made anew from the recordings"
+    try:
+        names = json.loads((folder / INDEX).read_text())
+        absent = set(names) - set(_files(folder))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{folder / INDEX} is missing or damaged; {remedy}") from None
+    if absent:
+        raise UserError(f"{folder} lacks {len(absent)} of its {len(names)} files, such as {min(absent)}; {remedy}")
+    return names

@@ -1,0 +1,206 @@
+"""The raw files of DVS128 Gesture and CIFAR10-DVS: where they are, and which samples they are cut into.
+
+Archives are read where they lie and never extracted, changed or deleted.
+"""
+
+import csv
+import functools
+import gzip
+import io
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from spikingjelly.datasets.cifar10_dvs import CIFAR10DVS
+from spikingjelly.datasets.dvs128_gesture import DVS128Gesture
+from torchvision.datasets.utils import download_url
+
+from ..errors import UserError
+from ..log import logger
+from .aedat import Events, read_aedat2, read_aedat31
+
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10_RECORDINGS = 1000  # per class
+# class folders are numbers, which sort as text: label 2 is gesture 11
+GESTURES = {
+    "0": "hand clapping",
+    "1": "right hand wave",
+    "10": "other gestures",
+    "2": "left hand wave",
+    "3": "right arm clockwise",
+    "4": "right arm counter-clockwise",
+    "5": "left arm clockwise",
+    "6": "left arm counter-clockwise",
+    "7": "arm roll",
+    "8": "air drums",
+    "9": "air guitar",
+}
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One raw file: `open()` gives what reads it, in any process, and `samples` what `frames.convert` makes of it."""
+
+    name: str
+    open: Callable[[], Callable[[], bytes]]
+    decode: Callable[[bytes], Events]
+    samples: Mapping[str, tuple[int, int] | None]
+
+
+def cifar10_dvs(root: Path, download: bool) -> list[Recording]:
+    """The recordings of CIFAR10-DVS: for each class a zip archive or a folder of *.aedat.
+
+    Raises:
+        UserError: a class or recording is missing, or an archive is damaged; it says what to place where.
+    """
+    if download:
+        _download(root / "download")
+    sources = {name: _first_of(root, f"{name}.zip", name) for name in CIFAR10_CLASSES}
+    if absent := [name for name, path in sources.items() if path is None]:
+        raise UserError(
+            f"{root / 'download'} lacks {', '.join(f'{name}.zip' for name in absent)}: fetch CIFAR10-DVS there with "
+            "--download (figshare.com/articles/dataset/CIFAR10-DVS_New/4724671), or say with --data-path where it is"
+        )
+    files = {name: _aedat_files(path) for name, path in sources.items()}
+    _refuse_gaps(files, sources)
+    return [
+        Recording(f"{sources[label]}: {stem}.aedat", lambda r=read: r, read_aedat2, {f"{label}/{stem}.npy": None})
+        for label, reads in files.items()
+        for stem, read in reads.items()
+    ]
+
+
+def _first_of(root: Path, *names: str) -> Path | None:
+    """The first that exists, in `root` itself or where spikingjelly keeps archives and what it extracts."""
+    candidates = [root / place / name for name in names for place in ("download", "", "extract")]
+    return next((path for path in candidates if path.exists()), None)
+
+
+def _aedat_files(source: Path) -> dict[str, Callable[[], bytes]]:
+    """stem -> what reads it, of the *.aedat in a folder or a zip archive."""
+    if source.is_dir():
+        return {path.stem: path.read_bytes for path in sorted(source.glob("*.aedat"))}
+    try:
+        members = [Path(name) for name in _zip(source).namelist()]
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{source}: a damaged archive ({error}); fetch it again") from None
+    members = [path for path in members if path.suffix == ".aedat" and not path.name.startswith(".")]
+    return {path.stem: functools.partial(_read_member, source, path.as_posix()) for path in members}
+
+
+@functools.lru_cache(maxsize=len(CIFAR10_CLASSES))
+def _zip(path: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
+def _read_member(archive: Path, member: str) -> bytes:
+    return _zip(archive).read(member)
+
+
+def _refuse_gaps(files: Mapping[str, Iterable[str]], sources: Mapping[str, Path]) -> None:
+    """The recordings of each class are numbered alike: name those that only some classes have."""
+    numbers = {label: {stem.rsplit("_", 1)[-1]: stem for stem in stems} for label, stems in files.items()}
+    known = {number for stems in numbers.values() for number in stems if number.isdigit()}
+    for label, stems in numbers.items():
+        if not stems:
+            raise UserError(f"{sources[label]} holds no recordings (*.aedat); fetch it again")
+        absent = sorted(known - set(stems), key=int)
+        if absent and len(stems) != CIFAR10_RECORDINGS:
+            prefix = next(iter(stems.values())).rsplit("_", 1)[0]
+            raise UserError(
+                f"{sources[label]} lacks {len(absent)} recordings that other classes have, such as "
+                f"{prefix}_{absent[0]}.aedat; complete it"
+            )
+    total, published = sum(map(len, numbers.values())), len(CIFAR10_CLASSES) * CIFAR10_RECORDINGS
+    if total != published:
+        logger.warning(f"{total:,} recordings where CIFAR10-DVS has {published:,}")
+
+
+def _download(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, url, md5 in CIFAR10DVS.resource_url_md5():
+        if (folder / name).exists():
+            continue
+        logger.info(f"fetching {url} to {folder / name}")
+        try:
+            download_url(url, str(folder), f"{name}.part", md5)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{url}: cannot be fetched ({error}); try again, or place {folder / name} by hand"
+            ) from None
+        (folder / f"{name}.part").replace(folder / name)
+
+
+def dvs128_gesture(root: Path, download: bool) -> list[Recording]:
+    """The recordings of DVS128 Gesture: its archive, or the folder that it unpacks to.
+
+    Raises:
+        UserError: a list, a table of labels or a recording is missing or damaged; it says what to place where.
+    """
+    source = _first_of(root, "DvsGesture.tar.gz", "DvsGesture")
+    if source is None and (root / "trials_to_train.txt").exists():
+        source = root
+    if source is None:
+        raise UserError(
+            f"{root / 'download'} lacks DvsGesture.tar.gz: fetch it by hand, for its owner lets no program do so, from "
+            f"{DVS128Gesture.resource_url_md5()[0][1]}, place it there, or say with --data-path where it is"
+        )
+    opens = _folder_files(source) if source.is_dir() else _tar_files(source)
+
+    def text(name: str) -> str:
+        if name not in opens:
+            raise UserError(f"{source} lacks {name}; complete it")
+        return opens[name]()().decode(errors="replace")
+
+    lists = {part: text(f"trials_to_{part}.txt").split() for part in ("train", "test")}
+    places = {name: part for part, names in lists.items() for name in names}
+    if absent := [name for name in places if name not in opens]:
+        raise UserError(f"{source} lacks {len(absent)} of {len(places)} recordings, such as {absent[0]}; complete it")
+    found = []
+    for name in (
+        name for name in opens if name in places
+    ):  # in the order of the archive, which is read from end to end
+        labels = f"{Path(name).stem}_labels.csv"
+        samples = _gestures(text(labels), f"{places[name]}/{{}}/{Path(name).stem}_{{}}.npy", f"{source}: {labels}")
+        found.append(Recording(f"{source}: {name}", opens[name], read_aedat31, samples))
+    return found
+
+
+def _gestures(table: str, pattern: str, where: str) -> dict[str, tuple[int, int]]:
+    """File (`pattern` with class and count in it) -> time span, of each line of a recording's table of labels."""
+    samples, counts = {}, {}
+    for number, row in enumerate(csv.reader(io.StringIO(table)), 1):
+        if number == 1 or not row:
+            continue
+        try:
+            gesture, start, end = map(int, row)
+        except ValueError:
+            gesture = start = end = 0
+        if not 1 <= gesture <= len(GESTURES) or start >= end:
+            raise UserError(f"{where}, line {number}: {','.join(row)!r} is not a class of 1 to 11, a start and an end")
+        count = counts[gesture] = counts.get(gesture, -1) + 1
+        samples[pattern.format(gesture - 1, count)] = (start, end)
+    if not samples:
+        raise UserError(f"{where}: no labels; fetch it again")
+    return samples
+
+
+def _folder_files(folder: Path) -> dict[str, Callable[[], Callable[[], bytes]]]:
+    return {path.name: lambda path=path: path.read_bytes for path in sorted(folder.iterdir())}
+
+
+def _tar_files(path: Path) -> dict[str, Callable[[], Callable[[], bytes]]]:
+    """The files of a compressed tar archive; it has no index, so only this process reads it, once for the contents."""
+    logger.info(f"reading the contents of {path}")
+    try:
+        archive = tarfile.open(path)  # noqa: SIM115, it stays open as long as what is returned
+        members = [member for member in archive if member.isfile()]
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path}: a damaged archive ({error}); fetch it again") from None
+    return {
+        Path(member.name).name: lambda m=member: functools.partial(bytes, archive.extractfile(m).read())
+        for member in members
+    }
