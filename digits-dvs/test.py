@@ -1,4 +1,4 @@
-"""Evaluate on digits before a simulated event camera: `python digits-dvs/test.py --checkpoint FILE`, with any flag of `--help`."""
+"""Evaluate on digits before a simulated event camera: `python digits-dvs/test.py --checkpoint output/.../best.pt`."""
 
 import sys
 from pathlib import Path

@@ -243,6 +243,8 @@ def _check_events(config: Config) -> None:
     for key in IMAGE_FIELDS:
         if getattr(config, key) != FIELDS[key].default:
             raise _bad(config, key, f"is for images; {config.dataset} has event frames")
+    if config.auto_augment not in (None, "snn-wide"):
+        raise _bad(config, "auto_augment", "event frames have snn-wide, or none")
     if config.mixup and config.mixup_in != "step":
         raise _bad(config, "mixup_in", "event frames are mixed in the training step: set it to step")
 

@@ -7,15 +7,17 @@ import difflib
 import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import timm
+import torch
 from timm.layers import calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
 from .attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from .embed import SPEDS
 from .layers import DropPath, SpikingMLP, checkpointed
-from .neuron import LIF, set_lif_backend
+from .neuron import LIF, continued, set_lif_backend
 
 ATTENTIONS = {"token": TokenQKAttention, "channel": ChannelQKAttention, "self": SpikingSelfAttention}
 
@@ -57,6 +59,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(x))
         return x + self.drop_path(self.mlp(x))
+
+
+class StreamState(NamedTuple):
+    """What `HierarchicalSpikingTransformer.step` hands from frame to frame."""
+
+    steps: int  # frames so far
+    total: Tensor | None  # [B,C], sum over the frames of what the head reads
+    membranes: tuple[Tensor, ...]  # of every LIF, in the order of the modules
 
 
 class HierarchicalSpikingTransformer(nn.Module):
@@ -158,6 +168,36 @@ class HierarchicalSpikingTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def step(self, x: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
+        """One event frame of a recording that is still arriving; a pure function, in evaluation mode.
+
+        After T steps the logits are those of `forward` on the T frames together; memory does not grow with T.
+
+        Args:
+            x: the next frame [B,C,H,W].
+            state: what the step before returned; None starts a recording.
+
+        Returns:
+            Logits [B,num_classes] for the frames so far, and the state for the next step.
+
+        Raises:
+            ValueError: the network is in training mode, or the frames are of another number of recordings.
+        """
+        if self.training:
+            raise ValueError("step needs evaluation mode, call model.eval(): in training BatchNorm needs all frames")
+        state = state or StreamState(0, None, ())
+        if state.total is not None and len(state.total) != len(x):
+            raise ValueError(f"frames of {len(x)} recordings cannot continue a state of {len(state.total)}")
+        neurons = [module for module in self.modules() if isinstance(module, LIF)]
+        membranes = dict(zip(neurons, state.membranes, strict=bool(state.steps)))
+        with continued(membranes):
+            y = self.lif(self.forward_features(x[:, None]).mean((3, 4)))[0]  # [B,C]
+        total = y if state.total is None else state.total + y
+        state = StreamState(state.steps + 1, total, tuple(membranes[neuron] for neuron in neurons))
+        return self.head(total / state.steps), state
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each SPEDS and block in the backward pass instead of keeping its activations (timm's name)."""

@@ -3,8 +3,11 @@
 Shapes: T time steps, then any neuron shape; the networks use [T,B,C,H,W] and [T,B,C,N].
 """
 
+import contextlib
 import functools
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -154,11 +157,40 @@ def _auto_lif(x: Tensor, threshold: float) -> Tensor:
     return (_cupy_lif if use_cupy else _torch_lif)(x, threshold)
 
 
+# LIF -> membrane at the end of the last call, while calls continue each other (see `continued`)
+_membranes: ContextVar[dict[nn.Module, Tensor] | None] = ContextVar("membranes", default=None)
+
+
+@contextlib.contextmanager
+def continued(membranes: dict[nn.Module, Tensor]) -> Iterator[None]:
+    """Within it every `LIF` starts from its membrane in `membranes` (without one, at zero) and leaves it there.
+
+    It is per thread, so that threads can share a network.
+    """
+    token = _membranes.set(membranes)
+    try:
+        yield
+    finally:
+        _membranes.reset(token)
+
+
+def _continue(x: Tensor, threshold: float, v: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`lif_step` over T from membrane `v` (None: zero): spikes [T, ...] and the membrane after them."""
+    v = torch.zeros_like(x[0]) if v is None else v
+    spikes = []
+    for x_t in x:
+        spike, v = lif_step(x_t, v, threshold)
+        spikes.append(spike)
+    return torch.stack(spikes), v
+
+
 BACKENDS = {"auto": _auto_lif, "torch": _torch_lif, "cupy": _cupy_lif}
 
 
 class LIF(nn.Module):
     """Multi-step LIF neurons: currents [T, ...] to spikes [T, ...], the membrane at zero before and after.
+
+    Within `continued` the membrane goes on from one call to the next.
 
     Args:
         threshold: firing threshold.
@@ -173,10 +205,16 @@ class LIF(nn.Module):
         self.backend = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
-        lif = BACKENDS[self.backend]
         if self.leak_across_batch:
-            return lif(x.flatten(0, 1), self.threshold).unflatten(0, x.shape[:2])
-        return lif(x, self.threshold)
+            return self._over_time(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self._over_time(x)
+
+    def _over_time(self, x: Tensor) -> Tensor:
+        membranes = None if torch.compiler.is_compiling() else _membranes.get()  # the compiler knows no ContextVar
+        if membranes is None:
+            return BACKENDS[self.backend](x, self.threshold)
+        spikes, membranes[self] = _continue(x, self.threshold, membranes.get(self))
+        return spikes
 
     def extra_repr(self) -> str:
         leak = ", leak_across_batch=True" if self.leak_across_batch else ""

@@ -1,6 +1,6 @@
-"""Tiny data sets in the true formats: a folder of JPEGs, CIFAR's pickles, WebDataset's shards.
+"""Tiny data sets in the true formats: a folder of JPEGs, CIFAR's pickles, WebDataset's shards, event recordings.
 
-The images of a class have its colour, so that a network learns them in a few steps.
+The images of a class have its colour and the events its place, so that a network learns them in a few steps.
 
 Run as a script, it runs the script given as its arguments with torchvision's md5 check of CIFAR switched off.
 """
@@ -11,12 +11,16 @@ import json
 import os
 import pickle
 import runpy
+import struct
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
 def pixels(label, classes, size, random):
@@ -94,6 +98,70 @@ def _add(archive, name, content):
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
+
+
+def events(label, classes, count, random):
+    """(t, x, y, p) of `count` events in the order of time, around a place on the sensor that is the class's own."""
+    angle = 2 * np.pi * label / classes
+    x, y = (np.clip(64 + 40 * f(angle) + random.normal(0, 8, count), 0, 127).astype(np.int64) for f in (np.cos, np.sin))
+    return np.sort(random.integers(0, 1_000_000, count)), x, y, random.integers(0, 2, count)
+
+
+def aedat2(t, x, y, p):
+    """A recording of CIFAR10-DVS."""
+    address = y << 8 | x << 1 | p
+    return b"#!AER-DAT2.0\r\n# a comment\r\n" + np.stack([address, t], 1).astype(">u4").tobytes()
+
+
+def aedat31(t, x, y, p, per_packet=1000):
+    """A recording of DVS128 Gesture; before each packet of events comes one of another type."""
+    words = np.stack([x << 17 | y << 2 | p << 1 | 1, t], 1).astype("<u4")
+    content = [b"#!AER-DAT3.1\r\n#Format: RAW\r\n#!END-HEADER\r\n"]
+    for start in range(0, len(words), per_packet):
+        packet = words[start : start + per_packet]
+        content += [struct.pack("<HHIIIIII", 0, 1, 8, 4, 0, 1, 1, 1), bytes(8)]
+        content += [struct.pack("<HHIIIIII", 1, 1, 8, 4, 0, len(packet), len(packet), len(packet)), packet.tobytes()]
+    return b"".join(content)
+
+
+def cifar10_dvs(root, per_class=10, count=500):
+    """download/CLASS.zip, each with CLASS/cifar10_CLASS_NUMBER.aedat."""
+    random = np.random.default_rng(0)
+    Path(root, "download").mkdir(parents=True)
+    for label, name in enumerate(CIFAR10_CLASSES):
+        with zipfile.ZipFile(Path(root, "download", f"{name}.zip"), "w", zipfile.ZIP_DEFLATED) as archive:
+            for i in range(per_class):
+                archive.writestr(f"{name}/cifar10_{name}_{i}.aedat", aedat2(*events(label, 10, count, random)))
+    return Path(root)
+
+
+def dvs128_gesture(root, train=4, test=1, count=500, extracted=False):
+    """download/DvsGesture.tar.gz, or what it extracts to: recordings of all gestures, the last of them twice."""
+    random = np.random.default_rng(0)
+    files = {"gesture_mapping.csv": b"", "errata.txt": b""}
+    lists = {"train": [], "test": []}
+    for i in range(train + test):
+        name = f"user{i + 1:02d}_led"
+        lists["train" if i < train else "test"].append(f"{name}.aedat")
+        gestures = [*range(1, 12), 11]
+        spans = [(1_500_000 * k, 1_500_000 * k + 1_000_000) for k in range(len(gestures))]
+        parts = [events(gesture - 1, 11, count, random) for gesture in gestures]
+        parts = [(t + start, x, y, p) for (t, x, y, p), (start, _) in zip(parts, spans, strict=True)]
+        files[f"{name}.aedat"] = aedat31(*map(np.concatenate, zip(*parts, strict=True)))
+        rows = [f"{gesture},{start},{end}" for gesture, (start, end) in zip(gestures, spans, strict=True)]
+        files[f"{name}_labels.csv"] = "\n".join(["class,startTime_usec,endTime_usec", *rows, ""]).encode()
+    files |= {f"trials_to_{part}.txt": "\n".join([*names, ""]).encode() for part, names in lists.items()}
+    if extracted:
+        folder = Path(root, "extract", "DvsGesture")
+        folder.mkdir(parents=True)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        return Path(root)
+    Path(root, "download").mkdir(parents=True)
+    with tarfile.open(Path(root, "download", "DvsGesture.tar.gz"), "w:gz") as archive:
+        for name, content in files.items():
+            _add(archive, f"DvsGesture/{name}", content)
+    return Path(root)
 
 
 if __name__ == "__main__":

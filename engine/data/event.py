@@ -134,10 +134,10 @@ def _from_recordings(cfg: Config, dist: Dist) -> tuple[Frames, Frames, dict[str,
 
 
 def split_by_class(files: Sequence[str], seed: int | None) -> dict[str, list[str]]:
-    """The first 90 % of each class, rounded up, for training ("train") and the others for testing ("test").
+    """The first 90 % of each class, rounded up, for training ("train"), the others, at least one, for testing ("test").
 
-    The order is that of the names, as text; with a seed, a random one. Equals spikingjelly's
-    `split_to_train_test_set`, which reads every sample for it.
+    The order is that of the names, as text; with a seed, a random one. From 10 samples a class on it equals
+    spikingjelly's `split_to_train_test_set`, which reads every sample for it.
     """
     rng = np.random.default_rng(seed)
     split = {"train": [], "test": []}
@@ -145,7 +145,7 @@ def split_by_class(files: Sequence[str], seed: int | None) -> dict[str, list[str
         members = sorted(file for file in files if Path(file).parent == label)
         if seed is not None:
             rng.shuffle(members)
-        count = math.ceil(len(members) * TRAIN_PART)
+        count = min(math.ceil(len(members) * TRAIN_PART), len(members) - 1)
         split["train"] += sorted(members[:count])
         split["test"] += sorted(members[count:])
     return split
@@ -173,8 +173,6 @@ def _common(cfg: Config, dist: Dist) -> dict:
 
 def _train_loader(cfg: Config, dist: Dist, dataset: Dataset) -> _Loader:
     require_batches(cfg, dist, len(dataset))
-    if cfg.auto_augment not in (None, "snn-wide"):
-        raise UserError(f"auto_augment = {cfg.auto_augment!r}: event frames have snn-wide, or none")
     sampler = None
     if dist.world_size > 1:
         sampler = DistributedSampler(dataset, dist.world_size, dist.rank, seed=cfg.seed)

@@ -1,0 +1,410 @@
+"""Recordings to frames: equal to spikingjelly's, and no damaged, missing or half-made thing goes unnoticed."""
+
+import functools
+import hashlib
+import http.server
+import io
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scripts import CPU, ROOT, fail, run
+from spikingjelly import datasets as sj
+from spikingjelly.datasets.cifar10_dvs import CIFAR10DVS
+from spikingjelly.datasets.dvs128_gesture import DVS128Gesture
+from tiny_data import CIFAR10_CLASSES, aedat2, aedat31, cifar10_dvs, dvs128_gesture, events
+
+from engine import config
+from engine.data import recordings
+from engine.data.aedat import DamagedRecording, Events, read_aedat2, read_aedat31
+from engine.data.event import create_data, split_by_class
+from engine.data.frames import integrate
+from engine.data.prepare import contents, prepare
+from engine.dist import Dist
+from engine.errors import UserError
+from engine.log import logger
+
+RANDOM = np.random.default_rng(0)
+FEW = events(3, 10, 1003, RANDOM)
+
+
+@pytest.fixture
+def old_numpy(monkeypatch):
+    """What spikingjelly's reader of AEDAT 2.0 needs, which numpy no longer has."""
+    monkeypatch.setattr(np, "fromstring", lambda data, dtype: np.frombuffer(data, dtype))
+
+
+@pytest.fixture
+def one_core(monkeypatch):
+    """Prepare in this process, which saves the start of others."""
+    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
+
+
+def load(name, root, *flags, rank=0, world_size=1):
+    logger.handlers.clear()  # a script that ran in this process has left its own
+    cfg = config.load(ROOT / name / f"{name}.yml", ["--data-path", str(root), "--workers", "0", *flags])
+    return create_data(cfg, Dist(rank, world_size, torch.device("cpu")))
+
+
+def test_aedat2_is_read_as_by_spikingjelly(old_numpy, tmp_path):
+    (tmp_path / "x.aedat").write_bytes(aedat2(*FEW))
+    theirs, ours = CIFAR10DVS.load_origin_data(str(tmp_path / "x.aedat")), read_aedat2(aedat2(*FEW))
+    assert all(np.array_equal(theirs[key], getattr(ours, key)) for key in "txyp")
+    t, x, y, p = FEW
+    assert np.array_equal(ours.x, 127 - y)
+    assert np.array_equal(ours.y, 127 - x)
+    assert np.array_equal(ours.p, 1 - p)
+    assert np.array_equal(ours.t, t)
+
+
+def test_aedat31_is_read_as_by_spikingjelly(tmp_path):
+    content = aedat31(*FEW, per_packet=100)
+    header = struct.pack("<HHIIIIII", 1, 1, 8, 4, 0, 100, 100, 100)
+    late = struct.pack("<HHIIIIII", 1, 1, 8, 4, 1, 100, 100, 100)  # its clock has run over once
+    content = content.replace(header, late, 1)
+    (tmp_path / "x.aedat").write_bytes(content)
+    theirs, ours = sj.load_aedat_v3(str(tmp_path / "x.aedat")), read_aedat31(content)
+    assert all(np.array_equal(theirs[key], getattr(ours, key)) for key in "txyp")
+    assert ours.t[0] == FEW[0][0] + 2**31
+    assert np.array_equal(ours.x, FEW[1])
+    assert len(ours.t) == 1003
+
+
+@pytest.mark.parametrize("frames", [1, 7, 16])
+def test_frames_are_those_of_spikingjelly(frames):
+    theirs = sj.integrate_events_by_fixed_frames_number(dict(zip("txyp", FEW, strict=True)), "number", frames, 128, 128)
+    ours = integrate(Events(*FEW), frames)
+    assert np.array_equal(theirs, ours)
+    assert (ours.dtype, ours.sum()) == (np.uint8, 1003)
+    assert ours[-1].sum() == 1003 // frames + 1003 % frames  # the last takes the rest
+
+
+def test_counts_above_a_byte():
+    one_pixel = Events(*(np.full(1000, value) for value in (0, 5, 6, 1)))
+    frames = integrate(one_pixel, 2)
+    assert frames[0, 1, 6, 5] == 500
+    assert frames.dtype == np.uint16
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "message"),
+    [
+        (read_aedat2, b"", "empty"),
+        (read_aedat31, b"", "empty"),
+        (read_aedat2, aedat31(*FEW), "not a recording in the format AEDAT 2.0"),
+        (read_aedat31, aedat2(*FEW), "not a recording in the format AEDAT 3.1"),
+        (read_aedat2, aedat2(*FEW)[:-3], "cut: its last event has 5 of 8 bytes"),
+        (read_aedat31, aedat31(*FEW)[:-8], "cut: its last packet has 16 of 24 bytes"),
+        (read_aedat31, aedat31(*FEW)[:-40], "cut within the header of a packet"),
+        (read_aedat31, b"#!AER-DAT3.1\r\n#", "cut: its header has no end"),
+        (read_aedat31, b"#!AER-DAT3.1\r\n#!END-HEADER\r\n", "holds no events"),
+        (read_aedat31, aedat31(*(np.full(5, value) for value in (0, 128, 0, 0))), "outside the 128 x 128 pixels"),
+    ],
+)
+def test_damaged_recordings_are_told_from_good_ones(read, content, message):
+    with pytest.raises(DamagedRecording, match=message):
+        read(content)
+
+
+def test_too_few_events_for_the_frames():
+    with pytest.raises(DamagedRecording, match="holds 1003 events, too few for 1004 frames"):
+        integrate(Events(*FEW), 1004)
+
+
+@pytest.mark.parametrize("extracted", [False, True])
+def test_dvs128_gesture_is_that_of_spikingjelly(extracted, tmp_path, one_core, monkeypatch):
+    monkeypatch.setattr(sj.utils, "check_integrity", lambda fpath, md5: True)
+    ours = load("dvs128-gesture", dvs128_gesture(tmp_path / "ours", extracted=extracted), "--batch-size", "4")
+    root = dvs128_gesture(tmp_path / "theirs")
+    arguments = {"data_type": "frame", "frames_number": 16, "split_by": "number"}
+    for part, loader in (("train", ours.train), ("test", ours.test)):
+        theirs = DVS128Gesture(str(root), train=part == "train", **arguments)
+        dataset = getattr(loader.dataset, "dataset", loader.dataset)
+        assert len(dataset) == len(theirs) == {"train": 48, "test": 12}[part]
+        for (frames, label), (their_frames, their_label) in zip(dataset, theirs, strict=True):
+            assert label == their_label
+            assert np.array_equal(frames, their_frames)
+    assert ours.classes[2] == "other gestures"  # the folders 0, 1, 10, 2, ...: label 2 is gesture 11
+    assert [Path(file).name for file in ours.split["test"] if "/10/" in file] == [
+        "user05_led_0.npy",
+        "user05_led_1.npy",
+    ]
+
+
+def test_cifar10_dvs_is_that_of_spikingjelly(tmp_path, one_core, old_numpy, monkeypatch):
+    monkeypatch.setattr(sj.utils, "check_integrity", lambda fpath, md5: True)
+    ours = load("cifar10-dvs", cifar10_dvs(tmp_path / "ours", per_class=12))
+    root = cifar10_dvs(tmp_path / "theirs", per_class=12)
+    theirs = CIFAR10DVS(str(root), data_type="frame", frames_number=16, split_by="number")
+    parts = sj.split_to_train_test_set(0.9, theirs, 10)
+    for loader, part in zip((ours.train, ours.test), parts, strict=True):
+        dataset = getattr(loader.dataset, "dataset", loader.dataset)
+        assert len(dataset) == len(part)
+        for (frames, label), (their_frames, their_label) in zip(dataset, part, strict=True):
+            assert label == their_label
+            assert np.array_equal(frames, their_frames)
+    assert "cat/cifar10_cat_9.npy" in ours.split["test"]  # in the order of text, 10 and 11 come before 9
+
+
+def test_the_split_needs_names_alone():
+    files = [f"{label}/{label}_{i}.npy" for label in "ab" for i in range(20)]
+    split = split_by_class(files, None)
+    assert [len(split[part]) for part in ("train", "test")] == [36, 4]
+    assert split["test"] == ["a/a_8.npy", "a/a_9.npy", "b/b_8.npy", "b/b_9.npy"]
+    random = split_by_class(files, 1)
+    assert random == split_by_class(list(reversed(files)), 1)
+    assert random != split_by_class(files, 2)
+    assert random["test"] != split["test"]
+    assert sorted(random["train"] + random["test"]) == sorted(files)
+    assert [file[0] for file in random["test"]] == list("aabb")
+
+
+def test_each_process_trains_on_its_share_and_all_test_every_sample_once(tmp_path, one_core):
+    root = cifar10_dvs(tmp_path, per_class=20, count=50)
+    shares = [load("cifar10-dvs", root, "--batch-size", "8", rank=rank, world_size=2) for rank in range(2)]
+    orders = []
+    for epoch in range(2):
+        for share in shares:
+            share.train.sampler.set_epoch(epoch)
+        orders.append([list(share.train.sampler) for share in shares])
+        assert sorted(orders[-1][0] + orders[-1][1]) == list(range(180))
+    assert orders[0] != orders[1]
+    tested = [share.test.dataset.indices for share in shares]
+    assert sorted(tested[0] + tested[1]) == list(range(20))
+    assert tested[0] == [*range(8), *range(16, 20)]  # whole batches in turn
+
+
+def test_killed_while_preparing_it_goes_on_to_the_same_frames(tmp_path, monkeypatch):
+    root = cifar10_dvs(tmp_path / "data", per_class=50, count=1000)
+    before = {path: path.read_bytes() for path in (root / "download").iterdir()}
+    whole = shutil.copytree(root, tmp_path / "whole")
+    # a batch that is too large ends it once the frames are prepared
+    train = [ROOT / "cifar10-dvs/train.py", *"--batch-size 9998 --time-steps 4 --data-path".split()]
+    killed = subprocess.Popen([sys.executable, *train, root], cwd=tmp_path, env=CPU, start_new_session=True)
+    partial, frames = root / "frames_4.partial", root / "frames_4"
+    while len(list(partial.glob("*/*.npy"))) < 20:
+        assert killed.poll() is None
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    done = len(list(partial.glob("*/*.npy")))
+    assert 20 <= done < 500
+    assert not frames.exists()
+    (partial / "cat/cifar10_cat_0.123.tmp").write_bytes(b"half")  # as a process leaves it that is killed as it writes
+
+    ended = run(*train, root, cwd=tmp_path)
+    assert "use a smaller batch_size" in ended.stderr
+    assert "preparing: step " in ended.stdout
+    assert f"{500 - done} of them still to do" in ended.stdout
+    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
+    prepare(whole, 4, functools.partial(recordings.cifar10_dvs, whole, False), show=False)
+    assert contents(frames) == contents(whole / "frames_4")
+    for name in [*contents(frames), "index.json"]:
+        assert (frames / name).read_bytes() == (whole / "frames_4" / name).read_bytes()
+    assert not partial.exists()
+    assert not list(frames.rglob("*.tmp"))
+    assert {path: path.read_bytes() for path in (root / "download").iterdir()} == before
+
+
+def test_several_at_once(tmp_path, one_core, monkeypatch):
+    root, calls = cifar10_dvs(tmp_path, per_class=2, count=50), []
+
+    def find():
+        calls.append(1)
+        return recordings.cifar10_dvs(root, False)
+
+    threads = [threading.Thread(target=prepare, args=(root, 4, find, False)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert len(contents(root / "frames_4")) == 20
+
+
+def rewrite(archive, change):
+    """Write a zip or tar archive anew with `change(name, content)`; None leaves the file out."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as old:
+            files = {name: old.read(name) for name in old.namelist()}
+        with zipfile.ZipFile(archive, "w") as new:
+            for name, content in files.items():
+                if (content := change(name, content)) is not None:
+                    new.writestr(name, content)
+        return
+    with tarfile.open(archive) as old:
+        files = {member.name: old.extractfile(member).read() for member in old}
+    with tarfile.open(archive, "w:gz") as new:
+        for name, content in files.items():
+            if (content := change(name, content)) is not None:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                new.addfile(member, io.BytesIO(content))
+
+
+def replace(what, by):
+    """A change for `rewrite`."""
+    return lambda name, content: (by(content) if callable(by) else by) if name.endswith(what) else content
+
+
+@pytest.mark.parametrize(
+    ("archive", "change", "message"),
+    [
+        ("cat.zip", replace("cat_1.aedat", lambda c: c[:-3]), "cat.zip: cifar10_cat_1.aedat: cut: its last event"),
+        ("cat.zip", replace("cat_1.aedat", b""), "cat.zip: cifar10_cat_1.aedat: empty"),
+        ("cat.zip", replace("cat_1.aedat", aedat2(*FEW)[: 27 + 40]), "cifar10_cat_1.aedat: holds 5 events, too few"),
+        ("cat.zip", replace("cat_1.aedat", None), "lacks 1 recordings that other classes have, such as cifar10_cat_1."),
+        ("cat.zip", lambda name, content: None, "cat.zip holds no recordings"),
+        ("DvsGesture.tar.gz", replace("01_led.aedat", lambda c: c[:-9]), "user01_led.aedat: cut: its last packet"),
+        ("DvsGesture.tar.gz", replace("01_led.aedat", None), "lacks 1 of 2 recordings, such as user01_led.aedat"),
+        ("DvsGesture.tar.gz", replace("01_led_labels.csv", None), "DvsGesture.tar.gz lacks user01_led_labels.csv"),
+        ("DvsGesture.tar.gz", replace("to_test.txt", None), "DvsGesture.tar.gz lacks trials_to_test.txt"),
+        (
+            "DvsGesture.tar.gz",
+            replace("01_led_labels.csv", b"class\n12,0,9\n"),
+            "labels.csv, line 2: '12,0,9' is not a",
+        ),
+        ("DvsGesture.tar.gz", replace("01_led_labels.csv", b"class\n1,7,7\n"), "labels.csv, line 2: '1,7,7' is not a"),
+        ("DvsGesture.tar.gz", replace("01_led_labels.csv", b"class\n1,1\n"), "labels.csv, line 2: '1,1' is not a"),
+        ("DvsGesture.tar.gz", replace("01_led_labels.csv", b"class\n"), "user01_led_labels.csv: no labels"),
+        (
+            "DvsGesture.tar.gz",
+            replace("01_led_labels.csv", b"class\n1,90000000,95000000\n"),
+            "user01_led.aedat: from 90000000 to 95000000 us holds 0 events",
+        ),
+    ],
+)
+def test_what_is_wrong_with_the_recordings_is_named(archive, change, message, tmp_path, one_core, monkeypatch, capfd):
+    name = "cifar10-dvs" if archive.endswith(".zip") else "dvs128-gesture"
+    if name == "cifar10-dvs":
+        cifar10_dvs(tmp_path, per_class=3, count=50)
+    else:
+        dvs128_gesture(tmp_path, train=1, test=1, count=50)
+    archive = tmp_path / "download" / archive
+    intact = archive.read_bytes()
+    rewrite(archive, change)
+    broken = archive.read_bytes()
+    line = fail(monkeypatch, capfd, f"{name}/train.py", "--data-path", tmp_path)
+    assert message in line
+    assert archive.read_bytes() == broken  # nobody deletes it
+    assert not (tmp_path / "frames_16").exists()
+    archive.write_bytes(intact)
+    recordings._zip.cache_clear()
+    assert len(load(name, tmp_path, "--batch-size", "2").classes) in (10, 11)
+
+
+@pytest.mark.parametrize("archive", ["cat.zip", "DvsGesture.tar.gz"])
+@pytest.mark.parametrize("damage", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: b"<html>not found</html>"])
+def test_damaged_archives_are_named(archive, damage, tmp_path, one_core, monkeypatch, capfd):
+    name = "cifar10-dvs" if archive == "cat.zip" else "dvs128-gesture"
+    {"cifar10-dvs": cifar10_dvs, "dvs128-gesture": dvs128_gesture}[name](tmp_path, 2, count=50)
+    path = tmp_path / "download" / archive
+    path.write_bytes(damage(path.read_bytes()))
+    line = fail(monkeypatch, capfd, f"{name}/train.py", "--data-path", tmp_path)
+    assert f"{path}: a damaged archive" in line
+    assert path.exists()
+
+
+def test_a_flipped_bit_in_a_zip_is_noticed(tmp_path, one_core, monkeypatch, capfd):
+    path = cifar10_dvs(tmp_path, per_class=2, count=500) / "download/ship.zip"
+    content = bytearray(path.read_bytes())
+    content[500] ^= 4
+    path.write_bytes(content)
+    line = fail(monkeypatch, capfd, "cifar10-dvs/train.py", "--data-path", tmp_path)
+    assert "1 of 20 recordings cannot be used: " in line
+    assert "ship.zip: cifar10_ship_0.aedat: " in line
+    assert "the others are done" in line
+
+
+def test_what_to_place_where_is_said_first(tmp_path, monkeypatch, capfd):
+    line = fail(monkeypatch, capfd, "dvs128-gesture/train.py", "--data-path", tmp_path / "no")
+    assert f"{tmp_path / 'no/download'} lacks DvsGesture.tar.gz: fetch it by hand" in line
+    assert "https://ibm.ent.box.com/" in line
+    line = fail(monkeypatch, capfd, "cifar10-dvs/train.py", "--data-path", tmp_path / "no")
+    assert f"{tmp_path / 'no/download'} lacks airplane.zip, automobile.zip, " in line
+    assert "--download" in line
+    cifar10_dvs(tmp_path, per_class=1, count=50)
+    (tmp_path / "download/frog.zip").unlink()
+    assert "lacks frog.zip: " in fail(monkeypatch, capfd, "cifar10-dvs/train.py", "--data-path", tmp_path)
+
+
+def test_cifar10_dvs_can_be_fetched(tmp_path, one_core, monkeypatch):
+    """What is there already stays, and a wrong checksum is an error that keeps nothing."""
+    source = cifar10_dvs(tmp_path / "source", per_class=2, count=50) / "download"
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=source)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    addresses = [
+        (path.name, f"{address}/{path.name}", hashlib.md5(path.read_bytes()).hexdigest())
+        for path in sorted(source.iterdir())
+    ]
+    monkeypatch.setattr(CIFAR10DVS, "resource_url_md5", lambda: [*addresses[:-1], (*addresses[-1][:2], 32 * "0")])
+    root = tmp_path / "data"
+    with pytest.raises(UserError, match=r"truck.zip: cannot be fetched"):
+        load("cifar10-dvs", root, "--download", "--batch-size", "2")
+    assert not (root / "download/truck.zip").exists()
+    mine = root / "download/cat.zip"
+    shutil.copy(source / "dog.zip", mine)
+    monkeypatch.setattr(CIFAR10DVS, "resource_url_md5", lambda: addresses)
+    load("cifar10-dvs", root, "--download", "--batch-size", "2")
+    assert mine.read_bytes() == (source / "dog.zip").read_bytes()
+    assert {path.name for path in (root / "download").iterdir()} == {f"{name}.zip" for name in CIFAR10_CLASSES}
+    server.shutdown()
+
+
+def test_a_frames_folder_is_not_trusted(tmp_path, one_core):
+    again = functools.partial(load, "cifar10-dvs", cifar10_dvs(tmp_path, 2, count=50), "--batch-size", "2")
+    again()
+    folder = tmp_path / "frames_16"
+    damaged = folder / "cat/cifar10_cat_0.npy"
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    data = again()
+    with pytest.raises(UserError, match=r"cifar10_cat_0.npy: damaged; delete .*frames_16"):
+        list(data.train)
+    damaged.write_bytes(b"")
+    with pytest.raises(UserError, match=r"cifar10_cat_0.npy: damaged; delete .*frames_16"):
+        list(data.train)
+    damaged.unlink()
+    with pytest.raises(UserError, match=r"lacks 1 of its 20 files, such as cat/cifar10_cat_0.npy; delete"):
+        again()
+    (folder / "index.json").unlink()
+    with pytest.raises(UserError, match=r"index.json is missing or damaged"):
+        again()
+
+
+def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
+    root = cifar10_dvs(tmp_path, per_class=1, count=50)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1e6}))
+    with pytest.raises(UserError, match=r"frames_16 needs 0.0 GB more on its disk"):
+        prepare(root, 16, functools.partial(recordings.cifar10_dvs, root, False), False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-classes", "11"], "num_classes = 11: cifar10-dvs has 10"),
+        (["--input-size", "64"], "input_size = 64: cifar10-dvs has 128"),
+        (["--auto-augment", "rand-m9"], "auto_augment = 'rand-m9': event frames have snn-wide, or none"),
+        (["--mixup-in", "loader"], "mixup_in = 'loader': event frames are mixed in the training step"),
+        (["--cutmix", "1"], "cutmix = 1.0: is for images"),
+        (["--mean", "0,0"], "mean = (0.0, 0.0): is for images"),
+        (["--dataset", "dvs128-gesture", "--split-seed", "1"], "split_seed = 1: dvs128-gesture comes in two parts"),
+    ],
+)
+def test_settings_that_do_not_fit_event_frames(flags, message, tmp_path, one_core):
+    cifar10_dvs(tmp_path, per_class=2, count=50)
+    with pytest.raises(UserError) as error:
+        load("cifar10-dvs", tmp_path, *flags)
+    assert message in str(error.value)
