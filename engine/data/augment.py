@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torchvision.transforms import RandomErasing
 
 OPERATIONS = ("identity", "shear_x", "translate_x", "translate_y", "rotate", "cutout")
-STEPS = 31  # magnitudes of an operation, evenly from -MOST to MOST: so the released flip of the sign changes nothing
-MOST = {"shear_x": 0.3, "translate_x": 5, "translate_y": 5, "rotate": math.radians(30)}  # radians and pixels
+MOST = {"shear_x": 0.3, "translate_x": 5.0, "translate_y": 5.0, "rotate": 30.0}  # radians, pixels, pixels, degrees
+STEPS = 31  # magnitudes, evenly from -MOST to MOST: the released code flips the sign of half, which changes nothing
 CUTOUT_AREA = (0.001, 0.11)  # of the frame, a square
 
 
@@ -35,9 +35,10 @@ class SNNWideAugment:
         flips = (torch.rand(len(frames)) < self.hflip).tolist()
         chosen = torch.randint(len(OPERATIONS), (len(frames),)).tolist() if self.wide else [0] * len(frames)
         operations = [OPERATIONS[i] for i in chosen]
-        fractions = (torch.randint(STEPS, (len(frames),)) / (STEPS - 1) * 2 - 1).tolist()  # of MOST
+        steps = torch.randint(STEPS, (len(frames),)).tolist()
+        magnitudes = [_magnitude(operation, step) for operation, step in zip(operations, steps, strict=True)]
         side = frames.shape[-2:]
-        matrices = [sampling(*sample, *side) for sample in zip(operations, fractions, flips, strict=True)]
+        matrices = [sampling(*sample, *side) for sample in zip(operations, magnitudes, flips, strict=True)]
         frames = _move(frames, torch.tensor(matrices))
         for sample, operation in zip(frames, operations, strict=True):
             if operation == "cutout":
@@ -46,24 +47,29 @@ class SNNWideAugment:
         return frames
 
 
-def sampling(operation: str, fraction: float, flip: bool, height: int, width: int) -> list[list[float]]:
-    """Where the pixels come from, as the 2x3 matrix of `affine_grid`; angles and signs as in torchvision.
+def _magnitude(operation: str, step: int) -> float:
+    most = MOST.get(operation, 0.0)
+    return torch.linspace(-most, most, STEPS)[step].item()
+
+
+def sampling(operation: str, magnitude: float, flip: bool, height: int, width: int) -> list[list[float]]:
+    """Where the pixels come from, as the 2x3 matrix of `affine_grid`; signs as in torchvision.
 
     Args:
-        fraction: of the operation's largest magnitude, -1 to 1.
+        magnitude: shear in radians, shift in pixels (rounded towards 0), or angle in degrees.
         flip: mirror before the operation.
     """
-    amount = fraction * MOST.get(operation, 0)
     xx, xy, x, yx, yy, y = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
     if operation == "shear_x":
-        xy = math.tan(amount) * height / width
+        xy = math.tan(magnitude) * height / width
     elif operation == "translate_x":
-        x = -2 * int(amount) / width  # whole pixels, towards 0
+        x = -2 * int(magnitude) / width
     elif operation == "translate_y":
-        y = -2 * int(amount) / height
+        y = -2 * int(magnitude) / height
     elif operation == "rotate":
-        xx = yy = math.cos(amount)
-        xy, yx = -math.sin(amount) * height / width, math.sin(amount) * width / height
+        angle = math.radians(magnitude)
+        xx = yy = math.cos(angle)
+        xy, yx = -math.sin(angle) * height / width, math.sin(angle) * width / height
     sign = -1 if flip else 1
     return [[sign * xx, sign * xy, sign * x], [yx, yy, y]]
 
