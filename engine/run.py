@@ -219,7 +219,7 @@ def _shown_by(state: dict, path: Path) -> dict[str, object]:
         return {}
     if arguments["residual"] == "ms":
         arguments["ssa_membrane"] = "per_sample"
-    for key, theirs in (("time_steps", "time_step"), ("input_size", "input_size")):
+    for key, theirs in (("time_steps", "time_step"), ("time_steps", "T"), ("input_size", "input_size")):
         value = getattr(state.get("args"), theirs, None)
         if isinstance(value, int) and FIELDS[key].metadata["low"] <= value <= FIELDS[key].metadata["high"]:
             arguments[key] = value

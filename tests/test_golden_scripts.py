@@ -20,6 +20,8 @@ SCRIPTS = {
     "ms_qkformer_10_384_T2_B2_224_s0": "imagenet",
     "cifar10_T4_B3_32_s0": "cifar10",
     "cifar100_T2_B2_32_s1": "cifar100",
+    "cifar10-dvs_T8_B2_128_s0": "cifar10-dvs",
+    "dvs128-gesture_T6_B2_128_s0": "dvs128-gesture",
 }
 
 
@@ -36,8 +38,12 @@ def released_content(name, case):
     args = argparse.Namespace(time_step=case.about["T"], lr=1.0)
     if name.startswith("QK"):
         return {"model": weights, "optimizer": {}, "epoch": 199, "scaler": {}, "args": args}
-    if name.startswith("cifar"):
+    if name.startswith("cifar") and "dvs" not in name:
         return {"arch": "QKFormer", "state_dict": weights, "epoch": 409, "args": args, "version": 2, "metric": 96.2}
+    if "dvs" in name:
+        args = argparse.Namespace(T=case.about["T"])
+        best = {"max_test_acc1": 84.0, "test_acc5_at_max_test_acc1": 97.0}
+        return {"model": weights, "optimizer": {}, "lr_scheduler": {}, "epoch": 105, "args": args, **best}
     return {"state_dict": weights}
 
 

@@ -1,0 +1,104 @@
+"""A recording classified frame by frame as it arrives."""
+
+import threading
+
+import pytest
+import torch
+from golden_cases import assert_close, load_case
+
+from models import LIF, create_model
+
+
+def make(**kwargs):
+    torch.manual_seed(0)
+    model = create_model("qkformer_2_64", **kwargs).double().eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_var"):
+            buffer.mul_(0.05)  # so that neurons fire
+    return model
+
+
+def frames(batch=3, steps=6, size=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.poisson(torch.full((batch, steps, 2, size, size), 0.5, dtype=torch.float64), generator=generator)
+
+
+def stream(model, x):
+    state, logits = None, []
+    for t in range(x.shape[1]):
+        y, state = model.step(x[:, t], state)
+        logits.append(y)
+    return logits, state
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"residual": "ms"}, {"ssa_membrane": "released"}, {"attention": ("channel",) * 2}]
+)
+def test_steps_equal_the_whole_sequence(kwargs):
+    model, x = make(**kwargs), frames()
+    logits, _ = stream(model, x)
+    for t in (0, 2, 5):  # the answer so far is that of the frames so far
+        assert torch.equal(logits[t], model(x[:, : t + 1]))
+    assert not torch.equal(logits[0], logits[5])
+
+
+@pytest.mark.parametrize("name", ["cifar10-dvs_T8_B2_128_s0", "dvs128-gesture_T6_B2_128_s0"])
+def test_steps_give_the_golden_logits(name):
+    case = load_case(name)
+    logits, _ = stream(case.model("corrected").eval(), case.input())
+    assert_close(logits[-1].numpy(), case.arrays["corrected.eval.logits"], name)
+
+
+def test_a_step_changes_nothing_but_what_it_returns():
+    model, x = make(), frames()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    _, state = model.step(x[:, 0])
+    membranes, total = [v.clone() for v in state.membranes], state.total.clone()
+    first, _ = model.step(x[:, 1], state)
+    model(x)
+    again, _ = model.step(x[:, 1], state)  # from the same state, the same answer
+    assert torch.equal(first, again)
+    assert all(torch.equal(a, b) for a, b in zip(membranes, state.membranes, strict=True))
+    assert torch.equal(total, state.total)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not first.requires_grad
+
+
+def test_memory_does_not_grow_with_time():
+    model, x = make(), frames(batch=1, steps=1)
+    state, sizes = None, set()
+    for _ in range(20):
+        _, state = model.step(x[:, 0], state)
+        held = [state.total, *state.membranes]
+        assert all(tensor.grad_fn is None and tensor._base is None for tensor in held)
+        sizes.add(sum(tensor.untyped_storage().nbytes() for tensor in held))
+    assert len(sizes) == 1
+    assert len(state.membranes) == sum(isinstance(module, LIF) for module in model.modules())
+    assert state.steps == 20
+
+
+def test_threads_share_a_network():
+    model, inputs = make(), [frames(batch=1, steps=8, seed=seed) for seed in range(4)]
+    results = {}
+
+    def work(i):
+        results[i] = stream(model, inputs[i])[0][-1] if i % 2 else model(inputs[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, x in enumerate(inputs):
+        assert torch.equal(results[i], model(x))
+
+
+def test_what_a_step_cannot_do_is_said():
+    model, x = make(), frames()
+    _, state = model.step(x[:, 0])
+    with pytest.raises(ValueError, match="frames of 2 recordings cannot continue a state of 3"):
+        model.step(x[:2, 1], state)
+    with pytest.raises(ValueError, match=r"expected images \[B,2,H,W\]"):
+        model.step(x[:, 0, :1])
+    with pytest.raises(ValueError, match=r"call model.eval\(\)"):
+        model.train().step(x[:, 0])
