@@ -58,7 +58,7 @@ class Gallery:
         for axis in axes.flat:
             axis.axis("off")
         for axis, (image, label, answer) in zip(axes.flat, self.wrong + self.right, strict=False):
-            axis.imshow(self.show(image), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(self.show(image).numpy(), cmap="gray", vmin=0, vmax=1)
             said, true = (_short(self.classes[index]) for index in (answer, label))
             if label == answer:
                 axis.set_title(said, fontsize=8)
@@ -96,7 +96,7 @@ def frames(samples: Sequence[Tensor], names: Sequence[str], path: Path, most: in
     for row, sample, name in zip(grid, samples, names, strict=True):
         row[0].set_ylabel(_short(name), rotation=0, ha="right", va="center", fontsize=9)
         for axis, frame in zip(row, sample, strict=False):
-            axis.imshow(of_events(frame[None]))
+            axis.imshow(of_events(frame[None]).numpy())
             axis.set(xticks=[], yticks=[])
     for t, axis in enumerate(grid[0]):
         axis.set_title(f"t = {t}", fontsize=9)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision.datasets.cifar
 from scripts import ROOT, here, succeed
-from tiny_data import cifar, image_folder
+from tiny_data import cifar, cifar10_dvs, dvs128_gesture, image_folder
 
 from engine import config
 from models import create_model, list_models
@@ -26,6 +26,9 @@ SMALL = {  # what makes a command of each folder short
     "imagenet": [*SHORT, *"--model qkformer_10_384 --num-classes 4 --input-size 32 --batch-size 8".split()],
     "cifar10": [*SHORT, *"--input-size 8 --batch-size 40".split()],
     "cifar100": [*SHORT, *"--input-size 8 --batch-size 40".split()],
+    "digits-dvs": "--epochs 1 --time-steps 1 --batch-size 128".split(),
+    "dvs128-gesture": [*SHORT, "--batch-size", "8"],
+    "cifar10-dvs": [*SHORT, "--batch-size", "8"],
 }
 
 
@@ -45,6 +48,9 @@ def workplace(tmp_path, monkeypatch):
     image_folder(tmp_path / "data/imagenet", train=8, test=1)
     cifar(tmp_path / "data/cifar10", 10, train=80, test=10)
     cifar(tmp_path / "data/cifar100", 100, train=80, test=10)
+    dvs128_gesture(tmp_path / "data/dvs128-gesture", train=1, test=1, count=50)
+    cifar10_dvs(tmp_path / "data/cifar10-dvs", per_class=2, count=50)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
     (tmp_path / "weights").mkdir()
     torch.save({"model": to_released(create_model("qkformer_10_384", num_classes=4))}, tmp_path / "weights/10-384.pth")
     for module in (torchvision.datasets.cifar, torchvision.datasets.utils):
@@ -105,11 +111,11 @@ def test_the_table_of_recipes_is_complete():
             assert figure is None or f"| {figure:.2f} %" in row or f"| {figure} %" in row
 
 
-@pytest.mark.parametrize("code", PYTHON)
-def test_python_examples_run(code):
+@pytest.mark.parametrize(("code", "shape"), zip(PYTHON, [(2, 100), (1, 11)], strict=True))
+def test_python_examples_run(code, shape):
     namespace = {}
     exec(code, namespace)
-    assert namespace["logits"].shape == (2, 100)
+    assert namespace["logits"].shape == shape
 
 
 def test_every_network_is_in_the_table():

@@ -1,0 +1,162 @@
+"""Event data sets through the scripts, from raw recordings to accuracy."""
+
+import json
+
+import pytest
+import timm.data
+import torch
+from scripts import ROOT, fail, here, result_in, succeed
+from tiny_data import cifar10_dvs, dvs128_gesture
+
+import engine.run
+from engine import checkpoint
+
+TINY = "--epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --time-steps 2 --batch-size 4 --workers 0 --threads 1".split()
+PNG = b"\x89PNG"
+
+
+@pytest.fixture
+def one_core(monkeypatch):
+    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after_an_epoch(monkeypatch):
+    save = engine.run.save
+
+    def save_and_stop(*arguments):
+        save(*arguments)
+        raise Interrupted
+
+    monkeypatch.setattr(engine.run, "save", save_and_stop)
+
+
+@pytest.mark.parametrize("name", ["cifar10-dvs", "dvs128-gesture"])
+def test_from_recordings_to_accuracy(name, tmp_path, one_core, monkeypatch, capfd):
+    """Train, be interrupted, resume to the same weights, test."""
+    make = {"cifar10-dvs": cifar10_dvs, "dvs128-gesture": dvs128_gesture}[name]
+    make(tmp_path / "data", 2, count=300)
+    flags = ["--data-path", tmp_path / "data", "--mixup-off-epoch", "1", *TINY]
+    mixing, mix = [], timm.data.Mixup.__call__
+    monkeypatch.setattr(
+        timm.data.Mixup, "__call__", lambda self, *batch: mixing.append(self.mixup_enabled) or mix(self, *batch)
+    )
+    output = here(monkeypatch, capfd, f"{name}/train.py", *flags, "--output-dir", tmp_path / "whole")
+    assert f"preparing {tmp_path / 'data/frames_2'}, once: " in output
+    half = len(mixing) // 2
+    assert mixing == [True] * half + [False] * half
+    with monkeypatch.context() as patch:
+        interrupt_after_an_epoch(patch)
+        with pytest.raises(Interrupted):
+            here(patch, capfd, f"{name}/train.py", *flags, "--output-dir", tmp_path / "cut")
+    assert checkpoint.read(tmp_path / "cut/last.pt")["epoch"] == 1
+    output = here(
+        monkeypatch,
+        capfd,
+        f"{name}/train.py",
+        *("--data-path", tmp_path / "data", "--workers", "0", "--threads", "1"),
+        *("--output-dir", tmp_path / "cut", "--resume", "auto"),
+    )
+    assert "after epoch 1" in output
+    assert "preparing" not in output
+    whole, cut = (checkpoint.read(tmp_path / run / "last.pt") for run in ("whole", "cut"))
+    assert all(torch.equal(value, cut["state_dict"][key]) for key, value in whole["state_dict"].items())
+    test = [f"{name}/test.py", "--data-path", tmp_path / "data", "--workers", "0", "--checkpoint"]
+    here(monkeypatch, capfd, *test, tmp_path / "cut/last.pt")
+    result, recorded = (
+        result_in(tmp_path / "cut"),
+        json.loads((tmp_path / "cut/metrics.jsonl").read_text().splitlines()[-1]),
+    )
+    assert (result["loss"], result["top1"]) == (recorded["test_loss"], recorded["test_top1"])
+    for picture in ("samples.png", "learning_curve.png", "last.predictions.png"):
+        assert (tmp_path / "cut" / picture).read_bytes().startswith(PNG)
+    split = json.loads((tmp_path / "cut/split.json").read_text())
+    assert result["count"] == len(split["test"]) > 0
+    assert not set(split["train"]) & set(split["test"])
+
+
+def test_a_shuffled_split_goes_with_the_run(tmp_path, one_core, monkeypatch, capfd):
+    cifar10_dvs(tmp_path / "data", per_class=4, count=50)
+    flags = ["--data-path", tmp_path / "data", *TINY, "--epochs", "1", "--batch-size", "30"]
+    here(monkeypatch, capfd, "cifar10-dvs/train.py", *flags, "--split-seed", "3", "--output-dir", tmp_path / "run")
+    split = json.loads((tmp_path / "run/split.json").read_text())
+    test = ["cifar10-dvs/test.py", "--data-path", tmp_path / "data", "--checkpoint", tmp_path / "run/last.pt"]
+    output = here(monkeypatch, capfd, *test)
+    assert "training samples" not in output
+    assert result_in(tmp_path / "run")["split_seed"] == 3
+    output = here(monkeypatch, capfd, *test, "--split-seed", "4")
+    assert "of 10 test samples are training samples of " in output
+    split["test"].pop()
+    (tmp_path / "run/split.json").write_text(json.dumps(split))
+    resume = [*flags, "--epochs", "2", "--output-dir", tmp_path / "run", "--resume", "auto"]
+    line = fail(monkeypatch, capfd, "cifar10-dvs/train.py", *resume)
+    assert "split.json is not how the data are split now" in line
+
+
+def test_two_processes_start_on_raw_recordings(tmp_path):
+    """One prepares while the other waits; what both evaluate together is what one evaluates alone."""
+    dvs128_gesture(tmp_path / "data", train=1, test=1, count=100)
+    flags = ["--data-path", tmp_path / "data", *TINY, "--epochs", "1"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    output = succeed(*launch, "dvs128-gesture/train.py", *flags, "--output-dir", tmp_path / "run", "--amp", "off")
+    assert output.count("preparing ") >= 1
+    assert output.count(", once: ") == 1
+    assert "on 2 x cpu; effective batch 8" in output
+    test = ["dvs128-gesture/test.py", "--data-path", tmp_path / "data", "--checkpoint", tmp_path / "run/last.pt"]
+    succeed(*test)
+    result, recorded = result_in(tmp_path / "run"), json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert (result["loss"], result["top1"]) == (recorded["test_loss"], recorded["test_top1"])
+    assert result["count"] == 12
+
+
+def test_digits_before_an_event_camera(tmp_path, monkeypatch, capfd):
+    flags = "--epochs 2 --time-steps 4 --attention token channel".split()
+    here(monkeypatch, capfd, "digits-dvs/train.py", *flags, "--output-dir", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["test_top1"] for row in rows) > 35
+    assert (tmp_path / "samples.png").read_bytes().startswith(PNG)
+    assert not (tmp_path / "split.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_recipe_learns_the_digits_before_an_event_camera(tmp_path, seed):
+    succeed("digits-dvs/train.py", "--output-dir", tmp_path, "--seed", seed)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["test_top1"] >= 90
+
+
+def test_the_simulated_camera_sees_changes_alone():
+    import numpy as np
+
+    from engine.data import digits_dvs
+    from engine.data.event import DigitsDVS
+
+    dark = digits_dvs.record(np.zeros((1, 8, 8), np.uint8), seed=0)[0]
+    assert len(dark.t) == 0
+    dot = np.zeros((1, 8, 8), np.uint8)
+    dot[0, 4, 4] = 255
+    events = digits_dvs.record(dot, seed=0)[0]
+    assert (np.diff(events.t) >= 0).all()
+    on = np.zeros((32, 32), int)
+    np.add.at(on, (events.y, events.x), 2 * events.p - 1)
+    assert np.abs(on).max() <= 1  # a full turn ends where it began, but for less than one threshold
+    turn = np.hypot(events.x - 16, events.y - 16)
+    assert turn.max() < 12
+    data = DigitsDVS(train=False, frames=8)
+    assert data[0][0].shape == (8, 2, 32, 32)
+    counts = torch.stack([data[i][0].sum((1, 2, 3)) for i in range(20)])
+    assert (counts[:, :1] == counts[:, :7]).all()  # parts of equal number
+    assert 5_000 < counts.sum(1).mean() < 20_000
+    again = DigitsDVS(train=False, frames=8)
+    assert torch.equal(data[7][0], again[7][0])
+
+
+def test_scripts_are_found_from_their_own_folder(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT / "dvs128-gesture")
+    line = fail(
+        monkeypatch, capfd, "dvs128-gesture/train.py", "--config", "dvs128-gesture_mlp4", "--data-path", tmp_path
+    )
+    assert "lacks DvsGesture.tar.gz" in line
