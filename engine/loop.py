@@ -180,8 +180,9 @@ def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManage
 
 
 def in_memory_format(cfg: Config, images: torch.Tensor) -> torch.Tensor:
-    """The images [B,C,H,W] in the memory format that `cfg` asks for."""
-    return images.contiguous(memory_format=torch.channels_last) if cfg.channels_last else images
+    """The images [B,C,H,W] in the memory format that `cfg` asks for; event frames [B,T,C,H,W] as they are."""
+    is_image = images.dim() == 4  # frames are brought into the order of time first; the weights' format decides then
+    return images.contiguous(memory_format=torch.channels_last) if cfg.channels_last and is_image else images
 
 
 @torch.inference_mode()

@@ -113,7 +113,7 @@ def test_two_processes_start_on_raw_recordings(tmp_path):
 
 
 def test_digits_before_an_event_camera(tmp_path, monkeypatch, capfd):
-    flags = "--epochs 2 --time-steps 4 --attention token channel".split()
+    flags = "--epochs 2 --time-steps 4 --attention token channel --channels-last".split()
     here(monkeypatch, capfd, "digits-dvs/train.py", *flags, "--output-dir", tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert max(row["test_top1"] for row in rows) > 35

@@ -1,5 +1,6 @@
 """Recordings to frames: equal to spikingjelly's, and no damaged, missing or half-made thing goes unnoticed."""
 
+import errno
 import functools
 import hashlib
 import http.server
@@ -389,6 +390,25 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1e6}))
     with pytest.raises(UserError, match=r"frames_16 needs 0.0 GB more on its disk"):
         prepare(root, 16, functools.partial(recordings.cifar10_dvs, root, False), False)
+
+
+def test_a_disk_that_fills_up(tmp_path, one_core, monkeypatch):
+    root, save, written = cifar10_dvs(tmp_path, per_class=2, count=50), np.save, []
+
+    def fill(file, *arguments, **kwargs):
+        if len(written) == 5:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(file)
+        save(file, *arguments, **kwargs)
+
+    find = functools.partial(recordings.cifar10_dvs, root, False)
+    monkeypatch.setattr(np, "save", fill)
+    with pytest.raises(UserError, match=r"cannot write .*No space left on device; what"):
+        prepare(root, 4, find, False)
+    monkeypatch.setattr(np, "save", save)
+    assert len(list((root / "frames_4.partial").rglob("*.*"))) == 5
+    assert len(contents(prepare(root, 4, find, False))) == 20
 
 
 @pytest.mark.parametrize(

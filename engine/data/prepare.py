@@ -31,10 +31,19 @@ def prepare(root: Path, frames: int, find: Callable[[], list[Recording]], show: 
         UserError: recordings are missing or damaged (all are named), or the disk is too small.
     """
     folder = root / f"frames_{frames}"
-    if not folder.exists():
-        with filelock.FileLock(root / f"{folder.name}.lock"):
-            if not folder.exists():
-                _make(folder, frames, find(), show)
+    if folder.exists():
+        return folder
+    lock = filelock.FileLock(root / f"{folder.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        logger.info(f"another process prepares {folder}: waiting for it")
+        lock.acquire()
+    try:
+        if not folder.exists():
+            _make(folder, frames, find(), show)
+    finally:
+        lock.release()
     return folder
 
 

@@ -121,10 +121,10 @@ def _refuse_gaps(files: Mapping[str, Iterable[str]], sources: Mapping[str, Path]
 
 def _download(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, url, md5 in CIFAR10DVS.resource_url_md5():
-        if (folder / name).exists():
-            continue
-        logger.info(f"fetching {url} to {folder / name}")
+    absent = [archive for archive in CIFAR10DVS.resource_url_md5() if not (folder / archive[0]).exists()]
+    if absent:
+        logger.info(f"fetching {len(absent)} archives of CIFAR10-DVS to {folder}: {', '.join(a[0] for a in absent)}")
+    for name, url, md5 in absent:
         try:
             download_url(url, str(folder), f"{name}.part", md5)
         except (OSError, RuntimeError) as error:
