@@ -91,6 +91,16 @@ def test_frames_are_those_of_spikingjelly(frames):
     assert ours[-1].sum() == 1003 // frames + 1003 % frames  # the last takes the rest
 
 
+def test_a_recording_is_cut_by_time_in_order_or_not():
+    events_in_order, spans = Events(*FEW), [(0, 400_000), (300_000, 700_000), None, (900_000, 900_000)]
+    shuffled = Events(*(values[RANDOM.permutation(1003)] for values in FEW))
+    for recording in (events_in_order, shuffled):
+        for span, part in zip(spans, recording.cut(spans), strict=True):
+            start, end = span or (0, 10**6)
+            chosen = (recording.t >= start) & (recording.t < end)
+            assert all(np.array_equal(a, b[chosen]) for a, b in zip(part, recording, strict=True))
+
+
 def test_counts_above_a_byte():
     one_pixel = Events(*(np.full(1000, value) for value in (0, 5, 6, 1)))
     frames = integrate(one_pixel, 2)

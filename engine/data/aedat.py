@@ -3,6 +3,7 @@
 The events equal those of spikingjelly 0.0.0.0.14 on the same files.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -22,15 +23,23 @@ class DamagedRecording(ValueError):
 class Events(NamedTuple):
     """Events in the order of the recording, four arrays of one length."""
 
-    t: np.ndarray  # time in microseconds, int64
-    x: np.ndarray  # column, int64
-    y: np.ndarray  # row, int64
-    p: np.ndarray  # polarity, int64: 0 or 1
+    t: np.ndarray  # time in microseconds
+    x: np.ndarray  # column
+    y: np.ndarray  # row
+    p: np.ndarray  # polarity: 0 or 1
 
-    def between(self, start: int, end: int) -> "Events":
-        """Those with start <= t < end."""
-        chosen = (self.t >= start) & (self.t < end)
-        return Events(*(values[chosen] for values in self))
+    def cut(self, spans: Iterable[tuple[int, int] | None]) -> Iterator["Events"]:
+        """For each span (start, end) the events with start <= t < end, for None all."""
+        in_order = (self.t[1:] >= self.t[:-1]).all()
+        for span in spans:
+            if span is None:
+                yield self
+            elif in_order:
+                first, last = np.searchsorted(self.t, span)
+                yield Events(*(values[first:last] for values in self))
+            else:
+                chosen = (self.t >= span[0]) & (self.t < span[1])
+                yield Events(*(values[chosen] for values in self))
 
 
 def read_aedat2(content: bytes) -> Events:
@@ -44,7 +53,7 @@ def read_aedat2(content: bytes) -> Events:
     data = memoryview(content)[_end_of_comments(content) :]
     if len(data) % 8:
         raise DamagedRecording(f"cut: its last event has {len(data) % 8} of 8 bytes")
-    address, t = np.frombuffer(data, ">u4").reshape(-1, 2).astype(np.int64).T
+    address, t = np.frombuffer(data, ">u4").astype(np.uint32).reshape(-1, 2).T
     return Events(t, x=127 - (address >> 8 & 127), y=127 - (address >> 1 & 127), p=1 - (address & 1))
 
 
@@ -86,7 +95,7 @@ def read_aedat31(content: bytes) -> Events:
             t.append(words[:, 1] | np.int64(packet["overflow"]) << 31)
     if not address:
         raise DamagedRecording("holds no events")
-    address = np.concatenate(address).astype(np.int64)
+    address = np.concatenate(address)
     events = Events(np.concatenate(t), x=address >> 17 & 0x7FFF, y=address >> 2 & 0x7FFF, p=address >> 1 & 1)
     if max(events.x.max(initial=0), events.y.max(initial=0)) >= SIDE:
         raise DamagedRecording(f"has events outside the {SIDE} x {SIDE} pixels of the sensor")

@@ -29,9 +29,11 @@ def integrate(events: Events, frames: int, side: int = SIDE) -> np.ndarray:
     count = len(events.t)
     if count < frames:
         raise DamagedRecording(f"holds {count} events, too few for {frames} frames")
-    frame = np.minimum(np.arange(count) // (count // frames), frames - 1)
+    sizes = np.full(frames, count // frames)
+    sizes[-1] += count % frames
+    frame = np.repeat(np.arange(frames, dtype=np.uint32), sizes)
+    cells = ((frame * 2 + events.p) * side + events.y) * side + events.x
     shape = (frames, 2, side, side)
-    cells = np.ravel_multi_index((frame, events.p, events.y, events.x), shape)
     counts = np.bincount(cells, minlength=np.prod(shape)).reshape(shape)
     return counts.astype(np.min_scalar_type(counts.max()))
 
@@ -52,8 +54,7 @@ def convert(
     """
     try:
         events = decode(read())
-        for name, span in samples.items():
-            part = events if span is None else events.between(*span)
+        for (name, span), part in zip(samples.items(), events.cut(samples.values()), strict=True):
             try:
                 _save(folder / name, integrate(part, frames))
             except DamagedRecording as error:

@@ -1,0 +1,1 @@
+"""Measurements of speed and memory, run by hand from the repository root as `python -m benchmarks.NAME`."""
