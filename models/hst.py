@@ -31,16 +31,16 @@ EMBEDS = {
 
 _IMAGENET = {"family": "imagenet", "depths": (1, 2, 7)}
 _CIFAR = {"family": "cifar", "heads": 8, "num_classes": 10}
-_DVS = {"family": "dvs", "depths": (1, 1), "attention": ("token", "self"), "mlp_ratio": 1, "num_classes": 10}
-_DVS |= {"in_channels": 2, "time_steps": 16}
+_DVS = {"family": "dvs", "depths": (1, 1), "heads": 16, "mlp_ratio": 1, "attention": ("token", "self")}
+_DVS |= {"num_classes": 10, "in_channels": 2, "time_steps": 16}
 VARIANTS = {
     "qkformer_10_384": {**_IMAGENET, "width": 384, "heads": 6},
     "qkformer_10_512": {**_IMAGENET, "width": 512, "heads": 8},
     "qkformer_10_768": {**_IMAGENET, "width": 768, "heads": 12},
     "qkformer_4_384": {**_CIFAR, "width": 384, "depths": (1, 1, 2)},
     "qkformer_3_64": {**_CIFAR, "width": 64, "depths": (1, 1, 1), "in_channels": 1},
-    "qkformer_2_256": {**_DVS, "width": 256, "heads": 16},
-    "qkformer_2_64": {**_DVS, "width": 64, "heads": 8},
+    "qkformer_2_256": {**_DVS, "width": 256},
+    "qkformer_2_64": {**_DVS, "width": 64},
 }
 
 
