@@ -71,7 +71,7 @@ def test_the_saved_configuration_reads_back(recipe, tmp_path):
         ("lr: .nan", "", "lr = nan: not a finite number"),
         ("lr: 1\nresidual: add", "", "residual = 'add': choose one of sew, ms"),
         ("lr: 1\nscale: [1]", "", "scale = (1.0,): needs two numbers"),
-        ("lr: 1\nin_channels: 1", "", "mean = (0.485, 0.456, 0.406): needs one number per channel"),
+        ("lr: 1\nin_channels: 1", "", "mean = None: needs one number per channel (in_channels is 1)"),
         ("epochs: 3", "", "lr = None: set lr, or blr"),
         ("lr: 1\nmixup: 1\nbatch_size: 3", "", "batch_size = 3: mixup pairs the images of a batch"),
         ("- lr", "", "recipe.yml: expected `key: value` lines, found list"),
