@@ -225,7 +225,8 @@ def _check_together(config: Config) -> None:
         _check_events(config)
     else:
         for key in ("mean", "std"):
-            if len(getattr(config, key) or "RGB") != config.in_channels:
+            values = getattr(config, key)
+            if (3 if values is None else len(values)) != config.in_channels:  # ImageNet's have 3
                 raise _bad(config, key, f"needs one number per channel (in_channels is {config.in_channels})")
     if config.split_seed is not None and config.dataset != "cifar10-dvs":
         raise _bad(config, "split_seed", f"{config.dataset} comes in two parts; only cifar10-dvs is split here")

@@ -85,10 +85,31 @@ def differences(cfg: Config, state: dict, keys: Sequence[str]) -> list[tuple[str
 def recorded_split(folder: Path) -> dict[str, list[str]] | None:
     """The files of training and test set that a run in `folder` recorded, if it did."""
     path = folder / SPLIT
+    if not path.exists():
+        return None
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError:
-        raise UserError(f"{path}: damaged; move it away to go on without the record of the split") from None
+        split = json.loads(path.read_text())
+        is_valid = all(isinstance(file, str) for part in ("train", "test") for file in split[part])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        is_valid = False
+    if not is_valid:
+        raise UserError(f"{path}: damaged; move it away to go on without the record of the split")
+    return split
+
+
+def warn_of_seen(data: Data, checkpoint: Path) -> None:
+    """Say so if test samples are among those that the run of `checkpoint` recorded as its training samples."""
+    trained = (recorded_split(checkpoint.parent) or {}).get("train", ())
+    if data.split and (seen := set(trained).intersection(data.split["test"])):
+        logger.warning(
+            f"warning: {len(seen)} of {len(data.split['test'])} test samples are training samples of {checkpoint}"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 @contextlib.contextmanager
@@ -100,11 +121,11 @@ def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int)
     folder.mkdir(parents=True, exist_ok=True)
     if first_epoch and recorded_split(folder) not in (None, data.split):
         raise UserError(
-            f"{folder / SPLIT} is not how the data are split now: the data have changed since the run began; bring "
-            "back what it was trained on, or start anew with --output-dir NEW"
+            f"{folder / SPLIT} is not how the data are split now: --split-seed or the data are others than when the "
+            "run began; go on with what they were, or start anew with --output-dir NEW"
         )
     if data.split:
-        (folder / SPLIT).write_text(json.dumps(data.split, indent=0) + "\n")
+        _write(folder / SPLIT, json.dumps(data.split, indent=0) + "\n")
     if data.preview:
         data.preview(folder / "samples.png")
     about = folder / "run.json"
@@ -113,9 +134,7 @@ def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int)
     except ValueError:
         raise UserError(f"{about}: damaged; move it away to go on without the record of earlier starts") from None
     starts.append({**log.provenance(), "first_epoch": first_epoch, "config": plain(cfg)})
-    temporary = folder / "run.json.tmp"
-    temporary.write_text(json.dumps(starts, indent=2) + "\n")
-    temporary.replace(about)
+    _write(about, json.dumps(starts, indent=2) + "\n")
     settings = plain(cfg, without=("config", "output_dir", "resume", "checkpoint"))
     (folder / "config.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
     run_log = RunLog(folder, first_epoch)

@@ -80,8 +80,8 @@ def of_image(mean: Sequence[float], std: Sequence[float], image: Tensor) -> Tens
 
 def of_events(frames: Tensor) -> Tensor:
     """The middle one of event frames [T,2,H,W] as [H,W,3] to look at: ON events red, OFF events blue, on white."""
-    off, on = frames[len(frames) // 2]  # each [H,W]
-    strength = (on + off).float()
+    off, on = frames[len(frames) // 2].float()  # each [H,W]
+    strength = on + off
     busy = strength[strength > 0]
     full = busy.quantile(0.9) if len(busy) else 1  # from here on the colour is full
     on, off = on / full, off / full

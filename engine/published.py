@@ -28,7 +28,7 @@ def accuracies(cfg: Config, folder: Path) -> dict[str, float]:
 
     The membrane of the self-attention may be another one, for the comparison of the two is of interest.
     """
-    keys = [key for key in (*MODEL_FIELDS, "input_size") if key != "ssa_membrane"]
+    keys = [key for key in (*MODEL_FIELDS, "input_size", "split_seed") if key != "ssa_membrane"]
     for path in sorted(folder.glob("*.yml")):
         try:
             recipe = load(path)

@@ -22,7 +22,7 @@ from .data import event, image
 from .data.loaders import Data
 from .dist import Dist
 from .errors import UserError
-from .folder import checkpoint_to_test, differences, find_run, recorded_settings, recorded_split, records, save
+from .folder import checkpoint_to_test, differences, find_run, recorded_settings, records, save, warn_of_seen
 from .log import logger
 from .loop import NO_BEST, Trainer, evaluate
 from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs
@@ -65,6 +65,9 @@ def _main(body: Callable[[Path, Sequence[str]], None], recipe: Path) -> None:
         body(recipe, sys.argv[1:])
     except UserError as error:
         _exit(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; what was saved stays, and --resume auto goes on with a run", file=sys.stderr, flush=True)
+        sys.exit(130)
     except OSError as error:
         if error.filename is None:
             raise
@@ -98,8 +101,12 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
     is_ours = bool(state) and state["format"] == "qkformer"
     continues = is_ours and folder.resolve() == path.parent.resolve()
     cfg = recorded_settings(cfg, recipe, argv, path, state) if continues else load(recipe, argv)
+    for key, ours, theirs in differences(cfg, state, (*MODEL_FIELDS, "opt")) if is_ours else ():
+        raise UserError(f"--resume {path}: {key} is {theirs!r} there and {ours!r} here")
     timm.utils.random_seed(cfg.seed)
     data = create_data(cfg, here)
+    if path or cfg.finetune:
+        warn_of_seen(data, Path(path or cfg.finetune))
     model = build_model(cfg).to(here.device)
     if state and not is_ours:
         _load_weights(cfg, model, state, path)
@@ -133,8 +140,6 @@ def _announce(cfg: Config, here: Dist, trainer: Trainer, folder: Path) -> None:
 
 def _restore(cfg: Config, trainer: Trainer, state: dict, path: Path) -> None:
     if state["format"] == "qkformer":
-        for key, ours, theirs in differences(cfg, state, (*MODEL_FIELDS, "opt")):
-            raise UserError(f"--resume {path}: {key} is {theirs!r} there and {ours!r} here")
         try:
             trainer.restore(state)
         except (ValueError, KeyError, RuntimeError) as error:
@@ -166,9 +171,7 @@ def _test(recipe: Path, argv: Sequence[str]) -> None:
     with tempfile.TemporaryFile(dir=folder):  # better known now than behind the evaluation
         pass
     data = create_data(cfg, here, train=False)
-    trained = set((recorded_split(path.parent) or {}).get("train", ()))
-    if data.split and (seen := trained.intersection(data.split["test"])):
-        logger.warning(f"warning: {len(seen)} of {len(data.split['test'])} test samples are training samples of {path}")
+    warn_of_seen(data, path)
     membranes, figures = _membranes(cfg), published.accuracies(cfg, recipe.parent)
     logger.info(
         f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
@@ -200,6 +203,11 @@ def _settings_of(state: dict, path: Path, recipe: Path, argv: Sequence[str]) -> 
     """How to evaluate this checkpoint: as it records, as its published row, or as its shapes tell; flags beat all."""
     if state["format"] == "qkformer":
         cfg = load(recipe, argv, state["config"])
+        own = load(recipe, argv, validate=False).dataset  # of the script, or of --dataset
+        if own != cfg.dataset and {own, cfg.dataset} & set(EVENT_DATASETS):
+            raise UserError(
+                f"{path} was trained on {cfg.dataset}, and this is for {own}: use the scripts of the former"
+            )
         for key, ours, theirs in differences(cfg, state, MODEL_FIELDS):
             logger.warning(f"{key} is {ours!r}, where the checkpoint recorded {theirs!r}")
     elif known := published.recipe_of(path, recipe.parent):

@@ -65,7 +65,7 @@ class StreamState(NamedTuple):
     """What `HierarchicalSpikingTransformer.step` hands from frame to frame."""
 
     steps: int  # frames so far
-    total: Tensor | None  # [B,C], sum over the frames of what the head reads
+    total: Tensor  # [B,C], sum over the frames of what the head reads
     membranes: tuple[Tensor, ...]  # of every LIF, in the order of the modules
 
 
@@ -163,8 +163,11 @@ class HierarchicalSpikingTransformer(nn.Module):
 
     def forward_head(self, x: Tensor) -> Tensor:
         """[T,B,C,H,W] to logits [B,num_classes]."""
-        tokens_mean = self.lif(x.mean((3, 4)))  # [T,B,C]; "ms": the last LIF reads the mean of the tokens
-        return self.head(tokens_mean.mean(0))
+        return self.head(self._mean_tokens(x).mean(0))
+
+    def _mean_tokens(self, x: Tensor) -> Tensor:
+        """[T,B,C,H,W] to [T,B,C]; with "ms" residuals the last LIF reads it."""
+        return self.lif(x.mean((3, 4)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -188,16 +191,18 @@ class HierarchicalSpikingTransformer(nn.Module):
         """
         if self.training:
             raise ValueError("step needs evaluation mode, call model.eval(): in training BatchNorm needs all frames")
-        state = state or StreamState(0, None, ())
-        if state.total is not None and len(state.total) != len(x):
+        if state is not None and len(state.total) != len(x):
             raise ValueError(f"frames of {len(x)} recordings cannot continue a state of {len(state.total)}")
         neurons = [module for module in self.modules() if isinstance(module, LIF)]
-        membranes = dict(zip(neurons, state.membranes, strict=bool(state.steps)))
+        membranes = {} if state is None else dict(zip(neurons, state.membranes, strict=True))
         with continued(membranes):
-            y = self.lif(self.forward_features(x[:, None]).mean((3, 4)))[0]  # [B,C]
-        total = y if state.total is None else state.total + y
-        state = StreamState(state.steps + 1, total, tuple(membranes[neuron] for neuron in neurons))
-        return self.head(total / state.steps), state
+            y = self._mean_tokens(self.forward_features(x[:, None]))[0]  # [B,C]
+        total = y.to(torch.promote_types(y.dtype, torch.float32))  # a sum in half precision stops growing
+        steps = 1
+        if state is not None:
+            total, steps = state.total + total, state.steps + 1
+        logits = self.head((total / steps).to(y.dtype))
+        return logits, StreamState(steps, total, tuple(membranes[neuron] for neuron in neurons))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each SPEDS and block in the backward pass instead of keeping its activations (timm's name)."""

@@ -130,7 +130,7 @@ def test_mixed_precision_trains():
     before = [p.clone() for p in run.model.parameters()]
     assert math.isfinite(run.train_epoch("test"))
     assert any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
-    result = evaluate(run.cfg, run.dist, run.model, itertools.islice(run.data.test, 1))
+    result = evaluate(run.cfg, run.dist, run.model, list(itertools.islice(run.data.test, 1)))
     assert result["count"] == 120
     assert math.isfinite(result["loss"])
 

@@ -1,6 +1,7 @@
 """Event data sets through the scripts, from raw recordings to accuracy."""
 
 import json
+import runpy
 
 import pytest
 import timm.data
@@ -9,7 +10,7 @@ from scripts import ROOT, fail, here, result_in, succeed
 from tiny_data import cifar10_dvs, dvs128_gesture
 
 import engine.run
-from engine import checkpoint
+from engine import checkpoint, pictures
 
 TINY = "--epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --time-steps 2 --batch-size 4 --workers 0 --threads 1".split()
 PNG = b"\x89PNG"
@@ -47,6 +48,7 @@ def test_from_recordings_to_accuracy(name, tmp_path, one_core, monkeypatch, capf
     output = here(monkeypatch, capfd, f"{name}/train.py", *flags, "--output-dir", tmp_path / "whole")
     assert f"preparing {tmp_path / 'data/frames_2'}, once: " in output
     half = len(mixing) // 2
+    assert half > 1
     assert mixing == [True] * half + [False] * half
     with monkeypatch.context() as patch:
         interrupt_after_an_epoch(patch)
@@ -89,11 +91,67 @@ def test_a_shuffled_split_goes_with_the_run(tmp_path, one_core, monkeypatch, cap
     assert result_in(tmp_path / "run")["split_seed"] == 3
     output = here(monkeypatch, capfd, *test, "--split-seed", "4")
     assert "of 10 test samples are training samples of " in output
+    again = ["cifar10-dvs/train.py", *flags, "--split-seed", "4", "--output-dir", tmp_path / "next"]
+    assert "of 10 test samples are training samples of " in here(
+        monkeypatch, capfd, *again, "--finetune", tmp_path / "run/last.pt"
+    )
+    for content in ("5", '{"train": 5}', '{"train": [["a"]], "test": []}', "{"):
+        (tmp_path / "next/split.json").write_text(content)
+        line = fail(monkeypatch, capfd, *test[:-1], tmp_path / "next/last.pt")
+        assert "split.json: damaged; move it away" in line
     split["test"].pop()
     (tmp_path / "run/split.json").write_text(json.dumps(split))
     resume = [*flags, "--epochs", "2", "--output-dir", tmp_path / "run", "--resume", "auto"]
     line = fail(monkeypatch, capfd, "cifar10-dvs/train.py", *resume)
     assert "split.json is not how the data are split now" in line
+
+
+def test_a_checkpoint_of_other_events_is_refused(tmp_path, monkeypatch, capfd):
+    here(
+        monkeypatch,
+        capfd,
+        "digits-dvs/train.py",
+        *TINY,
+        "--epochs",
+        "1",
+        "--batch-size",
+        "700",
+        "--output-dir",
+        tmp_path,
+    )
+    for name in ("dvs128-gesture", "digits"):
+        line = fail(monkeypatch, capfd, f"{name}/test.py", "--checkpoint", tmp_path / "last.pt")
+        assert f"last.pt was trained on digits-dvs, and this is for {name}: use the scripts of the former" in line
+
+
+def test_another_network_is_refused_before_the_data_are_read(tmp_path, monkeypatch, capfd):
+    here(
+        monkeypatch,
+        capfd,
+        "digits-dvs/train.py",
+        *TINY,
+        "--epochs",
+        "1",
+        "--batch-size",
+        "700",
+        "--output-dir",
+        tmp_path,
+    )
+    monkeypatch.setattr(engine.run, "create_data", None)
+    resume = ["--output-dir", tmp_path, "--resume", "auto", "--time-steps", "3"]
+    assert "time_steps is 2 there and 3 here" in fail(monkeypatch, capfd, "digits-dvs/train.py", *resume)
+
+
+def test_an_interruption_by_keyboard_ends_in_one_line(monkeypatch, capfd):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.run, "create_data", interrupt)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "digits-dvs/train.py"), run_name="__main__")
+    assert end.value.code == 130
+    assert capfd.readouterr().err == "interrupted; what was saved stays, and --resume auto goes on with a run\n"
 
 
 def test_two_processes_start_on_raw_recordings(tmp_path):
@@ -147,11 +205,22 @@ def test_the_simulated_camera_sees_changes_alone():
     assert turn.max() < 12
     data = DigitsDVS(train=False, frames=8)
     assert data[0][0].shape == (8, 2, 32, 32)
-    counts = torch.stack([data[i][0].sum((1, 2, 3)) for i in range(20)])
+    counts = np.stack([data[i][0].sum((1, 2, 3)) for i in range(20)])
     assert (counts[:, :1] == counts[:, :7]).all()  # parts of equal number
     assert 5_000 < counts.sum(1).mean() < 20_000
     again = DigitsDVS(train=False, frames=8)
-    assert torch.equal(data[7][0], again[7][0])
+    assert np.array_equal(data[7][0], again[7][0])
+
+
+def test_colours_of_events():
+    frames = torch.zeros(3, 2, 2, 2, dtype=torch.uint8)
+    frames[1, 1, 0, 0] = 9  # ON
+    frames[1, 0, 0, 1] = 9  # OFF
+    frames[0] = 9  # not the middle frame
+    picture = pictures.of_events(frames)
+    assert picture[0].tolist() == [[1, 0, 0], [0, 0, 1]]  # red and blue
+    assert (picture[1] == 1).all()  # on white
+    assert (pictures.of_events(torch.zeros(1, 2, 2, 2, dtype=torch.uint8)) == 1).all()
 
 
 def test_scripts_are_found_from_their_own_folder(tmp_path, monkeypatch, capfd):

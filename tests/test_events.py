@@ -15,8 +15,10 @@ import tarfile
 import threading
 import time
 import zipfile
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -27,10 +29,11 @@ from spikingjelly.datasets.dvs128_gesture import DVS128Gesture
 from tiny_data import CIFAR10_CLASSES, aedat2, aedat31, cifar10_dvs, dvs128_gesture, events
 
 from engine import config
-from engine.data import recordings
+from engine.data import augment, recordings
 from engine.data.aedat import DamagedRecording, Events, read_aedat2, read_aedat31
+from engine.data.augment import sampling
 from engine.data.event import create_data, split_by_class
-from engine.data.frames import integrate
+from engine.data.frames import integrate, open_zip
 from engine.data.prepare import contents, prepare
 from engine.dist import Dist
 from engine.errors import UserError
@@ -220,8 +223,9 @@ def test_killed_while_preparing_it_goes_on_to_the_same_frames(tmp_path, monkeypa
     assert f"{500 - done} of them still to do" in ended.stdout
     monkeypatch.setattr("joblib.cpu_count", lambda: 1)
     prepare(whole, 4, functools.partial(recordings.cifar10_dvs, whole, False), show=False)
-    assert contents(frames) == contents(whole / "frames_4")
-    for name in [*contents(frames), "index.json"]:
+    names = contents(frames, CIFAR10_CLASSES)
+    assert len(names) == 500
+    for name in [*names, "index.json"]:
         assert (frames / name).read_bytes() == (whole / "frames_4" / name).read_bytes()
     assert not partial.exists()
     assert not list(frames.rglob("*.tmp"))
@@ -241,7 +245,7 @@ def test_several_at_once(tmp_path, one_core, monkeypatch):
     for thread in threads:
         thread.join()
     assert len(calls) == 1
-    assert len(contents(root / "frames_4")) == 20
+    assert len(contents(root / "frames_4", CIFAR10_CLASSES)) == 20
 
 
 def rewrite(archive, change):
@@ -281,6 +285,7 @@ def replace(what, by):
         ("DvsGesture.tar.gz", replace("01_led.aedat", None), "lacks 1 of 2 recordings, such as user01_led.aedat"),
         ("DvsGesture.tar.gz", replace("01_led_labels.csv", None), "DvsGesture.tar.gz lacks user01_led_labels.csv"),
         ("DvsGesture.tar.gz", replace("to_test.txt", None), "DvsGesture.tar.gz lacks trials_to_test.txt"),
+        ("DvsGesture.tar.gz", replace("to_test.txt", b"user01_led.aedat"), "is listed for training and for testing"),
         (
             "DvsGesture.tar.gz",
             replace("01_led_labels.csv", b"class\n12,0,9\n"),
@@ -311,7 +316,7 @@ def test_what_is_wrong_with_the_recordings_is_named(archive, change, message, tm
     assert archive.read_bytes() == broken  # nobody deletes it
     assert not (tmp_path / "frames_16").exists()
     archive.write_bytes(intact)
-    recordings._zip.cache_clear()
+    open_zip.cache_clear()
     assert len(load(name, tmp_path, "--batch-size", "2").classes) in (10, 11)
 
 
@@ -336,6 +341,148 @@ def test_a_flipped_bit_in_a_zip_is_noticed(tmp_path, one_core, monkeypatch, capf
     assert "1 of 20 recordings cannot be used: " in line
     assert "ship.zip: cifar10_ship_0.aedat: " in line
     assert "the others are done" in line
+
+
+def test_no_flipped_bit_in_a_tar_goes_unnoticed(tmp_path):
+    path = dvs128_gesture(tmp_path, train=1, test=1, count=50) / "download/DvsGesture.tar.gz"
+    content = path.read_bytes()
+    for place in RANDOM.integers(10, len(content), 60):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << RANDOM.integers(8)
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"DvsGesture.tar.gz: a damaged archive"):
+            recordings.dvs128_gesture(tmp_path, False)
+    path.write_bytes(content)
+    assert len(recordings.dvs128_gesture(tmp_path, False)) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("encrypted"), NotImplementedError("Deflate64"), OSError("bad stream"), KeyError("x")]
+)
+def test_an_archive_that_cannot_be_unpacked_is_named(error, tmp_path, one_core, monkeypatch):
+    def read(archive, member):
+        if member.endswith("cat_1.aedat"):
+            raise error
+        return zipfile.ZipFile(archive).read(member)
+
+    root = cifar10_dvs(tmp_path, per_class=2, count=50)
+    monkeypatch.setattr(recordings, "read_member", read)
+    with pytest.raises(UserError, match=r"1 of 20 .* cat.zip: cifar10_cat_1.aedat: .*nothing was deleted"):
+        prepare(root, 4, functools.partial(recordings.cifar10_dvs, root, False), False)
+
+
+def test_members_may_be_named_as_they_like(tmp_path, one_core):
+    root = cifar10_dvs(tmp_path, per_class=2, count=50)
+    path = root / "download/cat.zip"
+    with zipfile.ZipFile(path) as old:
+        files = {f"./a//{name}": old.read(name) for name in old.namelist()} | {"__MACOSX/cat/._x.aedat": b"?"}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, content in files.items():
+            new.writestr(name, content)
+    data = load("cifar10-dvs", root, "--batch-size", "2")
+    assert [name for name in data.split["test"] if "cat" in name] == ["cat/cifar10_cat_1.npy"]
+
+
+def test_processes_that_prepare_import_little():
+    """Each of many would else hold torch and all that comes with it."""
+    code = "import sys, engine.data.frames; print(sorted({'torch', 'spikingjelly', 'matplotlib'} & set(sys.modules)))"
+    assert run("-c", code).stdout == "[]\n"
+    for recording in (Path.read_bytes, recordings.read_member, recordings.read_aedat2, recordings.read_aedat31):
+        assert recording.__module__ in ("pathlib", "engine.data.frames", "engine.data.aedat")
+
+
+def test_a_killed_worker_is_told(tmp_path, monkeypatch):
+    root = cifar10_dvs(tmp_path, per_class=2, count=50)
+
+    def broken(*arguments, **kwargs):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr("joblib.Parallel.__call__", broken)
+    with pytest.raises(UserError, match=r"was killed, for want of memory\? Start again: it goes on"):
+        prepare(root, 4, functools.partial(recordings.cifar10_dvs, root, False), False)
+
+
+def test_one_who_waits_is_told(tmp_path, one_core, monkeypatch):
+    root, told = cifar10_dvs(tmp_path, per_class=2, count=50), []
+    monkeypatch.setattr(logger, "info", told.append)
+    with filelock.FileLock(root / "frames_4.lock"):
+        find = functools.partial(recordings.cifar10_dvs, root, False)
+        waiting = threading.Thread(target=prepare, args=(root, 4, find, False))
+        waiting.start()
+        while not told:
+            time.sleep(0.01)
+        assert told == [f"another process prepares {root / 'frames_4'}: waiting for it"]
+        assert not (root / "frames_4.partial").exists()
+    waiting.join()
+    assert len(contents(root / "frames_4", CIFAR10_CLASSES)) == 20
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    root = cifar10_dvs(tmp_path, per_class=1, count=50)
+
+    def refuse(self, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(root))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with pytest.raises(
+        UserError, match=r"cannot be made \(Permission denied\); let --data-path be a folder of your own"
+    ):
+        prepare(root, 4, list, False)
+
+
+def test_an_incomplete_data_set_is_told_every_time(tmp_path, one_core, monkeypatch):
+    for name, make, size in (("cifar10-dvs", cifar10_dvs, "9,000"), ("dvs128-gesture", dvs128_gesture, "1,176")):
+        make(tmp_path / name, 2, count=50)
+        for _ in range(2):
+            told = []
+            monkeypatch.setattr(logger, "warning", told.append)
+            load(name, tmp_path / name, "--batch-size", "2")
+            assert len(told) == 2
+            assert f"train samples where {name} has {size}" in told[0]
+
+
+def test_what_training_sees_is_augmented_and_mixed_as_the_recipe_says(tmp_path, one_core, monkeypatch):
+    root = cifar10_dvs(tmp_path, per_class=3, count=50)
+    plain = ["--hflip", "0", "--auto-augment", "none", "--batch-size", "8"]
+    stored = load("cifar10-dvs", root, *plain).train.dataset
+    known = {np.asarray(frames, np.float32).tobytes(): label for frames, label in stored}
+
+    def epoch(*flags):
+        torch.manual_seed(0)
+        data = load("cifar10-dvs", root, *plain, *flags)
+        assert len(data.train) == 2  # of 20, the rest is dropped
+        return data, [sample for batch in data.train for sample in zip(*batch, strict=True)]
+
+    _, samples = epoch()
+    assert all(known[frames.numpy().tobytes()] == label for frames, label in samples)
+    assert {frames.dtype for frames, _ in samples} == {torch.float32}
+    _, samples = epoch("--hflip", "1")
+    assert all(known[frames.flip(-1).numpy().tobytes()] == label for frames, label in samples)
+    used = []
+    monkeypatch.setattr(augment, "sampling", lambda *a: used.append(a[0]) or sampling(*a))
+    data, _ = epoch("--auto-augment", "snn-wide")
+    assert len(set(used)) > 3
+    assert (data.mixup.mixup_alpha, data.mixup.mix_prob, data.mixup.label_smoothing) == (0.5, 0.5, 0.1)
+    assert (data.mixup.cutmix_alpha, data.mixup.mode, data.mixup.num_classes) == (0, "batch", 10)
+    used.clear()
+    shown = [frames.numpy() for batch, _ in data.test for frames in batch]
+    assert all(np.array_equal(a, b) for a, (b, _) in zip(shown, data.test.dataset, strict=True))
+    assert not used
+
+
+def test_counts_of_more_than_a_byte_reach_the_network(tmp_path, one_core):
+    root = cifar10_dvs(tmp_path, per_class=2, count=50)
+    path = root / "download/airplane.zip"
+    crowd = Events(*(np.full(2000, value) for value in (0, 5, 6, 1)))
+    rewrite(path, replace("airplane_0.aedat", aedat2(*crowd)))
+    data = load("cifar10-dvs", root, "--hflip", "0", "--auto-augment", "none", "--batch-size", "10")
+    ((batch, _),) = data.train
+    assert batch.max() == 125  # 2000 / 16
+    data = load(
+        "cifar10-dvs", root, "--hflip", "0", "--auto-augment", "none", "--batch-size", "10", "--time-steps", "2"
+    )
+    ((batch, _),) = data.train
+    assert batch.max() == 1000
 
 
 def test_what_to_place_where_is_said_first(tmp_path, monkeypatch, capfd):
@@ -380,26 +527,49 @@ def test_a_frames_folder_is_not_trusted(tmp_path, one_core):
     again()
     folder = tmp_path / "frames_16"
     damaged = folder / "cat/cifar10_cat_0.npy"
-    damaged.write_bytes(damaged.read_bytes()[:-5])
-    data = again()
-    with pytest.raises(UserError, match=r"cifar10_cat_0.npy: damaged; delete .*frames_16"):
-        list(data.train)
-    damaged.write_bytes(b"")
-    with pytest.raises(UserError, match=r"cifar10_cat_0.npy: damaged; delete .*frames_16"):
-        list(data.train)
+    data, whole = again(), damaged.read_bytes()
+    others = [np.zeros((3, 2, 128, 128), np.uint8), np.zeros((16, 2, 128, 128)), np.array(["x"])]
+    files = [io.BytesIO() for _ in range(5)]
+    for file, array in zip(files, others, strict=False):
+        np.save(file, array)
+    np.savez(files[3], others[0])
+    np.save(files[4], np.array([Path()]), allow_pickle=True)
+    for content in (whole[:-5], b"", b"PK\x03\x04garbage", *(file.getvalue() for file in files)):
+        damaged.write_bytes(content)
+        with pytest.raises(UserError, match=r"cifar10_cat_0.npy: damaged; delete .*frames_16"):
+            list(data.train)
     damaged.unlink()
     with pytest.raises(UserError, match=r"lacks 1 of its 20 files, such as cat/cifar10_cat_0.npy; delete"):
         again()
+    for content in (
+        "",
+        "5",
+        "[]",
+        "{}",
+        '["a", 1]',
+        '["index.json"]',
+        '["x/a.npy"]',
+        '["cat/a.npy", "cat/a.npy"]',
+        9999 * "[",
+    ):
+        (folder / "index.json").write_text(content)
+        with pytest.raises(UserError, match=r"index.json is missing or damaged; delete"):
+            again()
     (folder / "index.json").unlink()
-    with pytest.raises(UserError, match=r"index.json is missing or damaged"):
+    with pytest.raises(UserError, match=r"index.json is missing or damaged; delete"):
         again()
 
 
 def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     root = cifar10_dvs(tmp_path, per_class=1, count=50)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1e6}))
+    size = 10 * 16 * 2 * 128 * 128
+    find = functools.partial(recordings.cifar10_dvs, root, False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": size - 1}))
     with pytest.raises(UserError, match=r"frames_16 needs 0.0 GB more on its disk"):
-        prepare(root, 16, functools.partial(recordings.cifar10_dvs, root, False), False)
+        prepare(root, 16, find, False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": size}))
+    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
+    prepare(root, 16, find, False)
 
 
 def test_a_disk_that_fills_up(tmp_path, one_core, monkeypatch):
@@ -418,7 +588,7 @@ def test_a_disk_that_fills_up(tmp_path, one_core, monkeypatch):
         prepare(root, 4, find, False)
     monkeypatch.setattr(np, "save", save)
     assert len(list((root / "frames_4.partial").rglob("*.*"))) == 5
-    assert len(contents(prepare(root, 4, find, False))) == 20
+    assert len(contents(prepare(root, 4, find, False), CIFAR10_CLASSES)) == 20
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def not_an_image(root):
         (break_nothing, ["--data-path", "no/where"], "data folder no/where does not exist; say where imagefolder is"),
         (break_nothing, ["--num-classes", "1000"], "val has 4 classes; complete the data set, or choose --num-classes"),
         (break_nothing, ["--in-channels", "2", "--mean", "0,0", "--std", "1,1"], "in_channels = 2: images of a folder"),
-        (break_nothing, ["--dataset", "imagenet"], "dataset = 'imagenet': choose digits, imagefolder, or one of timm"),
+        (break_nothing, ["--dataset", "imagenet"], "dataset = 'imagenet': choose digits, imagefolder, digits-dvs,"),
         (break_nothing, ["--dataset", "wds/x"], "split validation not found in info"),
         (no_train, [], "holds no folder train; it should hold train and val, each with a folder per class"),
         (archives, [], "extract them: python -c \"from torchvision.datasets import ImageNet as I; I('"),
@@ -209,7 +209,9 @@ def test_an_image_is_read_in_the_mode_of_the_network(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("imagenet/*.yml")) + sorted(ROOT.glob("cifar*/*.yml")), ids=lambda p: p.stem
+    "path",
+    sorted(p for d in ("imagenet", "cifar10", "cifar100") for p in ROOT.glob(f"{d}/*.yml")),
+    ids=lambda p: p.stem,
 )
 def test_every_recipe_trains(path, data, monkeypatch):
     """One update of the recipe's own network with its own optimizer and augmentation, on small images."""

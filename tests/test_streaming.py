@@ -77,6 +77,21 @@ def test_memory_does_not_grow_with_time():
     assert state.steps == 20
 
 
+def test_in_half_precision_the_answer_still_follows():
+    """A sum in bfloat16 would stop growing after some hundreds of frames."""
+    model, x = make().float(), frames(batch=1, steps=1).float()
+    state = None
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(400):
+            _, state = model.step(x[:, 0], state)
+        before = state
+        for _ in range(8):
+            _, state = model.step(x[:, 0], state)
+    busy = before.total > 256
+    assert busy.any()
+    assert (state.total[busy] > before.total[busy]).all()
+
+
 def test_threads_share_a_network():
     model, inputs = make(), [frames(batch=1, steps=8, seed=seed) for seed in range(4)]
     results = {}

@@ -71,7 +71,7 @@ def read_aedat31(content: bytes) -> Events:
     Raises:
         DamagedRecording: it is empty, cut, no AEDAT 3.1, or has events outside the sensor.
     """
-    if not content.startswith(b"#!AER-DAT3"):
+    if not content.startswith(b"#!AER-DAT3.1"):
         raise DamagedRecording("empty" if not content else "not a recording in the format AEDAT 3.1")
     end_of_header = b"#!END-HEADER\r\n"
     at = content.find(end_of_header)

@@ -1,13 +1,16 @@
 """Event frames: DVS128 Gesture, CIFAR10-DVS and the simulated digits.
 
-Batches are (frames [B,T,2,H,W] float32, event counts, on the device; labels [B] int64).
+Batches are (frames [B,T,2,H,W] float32, event counts, on the device; labels [B] int64). A loader's processes hand over
+bytes, a quarter of that.
 """
 
 import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import timm.data
@@ -20,6 +23,7 @@ from .. import pictures
 from ..config import Config, mixes
 from ..dist import Dist
 from ..errors import UserError
+from ..log import logger
 from . import digits_dvs, recordings
 from .aedat import SIDE
 from .augment import SNNWideAugment
@@ -29,56 +33,70 @@ from .loaders import Data, Shard, require_batches
 from .prepare import contents, prepare
 
 TRAIN_PART = 0.9  # of each class of CIFAR10-DVS
-RAW = {  # data set -> (what lists its recordings, class folder -> name)
-    "cifar10-dvs": (recordings.cifar10_dvs, {name: name for name in recordings.CIFAR10_CLASSES}),
-    "dvs128-gesture": (recordings.dvs128_gesture, recordings.GESTURES),
+
+
+class Raw(NamedTuple):
+    """A data set that comes as recordings."""
+
+    find: Callable[[Path, bool], list[recordings.Recording]]
+    classes: dict[str, str]  # class folder -> name
+    sizes: dict[str, int]  # published samples of each part
+
+
+RAW = {
+    "cifar10-dvs": Raw(
+        recordings.cifar10_dvs, {name: name for name in recordings.CIFAR10_CLASSES}, {"train": 9000, "test": 1000}
+    ),
+    "dvs128-gesture": Raw(recordings.dvs128_gesture, recordings.GESTURES, {"train": 1176, "test": 288}),
 }
 
 
 class Frames(Dataset):
-    """Files of a frames folder with their labels: ([T,2,H,W] float32, label), in the order of spikingjelly's data sets.
+    """Files of a frames folder with labels: ([T,2,H,W] unsigned, label), in the order of spikingjelly's data sets.
 
     Args:
         folder: a folder that `prepare` made.
         files: which of its files, each in a folder named like its class.
         classes: class folders in the order of the labels.
+        frames: T.
     """
 
-    def __init__(self, folder: Path, files: Sequence[str], classes: Sequence[str]):
+    def __init__(self, folder: Path, files: Sequence[str], classes: Sequence[str], frames: int):
         labels = {name: label for label, name in enumerate(classes)}
-        self.folder = folder
+        self.folder, self.shape = folder, (frames, 2, SIDE, SIDE)
         self.samples = sorted((labels[Path(file).parent.name], file) for file in files)
         self.labels = [label for label, _ in self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         label, file = self.samples[index]
         try:
             frames = np.load(self.folder / file, allow_pickle=False)
-            if frames.shape[1:] != (2, SIDE, SIDE):
-                raise ValueError
-        except (ValueError, EOFError, IndexError):
+            is_valid = frames.shape == self.shape and frames.dtype.kind == "u"
+        except (ValueError, EOFError, AttributeError, zipfile.BadZipFile):
+            is_valid = False
+        if not is_valid:
             remedy = f"delete {self.folder}, and it is made anew from the recordings"
-            raise UserError(f"{self.folder / file}: damaged; {remedy}") from None
-        return torch.from_numpy(frames.astype(np.float32)), label
+            raise UserError(f"{self.folder / file}: damaged; {remedy}")
+        return frames, label
 
 
 class DigitsDVS(Dataset):
-    """scikit-learn's digits before a simulated event camera: ([T,2,32,32] float32, label)."""
+    """scikit-learn's digits before a simulated event camera: ([T,2,32,32] unsigned, label)."""
 
     def __init__(self, train: bool, frames: int):
         digits = Digits(train)
         events = digits_dvs.record(digits.images, seed=0 if train else 1)
-        self.frames = [torch.from_numpy(integrate(sample, frames, digits_dvs.SIDE)) for sample in events]
+        self.frames = [integrate(sample, frames, digits_dvs.SIDE) for sample in events]
         self.labels = digits.labels
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.frames[index].float(), self.labels[index]
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.frames[index], self.labels[index]
 
 
 def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
@@ -89,7 +107,7 @@ def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
             than it.
     """
     is_simulated = cfg.dataset == "digits-dvs"
-    names = list(Digits.classes if is_simulated else RAW[cfg.dataset][1].values())
+    names = list(Digits.classes if is_simulated else RAW[cfg.dataset].classes.values())
     side = digits_dvs.SIDE if is_simulated else SIDE
     for key, value in (("num_classes", len(names)), ("input_size", side), ("in_channels", 2)):
         if getattr(cfg, key) != value:
@@ -115,14 +133,14 @@ def _from_recordings(cfg: Config, dist: Dist) -> tuple[Frames, Frames, dict[str,
     if cfg.data_path is None:
         raise UserError(f"dataset {cfg.dataset}: say where it is with --data-path")
     root = Path(cfg.data_path)
-    find, classes = RAW[cfg.dataset]
-    find = functools.partial(find, root, cfg.download)
+    raw = RAW[cfg.dataset]
+    find = functools.partial(raw.find, root, cfg.download)
     if cfg.download:
         root.mkdir(parents=True, exist_ok=True)
-    elif not root.exists():
+    elif not root.is_dir():
         find()  # says what to place where
     folder = distributed.in_turns(lambda: prepare(root, cfg.time_steps, find, dist.is_main))
-    files = contents(folder)
+    files = contents(folder, raw.classes)
     if cfg.dataset == "dvs128-gesture":  # its lists of trials split it
         split = {part: [file for file in files if file.startswith(f"{part}/")] for part in ("train", "test")}
     else:
@@ -130,7 +148,11 @@ def _from_recordings(cfg: Config, dist: Dist) -> tuple[Frames, Frames, dict[str,
     for part, chosen in split.items():
         if not chosen:
             raise UserError(f"{folder}: no samples are left for the {part} set; complete the data set")
-    return *(Frames(folder, split[part], list(classes)) for part in ("train", "test")), split
+        if len(chosen) != raw.sizes[part]:
+            logger.warning(
+                f"warning: {folder} has {len(chosen):,} {part} samples where {cfg.dataset} has {raw.sizes[part]:,}"
+            )
+    return *(Frames(folder, split[part], list(raw.classes), cfg.time_steps) for part in ("train", "test")), split
 
 
 def split_by_class(files: Sequence[str], seed: int | None) -> dict[str, list[str]]:
@@ -163,12 +185,18 @@ class _Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for frames, labels in self.loader:
-            frames = frames.to(self.device, non_blocking=True)
+            frames = frames.to(self.device, non_blocking=True).float()
             yield self.augment(frames) if self.augment else frames, labels.to(self.device, non_blocking=True)
 
 
+def _collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
+    frames, labels = zip(*samples, strict=True)
+    return torch.from_numpy(np.stack(frames)), torch.tensor(labels)  # numpy finds the type that holds all counts
+
+
 def _common(cfg: Config, dist: Dist) -> dict:
-    return {"num_workers": min(cfg.workers, os.cpu_count() or 1), "pin_memory": dist.device.type == "cuda"}
+    workers = min(cfg.workers, os.cpu_count() or 1)
+    return {"num_workers": workers, "pin_memory": dist.device.type == "cuda", "collate_fn": _collate}
 
 
 def _train_loader(cfg: Config, dist: Dist, dataset: Dataset) -> _Loader:
@@ -203,4 +231,4 @@ def _preview(dataset: Dataset, names: Sequence[str], path: Path, most: int = 6) 
     """Draw the first sample of each of the first classes."""
     first = {label: dataset.labels.index(label) for label in sorted(set(dataset.labels))[:most]}
     samples = [dataset[index] for index in first.values()]
-    pictures.frames([frames for frames, _ in samples], [names[label] for _, label in samples], path)
+    pictures.frames([torch.from_numpy(frames) for frames, _ in samples], [names[label] for _, label in samples], path)

@@ -1,11 +1,11 @@
-"""Frames from events, and the files that hold them. What worker processes run: it imports little.
+"""Frames from events, and the files that hold them. What worker processes run; it imports little, so that many can.
 
 Shapes: T frames, 2 polarities, H and W pixels; frames are [T,2,H,W] in the smallest unsigned type for the counts.
 """
 
+import functools
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def integrate(events: Events, frames: int, side: int = SIDE) -> np.ndarray:
     """
     count = len(events.t)
     if count < frames:
-        raise DamagedRecording(f"holds {count} events, too few for {frames} frames")
+        raise DamagedRecording(f"holds {count} events, too few for {frames} frames (--time-steps)")
     sizes = np.full(frames, count // frames)
     sizes[-1] += count % frames
     frame = np.repeat(np.arange(frames, dtype=np.uint32), sizes)
@@ -54,14 +54,27 @@ def convert(
     """
     try:
         events = decode(read())
-        for (name, span), part in zip(samples.items(), events.cut(samples.values()), strict=True):
-            try:
-                _save(folder / name, integrate(part, frames))
-            except DamagedRecording as error:
-                return str(error) if span is None else f"from {span[0]} to {span[1]} us {error}"
-    except (DamagedRecording, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        return str(error)
+    except Exception as error:  # a damaged archive makes its reader fail in any way
+        if isinstance(error, OSError) and error.filename:
+            raise
+        return (str(error) or type(error).__name__)[:100]
+    for (name, span), part in zip(samples.items(), events.cut(samples.values()), strict=True):
+        try:
+            _save(folder / name, integrate(part, frames))
+        except DamagedRecording as error:
+            return str(error) if span is None else f"from {span[0]} to {span[1]} us {error}"
     return None
+
+
+def read_member(archive: Path, member: str) -> bytes:
+    """The content of a file in a zip archive."""
+    return open_zip(archive).read(member)
+
+
+@functools.lru_cache(maxsize=16)
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """The archive, opened once in each process."""
+    return zipfile.ZipFile(path)
 
 
 def _save(path: Path, frames: np.ndarray) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -39,6 +39,11 @@ def prepare(root: Path, frames: int, find: Callable[[], list[Recording]], show: 
     except filelock.Timeout:
         logger.info(f"another process prepares {folder}: waiting for it")
         lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be made ({error.strerror}); let --data-path be a folder of your own, with links to the "
+            "recordings"
+        ) from None
     try:
         if not folder.exists():
             _make(folder, frames, find(), show)
@@ -57,15 +62,15 @@ def _make(folder: Path, frames: int, recordings: list[Recording], show: bool) ->
     cores = joblib.cpu_count()
     logger.info(
         f"preparing {folder}, once: {len(names):,} samples of {frames} frames from {len(recordings):,} recordings, "
-        f"{len(left):,} of them still to do; up to {size / 1e9:.1f} GB, on {cores} cores"
+        f"{len(left):,} of them still to do; {size / 1e9:.1f} GB at a byte a pixel, on {cores} cores"
     )
     for place in {(partial / name).parent for name in names}:
         place.mkdir(parents=True, exist_ok=True)
     jobs = (joblib.delayed(convert)(r.open(), r.decode, r.samples, partial, frames) for r in left)
-    # `max_nbytes`: what is passed is passed by pipe, not by files in a folder that may be small
-    results = joblib.Parallel(cores, return_as="generator", max_nbytes=None)(jobs)
-    results = progress(results, "preparing", max(1, len(left) // 20), show, total=len(left))
     try:
+        # `max_nbytes`: what is passed is passed by pipe, not by files in a folder that may be small
+        results = joblib.Parallel(cores, return_as="generator", max_nbytes=None)(jobs)
+        results = progress(results, "preparing", max(1, len(left) // 20), show, total=len(left))
         problems = [f"{r.name}: {what}" for r, what in zip(left, results, strict=True) if what]
     except BrokenProcessPool:
         raise UserError(
@@ -87,8 +92,8 @@ def _files(folder: Path) -> Iterator[str]:
     return (path.relative_to(folder).as_posix() for path in folder.rglob("*.*") if path.is_file())
 
 
-def contents(folder: Path) -> list[str]:
-    """The files of a frames folder, sorted.
+def contents(folder: Path, classes: Collection[str]) -> list[str]:
+    """The files of a frames folder, sorted; each is in a folder named like its class.
 
     Raises:
         UserError: one is missing, or it is no frames folder.
@@ -96,9 +101,12 @@ def contents(folder: Path) -> list[str]:
     remedy = f"delete {folder}, and it is made anew from the recordings"
     try:
         names = json.loads((folder / INDEX).read_text())
-        absent = set(names) - set(_files(folder))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{folder / INDEX} is missing or damaged; {remedy}") from None
-    if absent:
+        is_valid = len(set(names)) == len(names) > 0
+        is_valid &= all(name.endswith(".npy") and Path(name).parent.name in classes for name in names)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        is_valid = False
+    if not is_valid:
+        raise UserError(f"{folder / INDEX} is missing or damaged; {remedy}")
+    if absent := set(names) - set(_files(folder)):
         raise UserError(f"{folder} lacks {len(absent)} of its {len(names)} files, such as {min(absent)}; {remedy}")
     return names

@@ -21,6 +21,7 @@ from torchvision.datasets.utils import download_url
 from ..errors import UserError
 from ..log import logger
 from .aedat import Events, read_aedat2, read_aedat31
+from .frames import open_zip, read_member
 
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CIFAR10_RECORDINGS = 1000  # per class
@@ -40,12 +41,16 @@ GESTURES = {
 }
 
 
+TEXTS = (".txt", ".csv")
+Opener = Callable[[], Callable[[], bytes]]
+
+
 @dataclass(frozen=True)
 class Recording:
     """One raw file: `open()` gives what reads it, in any process, and `samples` what `frames.convert` makes of it."""
 
     name: str
-    open: Callable[[], Callable[[], bytes]]
+    open: Opener
     decode: Callable[[bytes], Events]
     samples: Mapping[str, tuple[int, int] | None]
 
@@ -57,8 +62,8 @@ def cifar10_dvs(root: Path, download: bool) -> list[Recording]:
         UserError: a class or recording is missing, or an archive is damaged; it says what to place where.
     """
     if download:
-        _download(root / "download")
-    sources = {name: _first_of(root, f"{name}.zip", name) for name in CIFAR10_CLASSES}
+        _download(root)
+    sources = {name: _source(root, name) for name in CIFAR10_CLASSES}
     if absent := [name for name, path in sources.items() if path is None]:
         raise UserError(
             f"{root / 'download'} lacks {', '.join(f'{name}.zip' for name in absent)}: fetch CIFAR10-DVS there with "
@@ -73,6 +78,10 @@ def cifar10_dvs(root: Path, download: bool) -> list[Recording]:
     ]
 
 
+def _source(root: Path, label: str) -> Path | None:
+    return _first_of(root, f"{label}.zip", label)
+
+
 def _first_of(root: Path, *names: str) -> Path | None:
     """The first that exists, in `root` itself or where spikingjelly keeps archives and what it extracts."""
     candidates = [root / place / name for name in names for place in ("download", "", "extract")]
@@ -84,20 +93,11 @@ def _aedat_files(source: Path) -> dict[str, Callable[[], bytes]]:
     if source.is_dir():
         return {path.stem: path.read_bytes for path in sorted(source.glob("*.aedat"))}
     try:
-        members = [Path(name) for name in _zip(source).namelist()]
-    except zipfile.BadZipFile as error:
+        members = open_zip(source).namelist()
+    except (zipfile.BadZipFile, NotImplementedError) as error:
         raise UserError(f"{source}: a damaged archive ({error}); fetch it again") from None
-    members = [path for path in members if path.suffix == ".aedat" and not path.name.startswith(".")]
-    return {path.stem: functools.partial(_read_member, source, path.as_posix()) for path in members}
-
-
-@functools.lru_cache(maxsize=len(CIFAR10_CLASSES))
-def _zip(path: Path) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
-
-
-def _read_member(archive: Path, member: str) -> bytes:
-    return _zip(archive).read(member)
+    members = [name for name in members if name.endswith(".aedat") and not Path(name).name.startswith(".")]
+    return {Path(name).stem: functools.partial(read_member, source, name) for name in members}
 
 
 def _refuse_gaps(files: Mapping[str, Iterable[str]], sources: Mapping[str, Path]) -> None:
@@ -114,17 +114,17 @@ def _refuse_gaps(files: Mapping[str, Iterable[str]], sources: Mapping[str, Path]
                 f"{sources[label]} lacks {len(absent)} recordings that other classes have, such as "
                 f"{prefix}_{absent[0]}.aedat; complete it"
             )
-    total, published = sum(map(len, numbers.values())), len(CIFAR10_CLASSES) * CIFAR10_RECORDINGS
-    if total != published:
-        logger.warning(f"{total:,} recordings where CIFAR10-DVS has {published:,}")
 
 
-def _download(folder: Path) -> None:
+def _download(root: Path) -> None:
+    folder = root / "download"
     folder.mkdir(parents=True, exist_ok=True)
-    absent = [archive for archive in CIFAR10DVS.resource_url_md5() if not (folder / archive[0]).exists()]
-    if absent:
-        logger.info(f"fetching {len(absent)} archives of CIFAR10-DVS to {folder}: {', '.join(a[0] for a in absent)}")
-    for name, url, md5 in absent:
+    archives = [archive for archive in CIFAR10DVS.resource_url_md5() if not _source(root, Path(archive[0]).stem)]
+    if archives:
+        logger.info(
+            f"fetching {len(archives)} archives of CIFAR10-DVS to {folder}: {', '.join(a[0] for a in archives)}"
+        )
+    for name, url, md5 in archives:
         try:
             download_url(url, str(folder), f"{name}.part", md5)
         except (OSError, RuntimeError) as error:
@@ -148,24 +148,25 @@ def dvs128_gesture(root: Path, download: bool) -> list[Recording]:
             f"{root / 'download'} lacks DvsGesture.tar.gz: fetch it by hand, for its owner lets no program do so, from "
             f"{DVS128Gesture.resource_url_md5()[0][1]}, place it there, or say with --data-path where it is"
         )
-    opens = _folder_files(source) if source.is_dir() else _tar_files(source)
+    texts, opens = _folder_files(source) if source.is_dir() else _tar_files(source)
 
     def text(name: str) -> str:
-        if name not in opens:
+        if name not in texts:
             raise UserError(f"{source} lacks {name}; complete it")
-        return opens[name]()().decode(errors="replace")
+        return texts[name].decode(errors="replace")
 
-    lists = {part: text(f"trials_to_{part}.txt").split() for part in ("train", "test")}
-    places = {name: part for part, names in lists.items() for name in names}
+    train, test = (text(f"trials_to_{part}.txt").split() for part in ("train", "test"))
+    if both := set(train) & set(test):
+        raise UserError(f"{source}: {min(both)} is listed for training and for testing; fetch it again")
+    places = dict.fromkeys(train, "train") | dict.fromkeys(test, "test")
     if absent := [name for name in places if name not in opens]:
         raise UserError(f"{source} lacks {len(absent)} of {len(places)} recordings, such as {absent[0]}; complete it")
     found = []
-    for name in (
-        name for name in opens if name in places
-    ):  # in the order of the archive, which is read from end to end
-        labels = f"{Path(name).stem}_labels.csv"
-        samples = _gestures(text(labels), f"{places[name]}/{{}}/{Path(name).stem}_{{}}.npy", f"{source}: {labels}")
-        found.append(Recording(f"{source}: {name}", opens[name], read_aedat31, samples))
+    for name, open_file in opens.items():  # in the order of the archive, which can only be read from end to end
+        if name in places:
+            labels = f"{Path(name).stem}_labels.csv"
+            samples = _gestures(text(labels), f"{places[name]}/{{}}/{Path(name).stem}_{{}}.npy", f"{source}: {labels}")
+            found.append(Recording(f"{source}: {name}", open_file, read_aedat31, samples))
     return found
 
 
@@ -188,19 +189,27 @@ def _gestures(table: str, pattern: str, where: str) -> dict[str, tuple[int, int]
     return samples
 
 
-def _folder_files(folder: Path) -> dict[str, Callable[[], Callable[[], bytes]]]:
-    return {path.name: lambda path=path: path.read_bytes for path in sorted(folder.iterdir())}
+def _folder_files(folder: Path) -> tuple[dict[str, bytes], dict[str, Opener]]:
+    """Lists and tables by name, and what opens each recording."""
+    paths = sorted(folder.iterdir())
+    texts = {path.name: path.read_bytes() for path in paths if path.suffix in TEXTS}
+    return texts, {path.name: lambda path=path: path.read_bytes for path in paths if path.suffix == ".aedat"}
 
 
-def _tar_files(path: Path) -> dict[str, Callable[[], Callable[[], bytes]]]:
-    """The files of a compressed tar archive; it has no index, so only this process reads it, once for the contents."""
-    logger.info(f"reading the contents of {path}")
+def _tar_files(path: Path) -> tuple[dict[str, bytes], dict[str, Opener]]:
+    """The same of a compressed tar archive. It has no index: this process reads it once now, and once more later."""
+    logger.info(f"reading {path} for its contents")
+    texts, opens = {}, {}
     try:
         archive = tarfile.open(path)  # noqa: SIM115, it stays open as long as what is returned
-        members = [member for member in archive if member.isfile()]
+        for member in archive:
+            name = Path(member.name).name
+            if member.isfile() and name.endswith(TEXTS):
+                texts[name] = archive.extractfile(member).read()
+            elif member.isfile() and name.endswith(".aedat"):
+                opens[name] = lambda m=member: functools.partial(bytes, archive.extractfile(m).read())
+        while archive.fileobj.read(2**20):
+            pass  # the checksum of the whole stands at its end
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path}: a damaged archive ({error}); fetch it again") from None
-    return {
-        Path(member.name).name: lambda m=member: functools.partial(bytes, archive.extractfile(m).read())
-        for member in members
-    }
+    return texts, opens
