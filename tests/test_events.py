@@ -43,6 +43,11 @@ RANDOM = np.random.default_rng(0)
 FEW = events(3, 10, 1003, RANDOM)
 
 
+@pytest.fixture(autouse=True)
+def no_lines():
+    logger.handlers.clear()  # a script that ran in this process has left its own
+
+
 @pytest.fixture
 def old_numpy(monkeypatch):
     """What spikingjelly's reader of AEDAT 2.0 needs, which numpy no longer has."""
@@ -56,7 +61,6 @@ def one_core(monkeypatch):
 
 
 def load(name, root, *flags, rank=0, world_size=1):
-    logger.handlers.clear()  # a script that ran in this process has left its own
     cfg = config.load(ROOT / name / f"{name}.yml", ["--data-path", str(root), "--workers", "0", *flags])
     return create_data(cfg, Dist(rank, world_size, torch.device("cpu")))
 
@@ -367,7 +371,7 @@ def test_an_archive_that_cannot_be_unpacked_is_named(error, tmp_path, one_core, 
 
     root = cifar10_dvs(tmp_path, per_class=2, count=50)
     monkeypatch.setattr(recordings, "read_member", read)
-    with pytest.raises(UserError, match=r"1 of 20 .* cat.zip: cifar10_cat_1.aedat: .*nothing was deleted"):
+    with pytest.raises(UserError, match=r"1 of 20 .*cat.zip: cifar10_cat_1.aedat: .*nothing was deleted"):
         prepare(root, 4, functools.partial(recordings.cifar10_dvs, root, False), False)
 
 
