@@ -119,3 +119,13 @@ def test_flips_alone():
     kept = [torch.equal(a, b) for a, b in zip(out, frames, strict=True)]
     assert all(a != b for a, b in zip(flipped, kept, strict=True))
     assert is_uniform(flipped, [False, True])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_on_a_cpu():
+    frames = torch.poisson(torch.rand(64, 4, 2, 128, 128) * 5)
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        results.append(SNNWideAugment(0.5, wide=True)(frames.clone().to(device)).cpu())
+    assert (results[0] != results[1]).float().mean() < 0.002

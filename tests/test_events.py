@@ -27,9 +27,10 @@ from spikingjelly import datasets as sj
 from spikingjelly.datasets.cifar10_dvs import CIFAR10DVS
 from spikingjelly.datasets.dvs128_gesture import DVS128Gesture
 from tiny_data import CIFAR10_CLASSES, aedat2, aedat31, cifar10_dvs, dvs128_gesture, events
+from torch.utils.data import DataLoader
 
 from engine import config
-from engine.data import augment, recordings
+from engine.data import augment, event, recordings
 from engine.data.aedat import DamagedRecording, Events, read_aedat2, read_aedat31
 from engine.data.augment import sampling
 from engine.data.event import create_data, split_by_class
@@ -472,6 +473,16 @@ def test_what_training_sees_is_augmented_and_mixed_as_the_recipe_says(tmp_path, 
     shown = [frames.numpy() for batch, _ in data.test for frames in batch]
     assert all(np.array_equal(a, b) for a, (b, _) in zip(shown, data.test.dataset, strict=True))
     assert not used
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_batches_come_on_the_gpu(dtype):
+    frames = [RANDOM.integers(0, 200, (4, 2, 8, 8)).astype(dtype) for _ in range(6)]
+    loader = DataLoader(list(zip(frames, range(6), strict=True)), 3, collate_fn=event._collate, pin_memory=True)
+    batches = list(event._Loader(loader, torch.device("cuda")))
+    assert all(values.is_cuda for batch in batches for values in batch)
+    assert np.array_equal(torch.cat([batch[0] for batch in batches]).cpu(), np.stack(frames))
 
 
 def test_counts_of_more_than_a_byte_reach_the_network(tmp_path, one_core):

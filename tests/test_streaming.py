@@ -117,3 +117,10 @@ def test_what_a_step_cannot_do_is_said():
         model.step(x[:, 0, :1])
     with pytest.raises(ValueError, match=r"call model.eval\(\)"):
         model.train().step(x[:, 0])
+
+
+@pytest.mark.gpu
+def test_steps_equal_the_whole_sequence_on_a_gpu():
+    model, x = make().float().cuda(), frames().float().cuda()
+    logits, _ = stream(model, x)
+    assert torch.allclose(logits[-1], model(x), atol=1e-5)
