@@ -66,7 +66,11 @@ def _main(body: Callable[[Path, Sequence[str]], None], recipe: Path) -> None:
     except UserError as error:
         _exit(str(error))
     except KeyboardInterrupt:
-        print("interrupted; what was saved stays, and --resume auto goes on with a run", file=sys.stderr, flush=True)
+        print(
+            "interrupted; what was done stays: start again, or go on with a run by --resume auto",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(130)
     except OSError as error:
         if error.filename is None:

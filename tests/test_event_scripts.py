@@ -106,38 +106,14 @@ def test_a_shuffled_split_goes_with_the_run(tmp_path, one_core, monkeypatch, cap
     assert "split.json is not how the data are split now" in line
 
 
-def test_a_checkpoint_of_other_events_is_refused(tmp_path, monkeypatch, capfd):
-    here(
-        monkeypatch,
-        capfd,
-        "digits-dvs/train.py",
-        *TINY,
-        "--epochs",
-        "1",
-        "--batch-size",
-        "700",
-        "--output-dir",
-        tmp_path,
-    )
+def test_a_checkpoint_of_other_events_or_another_network_is_refused(tmp_path, monkeypatch, capfd):
+    """Before the data are read."""
+    flags = [*TINY, "--epochs", "1", "--batch-size", "700", "--output-dir", tmp_path]
+    here(monkeypatch, capfd, "digits-dvs/train.py", *flags)
+    monkeypatch.setattr(engine.run, "create_data", None)
     for name in ("dvs128-gesture", "digits"):
         line = fail(monkeypatch, capfd, f"{name}/test.py", "--checkpoint", tmp_path / "last.pt")
         assert f"last.pt was trained on digits-dvs, and this is for {name}: use the scripts of the former" in line
-
-
-def test_another_network_is_refused_before_the_data_are_read(tmp_path, monkeypatch, capfd):
-    here(
-        monkeypatch,
-        capfd,
-        "digits-dvs/train.py",
-        *TINY,
-        "--epochs",
-        "1",
-        "--batch-size",
-        "700",
-        "--output-dir",
-        tmp_path,
-    )
-    monkeypatch.setattr(engine.run, "create_data", None)
     resume = ["--output-dir", tmp_path, "--resume", "auto", "--time-steps", "3"]
     assert "time_steps is 2 there and 3 here" in fail(monkeypatch, capfd, "digits-dvs/train.py", *resume)
 
@@ -151,7 +127,10 @@ def test_an_interruption_by_keyboard_ends_in_one_line(monkeypatch, capfd):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "digits-dvs/train.py"), run_name="__main__")
     assert end.value.code == 130
-    assert capfd.readouterr().err == "interrupted; what was saved stays, and --resume auto goes on with a run\n"
+    assert (
+        capfd.readouterr().err
+        == "interrupted; what was done stays: start again, or go on with a run by --resume auto\n"
+    )
 
 
 def test_two_processes_start_on_raw_recordings(tmp_path):

@@ -53,7 +53,7 @@ def rows(folder):
         ("imagenet", "launch", IMAGENET),
         pytest.param("imagenet", "torchrun", IMAGENET, marks=pytest.mark.slow),
         ("cifar10", "torchrun", CIFAR),
-        ("cifar100", "python", CIFAR),
+        pytest.param("cifar100", "python", CIFAR, marks=pytest.mark.slow),
     ],
 )
 def test_train_resume_test(data, tmp_path, name, launcher, flags):
