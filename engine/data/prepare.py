@@ -1,6 +1,7 @@
 """The frames folder of a raw event data set: made once, on all cores, and complete or not there under its name."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -89,7 +90,8 @@ def _make(folder: Path, frames: int, recordings: list[Recording], show: bool) ->
 
 
 def _files(folder: Path) -> Iterator[str]:
-    return (path.relative_to(folder).as_posix() for path in folder.rglob("*.*") if path.is_file())
+    walk = os.walk(folder)  # asks the disk for nothing but names
+    return (Path(place, file).relative_to(folder).as_posix() for place, _, files in walk for file in files)
 
 
 def contents(folder: Path, classes: Collection[str]) -> list[str]:

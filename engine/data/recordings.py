@@ -39,20 +39,19 @@ GESTURES = {
     "8": "air drums",
     "9": "air guitar",
 }
+TEXTS = (".txt", ".csv")  # lists of trials and tables of labels
 
-
-TEXTS = (".txt", ".csv")
-Opener = Callable[[], Callable[[], bytes]]
+Opener = Callable[[], Callable[[], bytes]]  # in this process it opens a file, in any process the result reads it
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One raw file: `open()` gives what reads it, in any process, and `samples` what `frames.convert` makes of it."""
+    """One raw file, and what `frames.convert` makes of it."""
 
     name: str
     open: Opener
     decode: Callable[[bytes], Events]
-    samples: Mapping[str, tuple[int, int] | None]
+    samples: Mapping[str, tuple[int, int] | None]  # file of frames -> time span in microseconds, None for all
 
 
 def cifar10_dvs(root: Path, download: bool) -> list[Recording]:
