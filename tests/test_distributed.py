@@ -104,6 +104,7 @@ def test_the_death_of_one_ends_all(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+@pytest.mark.slow
 def test_torchruns_restart_goes_on_from_the_last_checkpoint(tmp_path):
     train = ["digits/train.py", *QUICK, "--epochs", "5", "--output-dir"]
     launcher = start(*TORCHRUN, "--max-restarts=1", *train, tmp_path / "cut")

@@ -50,7 +50,7 @@ def rows(folder):
     ("name", "launcher", "flags"),
     [
         pytest.param("imagenet", "python", IMAGENET, marks=pytest.mark.slow),
-        ("imagenet", "launch", IMAGENET),
+        pytest.param("imagenet", "launch", IMAGENET, marks=pytest.mark.slow),
         pytest.param("imagenet", "torchrun", IMAGENET, marks=pytest.mark.slow),
         ("cifar10", "torchrun", CIFAR),
         pytest.param("cifar100", "python", CIFAR, marks=pytest.mark.slow),
@@ -80,6 +80,7 @@ def test_train_resume_test(data, tmp_path, name, launcher, flags):
     assert (tmp_path / "python/last.predictions.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_shards_train_and_evaluate_as_folders_do(data, tmp_path):
     flags = [*SMALL, *IMAGENET, "--dataset", "wds/tiny", "--data-path", data / "shards"]
     succeed(*command("imagenet", "torchrun"), *flags, "--epochs", "1", "--output-dir", tmp_path)

@@ -113,7 +113,7 @@ def test_the_table_of_recipes_is_complete():
             assert figure is None or f"| {figure:.2f} %" in row or f"| {figure} %" in row
 
 
-@pytest.mark.parametrize(("code", "shape"), zip(PYTHON, [(2, 100), (1, 11)], strict=True))
+@pytest.mark.parametrize(("code", "shape"), list(zip(PYTHON, [(2, 100), (1, 11)], strict=True)))
 def test_python_examples_run(code, shape):
     namespace = {}
     exec(code, namespace)
