@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torchvision.utils import make_grid
 
 
 def learning_curve(history: list[dict], path: Path) -> None:
@@ -91,14 +92,14 @@ def of_events(frames: Tensor) -> Tensor:
 def frames(samples: Sequence[Tensor], names: Sequence[str], path: Path, most: int = 16) -> None:
     """Draw event frames [T,2,H,W], a row a sample, up to `most` frames a row."""
     columns = min(len(samples[0]), most)
-    figure = Figure(figsize=(columns + 1.2, len(samples) + 0.5), layout="constrained")
-    grid = figure.subplots(len(samples), columns, squeeze=False)
-    for row, sample, name in zip(grid, samples, names, strict=True):
-        row[0].set_ylabel(_short(name), rotation=0, ha="right", va="center", fontsize=9)
-        for axis, frame in zip(row, sample, strict=False):
-            axis.imshow(of_events(frame[None]).numpy())
-            axis.set(xticks=[], yticks=[])
-    for t, axis in enumerate(grid[0]):
-        axis.set_title(f"t = {t}", fontsize=9)
+    images = [of_events(frame[None]).permute(2, 0, 1) for sample in samples for frame in sample[:columns]]
+    grid = make_grid(images, nrow=columns, padding=1, pad_value=0.5)  # [3,rows*(H+1)+1,columns*(W+1)+1]
+    figure = Figure(figsize=(0.9 * columns + 1.2, 0.9 * len(samples) + 0.8), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(grid.permute(1, 2, 0).numpy())
+    height, width = (side + 1 for side in images[0].shape[1:])
+    axis.set_yticks([height * (i + 0.5) for i in range(len(names))], [_short(name, 30) for name in names])
+    axis.set_xticks([width * (t + 0.5) for t in range(columns)], [f"t = {t}" for t in range(columns)])
+    axis.tick_params(length=0, labelsize=9)
     figure.suptitle("Event frames of training samples: ON events red, OFF events blue", fontsize=11)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=110)
