@@ -106,12 +106,6 @@ def warn_of_seen(data: Data, checkpoint: Path) -> None:
         )
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 @contextlib.contextmanager
 def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int) -> Iterator[RunLog | None]:
     """Write what the run is, and is trained on, to its folder, and give the main process its log."""
@@ -125,7 +119,7 @@ def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int)
             "run began; go on with what they were, or start anew with --output-dir NEW"
         )
     if data.split:
-        _write(folder / SPLIT, json.dumps(data.split, indent=0) + "\n")
+        log.write_text(folder / SPLIT, json.dumps(data.split, indent=0) + "\n")
     if data.preview:
         data.preview(folder / "samples.png")
     about = folder / "run.json"
@@ -134,7 +128,7 @@ def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int)
     except ValueError:
         raise UserError(f"{about}: damaged; move it away to go on without the record of earlier starts") from None
     starts.append({**log.provenance(), "first_epoch": first_epoch, "config": plain(cfg)})
-    _write(about, json.dumps(starts, indent=2) + "\n")
+    log.write_text(about, json.dumps(starts, indent=2) + "\n")
     settings = plain(cfg, without=("config", "output_dir", "resume", "checkpoint"))
     (folder / "config.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
     run_log = RunLog(folder, first_epoch)

@@ -49,6 +49,13 @@ def progress(loader: Iterable, what: str, interval: int, show: bool, status=dict
                 logger.info(f"{what}: step {step}/{total}{values}, {left:.0f} s left")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text so that a crash leaves the old file or the new one, never half of it."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 class RunLog:
     """The records of one training run in `folder`: `metrics.jsonl`, TensorBoard's events, `learning_curve.png`."""
 
@@ -56,9 +63,7 @@ class RunLog:
         self.folder = folder
         self.path = folder / "metrics.jsonl"
         self.history = [row for row in self._read() if row["epoch"] < first_epoch]
-        temporary = folder / "metrics.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.history))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.history))
         self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_epoch)
 
     def _read(self) -> list[dict]:

@@ -80,8 +80,13 @@ def of_image(mean: Sequence[float], std: Sequence[float], image: Tensor) -> Tens
 
 
 def of_events(frames: Tensor) -> Tensor:
-    """The middle one of event frames [T,2,H,W] as [H,W,3] to look at: ON events red, OFF events blue, on white."""
-    off, on = frames[len(frames) // 2].float()  # each [H,W]
+    """The middle one of event frames [T,2,H,W] as [H,W,3] to look at."""
+    return _of_frame(frames[len(frames) // 2])
+
+
+def _of_frame(frame: Tensor) -> Tensor:
+    """[2,H,W] as [H,W,3]: ON events red, OFF events blue, on white."""
+    off, on = frame.float()  # each [H,W]
     strength = on + off
     busy = strength[strength > 0]
     full = busy.quantile(0.9) if len(busy) else 1  # from here on the colour is full
@@ -92,7 +97,7 @@ def of_events(frames: Tensor) -> Tensor:
 def frames(samples: Sequence[Tensor], names: Sequence[str], path: Path, most: int = 16) -> None:
     """Draw event frames [T,2,H,W], a row a sample, up to `most` frames a row."""
     columns = min(len(samples[0]), most)
-    images = [of_events(frame[None]).permute(2, 0, 1) for sample in samples for frame in sample[:columns]]
+    images = [_of_frame(frame).permute(2, 0, 1) for sample in samples for frame in sample[:columns]]
     grid = make_grid(images, nrow=columns, padding=1, pad_value=0.5)  # [3,rows*(H+1)+1,columns*(W+1)+1]
     figure = Figure(figsize=(0.9 * columns + 1.2, 0.9 * len(samples) + 0.8), layout="constrained")
     axis = figure.subplots()

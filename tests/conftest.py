@@ -23,3 +23,9 @@ def data(tmp_path_factory):
     cifar(root / "cifar100", 100, train=100, test=21)
     shards(root / "shards")
     return root
+
+
+@pytest.fixture
+def one_core(monkeypatch):
+    """Prepare event recordings in this process, which saves the start of others."""
+    monkeypatch.setattr("joblib.cpu_count", lambda: 1)

@@ -76,7 +76,8 @@ def test_every_operation_magnitude_sign_and_flip_is_drawn_as_often_as_it_should(
 def test_shifts_are_whole_pixels_towards_zero():
     line = torch.zeros(1, 1, 1, 33)
     line[..., 16] = 1
-    magnitudes = [augment._magnitude("translate_x", step) for step in range(STEPS)]
+    magnitudes = augment.MAGNITUDES["translate_x"]
+    assert len(magnitudes) == STEPS
     shifts = Counter(moved(line, "translate_x", magnitude).argmax().item() - 16 for magnitude in magnitudes)
     # torch.linspace(-5, 5, 31) misses 1 and 2 by a bit, in the released code too
     assert shifts == {0: 7} | {side * k: n for side in (-1, 1) for k, n in ((1, 3), (2, 2), (3, 3), (4, 3), (5, 1))}

@@ -16,11 +16,6 @@ TINY = "--epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --time-steps 2 --batch-
 PNG = b"\x89PNG"
 
 
-@pytest.fixture
-def one_core(monkeypatch):
-    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
-
-
 class Interrupted(Exception):
     pass
 

@@ -55,12 +55,6 @@ def old_numpy(monkeypatch):
     monkeypatch.setattr(np, "fromstring", lambda data, dtype: np.frombuffer(data, dtype))
 
 
-@pytest.fixture
-def one_core(monkeypatch):
-    """Prepare in this process, which saves the start of others."""
-    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
-
-
 def load(name, root, *flags, rank=0, world_size=1):
     cfg = config.load(ROOT / name / f"{name}.yml", ["--data-path", str(root), "--workers", "0", *flags])
     return create_data(cfg, Dist(rank, world_size, torch.device("cpu")))

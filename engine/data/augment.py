@@ -14,6 +14,7 @@ from torchvision.transforms import RandomErasing
 OPERATIONS = ("identity", "shear_x", "translate_x", "translate_y", "rotate", "cutout")
 MOST = {"shear_x": 0.3, "translate_x": 5.0, "translate_y": 5.0, "rotate": 30.0}  # radians, pixels, pixels, degrees
 STEPS = 31  # magnitudes, evenly from -MOST to MOST: the released code flips the sign of half, which changes nothing
+MAGNITUDES = {name: torch.linspace(-MOST.get(name, 0), MOST.get(name, 0), STEPS).tolist() for name in OPERATIONS}
 CUTOUT_AREA = (0.001, 0.11)  # of the frame, a square
 
 
@@ -36,7 +37,7 @@ class SNNWideAugment:
         chosen = torch.randint(len(OPERATIONS), (len(frames),)).tolist() if self.wide else [0] * len(frames)
         operations = [OPERATIONS[i] for i in chosen]
         steps = torch.randint(STEPS, (len(frames),)).tolist()
-        magnitudes = [_magnitude(operation, step) for operation, step in zip(operations, steps, strict=True)]
+        magnitudes = [MAGNITUDES[operation][step] for operation, step in zip(operations, steps, strict=True)]
         side = frames.shape[-2:]
         matrices = [sampling(*sample, *side) for sample in zip(operations, magnitudes, flips, strict=True)]
         frames = _move(frames, torch.tensor(matrices))
@@ -45,11 +46,6 @@ class SNNWideAugment:
                 top, left, height, width, _ = RandomErasing.get_params(sample, CUTOUT_AREA, (1, 1), [0.0])
                 sample[..., top : top + height, left : left + width] = 0
         return frames
-
-
-def _magnitude(operation: str, step: int) -> float:
-    most = MOST.get(operation, 0.0)
-    return torch.linspace(-most, most, STEPS)[step].item()
 
 
 def sampling(operation: str, magnitude: float, flip: bool, height: int, width: int) -> list[list[float]]:

@@ -6,21 +6,19 @@ bytes, a quarter of that.
 
 import functools
 import math
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import timm.data
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from .. import dist as distributed
 from .. import pictures
-from ..config import Config, mixes
+from ..config import Config
 from ..dist import Dist
 from ..errors import UserError
 from ..log import logger
@@ -29,7 +27,7 @@ from .aedat import SIDE
 from .augment import SNNWideAugment
 from .datasets import Digits
 from .frames import integrate
-from .loaders import Data, Shard, require_batches
+from .loaders import Data, Shard, create_mixup, require_batches, worker_settings
 from .prepare import contents, prepare
 
 TRAIN_PART = 0.9  # of each class of CIFAR10-DVS
@@ -121,7 +119,7 @@ def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
         train=_train_loader(cfg, dist, train_set) if train else None,
         test=_test_loader(cfg, dist, test_set),
         classes=names,
-        mixup=_mixup(cfg) if train and mixes(cfg) else None,
+        mixup=create_mixup(cfg) if train else None,
         split=split,
         show=pictures.of_events,
         preview=functools.partial(_preview, train_set, names) if train else None,
@@ -194,18 +192,19 @@ def _collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]
     return torch.from_numpy(np.stack(frames)), torch.tensor(labels)  # numpy finds the type that holds all counts
 
 
-def _common(cfg: Config, dist: Dist) -> dict:
-    workers = min(cfg.workers, os.cpu_count() or 1)
-    return {"num_workers": workers, "pin_memory": dist.device.type == "cuda", "collate_fn": _collate}
-
-
 def _train_loader(cfg: Config, dist: Dist, dataset: Dataset) -> _Loader:
     require_batches(cfg, dist, len(dataset))
     sampler = None
     if dist.world_size > 1:
         sampler = DistributedSampler(dataset, dist.world_size, dist.rank, seed=cfg.seed)
     loader = DataLoader(
-        dataset, cfg.batch_size, shuffle=sampler is None, sampler=sampler, drop_last=True, **_common(cfg, dist)
+        dataset,
+        cfg.batch_size,
+        shuffle=sampler is None,
+        sampler=sampler,
+        drop_last=True,
+        collate_fn=_collate,
+        **worker_settings(cfg, dist),
     )
     augment = SNNWideAugment(cfg.hflip, cfg.auto_augment is not None)
     return _Loader(loader, dist.device, augment if cfg.hflip or cfg.auto_augment else None)
@@ -214,17 +213,8 @@ def _train_loader(cfg: Config, dist: Dist, dataset: Dataset) -> _Loader:
 def _test_loader(cfg: Config, dist: Dist, dataset: Dataset) -> _Loader:
     batch_size = cfg.eval_batch_size or cfg.batch_size
     shard = Shard(dataset, batch_size, dist.rank, dist.world_size)
-    return _Loader(DataLoader(shard, batch_size, **_common(cfg, dist)), dist.device)
-
-
-def _mixup(cfg: Config) -> timm.data.Mixup:
-    return timm.data.Mixup(
-        mixup_alpha=cfg.mixup,
-        prob=cfg.mixup_prob,
-        mode=cfg.mixup_mode,
-        label_smoothing=cfg.smoothing,
-        num_classes=cfg.num_classes,
-    )
+    loader = DataLoader(shard, batch_size, collate_fn=_collate, **worker_settings(cfg, dist))
+    return _Loader(loader, dist.device)
 
 
 def _preview(dataset: Dataset, names: Sequence[str], path: Path, most: int = 6) -> None:

@@ -4,18 +4,17 @@ Batches are (images [B,C,H,W] float32, normalised, on the device; labels [B] int
 """
 
 import functools
-import os
 from collections.abc import Iterable, Iterator
 
 import timm.data
 from torch.utils.data import Dataset, IterableDataset
 
 from .. import pictures
-from ..config import Config, mixes
+from ..config import Config
 from ..dist import Dist
 from ..errors import UserError
 from .datasets import class_names, create_dataset, is_imagenet
-from .loaders import Data, Shard, require_batches
+from .loaders import Data, Shard, create_mixup, require_batches, worker_settings
 
 
 class _Turns:
@@ -53,15 +52,14 @@ def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
         "input_size": (cfg.in_channels, cfg.input_size, cfg.input_size),
         "mean": mean,
         "std": std,
-        "num_workers": min(cfg.workers, os.cpu_count() or 1),
         "interpolation": cfg.interpolation,
         "device": dist.device,
-        "pin_memory": dist.device.type == "cuda",
+        **worker_settings(cfg, dist),
         # started anew each epoch, so that they hear of the end of mixup and draw from the epoch's seed
         "persistent_workers": False,
     }
     names = class_names(test_set)
-    mixup = _mixup(cfg) if train and mixes(cfg) else None
+    mixup = create_mixup(cfg) if train else None
     return Data(
         train=_train_loader(cfg, dist, names, mixup, common) if train else None,
         test=_test_loader(cfg, dist, test_set, common),
@@ -128,17 +126,3 @@ def _feedable(dataset: Dataset, workers: int, world_size: int) -> int:
     if shards < world_size:
         raise UserError(f"{world_size} processes cannot share {shards} shards: make more, or start fewer processes")
     return min(workers, shards // world_size)
-
-
-def _mixup(cfg: Config) -> object:
-    kind = timm.data.FastCollateMixup if cfg.mixup_in == "loader" else timm.data.Mixup
-    return kind(
-        mixup_alpha=cfg.mixup,
-        cutmix_alpha=cfg.cutmix,
-        cutmix_minmax=cfg.cutmix_minmax,
-        prob=cfg.mixup_prob,
-        switch_prob=cfg.mixup_switch_prob,
-        mode=cfg.mixup_mode,
-        label_smoothing=cfg.smoothing,
-        num_classes=cfg.num_classes,
-    )

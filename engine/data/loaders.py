@@ -1,13 +1,15 @@
 """What loaders of images and of event frames have in common."""
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import timm.data
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..config import Config
+from ..config import Config, mixes
 from ..dist import Dist
 from ..errors import UserError
 
@@ -66,3 +68,25 @@ def require_batches(cfg: Config, dist: Dist, samples: int) -> None:
             f"batch_size = {cfg.batch_size}: {dist.world_size} processes need more than the {samples} "
             f"training samples of {cfg.dataset}; use a smaller batch_size"
         )
+
+
+def worker_settings(cfg: Config, dist: Dist) -> dict:
+    """How a DataLoader is fed: at most one process a core, and pinned memory where it goes to a GPU."""
+    return {"num_workers": min(cfg.workers, os.cpu_count() or 1), "pin_memory": dist.device.type == "cuda"}
+
+
+def create_mixup(cfg: Config) -> object | None:
+    """timm's object that mixes the samples of a batch, in the loader or in the training step; None where none does."""
+    if not mixes(cfg):
+        return None
+    kind = timm.data.FastCollateMixup if cfg.mixup_in == "loader" else timm.data.Mixup
+    return kind(
+        mixup_alpha=cfg.mixup,
+        cutmix_alpha=cfg.cutmix,
+        cutmix_minmax=cfg.cutmix_minmax,
+        prob=cfg.mixup_prob,
+        switch_prob=cfg.mixup_switch_prob,
+        mode=cfg.mixup_mode,
+        label_smoothing=cfg.smoothing,
+        num_classes=cfg.num_classes,
+    )
