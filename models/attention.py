@@ -17,21 +17,25 @@ class _QKAttention(nn.Module):
 
     sum_dim: int  # axis of [T,B,h,d,N] over which the query is summed
 
-    def __init__(self, dim: int, heads: int, residual: str = "sew"):
+    def __init__(self, dim: int, heads: int, residual: str = "sew", qkv_bias: bool = False):
         super().__init__()
         self.heads = heads
         self.lif, last = residual_branch(residual)
-        self.q = SpikingConv(dim, dim, tokens=True)
-        self.k = SpikingConv(dim, dim, tokens=True)
+        self.q = SpikingConv(dim, dim, bias=qkv_bias, tokens=True)
+        self.k = SpikingConv(dim, dim, bias=qkv_bias, tokens=True)
         self.attn_lif = LIF(ATTN_THRESHOLD)
         self.proj = last(dim, dim, bias=True, tokens=True)
+
+    def attend(self, q: Tensor, k: Tensor) -> Tensor:
+        """Spikes [T,B,h,d,N] of query and key to the keys that pass, of the same shape."""
+        mask = self.attn_lif(q.sum(self.sum_dim, keepdim=True))  # token: [T,B,h,1,N], channel: [T,B,h,d,1]
+        return mask * k
 
     def forward(self, x: Tensor) -> Tensor:
         x_tokens = self.lif(x).flatten(3)  # [T,B,C,N]
         q = self.q(x_tokens).unflatten(2, (self.heads, -1))  # [T,B,h,d,N]
         k = self.k(x_tokens).unflatten(2, (self.heads, -1))  # [T,B,h,d,N]
-        mask = self.attn_lif(q.sum(self.sum_dim, keepdim=True))  # token: [T,B,h,1,N], channel: [T,B,h,d,1]
-        y = self.proj((mask * k).flatten(2, 3))  # [T,B,C,N]
+        y = self.proj(self.attend(q, k).flatten(2, 3))  # [T,B,C,N]
         return y.unflatten(3, x.shape[3:])  # [T,B,C,H,W]
 
 
@@ -48,29 +52,42 @@ class ChannelQKAttention(_QKAttention):
 
 
 class SpikingSelfAttention(nn.Module):
-    """Spiking self-attention (SSA, from Spikformer): LIF(q (k^T v) * 0.125), linear in N by its order.
+    """Spiking self-attention (SSA, from Spikformer): LIF(q (k^T v) * scale), linear in N by its order.
 
     Args:
+        scale: factor of the product; 1 is the paper's "w/o scaling".
         leak_across_batch: let the membrane behind the projection run over the batch, as in the released code.
     """
 
-    def __init__(self, dim: int, heads: int, residual: str = "sew", leak_across_batch: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        residual: str = "sew",
+        qkv_bias: bool = False,
+        scale: float = SSA_SCALE,
+        leak_across_batch: bool = False,
+    ):
         super().__init__()
         self.heads = heads
+        self.scale = scale
         self.lif, last = residual_branch(residual)
-        self.q = SpikingConv(dim, dim, tokens=True)
-        self.k = SpikingConv(dim, dim, tokens=True)
-        self.v = SpikingConv(dim, dim, tokens=True)
+        self.q = SpikingConv(dim, dim, bias=qkv_bias, tokens=True)
+        self.k = SpikingConv(dim, dim, bias=qkv_bias, tokens=True)
+        self.v = SpikingConv(dim, dim, bias=qkv_bias, tokens=True)
         self.attn_lif = LIF(ATTN_THRESHOLD)
         leak = {"leak_across_batch": True} if leak_across_batch else {}
         self.proj = last(dim, dim, bias=True, tokens=True, **leak)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Spikes [T,B,h,d,N] of query, key and value to spikes of the same shape."""
+        kv = v @ k.mT  # [T,B,h,d,d], the transpose of k^T v with tokens as rows
+        return self.attn_lif(kv @ q * self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         x_tokens = self.lif(x).flatten(3)  # [T,B,C,N]
         q = self.q(x_tokens).unflatten(2, (self.heads, -1))  # [T,B,h,d,N]
         k = self.k(x_tokens).unflatten(2, (self.heads, -1))  # [T,B,h,d,N]
         v = self.v(x_tokens).unflatten(2, (self.heads, -1))  # [T,B,h,d,N]
-        kv = v @ k.mT  # [T,B,h,d,d], the transpose of k^T v with tokens as rows
-        y = self.attn_lif(kv @ q * SSA_SCALE)  # [T,B,h,d,N]
-        y = self.proj(y.flatten(2, 3))  # [T,B,C,N]
+        y = self.proj(self.attend(q, k, v).flatten(2, 3))  # [T,B,C,N]
         return y.unflatten(3, x.shape[3:])  # [T,B,C,H,W]

@@ -6,7 +6,7 @@ Shapes: T time steps, B batch, C channels, H height, W width.
 import difflib
 import inspect
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import timm
@@ -14,25 +14,28 @@ import torch
 from timm.layers import calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
-from .attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
-from .embed import SPEDS
+from .attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
+from .embed import SPEDS, SPS
 from .layers import DropPath, SpikingMLP, checkpointed
 from .neuron import LIF, continued, set_lif_backend
 
 ATTENTIONS = {"token": TokenQKAttention, "channel": ChannelQKAttention, "self": SpikingSelfAttention}
 
 # family: (units of the first SPEDS, units before its shortcut starts, units of the later SPEDS), where a unit is
-# (n, pool): a 3x3 convolution to 1/n of the stage's channels, pooled or not.
+# (n, pool): a 3x3 convolution to 1/n of the stage's channels, pooled or not. Spikformer's have one stage.
 EMBEDS = {
     "imagenet": ([(2, True), (1, True), (1, False)], 1, [(1, True), (1, False)]),
     "cifar": ([(2, False), (1, False)], 1, [(1, False), (1, True)]),
     "dvs": ([(8, False), (4, True), (2, True), (1, True)], 2, [(1, False), (1, True)]),
+    "spikformer_cifar": ([(8, False), (4, False), (2, True), (1, True), (1, False)], 3, []),
+    "spikformer_dvs": ([(8, True), (4, True), (2, True), (1, True), (1, False)], 3, []),
 }
 
 _IMAGENET = {"family": "imagenet", "depths": (1, 2, 7)}
 _CIFAR = {"family": "cifar", "heads": 8, "num_classes": 10}
 _DVS = {"family": "dvs", "depths": (1, 1), "heads": 16, "mlp_ratio": 1, "attention": ("token", "self")}
 _DVS |= {"num_classes": 10, "in_channels": 2, "time_steps": 16}
+_SPIKFORMER = {"embed": "sps", "qkv_bias": True, "attention": ("self",), "mlp_ratio": 4}
 VARIANTS = {
     "qkformer_10_384": {**_IMAGENET, "width": 384, "heads": 6},
     "qkformer_10_512": {**_IMAGENET, "width": 512, "heads": 8},
@@ -41,6 +44,15 @@ VARIANTS = {
     "qkformer_3_64": {**_CIFAR, "width": 64, "depths": (1, 1, 1), "in_channels": 1},
     "qkformer_2_256": {**_DVS, "width": 256},
     "qkformer_2_64": {**_DVS, "width": 64},
+    "spikformer_4_384": {
+        **_CIFAR,
+        **_SPIKFORMER,
+        "family": "spikformer_cifar",
+        "width": 384,
+        "depths": (4,),
+        "heads": 12,
+    },
+    "spikformer_2_256": {**_DVS, **_SPIKFORMER, "family": "spikformer_dvs", "width": 256, "depths": (2,)},
 }
 
 
@@ -48,11 +60,10 @@ class Block(nn.Module):
     """x + attention(x), then x + mlp(x). [T,B,C,H,W], unchanged. With "sew" residuals x is a small integer."""
 
     def __init__(
-        self, kind: str, dim: int, heads: int, mlp_ratio: float, residual: str, ssa_membrane: str, drop_path: float
+        self, kind: str, dim: int, heads: int, mlp_ratio: float, residual: str, drop_path: float, attn: Mapping
     ):
         super().__init__()
-        leak = {"leak_across_batch": ssa_membrane == "released"} if kind == "self" else {}
-        self.attn = ATTENTIONS[kind](dim, heads, residual, **leak)
+        self.attn = ATTENTIONS[kind](dim, heads, residual, **attn)
         self.mlp = SpikingMLP(dim, int(dim * mlp_ratio), residual)
         self.drop_path = DropPath(drop_path)
 
@@ -86,7 +97,10 @@ class HierarchicalSpikingTransformer(nn.Module):
         num_classes: outputs of the head.
         time_steps: T of a static image.
         shortcut: SPEDS with its shortcut; False is the paper's ablation "w/o SPEDS".
+        embed: "speds", or "sps" for the patch splitting of Spikformer, in Spikformer's families alone.
         residual: "sew" adds spikes (the paper); "ms" adds membrane currents (MaxFormer's MS-QKFormer).
+        qkv_bias: bias of the convolutions to q, k and v, which the BatchNorm behind them makes idle; Spikformer has it.
+        ssa_scale: factor of the product in the self-attention; 1 is the paper's ablation "w/o scaling".
         ssa_membrane: "per_sample", or "released" to reproduce the leak across the batch in the released
             self-attention, on which the published accuracies and checkpoints depend (README, errata).
         drop_path: stochastic depth, the rate of the last block; it rises linearly from 0 in the first.
@@ -108,18 +122,24 @@ class HierarchicalSpikingTransformer(nn.Module):
         in_channels: int = 3,
         num_classes: int = 1000,
         time_steps: int = 4,
+        embed: str = "speds",
         shortcut: bool = True,
         residual: str = "sew",
+        qkv_bias: bool = False,
+        ssa_scale: float = SSA_SCALE,
         ssa_membrane: str = "per_sample",
         drop_path: float = 0.0,
         lif_backend: str = "auto",
     ):
         super().__init__()
         _require_choice("family", family, EMBEDS)
+        _require_choice("embed", embed, ("speds", "sps"))
         _require_choice("residual", residual, ("sew", "ms"))
         _require_choice("ssa_membrane", ssa_membrane, ("per_sample", "released"))
         if residual == "ms" and ssa_membrane == "released":
             raise ValueError("ssa_membrane='released' needs residual='sew': with 'ms' no membrane leaks")
+        if embed == "sps" and (residual == "ms" or not family.startswith("spikformer")):
+            raise ValueError("embed='sps' is Spikformer's: it needs one of its models, and residual='sew'")
         _require_attention(attention, len(depths))
         dims = [width // 2 ** (len(depths) - 1 - i) for i in range(len(depths))]
         _require_sizes(dims[0], heads, mlp_ratio, time_steps, num_classes, in_channels)
@@ -132,13 +152,18 @@ class HierarchicalSpikingTransformer(nn.Module):
 
         first_units, first_branch, later_units = EMBEDS[family]
         rates = iter(calculate_drop_path_rates(drop_path, sum(depths)))
+        attn = {"qkv_bias": qkv_bias}
+        self_attn = attn | {"scale": ssa_scale, "leak_across_batch": ssa_membrane == "released"}
         self.stages = nn.ModuleList()
         for i, (dim, depth, kind) in enumerate(zip(dims, depths, attention, strict=True)):
             units = [(dim // n, pool) for n, pool in (later_units if i else first_units)]
             channels, branch = (dims[i - 1], 0) if i else (in_channels, first_branch)
-            embed = SPEDS(channels, units, branch, shortcut, residual)
-            blocks = [Block(kind, dim, heads, mlp_ratio, residual, ssa_membrane, next(rates)) for _ in range(depth)]
-            self.stages.append(nn.Sequential(OrderedDict(embed=embed, blocks=nn.Sequential(*blocks))))
+            first = (
+                SPS(channels, units, shortcut) if embed == "sps" else SPEDS(channels, units, branch, shortcut, residual)
+            )
+            options = self_attn if kind == "self" else attn
+            blocks = [Block(kind, dim, heads, mlp_ratio, residual, next(rates), options) for _ in range(depth)]
+            self.stages.append(nn.Sequential(OrderedDict(embed=first, blocks=nn.Sequential(*blocks))))
         self.lif = LIF() if residual == "ms" else nn.Identity()
         self.head = nn.Linear(width, num_classes)
         trunc_normal_(self.head.weight, std=0.02)

@@ -83,6 +83,8 @@ def released_key_map(model: HierarchicalSpikingTransformer) -> dict[str, str]:
     """
     if "channel" in model.attention:
         raise ValueError("channel attention was never released, so its weights have no released names")
+    if model.family not in NAMINGS:
+        raise ValueError(f"the released code has no {model.family}, so its weights have no released names")
     if model.residual == "ms" and model.family != "imagenet":
         raise ValueError(f"residual='ms' was released for the imagenet family only, not for {model.family!r}")
     return _key_map(model, NAMINGS["ms" if model.residual == "ms" else model.family])
@@ -153,7 +155,7 @@ def _fitting(shapes: dict[str, tuple[int, ...]], name: str, arguments: dict) -> 
     with torch.device("meta"):
         model = create_model(name, **arguments)
     spellings = [{ours: ours for ours in model.state_dict()}]
-    if arguments["residual"] == "sew" or model.family == "imagenet":
+    if model.family == "imagenet" or (arguments["residual"] == "sew" and model.family in NAMINGS):
         spellings.append({ours: theirs for theirs, ours in released_key_map(model).items()})
     for spelling in spellings:
         if set(spelling.values()) != set(shapes):
