@@ -1,6 +1,7 @@
 """Typed configuration: the defaults of `settings`, then the recipe (YAML), then what a checkpoint recorded, then flags.
 
-Each field of `Config` is a YAML key and a flag (`--batch-size` and `--batch_size`) alike.
+Each field of `Config` is a YAML key and a flag (`--batch-size` and `--batch_size`) alike. A recipe may list variants of
+itself under the key `variants`, each a name with what it changes; `--variant NAME` takes one.
 """
 
 import argparse
@@ -22,7 +23,9 @@ from .settings import Config
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 _TYPES = typing.get_type_hints(Config)
 # what a network is built from
-MODEL_FIELDS = "model num_classes in_channels time_steps attention mlp_ratio shortcut residual ssa_membrane".split()
+MODEL_FIELDS = (
+    "model num_classes in_channels time_steps attention mlp_ratio shortcut embed ssa_scale residual ssa_membrane"
+).split()
 # what belongs to a machine or a command and not to the run; a checkpoint brings along all the rest
 LOCAL_FIELDS = (
     "config lif_backend data_path download workers compile device threads output_dir resume finetune checkpoint eval "
@@ -73,12 +76,27 @@ def load(
     path = _recipe_path(Path(yaml_path), flags.get("config"))
     recorded = {key: value for key, value in (recorded or {}).items() if key in FIELDS and key not in LOCAL_FIELDS}
     recorded = {key: _coerce(key, value, f"{key} in the checkpoint") for key, value in recorded.items()}
-    values = _read_yaml(path) | recorded | flags | {"config": str(path)}
+    values, variants = _read_yaml(path)
+    if "variant" in recorded and (named := flags.get("variant", recorded["variant"])) != recorded["variant"]:
+        raise UserError(
+            f"--variant {named}: the checkpoint is of {recorded['variant'] or 'the recipe itself'}; omit it"
+        )
+    if "variant" in flags:
+        if flags["variant"] not in variants:
+            raise UserError(f"--variant {flags['variant']}: {path} lists {', '.join(variants) or 'none'}")
+        own = {key: value for key, value in values.items() if key not in ("paper_top1", "log_top1")}
+        values = own | variants[flags["variant"]]  # which was published with a figure of its own, or with none
+    values = values | recorded | flags | {"config": str(path)}
     config = Config(**values)
     _check_each(config)
     if validate:
         _check_together(config)
     return dataclasses.replace(config, model=config.model.lower())  # the released code writes QKFormer_10_384
+
+
+def variants(yaml_path: Path) -> list[str]:
+    """Names of the variants that a recipe lists; raises `UserError` as `load` does."""
+    return list(_read_yaml(yaml_path)[1])
 
 
 def mixes(config: Config) -> bool:
@@ -113,7 +131,8 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, object]:
+def _read_yaml(path: Path) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
+    """The settings of a recipe, and what each of its variants changes."""
     try:
         content = yaml.load(path.read_text(), _StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -123,12 +142,22 @@ def _read_yaml(path: Path) -> dict[str, object]:
         line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         reason = getattr(error, "problem", None) or "cannot be parsed"
         raise UserError(f"{path}{line}: not valid YAML ({reason})") from None
+    variants = content.pop("variants", {}) if isinstance(content, dict) else {}
+    if not isinstance(variants, dict):
+        raise UserError(f"{path}: variants: expected `name: what it changes`, found {type(variants).__name__}")
+    return (
+        _settings(content, path, str(path)),
+        {str(name): _settings(changes, path, f"{path}: variant {name}") for name, changes in variants.items()},
+    )
+
+
+def _settings(content: object, path: Path, where: str) -> dict[str, object]:
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
+        raise UserError(f"{where}: expected `key: value` lines, found {type(content).__name__}")
     for key in content:
-        if key not in FIELDS or key == "config":
-            raise UserError(f"{path}: unknown key {key!r}{_nearest(str(key), FIELDS)}")
-    values = {key: _coerce(key, value, f"{path}: {key}") for key, value in content.items()}
+        if key not in FIELDS or key in ("config", "variant"):
+            raise UserError(f"{where}: unknown key {key!r}{_nearest(str(key), FIELDS)}")
+    values = {key: _coerce(key, value, f"{where}: {key}") for key, value in content.items()}
     if values.get("data_path") and ":" not in values["data_path"]:  # not the address of shards
         values["data_path"] = os.path.abspath(path.parent / Path(values["data_path"]).expanduser())
     return values

@@ -49,6 +49,11 @@ def _checkpoint_to_resume(cfg: Config, folder: Path | None) -> Path | None:
     return Path(cfg.resume) if cfg.resume not in (None, "auto") else None
 
 
+def runs_of(cfg: Config) -> Path:
+    """Where runs of this recipe, or of its variant, go without `--output-dir`."""
+    return Path("output", "-".join(filter(None, (Path(cfg.config).stem, cfg.variant))))
+
+
 def checkpoint_to_test(cfg: Config) -> Path:
     """What the flags name, else `best.pt` of the recipe's last run in `output/`."""
     named = cfg.checkpoint or cfg.resume or cfg.finetune
@@ -56,7 +61,7 @@ def checkpoint_to_test(cfg: Config) -> Path:
         named = Path(cfg.output_dir) / "last.pt"
     if named:
         return Path(named)
-    runs = Path("output", Path(cfg.config).stem)
+    runs = runs_of(cfg)
     found = sorted(runs.glob("*/best.pt"), key=os.path.getmtime)
     if not found:
         raise UserError(f"test.py needs --checkpoint FILE, such as best.pt of a run (there is none in {runs})")
@@ -129,7 +134,7 @@ def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int)
         raise UserError(f"{about}: damaged; move it away to go on without the record of earlier starts") from None
     starts.append({**log.provenance(), "first_epoch": first_epoch, "config": plain(cfg)})
     log.write_text(about, json.dumps(starts, indent=2) + "\n")
-    settings = plain(cfg, without=("config", "output_dir", "resume", "checkpoint"))
+    settings = plain(cfg, without=("config", "variant", "output_dir", "resume", "checkpoint"))
     (folder / "config.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
     run_log = RunLog(folder, first_epoch)
     try:

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from .config import MODEL_FIELDS, Config, load
+from .config import MODEL_FIELDS, Config, load, variants
 from .errors import UserError
 
 RELEASED = {  # md5 -> recipe in imagenet/
@@ -24,17 +24,23 @@ def recipe_of(path: Path, folder: Path) -> Path | None:
 
 
 def accuracies(cfg: Config, folder: Path) -> dict[str, float]:
-    """Published top-1 (percent) by source ("paper", "log") of the recipe in `folder` with this network and input.
+    """Published top-1 (percent) by source ("paper", "log") of the recipe or variant with this network and input.
 
     The membrane of the self-attention may be another one, for the comparison of the two is of interest.
     """
     keys = [key for key in (*MODEL_FIELDS, "input_size", "split_seed") if key != "ssa_membrane"]
     for path in sorted(folder.glob("*.yml")):
         try:
-            recipe = load(path)
+            recipes = all_of(path)
         except UserError:
             continue  # a file of the user's
-        if all(getattr(recipe, key) == getattr(cfg, key) for key in keys):
-            figures = {"paper": recipe.paper_top1, "log": recipe.log_top1}
-            return {source: value for source, value in figures.items() if value is not None}
+        for recipe in recipes:
+            if all(getattr(recipe, key) == getattr(cfg, key) for key in keys):
+                figures = {"paper": recipe.paper_top1, "log": recipe.log_top1}
+                return {source: value for source, value in figures.items() if value is not None}
     return {}
+
+
+def all_of(path: Path) -> list[Config]:
+    """A recipe and its variants; raises `UserError` as `load` does."""
+    return [load(path), *(load(path, ["--variant", name]) for name in variants(path))]

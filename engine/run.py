@@ -22,7 +22,7 @@ from .data import event, image
 from .data.loaders import Data
 from .dist import Dist
 from .errors import UserError
-from .folder import checkpoint_to_test, differences, find_run, recorded_settings, records, save, warn_of_seen
+from .folder import checkpoint_to_test, differences, find_run, recorded_settings, records, runs_of, save, warn_of_seen
 from .log import logger
 from .loop import NO_BEST, Trainer, evaluate
 from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs
@@ -123,7 +123,7 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
         _restore(cfg, trainer, state, path)
         if not continues:
             trainer.best = dict(NO_BEST)  # of the run in the other folder
-    folder = folder or Path(dist.from_main(f"output/{Path(cfg.config).stem}/{time.strftime('%Y%m%d-%H%M%S')}"))
+    folder = folder or Path(dist.from_main(str(runs_of(cfg) / time.strftime("%Y%m%d-%H%M%S"))))
     _announce(cfg, here, trainer, folder)
     with records(cfg, here, folder, data, trainer.epoch) as run_log:
         trainer.fit(run_log, lambda is_best: save(cfg, here, folder, trainer, is_best))

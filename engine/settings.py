@@ -18,6 +18,7 @@ class Config:
     config: str = option(
         "", "recipe to read in place of the script's own: a file, or the name of one beside the script"
     )
+    variant: str | None = option(None, "one of the recipe's variants, such as an ablation")
     effective_batch: int | None = option(
         None, "images per update that the recipe means; a run that has another number warns", low=1
     )
@@ -35,6 +36,10 @@ class Config:
         None, "hidden over outer channels of the MLP (default: the model's)", low=0.1, high=64
     )
     shortcut: bool = option(True, "SPEDS with its shortcut")
+    embed: str | None = option(
+        None, "patch embedding of Spikformer: its own, or SPEDS (default: the model's)", choices=("sps", "speds")
+    )
+    ssa_scale: float | None = option(None, "factor of the product in the self-attention (default: 0.125)", low=1e-6)
     residual: str = option("sew", "what residual connections add: spikes or membrane currents", choices=("sew", "ms"))
     ssa_membrane: str = option(
         "per_sample",

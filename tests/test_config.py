@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine import config
+from engine import config, published
 from engine.errors import UserError
 from engine.optim import lr_at
 
@@ -49,8 +49,10 @@ def test_another_recipe_can_be_named(recipe):
 def test_the_saved_configuration_reads_back(recipe, tmp_path):
     cfg = config.load(recipe("lr: 0.1\nattention: [token, self, self]\nmixup: 0.5\n"))
     path = tmp_path / "saved.yml"
-    path.write_text(yaml.safe_dump(config.plain(cfg, without=["config"])))
-    assert config.plain(config.load(path), without=["config"]) == config.plain(cfg, without=["config"])
+    path.write_text(yaml.safe_dump(config.plain(cfg, without=["config", "variant"])))
+    assert config.plain(config.load(path), without=["config", "variant"]) == config.plain(
+        cfg, without=["config", "variant"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,12 @@ def test_the_saved_configuration_reads_back(recipe, tmp_path):
         ("lr: 1", "--epochs", "expected one argument"),
         ("lr: 1", "what", "unexpected argument 'what'"),
         ("lr: 1", "--batch-size -1", "batch_size = -1: must be at least 1"),
+        ("lr: 1", "--variant short", "recipe.yml lists none"),
+        ("lr: 1\nvariants: {a: {lr: 2}}", "--variant b", "--variant b: "),
+        ("lr: 1\nvariants: [a]", "", "recipe.yml: variants: expected `name: what it changes`, found list"),
+        ("lr: 1\nvariants: {a: {lrr: 2}}", "", "recipe.yml: variant a: unknown key 'lrr', did you mean 'lr'?"),
+        ("lr: 1\nvariants: {a: 3}", "", "recipe.yml: variant a: expected `key: value` lines, found int"),
+        ("lr: 1\nvariant: a", "", "recipe.yml: unknown key 'variant'"),
         ("lr: 1", "--config no/such.yml", "cannot read the recipe no/such.yml: No such file"),
     ],
 )
@@ -115,9 +123,24 @@ def test_every_field_has_its_help():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_recipe_loads(path):
-    cfg = config.load(path)
-    assert lr_at(cfg, 0) >= 0
-    assert set(yaml.safe_load(path.read_text())) <= set(config.FIELDS)
+    for cfg in published.all_of(path):
+        assert lr_at(cfg, 0) >= 0
+
+
+def test_a_variant_changes_what_it_lists(recipe):
+    path = recipe(
+        "lr: 1e-3\nepochs: 7\nlog_top1: 50\nvariants:\n  short: {epochs: 2, paper_top1: 40}\n  other: {lr: 2}"
+    )
+    assert config.variants(path) == ["short", "other"]
+    cfg = config.load(path, ["--variant", "short"])
+    assert (cfg.variant, cfg.lr, cfg.epochs, cfg.paper_top1, cfg.log_top1) == ("short", 1e-3, 2, 40, None)
+    assert config.load(path, ["--variant", "short", "--epochs", "3"]).epochs == 3
+    assert config.load(path).log_top1 == 50
+    recorded = config.plain(cfg)
+    assert config.load(path, [], recorded).epochs == 2
+    assert config.load(path, ["--variant", "short"], recorded).variant == "short"
+    with pytest.raises(UserError, match="--variant other: the checkpoint is of short; omit it"):
+        config.load(path, ["--variant", "other"], recorded)
 
 
 def test_there_are_recipes():

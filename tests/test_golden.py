@@ -57,21 +57,24 @@ MUTATIONS = {
     "surrogate slope": (neuron, "ALPHA", 3.9),
     "threshold": (neuron.LIF.__init__, "__defaults__", (0.9, False)),
     "attention threshold": (attention, "ATTN_THRESHOLD", 1.0),
-    "attention scale": (attention, "SSA_SCALE", 0.2),
     "pooling before BatchNorm": (layers.ConvBN, "forward", _pool_before_bn),
     "pooling behind the neurons": (layers.SpikingConv, "forward", _pool_behind_lif),
     "membrane order": (neuron.LIF, "forward", _leak_batch_major),
 }
 
 
-@pytest.mark.parametrize("mutation", [*MUTATIONS, "heads", "membrane"])
+@pytest.mark.parametrize("mutation", [*MUTATIONS, "attention scale", "heads", "membrane"])
 def test_the_comparison_notices(mutation, monkeypatch):
     """Each property of the networks, changed, breaks the comparison with the released code."""
     case, overrides = CASES["cifar10_T4_B3_32_s0"], {}
     if mutation in MUTATIONS:
         monkeypatch.setattr(*MUTATIONS[mutation])
     else:
-        overrides = {"heads": {"heads": 4}, "membrane": {"ssa_membrane": "per_sample"}}[mutation]
+        overrides = {
+            "attention scale": {"ssa_scale": 0.2},
+            "heads": {"heads": 4},
+            "membrane": {"ssa_membrane": "per_sample"},
+        }[mutation]
     model = case.model("released", **overrides)
     with pytest.raises(AssertionError, match="relative error"):
         case.compare(model, "released", "train")

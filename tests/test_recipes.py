@@ -10,6 +10,7 @@ import torch
 
 from engine import config, dist
 from engine.optim import base_lr, batch_advice, create_optimizer, effective_batch, lr_at, total_epochs
+from engine.published import all_of
 from engine.run import build_model
 from models import create_model
 
@@ -177,3 +178,45 @@ def test_the_rate_of_a_layer_is_scaled():
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr_scale": 0.5}, {"params": [torch.zeros(1)]}], lr=1)
     set_lr(optimizer, 0.1)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.1]
+
+
+PAPER_MILLIONS = {  # of the ablations, CIFAR-100 and CIFAR10-DVS
+    None: (6.74, 1.50),
+    "channel_self": (6.74, 1.50),
+    "token_channel": (6.44, 1.44),
+    "self": (6.79, 1.52),
+    "channel": (6.44, 1.44),
+    "token": (6.44, 1.44),
+    "spikformer": (9.32, 2.57),
+    "spikformer_no_scaling": (9.32, 2.57),
+}
+PAPER_TOP1 = {
+    None: (81.15, 84.00),
+    "no_speds": (80.08, 83.40),
+    "spikformer": (78.21, 80.90),
+    "spikformer_no_scaling": (76.95, 79.30),
+    "spikformer_speds": (80.26, 82.20),
+    "channel_self": (81.07, 84.30),
+    "token_channel": (81.04, 83.10),
+    "self": (81.23, 84.10),
+    "channel": (81.00, 80.70),
+    "token": (79.09, 80.70),
+    "ms": (None, None),
+}
+
+
+@pytest.mark.parametrize(("column", "recipe"), [(0, "cifar100/cifar100.yml"), (1, "cifar10-dvs/cifar10-dvs.yml")])
+def test_ablations_are_the_paper_s(column, recipe):
+    recipes = {cfg.variant: cfg for cfg in all_of(ROOT / recipe)}
+    assert {name: cfg.paper_top1 for name, cfg in recipes.items()} == {k: v[column] for k, v in PAPER_TOP1.items()}
+    assert [name for name, cfg in recipes.items() if cfg.log_top1] == [None]
+    for name, cfg in recipes.items():
+        assert cfg.drop_path == 0
+        assert (cfg.ssa_membrane == "released") == ("spikformer" not in str(name) and name != "ms")
+        if name in PAPER_MILLIONS:
+            # the paper has one figure for Spikformer on CIFAR, and it is that of CIFAR-10's ten classes
+            cfg = dataclasses.replace(cfg, num_classes=10) if str(name).startswith("spikformer") else cfg
+            parameters = sum(p.numel() for p in build_model(cfg).parameters())
+            assert round(parameters / 1e6, 2) == PAPER_MILLIONS[name][column]
+    assert build_model(recipes["spikformer_no_scaling"]).stages[0].blocks[0].attn.scale == 1
+    assert build_model(recipes["spikformer"]).stages[0].blocks[0].attn.scale == 0.125
