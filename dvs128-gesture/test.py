@@ -5,7 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from analysis.energy import EnergyMeter
 from engine.run import test
 
 if __name__ == "__main__":
-    test(Path(__file__).resolve().with_name("dvs128-gesture.yml"))
+    test(Path(__file__).resolve().with_name("dvs128-gesture.yml"), EnergyMeter)

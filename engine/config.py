@@ -29,7 +29,7 @@ MODEL_FIELDS = (
 # what belongs to a machine or a command and not to the run; a checkpoint brings along all the rest
 LOCAL_FIELDS = (
     "config lif_backend data_path download workers compile device threads output_dir resume finetune checkpoint eval "
-    "both_membranes use_ema log_interval"
+    "both_membranes energy use_ema log_interval"
 ).split()
 EVENT_DATASETS = ("digits-dvs", "dvs128-gesture", "cifar10-dvs")
 # settings that mean something for images alone

@@ -1,11 +1,12 @@
 """What the scripts call: `train` and `test` of one recipe. Alone in the engine, this file imports the networks."""
 
+import contextlib
 import dataclasses
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import timm.utils
@@ -16,8 +17,8 @@ from torch import nn
 from models import create_model
 from models.released import identify, load_released
 
-from . import checkpoint, dist, log, published
-from .config import EVENT_DATASETS, FIELDS, MODEL_FIELDS, Config, load, plain
+from . import checkpoint, dist, log, published, results
+from .config import EVENT_DATASETS, FIELDS, MODEL_FIELDS, Config, load
 from .data import event, image
 from .data.loaders import Data
 from .dist import Dist
@@ -31,12 +32,17 @@ from .pictures import Gallery
 
 def train(recipe: Path) -> None:
     """Train as the recipe and the command line say; the script's whole body."""
-    _main(_train, recipe)
+    guard(lambda: _train(recipe, sys.argv[1:]))
 
 
-def test(recipe: Path) -> None:
-    """Evaluate `--checkpoint` as the recipe and the command line say; the script's whole body."""
-    _main(_test, recipe)
+def test(recipe: Path, meter: Callable[[nn.Module], AbstractContextManager]) -> None:
+    """Evaluate `--checkpoint` as the recipe and the command line say; the script's whole body.
+
+    Args:
+        recipe: the script's own.
+        meter: what `--energy` measures a network with while it is evaluated (`analysis.energy.EnergyMeter`).
+    """
+    guard(lambda: _test(recipe, sys.argv[1:], meter))
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -60,9 +66,10 @@ def create_data(cfg: Config, here: Dist, train: bool = True) -> Data:
     return (event if cfg.dataset in EVENT_DATASETS else image).create_data(cfg, here, train)
 
 
-def _main(body: Callable[[Path, Sequence[str]], None], recipe: Path) -> None:
+def guard(body: Callable[[], None]) -> None:
+    """Run a script's body: what the user can mend ends in one line and exit code 2."""
     try:
-        body(recipe, sys.argv[1:])
+        body()
     except UserError as error:
         _exit(str(error))
     except KeyboardInterrupt:
@@ -96,11 +103,11 @@ def _exit(message: str) -> None:
 def _train(recipe: Path, argv: Sequence[str]) -> None:
     cfg = load(recipe, argv, validate=False)
     if cfg.eval:
-        _test(recipe, argv)
+        _test(recipe, argv, None)
         return
     if cfg.checkpoint:
         raise UserError("--checkpoint is for test.py; to go on with a run give --resume")
-    here = _setup(cfg)
+    here = setup(cfg)
     folder, path, state = find_run(cfg, here)
     is_ours = bool(state) and state["format"] == "qkformer"
     continues = is_ours and folder.resolve() == path.parent.resolve()
@@ -113,9 +120,9 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
         warn_of_seen(data, Path(path or cfg.finetune))
     model = build_model(cfg).to(here.device)
     if state and not is_ours:
-        _load_weights(cfg, model, state, path)
+        load_weights(cfg, model, state, path)
     elif cfg.finetune and not state:
-        _load_weights(cfg, model, checkpoint.read(cfg.finetune), cfg.finetune, new_head=True)
+        load_weights(cfg, model, checkpoint.read(cfg.finetune), cfg.finetune, new_head=True)
     if cfg.sync_bn:
         model = dist.sync_batchnorm(model, here.device)
     trainer = Trainer(cfg, here, model, create_optimizer(cfg, model), data)
@@ -154,7 +161,8 @@ def _restore(cfg: Config, trainer: Trainer, state: dict, path: Path) -> None:
     logger.info(f"resumed {path} after epoch {trainer.epoch}")
 
 
-def _setup(cfg: Config) -> Dist:
+def setup(cfg: Config) -> Dist:
+    """Threads, processes, device and console as `cfg` says."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     here = dist.setup(cfg.device)
@@ -164,46 +172,43 @@ def _setup(cfg: Config) -> Dist:
     return here
 
 
-def _test(recipe: Path, argv: Sequence[str]) -> None:
+def _test(recipe: Path, argv: Sequence[str], meter: Callable[[nn.Module], AbstractContextManager] | None) -> None:
     cfg = load(recipe, argv, validate=False)
-    here = _setup(cfg)
+    if cfg.energy and (not meter or cfg.compile):
+        raise UserError("--energy is for test.py, and does not go together with --compile")
+    here = setup(cfg)
     path = dist.from_main(checkpoint_to_test(cfg) if here.is_main else None)
     state = checkpoint.read(path)
-    cfg = dataclasses.replace(_settings_of(state, path, recipe, argv), checkpoint=str(path))
+    cfg = settings_of(state, path, recipe, argv)
     folder = Path(cfg.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):  # better known now than behind the evaluation
         pass
     data = create_data(cfg, here, train=False)
     warn_of_seen(data, path)
-    membranes, figures = _membranes(cfg), published.accuracies(cfg, recipe.parent)
+    membranes, figures = results.membranes(cfg), published.accuracies(cfg, recipe.parent)
     logger.info(
         f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
         f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {' and '.join(membranes)}"
     )
-    gallery, results = Gallery(data.classes, data.show), {}
+    gallery, found, energy = Gallery(data.classes, data.show), {}, None
     for membrane in membranes:
         model = build_model(dataclasses.replace(cfg, ssa_membrane=membrane)).to(here.device)
-        _load_weights(cfg, model, state, path)
+        load_weights(cfg, model, state, path)
         if cfg.compile:
             model.compile()
-        is_first = not results
-        results[membrane] = evaluate(cfg, here, model, data.test, on_batch=gallery.add if is_first else None)
-        _tell(cfg, membrane, results[membrane], figures)
+        is_first = not found
+        with meter(model) if cfg.energy and is_first else contextlib.nullcontext() as measured:
+            found[membrane] = evaluate(cfg, here, model, data.test, on_batch=gallery.add if is_first else None)
+        results.tell(cfg, membrane, found[membrane], figures)
+        if measured:
+            energy = measured.report(dist.gather)
+            logger.info(energy.totals())
     if here.is_main:
-        _report(cfg, folder, results, figures, gallery)
+        results.write(cfg, folder, found, figures, gallery, energy)
 
 
-def _membranes(cfg: Config) -> list[str]:
-    """The membranes to evaluate with, the configured one first."""
-    if cfg.both_membranes and cfg.residual == "sew":
-        return sorted(("released", "per_sample"), key=lambda kind: kind != cfg.ssa_membrane)
-    if cfg.both_membranes:
-        logger.warning("with membrane shortcuts nothing leaks over the batch: there is one membrane to evaluate")
-    return [cfg.ssa_membrane]
-
-
-def _settings_of(state: dict, path: Path, recipe: Path, argv: Sequence[str]) -> Config:
+def settings_of(state: dict, path: Path, recipe: Path, argv: Sequence[str]) -> Config:
     """How to evaluate this checkpoint: as it records, as its published row, or as its shapes tell; flags beat all."""
     if state["format"] == "qkformer":
         cfg = load(recipe, argv, state["config"])
@@ -219,7 +224,7 @@ def _settings_of(state: dict, path: Path, recipe: Path, argv: Sequence[str]) -> 
         logger.info(f"{path}: the released checkpoint of {known.stem}, known by its md5")
     else:
         cfg = load(recipe, argv, _shown_by(state, path))
-    return cfg
+    return dataclasses.replace(cfg, checkpoint=str(path))
 
 
 def _shown_by(state: dict, path: Path) -> dict[str, object]:
@@ -243,7 +248,8 @@ def _shown_by(state: dict, path: Path) -> dict[str, object]:
     return {"model": name, **arguments}
 
 
-def _load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, new_head: bool = False) -> None:
+def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, new_head: bool = False) -> None:
+    """Load a checkpoint's weights, under our names or released ones; raises `UserError` where they do not fit."""
     weights = state["state_dict"]
     if cfg.use_ema and state.get("state_dict_ema"):
         weights = state["state_dict_ema"]
@@ -261,27 +267,3 @@ def _load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, 
             load_released(model, weights)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"checkpoint {path}: {error}") from None
-
-
-def _tell(cfg: Config, membrane: str, result: dict, figures: dict[str, float]) -> None:
-    which = f" (ssa_membrane {membrane})" if cfg.both_membranes else ""
-    logger.info(
-        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} "
-        f"on {result['count']} samples{which}"
-    )
-    if figures:
-        told = ", ".join(
-            f"{value:.2f} % ({source}; {result['top1'] - value:+.2f})" for source, value in figures.items()
-        )
-        logger.info(f"published: {told}")
-
-
-def _report(cfg: Config, folder: Path, results: dict[str, dict], figures: dict[str, float], gallery: Gallery) -> None:
-    name = Path(cfg.checkpoint).stem  # several checkpoints may share a folder
-    numbers, picture = folder / f"{name}.test.json", folder / f"{name}.predictions.png"
-    content = {**next(iter(results.values())), "published_top1": figures, **plain(cfg), **log.provenance()}
-    if cfg.both_membranes:
-        content["membranes"] = results
-    numbers.write_text(json.dumps(content, indent=2) + "\n")
-    gallery.draw(picture)
-    logger.info(f"written: {numbers}, {picture}")

@@ -132,5 +132,6 @@ class Config:
     checkpoint: str | None = option(None, "test.py: checkpoint to evaluate (default: best.pt of the recipe's last run)")
     eval: bool = option(False, "train.py: only evaluate the checkpoint of --resume or --finetune, as test.py does")
     both_membranes: bool = option(False, "test.py: evaluate with either kind of ssa_membrane")
+    energy: bool = option(False, "test.py: also measure MACs, synaptic operations, firing rates and energy")
     use_ema: bool = option(True, "test.py and finetune: take the averaged weights where the checkpoint has them")
     log_interval: int = option(50, "steps between two lines of progress where there is no terminal", low=1)

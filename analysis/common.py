@@ -1,0 +1,112 @@
+"""What the scripts of the analyses share: their command line, a checkpoint's network with data, and tables."""
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from engine import checkpoint
+from engine.config import Config, load
+from engine.data.loaders import Data
+from engine.dist import Dist
+from engine.errors import UserError
+from engine.run import build_model, create_data, guard, load_weights, settings_of, setup
+
+ROOT = Path(__file__).resolve().parents[1]
+DIGITS = ROOT / "digits/digits.yml"
+
+
+class Subject(NamedTuple):
+    """A trained network in evaluation mode, and the data set it was trained on."""
+
+    path: Path  # of its checkpoint
+    cfg: Config
+    here: Dist
+    model: nn.Module
+    data: Data
+
+    def samples(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` test samples [B,...] with their labels [B], on the network's device."""
+        found = []
+        for images, labels in self.data.test:
+            found.append((images, labels))
+            if sum(map(len, (labels for _, labels in found))) >= count:
+                break
+        images, labels = (torch.cat(column)[:count] for column in zip(*found, strict=True))
+        return images, labels
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A command line that a script's docstring describes; mistakes in it raise `UserError`."""
+    return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+
+def checkpoint_parser(doc: str) -> argparse.ArgumentParser:
+    """The same for a script that looks at checkpoints."""
+    about = f"{doc}\nAll further flags are those of test.py, such as --data-path, --batch-size or --device."
+    ours = parser(about)
+    ours.add_argument(
+        "--checkpoint", nargs="+", type=Path, required=True, help="what train.py wrote, or a released file"
+    )
+    ours.add_argument("--output-dir", type=Path, help="folder to write to (default: that of the first checkpoint)")
+    return ours
+
+
+def main(body: Callable[[Sequence[str]], None]) -> None:
+    """Run a script: mistakes that the user can mend end in one line and exit code 2."""
+    guard(lambda: body(sys.argv[1:]))
+
+
+def subjects(args: argparse.Namespace, flags: Sequence[str]) -> list[Subject]:
+    """The networks of `args.checkpoint`, and the folder `args.output_dir` made.
+
+    Args:
+        args: of a `checkpoint_parser`.
+        flags: those that it did not know.
+
+    Raises:
+        UserError: as test.py; or nothing tells the recipe of a checkpoint.
+    """
+    args.output_dir = args.output_dir or args.checkpoint[0].parent
+    found = [_subject(path, flags) for path in args.checkpoint]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def _subject(path: Path, flags: Sequence[str]) -> Subject:
+    state = checkpoint.read(path)
+    recipe = _recipe_of(state, path, flags)
+    here = setup(load(recipe, flags, validate=False))
+    cfg = settings_of(state, path, recipe, flags)
+    model = build_model(cfg).to(here.device).eval()
+    load_weights(cfg, model, state, path)
+    return Subject(path, cfg, here, model, create_data(cfg, here, train=False))
+
+
+def _recipe_of(state: dict, path: Path, flags: Sequence[str]) -> Path:
+    """The recipe for the data set that the checkpoint records, unless `--config` names one."""
+    named = Path(load(DIGITS, flags, validate=False).config)
+    if named != DIGITS:
+        return named
+    for recipe in sorted(ROOT.glob("*/*.yml")) if state["format"] == "qkformer" else ():
+        if (recipe.parent / "train.py").exists() and load(recipe).dataset == state["config"].get("dataset"):
+            return recipe
+    raise UserError(f"{path} does not tell its data set: name a recipe, such as --config imagenet/qkformer_10_384.yml")
+
+
+def write_csv(path: Path, rows: Sequence[dict]) -> None:
+    """Rows with equal keys as a CSV file with a header."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
