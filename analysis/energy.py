@@ -117,7 +117,6 @@ class EnergyReport:
             for integers in INTEGERS
             for first in self._first_counts
         ]
-        rates = self.firing_rates.values()
         return {
             "energy_mj": self.energy_mj,
             "accounts": accounts,
@@ -125,7 +124,6 @@ class EnergyReport:
             "macs_of_first_convolution": self.layers[0].macs,
             "sops": self.sops,
             "mean_input": self.sops / (self.time_steps * (self.flops - self.layers[0].macs)),
-            "mean_firing_rate": sum(rates) / max(len(rates), 1),
             "time_steps": self.time_steps,
             "samples": self.samples,
         }

@@ -31,6 +31,7 @@ LOCAL_FIELDS = (
     "config lif_backend data_path download workers compile device threads output_dir resume finetune checkpoint eval "
     "both_membranes energy use_ema log_interval"
 ).split()
+PUBLISHED = ("paper_top1", "log_top1", "paper_energy_mj")
 EVENT_DATASETS = ("digits-dvs", "dvs128-gesture", "cifar10-dvs")
 # settings that mean something for images alone
 IMAGE_FIELDS = (
@@ -84,7 +85,7 @@ def load(
     if "variant" in flags:
         if flags["variant"] not in variants:
             raise UserError(f"--variant {flags['variant']}: {path} lists {', '.join(variants) or 'none'}")
-        own = {key: value for key, value in values.items() if key not in ("paper_top1", "log_top1")}
+        own = {key: value for key, value in values.items() if key not in PUBLISHED}
         values = own | variants[flags["variant"]]  # which was published with a figure of its own, or with none
     values = values | recorded | flags | {"config": str(path)}
     config = Config(**values)

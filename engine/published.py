@@ -24,7 +24,20 @@ def recipe_of(path: Path, folder: Path) -> Path | None:
 
 
 def accuracies(cfg: Config, folder: Path) -> dict[str, float]:
-    """Published top-1 (percent) by source ("paper", "log") of the recipe or variant with this network and input.
+    """Published top-1 (percent) by source ("paper", "log") of the recipe or variant with this network and input."""
+    recipe = _alike(cfg, folder)
+    figures = {"paper": recipe.paper_top1, "log": recipe.log_top1} if recipe else {}
+    return {source: value for source, value in figures.items() if value is not None}
+
+
+def energy_mj(cfg: Config, folder: Path) -> float | None:
+    """Energy (mJ) in the paper of the recipe or variant with this network and input."""
+    recipe = _alike(cfg, folder)
+    return recipe and recipe.paper_energy_mj
+
+
+def _alike(cfg: Config, folder: Path) -> Config | None:
+    """The recipe in `folder`, or the variant, with the network and input of `cfg`.
 
     The membrane of the self-attention may be another one, for the comparison of the two is of interest.
     """
@@ -36,9 +49,8 @@ def accuracies(cfg: Config, folder: Path) -> dict[str, float]:
             continue  # a file of the user's
         for recipe in recipes:
             if all(getattr(recipe, key) == getattr(cfg, key) for key in keys):
-                figures = {"paper": recipe.paper_top1, "log": recipe.log_top1}
-                return {source: value for source, value in figures.items() if value is not None}
-    return {}
+                return recipe
+    return None
 
 
 def all_of(path: Path) -> list[Config]:

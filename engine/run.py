@@ -204,6 +204,8 @@ def _test(recipe: Path, argv: Sequence[str], meter: Callable[[nn.Module], Abstra
         if measured:
             energy = measured.report(dist.gather)
             logger.info(energy.totals())
+            if paper := published.energy_mj(cfg, recipe.parent):
+                logger.info(f"published: {paper:.2f} mJ (paper)")
     if here.is_main:
         results.write(cfg, folder, found, figures, gallery, energy)
 

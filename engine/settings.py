@@ -24,6 +24,7 @@ class Config:
     )
     paper_top1: float | None = option(None, "accuracy in the paper (%)", low=0, high=100)
     log_top1: float | None = option(None, "best accuracy in the published log (%)", low=0, high=100)
+    paper_energy_mj: float | None = option(None, "energy of an inference in the paper (mJ)", low=0)
 
     model: str = option("qkformer_4_384", "network, see models.list_models()")
     num_classes: int = option(10, "classes of the data set", low=1, flags=("--nb-classes",))

@@ -1,0 +1,168 @@
+"""Energy: every published row is decoded, and what is counted agrees with counters of others."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from golden_cases import assert_close, load_case
+from scripts import ROOT, fail, here, result_in, succeed
+from torch.utils.flop_counter import FlopCounterMode
+
+from analysis.energy import AC_PJ, MAC_PJ, MJ, energy_mj, estimate, implied_mean_input
+from engine import config
+from engine.run import build_model
+from models import create_model
+
+PUBLISHED = yaml.safe_load((ROOT / "analysis/published.yml").read_text())
+OURS = [  # recipe, 10^9 MACs a step, of the first convolution, implied mean input
+    ("qkformer_10_384", 5.899, 0.0650, 0.664),
+    ("qkformer_10_512", 10.427, 0.0867, 0.548),
+    ("qkformer_10_768", 23.329, 0.1301, 0.437),
+    ("qkformer_10_768_t1", 23.329, 0.1301, 0.379),
+    ("qkformer_10_768_288", 38.564, 0.2150, 0.437),
+    ("qkformer_10_768_384", 68.557, 0.3822, 0.434),
+]
+
+
+def count(model, size):
+    """The report from shapes alone, and the MACs by torch's own counter."""
+    x = torch.empty(1, 3, size, size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(x)
+    return estimate(model, x), counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize(("recipe", "macs", "first", "mean"), OURS)
+def test_rows_of_qkformer(recipe, macs, first, mean):
+    cfg = config.load(ROOT / f"imagenet/{recipe}.yml")
+    with torch.device("meta"):
+        report, counted = count(build_model(cfg), cfg.input_size)
+    head = report.layers[-1].macs  # executed once, counted in every step
+    assert counted == cfg.time_steps * (report.flops - head) + head
+    own = report.layers[0].macs
+    assert (round(report.flops / 1e9, 3), round(own / 1e9, 4)) == (macs, first)
+    implied = implied_mean_input(cfg.paper_energy_mj, report.flops, own, cfg.time_steps)
+    # a figure of 3 decimals, from an energy of 2: within half a unit of both
+    others = cfg.time_steps * (report.flops - own)
+    assert abs(implied - mean) <= 0.0005 + 0.005 / (AC_PJ * others * MJ)
+    energy = energy_mj(own, mean * others, cfg.time_steps)
+    assert abs(energy - cfg.paper_energy_mj) <= 0.005 + 0.0005 * AC_PJ * others * MJ
+
+
+@pytest.mark.parametrize("row", PUBLISHED["ann"], ids=lambda row: row["timm"])
+def test_rows_of_anns(row):
+    with torch.device("meta"):
+        model = timm.create_model(row["timm"])
+        report, counted = count(model, model.pretrained_cfg["input_size"][-1])
+    assert report.flops == counted
+    assert report.time_steps == 1
+    assert math.isclose(report.energy_mj, MAC_PJ * report.flops * MJ)
+    measured = {"vit_base_patch16_384": 55.484, "deit_base_patch16_224": 17.564, "deit_base_patch16_384": 55.484}
+    measured |= {"swin_base_patch4_window7_224": 15.431, "swin_base_patch4_window12_384": 47.083}
+    assert round(report.flops / 1e9, 3) == measured[row["timm"]]
+    assert round(MAC_PJ * math.floor(report.flops / 1e8) / 10, 2) == row["energy_mj"]
+
+
+@pytest.mark.parametrize("row", PUBLISHED["snn"], ids=lambda row: row["network"])
+def test_rows_of_other_spiking_networks(row):
+    first = 3 * 3 * 3 * row["first_channels"] * 224**2
+    assert round(energy_mj(first, row["sops"] * 1e9, time_steps=4), 2) == row["energy_mj"]
+
+
+def test_every_published_row_is_there():
+    assert len(PUBLISHED["ann"]) == 5
+    assert len(PUBLISHED["snn"]) == 6
+    with_energy = [path.stem for path in (ROOT / "imagenet").glob("*.yml") if config.load(path).paper_energy_mj]
+    assert sorted(with_energy) == sorted(recipe for recipe, *_ in OURS)
+
+
+@pytest.mark.parametrize("name", ["cifar10_T4_B3_32_s0", "cifar10-dvs_T8_B2_128_s0"])
+def test_firing_rates_are_those_of_the_released_code(name):
+    case = load_case(name)
+    report = estimate(case.model("released"), case.input())
+    assert_close(np.array([*report.firing_rates.values()]), case.arrays["released.eval.firing_rates"], "firing rates")
+    assert report.time_steps == case.about["T"]
+    assert report.has_frames == ("dvs" in name)
+
+
+def by_hand(model, x):
+    """Synaptic operations and multiply-accumulates of one sample, straight from the inputs of the modules."""
+    inputs = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, args, _, name=name: inputs.update({name: args[0]}))
+    products = []  # driving spikes [T,B,h,d,N] of the self-attention's two products, block by block
+    for block in model.stages[2].blocks:
+        block.attn.attend = lambda q, k, v, own=block.attn.attend: products.extend([k, q]) or own(q, k, v)
+    with torch.no_grad():
+        model(x)
+    additions, mixed = 0.0, 0.0
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.dim() < 2 or name == "stages.0.embed.units.0.conv":
+            continue
+        value, steps = inputs[name], model.time_steps
+        macs = module(value).numel() / len(value) * weight[0].numel()
+        is_binary = bool(((value == 0) | (value == 1)).all())
+        additions += AC_PJ * value.mean().item() * macs * steps
+        mixed += (AC_PJ if is_binary else MAC_PJ) * (value != 0).double().mean().item() * macs * steps
+    for spikes in products:
+        _, _, heads, width, tokens = spikes.shape
+        pj = AC_PJ * spikes.mean().item() * heads * width**2 * tokens * model.time_steps
+        additions, mixed = additions + pj, mixed + pj
+    return additions * MJ, mixed * MJ
+
+
+def test_an_estimate_by_hand():
+    case = load_case("cifar10_T4_B3_32_s0")
+    model, x = case.model("corrected").eval(), case.input()
+    report = estimate(model, [(x[:2], torch.zeros(2)), (x[2:], torch.zeros(1))])  # a loader, with an odd last batch
+    assert report.samples == 3
+    assert model.training is False
+    additions, mixed = by_hand(model, x)
+    first = MAC_PJ * 3 * 9 * 48 * 32 * 32 * MJ  # 3 channels, 3x3, 48 channels at 32x32
+    assert math.isclose(report.energy(), 4 * first + additions, rel_tol=1e-9)
+    assert math.isclose(report.energy(first="once"), first + additions, rel_tol=1e-9)
+    assert math.isclose(report.energy("multiplications"), 4 * first + mixed, rel_tol=1e-9)
+    assert math.isclose(report.sops * AC_PJ * MJ, additions, rel_tol=1e-9)
+    assert mixed > 1.5 * additions  # the two accounts are not the same thing
+    assert {layer.name for layer in report.layers if not layer.is_binary} >= {"stages.2.blocks.0.attn.v.conv", "head"}
+
+
+def test_membrane_shortcuts_have_binary_inputs():
+    x = torch.rand(2, 1, 8, 8)
+    report = estimate(create_model("qkformer_3_64", residual="ms"), x)
+    assert [layer.name for layer in report.layers if not layer.is_binary][:1] == [report.layers[0].name]
+    assert {layer.name for layer in report.layers[1:] if not layer.is_binary} <= {"head"}
+
+
+def test_the_script_measures_while_it_evaluates(tmp_path, monkeypatch, capfd):
+    """Over two processes the same to the last digit shown; files for people and for programs."""
+    small = ["--epochs", 1, "--time-steps", 2, "--batch-size", 128]
+    here(monkeypatch, capfd, "digits/train.py", "--output-dir", tmp_path, *small)
+    test = ["--checkpoint", tmp_path / "best.pt", "--energy", "--eval-batch-size", 40]
+    told = here(monkeypatch, capfd, "digits/test.py", *test)
+    alone = result_in(tmp_path)["energy"]
+    assert f"energy {alone['energy_mj']:.4g} mJ a sample" in told
+    assert alone["accounts"][0]["energy_mj"] == alone["energy_mj"] > 0
+    assert len(alone["accounts"]) == 4
+    with (tmp_path / "best.energy.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert math.isclose(sum(float(row["energy (mJ)"]) for row in rows), alone["energy_mj"], rel_tol=1e-9)
+    content = json.loads((tmp_path / "best.energy.json").read_text())
+    assert len(content["layers"]) == len(rows)
+    assert (tmp_path / "best.energy.png").stat().st_size > 10_000
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "digits/test.py"]
+    succeed(*launch, *test, "--output-dir", tmp_path / "two", "--device", "cpu")
+    two = result_in(tmp_path / "two")["energy"]
+    assert two["samples"] == alone["samples"] == 360
+    assert math.isclose(two["energy_mj"], alone["energy_mj"], rel_tol=1e-9)
+
+
+def test_only_test_measures(monkeypatch, capfd):
+    line = fail(monkeypatch, capfd, "digits/train.py", "--eval", "--energy", "--resume", "x.pt")
+    assert line.startswith("error: --energy is for test.py")
