@@ -87,6 +87,8 @@ def _subject(path: Path, flags: Sequence[str]) -> Subject:
     state = checkpoint.read(path)
     recipe = _recipe_of(state, path, flags)
     here = setup(load(recipe, flags, validate=False))
+    if here.world_size > 1:
+        raise UserError("the analyses run in one process: start them with python -m")
     cfg = settings_of(state, path, recipe, flags)
     model = build_model(cfg).to(here.device).eval()
     load_weights(cfg, model, state, path)
