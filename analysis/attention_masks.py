@@ -56,9 +56,7 @@ def measure(subject: Subject, images: Tensor) -> list[Mask]:
         return passed
 
     if not attentions:
-        raise UserError(
-            f"{subject.path}: {subject.cfg.model} has no Q-K attention here, and self-attention has no masks"
-        )
+        raise UserError(f"{subject.path}: this {subject.cfg.model} has self-attention alone, which masks nothing")
     handles = []
     for name, module in attentions.items():
         grid = functools.partial(lambda name, *call: grids.update({name: call[1][0].shape[3:]}), name)
@@ -91,13 +89,13 @@ def draw(subject: Subject, images: Tensor, labels: Tensor, masks: list[Mask], pa
         axes[i, 0].imshow(picture, cmap="gray", vmin=0, vmax=1)
         axes[i, 0].set_ylabel(subject.data.classes[label], fontsize=9)
         for axis, mask in zip(axes[i, 1:], masks, strict=True):
-            heat = F.interpolate(mask.over_image[i][None, None].cpu(), picture.shape[:2], mode="nearest")[0, 0]
+            heat = F.interpolate(mask.over_image[i][None, None].cpu(), picture.shape[:2], mode="nearest")[0, 0].numpy()
             axis.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=1)
             axis.imshow(heat, cmap="inferno", alpha=0.65, vmin=0, vmax=brightest[mask.block])
             axis.set_xlabel(f"{mask.passing[i]:.1%} pass", fontsize=8)
             if mask.kind == "channel":
                 bars = axis.inset_axes((0, -0.02, 1, 0.14))
-                bars.imshow(mask.of_channels[i][None].cpu(), cmap="viridis", aspect="auto", vmin=0, vmax=1)
+                bars.imshow(mask.of_channels[i][None].cpu().numpy(), cmap="viridis", aspect="auto", vmin=0, vmax=1)
                 bars.set(xticks=[], yticks=[])
     axes[0, 0].set_title("input", fontsize=9)
     for axis, mask in zip(axes[0, 1:], masks, strict=True):

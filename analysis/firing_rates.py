@@ -73,14 +73,16 @@ def draw(rates: Rates, title: str, path: Path) -> None:
     figure = Figure(figsize=(max(8, 0.26 * len(rates.spikes)), 4.5 * panels), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
-    axes[0].bar(range(len(rates.spikes)), [values.mean() for values in rates.spikes.values()], color="lightsteelblue")
-    steps = list(zip(*rates.spikes.values(), strict=True))
+    axes[0].bar(
+        range(len(rates.spikes)), [values.mean().item() for values in rates.spikes.values()], color="lightsteelblue"
+    )
+    steps = torch.stack([*rates.spikes.values()], 1).tolist()  # [T][layers]
     for t, values in enumerate(steps):
         colour = colormaps["viridis"](t / max(1, len(steps) - 1))
         axes[0].plot(values, ".", color=colour, label=f"t = {t}")
     axes[0].set(ylabel="firing rate", title="Spikes: mean output of each LIF; bars over all time steps")
     if rates.integers:
-        shares = torch.stack([*rates.integers.values()], 1)  # [values,layers]
+        shares = torch.stack([*rates.integers.values()], 1).numpy()  # [values,layers]
         for value in range(1, len(shares)):
             colour = colormaps["YlOrBr"](0.2 + 0.8 * (value - 1) / max(1, len(shares) - 2))
             axes[1].bar(range(shares.shape[1]), shares[value], bottom=shares[1:value].sum(0), color=colour, label=value)

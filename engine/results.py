@@ -38,7 +38,9 @@ def write(
     """Write the numbers, the picture of the answers and, where it was measured, the energy."""
     name = Path(cfg.checkpoint).stem  # several checkpoints may share a folder
     written = [folder / f"{name}.test.json", folder / f"{name}.predictions.png"]
-    content = {**next(iter(results.values())), "published_top1": figures, **plain(cfg), **log.provenance()}
+    settings = plain(cfg, without=("config", "output_dir", "energy"))
+    settings["recipe"] = Path(cfg.config).stem
+    content = {**next(iter(results.values())), "published_top1": figures, **settings, **log.provenance()}
     if cfg.both_membranes:
         content["membranes"] = results
     if energy:

@@ -28,13 +28,22 @@ def succeed(*command, **kwargs):
 
 
 def here(monkeypatch, capfd, script, *arguments):
-    """Run a script in this process, which saves its start, and return what it says."""
-    monkeypatch.setattr(sys, "argv", [script, "--device", "cpu", *map(str, arguments)])
+    """Run a script, or a module as `python -m` does, in this process, which saves its start; returns what it says."""
+    own = ["--device", "cpu"] if script.endswith(".py") else []
+    monkeypatch.setattr(sys, "argv", [script, *own, *map(str, arguments)])
     capfd.readouterr()
     threads = torch.get_num_threads()
-    runpy.run_path(str(ROOT / script), run_name="__main__")
+    _execute(script)
     torch.set_num_threads(threads)
     return capfd.readouterr().out
+
+
+def _execute(script):
+    if script.endswith(".py"):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    else:
+        sys.modules.pop(script, None)  # runpy warns of a module that is imported already
+        runpy.run_module(script, run_name="__main__")
 
 
 def result_in(folder):
@@ -47,7 +56,7 @@ def fail(monkeypatch, capfd, script, *arguments):
     """Run a script in this process, which saves its start, and return its one line."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        _execute(script)
     assert end.value.code == 2
     lines = capfd.readouterr().err.splitlines()
     assert lines[-1].startswith("error: ")

@@ -13,7 +13,8 @@ from golden_cases import assert_close, load_case
 from scripts import ROOT, fail, here, result_in, succeed
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.energy import AC_PJ, MAC_PJ, MJ, energy_mj, estimate, implied_mean_input
+from analysis.energy import AC_PJ, MAC_PJ, energy_mj, estimate, implied_mean_input
+from analysis.energy_report import MJ
 from engine import config
 from engine.run import build_model
 from models import create_model

@@ -1,0 +1,179 @@
+"""What a measurement of energy says: totals in each of the usual accounts, a table of the layers, and a picture."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from .common import write_csv
+
+MAC_PJ, AC_PJ = 4.6, 0.9
+MJ = 1e-9  # of a picojoule
+# how a mean integer is counted, and how often the first convolution of a static image: the first of each is the paper's
+INTEGERS = ("additions", "multiplications")
+FIRST = ("every step", "once")
+
+
+def energy_mj(first_macs: float, sops: float, time_steps: int) -> float:
+    """Energy (mJ) of a spiking network: MACs of its first convolution in each step, and SOPs of all the rest."""
+    return (MAC_PJ * time_steps * first_macs + AC_PJ * sops) * MJ
+
+
+def implied_mean_input(energy: float, macs: float, first_macs: float, time_steps: int) -> float:
+    """The mean input over all layers but the first with which `energy_mj` gives `energy` (mJ)."""
+    return (energy / MJ - MAC_PJ * time_steps * first_macs) / (AC_PJ * time_steps * (macs - first_macs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One convolution, linear layer or matrix product."""
+
+    name: str
+    macs: float  # of one sample at one time step
+    mean_input: float | None  # of a product: of its second factor; None where only shapes were known
+    density: float | None  # share of the inputs that are not zero
+    is_binary: bool  # all inputs are 0 or 1
+
+    def sops(self, time_steps: int) -> float:
+        return self.mean_input * time_steps * self.macs
+
+
+@dataclasses.dataclass(frozen=True)
+class EnergyReport:
+    """What a network computes, and what that takes, for one sample.
+
+    Attributes:
+        layers: in the order of their execution.
+        time_steps: T; 1 for a network without spiking neurons.
+        firing_rates: mean output of each LIF, by its name; empty for a network without.
+        samples: how many were averaged over.
+        has_frames: the input differs from step to step, so that the first convolution is needed in each.
+    """
+
+    layers: list[Layer]
+    time_steps: int
+    firing_rates: dict[str, float]
+    samples: int
+    has_frames: bool
+
+    @property
+    def flops(self) -> float:
+        """Multiply-accumulates of one time step (the field's "FLOPs")."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def sops(self) -> float:
+        """Synaptic operations of all time steps, without the first convolution."""
+        return sum(layer.sops(self.time_steps) for layer in self.layers[1:])
+
+    @property
+    def energy_mj(self) -> float:
+        """Energy (mJ) as the paper counts it; 4.6 pJ a MAC for a network without spiking neurons."""
+        return self.energy()
+
+    def energy(self, integers: str = INTEGERS[0], first: str = FIRST[0]) -> float:
+        """Energy (mJ) in one of the possible accounts.
+
+        Args:
+            integers: with SEW residuals some layers get small integers instead of spikes. As "additions" an input n
+                is n additions (the paper's mean input); as "multiplications" every input but 0 is one
+                multiply-accumulate.
+            first: the first convolution of a static image is the same in "every step", and could be computed "once".
+        """
+        return sum(self.layer_energy(i, integers, first) for i in range(len(self.layers)))
+
+    @property
+    def _first_counts(self) -> tuple[str, ...]:
+        return FIRST[:1] if self.has_frames else FIRST
+
+    def layer_energy(self, index: int, integers: str = INTEGERS[0], first: str = FIRST[0]) -> float:
+        """The share (mJ) of layer `index` in `energy`."""
+        layer = self.layers[index]
+        if index == 0 or not self.firing_rates:
+            return MAC_PJ * layer.macs * (1 if first == "once" else self.time_steps) * MJ
+        if integers == "multiplications" and not layer.is_binary:
+            return MAC_PJ * layer.density * self.time_steps * layer.macs * MJ
+        return AC_PJ * layer.sops(self.time_steps) * MJ
+
+    def summary(self) -> dict:
+        """The totals as plain data."""
+        accounts = [
+            {"integers": integers, "first_convolution": first, "energy_mj": self.energy(integers, first)}
+            for integers in INTEGERS
+            for first in self._first_counts
+        ]
+        return {
+            "energy_mj": self.energy_mj,
+            "accounts": accounts,
+            "macs_per_step": self.flops,
+            "macs_of_first_convolution": self.layers[0].macs,
+            "sops": self.sops,
+            "mean_input": self.sops / (self.time_steps * (self.flops - self.layers[0].macs)),
+            "time_steps": self.time_steps,
+            "samples": self.samples,
+        }
+
+    def rows(self) -> list[dict]:
+        """The table of the layers."""
+        return [
+            {
+                "layer": layer.name,
+                "MACs a step": layer.macs,
+                "mean input": layer.mean_input,
+                "share not 0": layer.density,
+                "input": "real" if i == 0 else "spikes" if layer.is_binary else "integers",
+                "SOPs": layer.sops(self.time_steps) if i else 0.0,
+                "energy (mJ)": self.layer_energy(i),
+            }
+            for i, layer in enumerate(self.layers)
+        ]
+
+    def __str__(self) -> str:
+        """The table of the layers, and the totals, to read."""
+        table = tabulate(self.rows(), headers="keys", floatfmt=("", ",.0f", ".4f", ".4f", "", ",.0f", ".6f"))
+        return f"{table}\n{self.totals()}"
+
+    def totals(self) -> str:
+        """The totals in a few lines."""
+        lines = [
+            f"energy {self.energy_mj:.4g} mJ a sample: {self.flops / 1e6:,.2f} M MACs a step, T = {self.time_steps}, "
+            f"{self.sops / 1e6:,.2f} M SOPs"
+        ]
+        for kind in INTEGERS if self.firing_rates else ():
+            both = ", ".join(
+                f"first convolution {first}: {self.energy(kind, first):.4g} mJ" for first in self._first_counts
+            )
+            lines.append(f"  integers as {kind}, {both}")
+        return "\n".join(lines)
+
+    def write(self, folder: Path, name: str) -> list[Path]:
+        """Write `NAME.energy.json`, `.csv` (the layers) and `.png` to `folder`; returns their paths."""
+        paths = [folder / f"{name}.energy.{kind}" for kind in ("json", "csv", "png")]
+        content = self.summary() | {"firing_rates": self.firing_rates, "layers": self.rows()}
+        paths[0].write_text(json.dumps(content, indent=2) + "\n")
+        write_csv(paths[1], self.rows())
+        self.draw(paths[2])
+        return paths
+
+    def draw(self, path: Path) -> None:
+        """Energy and mean input of each layer as bars."""
+        rows, width = self.rows(), max(7, 0.24 * len(self.layers))
+        colours = {"real": "tab:red", "spikes": "tab:blue", "integers": "tab:orange"}
+        figure = Figure(figsize=(width, 7), layout="constrained")
+        energy, inputs = figure.subplots(2, 1, sharex=True)
+        for kind, colour in colours.items():
+            at = [i for i, row in enumerate(rows) if row["input"] == kind]
+            energy.bar(at, [1000 * rows[i]["energy (mJ)"] for i in at], color=colour, label=f"input: {kind}")
+            if kind != "real":
+                inputs.bar(at, [rows[i]["mean input"] for i in at], color=colour)
+        energy.set(ylabel="energy (µJ a sample)", title=self.totals().splitlines()[0])
+        energy.legend()
+        inputs.set(ylabel="mean input")
+        inputs.set_xticks(range(len(rows)), [row["layer"] for row in rows], rotation=90, fontsize=7)
+        inputs.margins(x=0.01)
+        for axis in (energy, inputs):
+            axis.grid(axis="y", alpha=0.3)
+            axis.set_axisbelow(True)
+        figure.savefig(path, dpi=110)

@@ -1,0 +1,241 @@
+"""The analyses: what they count agrees with other counts, and their scripts write what they say."""
+
+import csv
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from scripts import ROOT, fail, here
+from test_models import lively
+
+from analysis import attention_masks, attention_statistics, common, firing_rates, membrane, tables
+from analysis.energy import estimate
+from engine import checkpoint, config
+from engine.published import all_of
+from engine.run import build_model
+from models import LIF
+from models.attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
+
+EMPTY = {"optimizer": {}, "scaler": {}, "epoch": 1, "best": {}}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Makes a checkpoint of the digits' network, with weights under which all its neurons fire."""
+
+    def make(name, *flags):
+        path = tmp_path_factory.mktemp(name) / "best.pt"
+        cfg = config.load(ROOT / "digits/digits.yml", ["--time-steps", "2", *flags])
+        model = lively(build_model(cfg)).float()
+        checkpoint.save(path, EMPTY | {"state_dict": model.state_dict(), "config": config.plain(cfg)})
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def all_kinds(trained):
+    return trained("all", "--attention", "token", "channel", "self")
+
+
+def subject(path, *flags):
+    args = common.checkpoint_parser("").parse_args(["--checkpoint", str(path)])
+    (found,) = common.subjects(args, ["--device", "cpu", *flags])
+    return found
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_firing_rates_and_integers_are_what_the_layers_get(all_kinds, tmp_path, monkeypatch, capfd):
+    found = subject(all_kinds)
+    report = estimate(found.model, found.data.test)
+    rates = firing_rates.measure(found)
+    assert list(rates.spikes) == list(report.firing_rates)
+    for name, values in rates.spikes.items():
+        assert values.shape == (2,)
+        assert math.isclose(values.mean(), report.firing_rates[name], rel_tol=1e-9)
+        assert values.max() > 0
+    inputs = {layer.name: layer for layer in report.layers}
+    pairs = {"embed": "blocks.0.attn.q.conv", "blocks.0.attn": "blocks.0.mlp.fc1.conv"}
+    for stage, (behind, into) in itertools.product(range(3), pairs.items()):
+        shares = rates.integers[f"stages.{stage}.{behind}"]
+        assert math.isclose(shares.sum(), 1, rel_tol=1e-6)
+        mean = (shares * torch.arange(len(shares))).sum()
+        assert math.isclose(mean, inputs[f"stages.{stage}.{into}"].mean_input, rel_tol=1e-6)
+        assert math.isclose(1 - shares[0], inputs[f"stages.{stage}.{into}"].density, rel_tol=1e-6)
+    here(monkeypatch, capfd, "analysis.firing_rates", "--checkpoint", all_kinds, "--output-dir", tmp_path / "out")
+    rows = rows_of(tmp_path / "out/firing_rates.csv")
+    assert [row["layer"] for row in rows] == list(rates.spikes)
+    assert len(rows_of(tmp_path / "out/integers.csv")) == 9
+    assert (tmp_path / "out/firing_rates.png").stat().st_size > 20_000
+
+
+def test_membrane_shortcuts_have_no_integers(trained):
+    found = subject(trained("ms", "--residual", "ms"))
+    rates = firing_rates.measure(found)
+    assert rates.integers == {}
+    assert set(rates.spikes) == {name for name, module in found.model.named_modules() if isinstance(module, LIF)}
+
+
+@pytest.mark.parametrize("kind", ["Q-K token", "Q-K channel", "self"])
+def test_independent_spikes(kind):
+    """The formulas against spikes drawn at random and the networks' own sums."""
+    generator = torch.Generator().manual_seed(0)
+    rates, width, tokens, heads = [0.3, 0.2, 0.4], 6, 5, 2
+    rates = rates[: 3 if kind == "self" else 2]
+    q, *others = ((torch.rand(1, 20_000, heads, width, tokens, generator=generator) < rate).float() for rate in rates)
+    modules = {"Q-K token": TokenQKAttention, "Q-K channel": ChannelQKAttention, "self": SpikingSelfAttention}
+    module, sums = modules[kind](heads * width, heads), []
+    module.attn_lif.register_forward_pre_hook(lambda _, args: sums.append(args[0].double()))
+    module.attend(q, *others)
+    mean, variance = attention_statistics.independent(kind, rates, width, tokens)
+    scale = 0.125 if kind == "self" else 1
+    assert math.isclose(sums[0].mean() / scale, mean, rel_tol=0.01)
+    assert math.isclose(sums[0].var() / scale**2, variance, rel_tol=0.03)
+
+
+def test_statistics_of_attention(all_kinds, tmp_path, monkeypatch, capfd):
+    told = here(
+        monkeypatch, capfd, "analysis.attention_statistics", "--checkpoint", all_kinds, "--output-dir", tmp_path
+    )
+    rows = rows_of(tmp_path / "attention_statistics.csv")
+    kinds = [row["attention"] for row in rows]
+    assert kinds == ["Q-K token", "Q-K channel", "self scaled", "self unscaled"]
+    values = [{key: float(row[key]) for key in ("mean", "variance", "independent mean", "N", "d")} for row in rows]
+    assert [(row["N"], row["d"]) for row in values] == [(64, 2), (16, 4), (4, 8), (4, 8)]
+    for row in values[:2]:
+        assert math.isclose(row["mean"], row["independent mean"], rel_tol=1e-6)  # a sum's mean is n f_q in any case
+    assert math.isclose(values[3]["mean"], 8 * values[2]["mean"], rel_tol=1e-9)
+    assert math.isclose(values[3]["variance"], 64 * values[2]["variance"], rel_tol=1e-9)
+    assert "Q-K channel" in told
+    assert (tmp_path / "attention_statistics.png").exists()
+
+
+def test_masks_are_those_of_the_spikes():
+    token = torch.zeros(2, 1, 2, 1, 6)  # [T,B,h,1,N]: token 4 passes in one head at one step, token 1 always
+    token[0, 0, 0, 0, 4] = 1
+    token[..., 1] = 1
+    found = attention_masks._mask("b", token, token.expand(2, 1, 2, 3, 6), (2, 3))
+    assert (found.kind, found.over_image.tolist()) == ("token", [[[0, 1, 0], [0, 0.25, 0]]])
+    assert found.passing.tolist() == pytest.approx([1.25 / 6])
+    channel = torch.zeros(2, 1, 2, 3, 1)  # [T,B,h,d,1]: one of six channels is open in both steps
+    channel[:, 0, 1, 2] = 1
+    key = torch.zeros(2, 1, 2, 3, 6)
+    key[:, 0, 1, 2, 5] = 1
+    found = attention_masks._mask("b", channel, channel * key, (2, 3))
+    assert found.kind == "channel"
+    assert found.of_channels.tolist() == [[0, 0, 0, 0, 0, 1]]
+    assert found.over_image[0, 1, 2].item() == pytest.approx(1 / 6)
+    assert found.over_image.sum().item() == pytest.approx(1 / 6)
+
+
+def test_masks_are_drawn_over_the_input(all_kinds, trained, tmp_path, monkeypatch, capfd):
+    arguments = ["--checkpoint", all_kinds, "--output-dir", tmp_path, "--samples", 3]
+    here(monkeypatch, capfd, "analysis.attention_masks", *arguments)
+    rows = rows_of(tmp_path / "attention_masks.csv")
+    assert [(row["kind"], row["sample"]) for row in rows] == list(itertools.product(("token", "channel"), "012"))
+    assert [len(row["mask"].split()) for row in rows] == [64] * 3 + [16] * 3
+    assert 0 < float(rows[0]["passing"]) < 1
+    assert (tmp_path / "attention_masks.png").stat().st_size > 20_000
+    path = trained("self", "--attention", "self", "self", "self")
+    line = fail(monkeypatch, capfd, "analysis.attention_masks", "--checkpoint", path, "--device", "cpu")
+    assert line.endswith("this qkformer_3_64 has self-attention alone, which masks nothing")
+
+
+def test_the_membrane_study(all_kinds, trained, tmp_path, monkeypatch, capfd):
+    """A leak needs neighbours: alone both membranes are one; with neighbours only one depends on who they are."""
+    leaking = trained("released", "--ssa-membrane", "released")
+    arguments = ["--checkpoint", leaking, all_kinds, "--output-dir", tmp_path, "--batch-sizes", 1, 60, "--shuffles", 2]
+    told = here(monkeypatch, capfd, "analysis.membrane", *arguments)
+    rows = rows_of(tmp_path / "membrane.csv")
+    assert len(rows) == 2 * 2 * 2 * 3  # checkpoints, membranes, batch sizes, kinds of order
+    for row in rows:
+        if row["order"] == "random":
+            changes = float(row["answers that change"])
+            assert (changes > 0) == (row["evaluated"] == "released" and row["batch size"] == "60")
+        if row["batch size"] == "1" or row["evaluated"] == "per_sample":
+            mine = [r["top1"] for r in rows if (r["checkpoint"], r["batch size"]) == (row["checkpoint"], "1")]
+            assert set(mine) == {row["top1"]}
+    assert (tmp_path / "membrane.md").read_text().count("\n") == 2 + 2 * 2 * 2
+    assert "| released " in told
+    assert (tmp_path / "membrane.png").stat().st_size > 20_000
+    path = trained("ms", "--residual", "ms")
+    line = fail(monkeypatch, capfd, "analysis.membrane", "--checkpoint", path, "--device", "cpu")
+    assert "nothing in this network can leak over the batch" in line
+
+
+def test_checkpoints_are_averaged_by_their_training():
+    row = {
+        "trained": "released",
+        "evaluated": "released",
+        "batch size": 4,
+        "order": "random",
+        "answers that change": 2.0,
+    }
+    first = row | {"top1": 90.0, "lowest": 89.0, "highest": 91.0}
+    second = row | {"top1": 92.0, "lowest": 91.5, "highest": 92.5, "answers that change": 4.0}
+    third = first | {"trained": "per_sample"}
+    mean, other = membrane.averages([first, second, third])
+    assert (mean["top1"], mean["lowest"], mean["highest"], mean["answers that change"]) == (91.0, 89.0, 92.5, 3.0)
+    assert mean["deviation"] == pytest.approx(math.sqrt(2))
+    assert (other["checkpoints"], other["deviation"]) == (1, 0.0)
+
+
+def test_a_foreign_checkpoint_needs_a_recipe(tmp_path, monkeypatch, capfd):
+    torch.save({"head.weight": torch.zeros(2, 2)}, tmp_path / "foreign.pt")
+    for script in ("firing_rates", "attention_masks", "attention_statistics", "membrane"):
+        line = fail(monkeypatch, capfd, f"analysis.{script}", "--checkpoint", tmp_path / "foreign.pt")
+        assert line.endswith(
+            "foreign.pt does not tell its data set: name a recipe, such as --config imagenet/qkformer_10_384.yml"
+        )
+    line = fail(monkeypatch, capfd, "analysis.firing_rates", "--checkpoint", tmp_path / "absent.pt")
+    assert line.endswith("absent.pt does not exist")
+    assert "required: --checkpoint" in fail(monkeypatch, capfd, "analysis.firing_rates")
+
+
+def result(folder, top1, count=360, **changes):
+    """What test.py writes for the digits."""
+    folder.mkdir()
+    settings = config.plain(config.load(ROOT / "digits/digits.yml"), without=["energy"]) | {"time": "2026", **changes}
+    (folder / "best.test.json").write_text(json.dumps({"top1": top1, "count": count, **settings}))
+
+
+def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monkeypatch, capfd):
+    result(tmp_path / "a", 98.0, energy={"energy_mj": 0.00125})
+    result(tmp_path / "b", 99.0)
+    result(tmp_path / "part", 12.0, count=100)
+    result(tmp_path / "another_network", 13.0, attention=["self", "self", "self"])
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/best.test.json").write_text("{")
+    told = here(monkeypatch, capfd, "analysis.tables", "--results", tmp_path, "--output-dir", tmp_path / "out")
+    assert "part/best.test.json: left out, it is of 100 samples" in told
+    assert "c/best.test.json: left out, it is not what test.py writes" in told
+    found = {name: rows_of(tmp_path / f"out/{name}.csv") for name in ("imagenet", "small", "ablations")}
+    for name in ("imagenet", "small"):
+        measured = [row["network"] for row in found[name] if row["top-1 (%) here"] or row["energy (mJ) here"]]
+        assert measured == {"imagenet": [], "small": ["qkformer_3_64"]}[name]
+    digits = next(row for row in found["small"] if row["data set"] == "digits")
+    assert digits["top-1 (%) here"] == "98.50 ± 0.71 (2 runs)"
+    assert (digits["energy (mJ) here"], digits["parameters"]) == ("0.00125", "140,162")
+    large = found["imagenet"][0]
+    assert (large["network"], large["parameters"], large["MACs a step"]) == ("qkformer_10_384", "16,473,688", "5.899 G")
+    assert (large["top-1 (%) paper"], large["top-1 (%) log"], large["energy (mJ) paper"]) == ("78.80", "78.85", "15.13")
+    for row in found["imagenet"][6:]:  # of other networks energies alone
+        assert row["energy (mJ) paper"]
+        assert not row["top-1 (%) paper"]
+    for row, cfg in zip(found["ablations"], all_of(ROOT / "cifar100/cifar100.yml"), strict=True):
+        assert row["CIFAR-100: top-1 (%) here"] == ""
+        assert {other["--variant"] for other in found["ablations"]} >= {cfg.variant or ""}
+    paper = {row["--variant"]: row["CIFAR10-DVS: top-1 (%) paper"] for row in found["ablations"]}
+    assert (paper["channel_self"], paper["spikformer_speds"], paper["ms"]) == ("84.30", "82.20", "")
+    page = (tmp_path / "out/tables.html").read_text()
+    assert page.count("<table>") == 3
+    assert "*" not in page.split("</style>")[1]
+    assert set(tables.TEST_SAMPLES) == {
+        config.load(path).dataset for path in ROOT.glob("*/*.yml") if (path.parent / "train.py").exists()
+    }
