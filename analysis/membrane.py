@@ -4,9 +4,10 @@
 
 In the released code the last membrane of the self-attention runs over the samples of a batch as if they were time steps
 (README, errata). Each checkpoint is evaluated with this membrane ("released") and with one for each sample
-("per_sample"), at several batch sizes, in the order of the test set, sorted by class, and in random orders; and it is
-counted how many answers change from one random order to the next. Checkpoints trained with the same membrane are
-averaged. Writes membrane.csv, membrane.md and membrane.png.
+("per_sample"), at several batch sizes, in the order of the test set, sorted by class, and in random orders. From one
+random order to the next it is counted how many answers change, and how much of the probability moves from class to
+class (total variation of the softmax). Checkpoints that differ by their seed are averaged. Writes membrane.csv,
+membrane.md and membrane.png.
 """
 
 import dataclasses
@@ -27,39 +28,55 @@ from engine.run import build_model, load_weights
 
 from .common import Subject, checkpoint_parser, main, subjects, write_csv
 
-MEMBRANES = ("released", "per_sample")
+COLOURS = {"released": "tab:red", "per_sample": "tab:blue"}
+CHANGES = ("answers that change", "probability that moves")
 
 
 @torch.inference_mode()
-def answers(model: nn.Module, images: Tensor, order: Tensor, batch_size: int) -> Tensor:
-    """The class [N] that the model gives to each of `images` [N,...], met in `order` [N] in batches of `batch_size`."""
-    found = torch.empty_like(order)
-    for indices in order.split(batch_size):
-        found[indices] = model(images[indices]).argmax(1)
-    return found
+def probabilities(model: nn.Module, images: Tensor, order: Tensor, batch_size: int) -> Tensor:
+    """Softmax [N,classes] of each of `images` [N,...], met in `order` [N] in batches of `batch_size`."""
+    found = [model(images[indices]).double().softmax(1) for indices in order.split(batch_size)]
+    return torch.cat(found)[order.argsort()]
 
 
 def study(subject: Subject, batch_sizes: Sequence[int], shuffles: int) -> list[dict]:
-    """A row for each membrane, batch size and kind of order: accuracy (%), and the answers (%) that change."""
+    """A row for each membrane, batch size and kind of order, in percent: accuracy, and what changes between orders."""
     images, labels = subject.samples(10**9)
     generator = torch.Generator().manual_seed(0)
     random = [torch.randperm(len(labels), generator=generator).to(labels.device) for _ in range(shuffles)]
-    orders = {"as it is": [torch.arange(len(labels), device=labels.device)], "by class": [labels.argsort(stable=True)]}
-    orders["random"] = random
+    as_it_is, by_class = torch.arange(len(labels), device=labels.device), labels.argsort(stable=True)
+    orders = {"as it is": [as_it_is], "by class": [by_class], "random": random}
     rows = []
-    for membrane in MEMBRANES:
+    for membrane in COLOURS:
         model = _model(subject, membrane)
         cases = [(size, order) for size in batch_sizes for order in orders]
-        for size, order in progress(cases, f"{subject.path}, {membrane}", 6, show=True):
-            found = [answers(model, images, indices, size) for indices in orders[order]]
-            top1 = [100 * (answer == labels).double().mean().item() for answer in found]
-            changed = [100 * (a != b).double().mean().item() for a, b in itertools.pairwise(found)]
-            rows.append({
-                "checkpoint": str(subject.path), "trained": subject.cfg.ssa_membrane, "evaluated": membrane,
-                "batch size": size, "order": order, "top1": statistics.mean(top1), "lowest": min(top1),
-                "highest": max(top1), "answers that change": statistics.mean(changed) if changed else None,
-            })  # fmt: skip
+        for size, order in progress(cases, f"{subject.path}, {membrane}", 5, show=True):
+            found = [probabilities(model, images, indices, size) for indices in orders[order]]
+            row = {
+                "checkpoint": str(subject.path),
+                "attention": " ".join(subject.model.attention),
+                "trained": subject.cfg.ssa_membrane,
+                "evaluated": membrane,
+                "batch size": size,
+                "order": order,
+            }
+            rows.append(row | _figures(found, labels))
     return rows
+
+
+def _figures(found: Sequence[Tensor], labels: Tensor) -> dict[str, float]:
+    """Of the probabilities [N,classes] in one order or several."""
+    top1 = [100 * (values.argmax(1) == labels).double().mean().item() for values in found]
+    pairs = list(itertools.pairwise(found))
+    answers = [100 * (a.argmax(1) != b.argmax(1)).double().mean().item() for a, b in pairs]
+    moved = [100 * (a - b).abs().sum(1).mean().item() / 2 for a, b in pairs]
+    return {
+        "top1": statistics.mean(top1),
+        "lowest": min(top1),
+        "highest": max(top1),
+        "answers that change": statistics.mean(answers or [0.0]),
+        "probability that moves": statistics.mean(moved or [0.0]),
+    }
 
 
 def _model(subject: Subject, membrane: str) -> nn.Module:
@@ -70,71 +87,67 @@ def _model(subject: Subject, membrane: str) -> nn.Module:
 
 
 def averages(rows: Sequence[dict]) -> list[dict]:
-    """Over the checkpoints that were trained with the same membrane: mean and standard deviation."""
-    keys = ("trained", "evaluated", "batch size", "order")
+    """Over the checkpoints that were trained in the same way: means, and the standard deviation of the accuracy."""
+    keys = ("attention", "trained", "evaluated", "batch size", "order")
     groups = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return [
         dict(zip(keys, case, strict=True))
         | {
+            "checkpoints": len(group),
             "top1": statistics.mean(row["top1"] for row in group),
             "deviation": statistics.stdev(row["top1"] for row in group) if len(group) > 1 else 0.0,
             "lowest": min(row["lowest"] for row in group),
             "highest": max(row["highest"] for row in group),
-            "answers that change": statistics.mean(row["answers that change"] or 0 for row in group),
-            "checkpoints": len(group),
+            **{key: statistics.mean(row[key] for row in group) for key in CHANGES},
         }
         for case, group in groups.items()
     ]
 
 
 def table(means: Sequence[dict]) -> str:
-    """Accuracy in random order, by batch size, as Markdown."""
-    sizes = sorted({row["batch size"] for row in means})
-    lines = {}
+    """What depends on the neighbours, as Markdown: a line for each way of training, membrane and batch size."""
+    rows = []
     for row in means:
-        if row["order"] == "as it is":
-            continue
-        line = lines.setdefault((row["trained"], row["evaluated"], row["order"]), {})
-        changing = f", {row['answers that change']:.1f} change" if row["order"] == "random" else ""
-        line[row["batch size"]] = f"{row['top1']:.2f} ± {row['deviation']:.2f}{changing}"
-    rows = [[*case, *(line[size] for size in sizes)] for case, line in lines.items()]
-    headers = ["trained", "evaluated", "order", *(f"batch {size}" for size in sizes)]
-    return tabulate(rows, headers=headers, tablefmt="github")
+        if row["order"] == "random":
+            case = {key: row[key] for key in ("attention", "trained", "evaluated", "batch size")}
+            sorted_ = next(r for r in means if r["order"] == "by class" and case.items() <= r.items())
+            texts = [f"{r['top1']:.2f} ± {r['deviation']:.2f}" for r in (row, sorted_)]
+            rows.append([*case.values(), *texts, *(f"{row[key]:.2f}" for key in CHANGES)])
+    headers = ["attention", "trained", "evaluated", "batch size", "top-1 (%), random order", "sorted by class"]
+    return tabulate(rows, headers=[*headers, *(f"{key} (%)" for key in CHANGES)], tablefmt="github")
 
 
 def draw(means: Sequence[dict], path: Path) -> None:
-    """Accuracy against the batch size for each way of training, and the answers that change."""
-    ways = list(dict.fromkeys(row["trained"] for row in means))
-    figure = Figure(figsize=(5.2 * (len(ways) + 1), 4.4), layout="constrained")
+    """Accuracy against the batch size for each way of training; then what changes with the neighbours."""
+    ways = list(dict.fromkeys((row["attention"], row["trained"]) for row in means))
+    sizes = sorted({row["batch size"] for row in means})
+    figure = Figure(figsize=(4.2 * (len(ways) + 1), 4.4), layout="constrained")
     axes = figure.subplots(1, len(ways) + 1)
-    colours = {"released": "tab:red", "per_sample": "tab:blue"}
-    styles = {"random": "o-", "as it is": "x:", "by class": "s--"}
-    for axis, trained in zip(axes, ways, strict=False):
-        for membrane in MEMBRANES:
-            for order, style in styles.items():
-                mine = [r for r in means if (r["trained"], r["evaluated"], r["order"]) == (trained, membrane, order)]
-                sizes = [row["batch size"] for row in mine]
+
+    def series(way: tuple, membrane: str, order: str, key: str) -> list[float]:
+        case = (*way, membrane, order)
+        names = ("attention", "trained", "evaluated", "order")
+        return [row[key] for row in means if tuple(row[name] for name in names) == case]
+
+    for axis, way in zip(axes, ways, strict=False):
+        for membrane, colour in COLOURS.items():
+            for order, style in {"random": "o-", "as it is": "x:", "by class": "s--"}.items():
                 axis.plot(
-                    sizes, [r["top1"] for r in mine], style, color=colours[membrane], label=f"{membrane}, {order}"
+                    sizes, series(way, membrane, order, "top1"), style, color=colour, label=f"{membrane}, {order}"
                 )
-                if order == "random":
-                    bounds = [[row[key] for row in mine] for key in ("lowest", "highest")]
-                    axis.fill_between(sizes, *bounds, color=colours[membrane], alpha=0.15)
-        axis.set(title=f"trained with {trained}", ylabel="top-1 (%)")
-    lowest = min(row["lowest"] for row in means)
-    for axis in axes[:-1]:
-        axis.set_ylim(lowest - 1, 100.2)
-    axes[0].legend(fontsize=8, title="evaluated with, order of samples", title_fontsize=8)
-    for trained, style in zip(ways, ("o-", "s--"), strict=False):
-        for membrane in MEMBRANES:
-            mine = [r for r in means if (r["trained"], r["evaluated"], r["order"]) == (trained, membrane, "random")]
-            values = [row["answers that change"] for row in mine]
-            label = f"trained {trained}, evaluated {membrane}"
-            axes[-1].plot([row["batch size"] for row in mine], values, style, color=colours[membrane], label=label)
-    axes[-1].set(title="answers that change with the neighbours", ylabel="% of the samples, between two random orders")
-    axes[-1].legend(fontsize=8)
+            bounds = (series(way, membrane, "random", key) for key in ("lowest", "highest"))
+            axis.fill_between(sizes, *bounds, color=colour, alpha=0.12)
+        axis.set(title=f"{way[0]}\ntrained with {way[1]}", ylabel="top-1 (%)")
+        axis.set_ylim(min(row["lowest"] for row in means) - 0.2, max(row["highest"] for row in means) + 0.2)
+    axes[0].legend(fontsize=8, title="evaluated with, order of the samples", title_fontsize=8)
+    for way, style in zip(ways, itertools.cycle(("o-", "s--", "^-.", "v:"))):
+        for membrane, colour in COLOURS.items():
+            label = f"{' '.join(way)} → {membrane}"
+            axes[-1].plot(sizes, series(way, membrane, "random", CHANGES[1]), style, color=colour, label=label)
+    axes[-1].set(title="between two random orders", ylabel="probability that moves (%)")
+    axes[-1].legend(fontsize=7, title="attention, trained → evaluated with", title_fontsize=7)
     for axis in axes:
         axis.set(xlabel="batch size", xscale="log")
         axis.set_xticks(sizes, sizes)
