@@ -1,10 +1,10 @@
-# `make demo` and `make test` set up .venv on first use, with the interpreter PYTHON.
+# `make demo`, `make tables` and `make test` set up .venv on first use, with the interpreter PYTHON.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := output/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test
+.PHONY: demo tables test
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -17,6 +17,9 @@ demo: $(VENV)/ready
 	@echo "      python digits/train.py --help              every setting is a flag"
 	@echo "      python digits/train.py --attention channel channel self --time-steps 2"
 	@echo "      tensorboard --logdir output"
+
+tables: $(VENV)/ready
+	$(RUN) -m analysis.tables
 
 test: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check .

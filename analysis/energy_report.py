@@ -37,6 +37,9 @@ class Layer:
     is_binary: bool  # all inputs are 0 or 1
 
     def sops(self, time_steps: int) -> float:
+        """Synaptic operations in `time_steps`; raises `ValueError` where only shapes were known."""
+        if self.mean_input is None:
+            raise ValueError("on the meta device there are MACs alone: estimate the network on data")
         return self.mean_input * time_steps * self.macs
 
 

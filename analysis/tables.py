@@ -7,6 +7,7 @@ published. Columns marked *here* come from the files NAME.test.json that test.py
 empty where there is none. Writes tables.md, tables.html and a CSV file per table.
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -79,12 +80,11 @@ def _is_number(text: str) -> bool:
     return not text or text[0].isdigit()
 
 
-@functools.cache
 def size(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str, str]:
     """Parameters and MACs of a step of a network for an input of `shape`, from shapes alone."""
     with torch.device("meta"):
         model = build()
-        report = estimate(model, torch.empty(shape))
+    report = estimate(model, torch.empty(shape, device="meta"))
     parameters = sum(p.numel() for p in model.parameters())
     return {"parameters": f"{parameters:,}", "MACs a step": _millions(report.flops)}
 
@@ -134,14 +134,15 @@ def row(cfg: Config, found: Sequence[dict]) -> dict[str, str]:
     """A recipe's row; an ablation's beside its recipe's."""
     shape = (1, cfg.in_channels, cfg.input_size, cfg.input_size)
     if cfg.dataset in EVENT_DATASETS:
-        shape = (1, cfg.time_steps, *shape[1:])
+        shape = (1, *shape)  # one frame
     here = measured(cfg, found)
+    build = functools.partial(build_model, dataclasses.replace(cfg, time_steps=1))
     return {
         **({"data set": DATA_NAMES[cfg.dataset]} if cfg.dataset in DATA_NAMES else {}),
         "network": cfg.model,
         "T": str(cfg.time_steps),
         "input": str(cfg.input_size),
-        **size(functools.partial(build_model, cfg), shape),
+        **size(build, shape),
         "energy (mJ) *paper*": _given(cfg.paper_energy_mj),
         "energy (mJ) *here*": here["energy"],
         "top-1 (%) *paper*": _given(cfg.paper_top1),

@@ -45,6 +45,8 @@ def test_rows_of_qkformer(recipe, macs, first, mean):
         report, counted = count(build_model(cfg), cfg.input_size)
     head = report.layers[-1].macs  # executed once, counted in every step
     assert counted == cfg.time_steps * (report.flops - head) + head
+    with pytest.raises(ValueError, match="MACs alone"):
+        report.energy_mj  # noqa: B018
     own = report.layers[0].macs
     assert (round(report.flops / 1e9, 3), round(own / 1e9, 4)) == (macs, first)
     implied = implied_mean_input(cfg.paper_energy_mj, report.flops, own, cfg.time_steps)

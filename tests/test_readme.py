@@ -29,6 +29,8 @@ SMALL = {  # what makes a command of each folder short
     "digits-dvs": "--epochs 1 --time-steps 1 --batch-size 128".split(),
     "dvs128-gesture": [*SHORT, "--batch-size", "8"],
     "cifar10-dvs": [*SHORT, "--batch-size", "8"],
+    "analysis.membrane": "--batch-sizes 60 120 --shuffles 2".split(),
+    "analysis.growth": "--repeats 1".split(),
 }
 
 
@@ -72,6 +74,9 @@ def test_commands_run_in_order(workplace, monkeypatch, capfd):
             folder.mkdir(exist_ok=True)
             monkeypatch.chdir(folder)
             continue
+        if words[:2] == ["python", "-m"] and words[2].startswith("analysis."):
+            here(monkeypatch, capfd, words[2], *words[3:], *SMALL.get(words[2], []))
+            continue
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         script = (folder / words[at]).relative_to(workplace)
         name = script.parent.name
@@ -90,6 +95,24 @@ def test_commands_run_in_order(workplace, monkeypatch, capfd):
     assert launched == {("run", "digits"), ("launch", "imagenet"), ("run", "imagenet")}
     assert (workplace / "output/first/learning_curve.png").exists()
     assert len(list((workplace / "output/digits").iterdir())) == 2  # the runs without --output-dir
+    written = {path.name for path in (workplace / "output/first").iterdir()}
+    assert {"best.energy.png", "firing_rates.png", "attention_statistics.png", "membrane.png"} <= written
+
+
+def test_the_tables_are_what_the_results_give(tmp_path, monkeypatch, capfd):
+    arguments = ["--results", ROOT / "docs/results", "--output-dir", tmp_path]
+    here(monkeypatch, capfd, "analysis.tables", *arguments)
+    shown = README.split("--results docs/results -->\n")[1].split("<!-- end -->")[0]
+    assert shown.strip() == (tmp_path / "tables.md").read_text().strip()
+
+
+def test_pictures_and_pages_are_there():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    assert len(pages) >= 3
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", page.read_text()):
+            target = "".join(link)
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page}: {target}"
 
 
 def test_commands_for_other_machines_have_valid_flags():
