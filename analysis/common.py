@@ -19,6 +19,7 @@ from engine.run import build_model, create_data, guard, load_weights, settings_o
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "digits/digits.yml"
+COLOURS = {"token": "tab:blue", "channel": "tab:green", "self": "tab:red"}  # of the attentions, in every picture
 
 
 class Subject(NamedTuple):

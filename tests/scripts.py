@@ -33,16 +33,16 @@ def here(monkeypatch, capfd, script, *arguments):
     monkeypatch.setattr(sys, "argv", [script, *own, *map(str, arguments)])
     capfd.readouterr()
     threads = torch.get_num_threads()
-    _execute(script)
+    _execute(monkeypatch, script)
     torch.set_num_threads(threads)
     return capfd.readouterr().out
 
 
-def _execute(script):
+def _execute(monkeypatch, script):
     if script.endswith(".py"):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     else:
-        sys.modules.pop(script, None)  # runpy warns of a module that is imported already
+        monkeypatch.delitem(sys.modules, script, raising=False)  # runpy warns of a module that is imported already
         runpy.run_module(script, run_name="__main__")
 
 
@@ -53,10 +53,10 @@ def result_in(folder):
 
 
 def fail(monkeypatch, capfd, script, *arguments):
-    """Run a script in this process, which saves its start, and return its one line."""
+    """Run a script, or a module as `python -m` does, in this process, which saves its start; returns its one line."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        _execute(script)
+        _execute(monkeypatch, script)
     assert end.value.code == 2
     lines = capfd.readouterr().err.splitlines()
     assert lines[-1].startswith("error: ")
