@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from scripts import fail, succeed
+from scripts import fail
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.growth import LABELS, MODULES, SERIES, KeptBytes, Setting, counted, exponent, fitted_sizes, point
+from analysis.growth import LABELS, MODULES, SERIES, KeptBytes, Setting, body, counted, exponent, fitted_sizes, point
 from engine.errors import UserError
 
 SETTING = Setting(heads=2, time_steps=3, batch_size=2, repeats=1, device=torch.device("cpu"))
@@ -113,9 +113,10 @@ def test_kept_bytes_grow(part, kind):
     assert 0 < kept[0] < kept[1] < kept[2]
 
 
-def test_the_script(tmp_path):
+def test_the_script(tmp_path, capsys):
     sizes = "--tokens 9 4 16 --channels 8 16 --at-tokens 4 --at-channels 8 --heads 2 --repeats 1 --device cpu".split()
-    output = succeed("-m", "analysis.growth", *sizes, "--output-dir", tmp_path / "new")
+    body([*sizes, "--output-dir", str(tmp_path / "new")])
+    output = capsys.readouterr().out
     assert (tmp_path / "new/growth.png").stat().st_size > 10_000
     rows = list(csv.DictReader((tmp_path / "new/growth.csv").open()))
     assert len(rows) == (3 + 2) * len(SERIES)

@@ -1,0 +1,101 @@
+"""The architecture's figure says what the built network is."""
+
+import re
+
+import pytest
+import torch
+from scripts import ROOT, fail
+
+from analysis.architecture import body
+from analysis.diagram import Drawing
+from models import create_model, list_models
+
+
+def texts(path):
+    """The figure's texts in order; where letters are drawn as outlines, matplotlib leaves each text as a comment."""
+    return re.findall(r"<!-- (.*?) -->", path.read_text(), re.S)
+
+
+def lines(found):
+    return [line for text in found for line in text.splitlines()]
+
+
+def draw(folder, *flags):
+    body(["--output-dir", str(folder), *flags])
+    assert (folder / "architecture.png").read_bytes().startswith(b"\x89PNG")
+    return texts(folder / "architecture.svg")
+
+
+def parameters(module):
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters"
+
+
+def assert_in_order(wanted, found):
+    rest = iter(found)
+    for text in wanted:
+        assert text in rest, f"{text!r} is missing or out of order in {found}"
+
+
+def test_imagenet(tmp_path):
+    found = draw(tmp_path)
+    model = create_model("qkformer_10_384")
+    assert_in_order(["3 × 224 × 224", "56 × 56 tokens", "28 × 28 tokens", "14 × 14 tokens", "linear → 1000"], found)
+    assert_in_order(["96 channels", "192 channels", "384 channels"], found)
+    assert_in_order([parameters(stage) for stage in model.stages], found)
+    assert_in_order(["1 block", "2 blocks", "7 blocks"], found)
+    assert_in_order(["3×3 → 48 · pool · LIF", "3×3 → 96 · pool · LIF", "3×3 → 96 · LIF"], found)
+    assert_in_order(["stages 1, 2", "not in this network", "stage 3"], found)
+    assert {"MLP 96 → 384 → 96", "MLP 384 → 1536 → 384", "shown T = 4 times"} <= set(found)
+    assert "16.47 M parameters,  residuals add spikes (SEW)" in found
+    assert_in_order(["6 heads of 16 channels", "6 heads of 32 channels", "6 heads of 64 channels"], lines(found))
+
+
+def test_event_frames_ms_residuals_and_other_attentions(tmp_path):
+    flags = "--model qkformer_2_256 --residual ms --attention channel token --time-steps 5 --num-classes 11"
+    found = draw(tmp_path, *flags.split())
+    assert_in_order(["5 event frames", "2 × 128 × 128", "16 × 16 tokens", "8 × 8 tokens", "linear → 11"], found)
+    assert_in_order(["128 channels", "256 channels"], found)
+    assert_in_order(["3×3 → 64 · pool · LIF", "3×3 → 128 · pool", "1×1 → 128, ↓4"], found)  # in currents
+    assert_in_order(["Q-K channel attention", "Q-K token attention"], lines(found))
+    assert_in_order(["stage 2", "stage 1", "not in this network"], found[-50:])
+
+
+def test_spikformer(tmp_path):
+    found = draw(tmp_path, "--model", "spikformer_4_384", "--input-size", "32")
+    assert_in_order(["8 × 8 tokens", "384 channels", "stage 1", "SPS", "3×3 → 48 · LIF", "identity", "4 blocks"], found)
+    assert "12 heads of 32 channels" in lines(found)
+    assert not [text for text in found if text.startswith("stage 2")]
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_stays_within_its_figure(name):
+    with torch.device("meta"):
+        model = create_model(name)
+        steps = (model.time_steps,) if "dvs" in model.family else ()
+        x = torch.empty(1, *steps, model.in_channels, 64, 64)
+    figure = Drawing(name, model, x).figure
+    for text in figure.axes[0].texts:
+        inside = text.get_window_extent()
+        assert figure.bbox.x0 <= inside.x0 <= inside.x1 <= figure.bbox.x1, text
+        assert figure.bbox.y0 <= inside.y0 <= inside.y1 <= figure.bbox.y1, text
+
+
+def test_the_figure_of_the_readme_is_the_default(tmp_path):
+    assert draw(tmp_path) == texts(ROOT / "docs/architecture.svg")
+    draw(tmp_path / "again")
+    assert (tmp_path / "again/architecture.svg").read_bytes() == (tmp_path / "architecture.svg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--model qkformer_10_385", "did you mean 'qkformer_10_384'?"),
+        ("--attention token self", "must name one of token, channel, self per stage (3)"),
+        ("--input-size 0", "--input-size 0 must be at least 1"),
+        ("--model spikformer_2_256", "--input-size is needed: no recipe has spikformer_2_256"),
+        ("--size 3", "unrecognized arguments: --size"),
+    ],
+)
+def test_mistakes_end_in_one_line(monkeypatch, capfd, tmp_path, flags, line):
+    assert line in fail(monkeypatch, capfd, "analysis.architecture", *flags.split(), "--output-dir", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
