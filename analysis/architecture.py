@@ -32,7 +32,7 @@ def published_size(name: str) -> int:
     raise UserError(f"--input-size is needed: no recipe has {name}")
 
 
-def body(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     ours = parser(__doc__)
     ours.add_argument("--model", default="qkformer_10_384", help=f"one of {', '.join(list_models())}")
     ours.add_argument("--input-size", type=int, help="height and width (default: that of the model's first recipe)")
@@ -41,7 +41,7 @@ def body(argv: Sequence[str]) -> None:
     ours.add_argument("--mlp-ratio", type=float)
     ours.add_argument("--time-steps", type=int, help="T")
     ours.add_argument("--num-classes", type=int)
-    ours.add_argument("--output-dir", type=Path, default=Path("docs"), help="folder to write to (docs)")
+    ours.add_argument("--output-dir", type=Path, default=Path("output/architecture"), help="folder to write to")
     ours.add_argument("--name", default="architecture", help="of the files (architecture)")
     args = ours.parse_args(argv)
     keys = ("attention", "residual", "mlp_ratio", "time_steps", "num_classes")
@@ -67,4 +67,4 @@ def body(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(body)
+    main(run)

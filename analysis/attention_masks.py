@@ -22,7 +22,7 @@ from engine.errors import UserError
 from engine.log import logger
 from models.attention import ChannelQKAttention, TokenQKAttention
 
-from .common import Subject, checkpoint_parser, main, subjects, write_csv
+from .common import Subject, checkpoint_parser, main, positive, subjects, write_csv
 
 
 class Mask(NamedTuple):
@@ -111,10 +111,8 @@ def draw(subject: Subject, images: Tensor, labels: Tensor, masks: list[Mask], pa
 
 def run(argv: Sequence[str]) -> None:
     flags = checkpoint_parser(__doc__)
-    flags.add_argument("--samples", type=int, default=8, help="test samples to draw (8)")
+    flags.add_argument("--samples", type=positive, default=8, help="test samples to draw (8)")
     args, rest = flags.parse_known_args(argv)
-    if args.samples < 1:
-        raise UserError(f"--samples {args.samples}: must be at least 1")
     for subject in subjects(args, rest):
         suffix = f"-{subject.path.parent.name}" if len(args.checkpoint) > 1 else ""
         csv, picture = (args.output_dir / f"attention_masks{suffix}.{kind}" for kind in ("csv", "png"))

@@ -28,7 +28,7 @@ from engine.log import logger, progress
 from models.attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from models.hst import Block
 
-from .common import Subject, checkpoint_parser, main, subjects, write_csv
+from .common import COLOURS, Subject, checkpoint_parser, main, subjects, write_csv
 
 KINDS = {TokenQKAttention: "Q-K token", ChannelQKAttention: "Q-K channel", SpikingSelfAttention: "self"}
 
@@ -110,9 +110,9 @@ def draw(tables: dict[str, list[dict]], path: Path) -> None:
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     axes = figure.subplots(1, 2)
     styles = {  # of each kind: marker, colour
-        "Q-K token": ("o", "tab:green"),
-        "Q-K channel": ("s", "tab:blue"),
-        "self scaled": ("^", "tab:red"),
+        "Q-K token": ("o", COLOURS["token"]),
+        "Q-K channel": ("s", COLOURS["channel"]),
+        "self scaled": ("^", COLOURS["self"]),
         "self unscaled": ("v", "tab:orange"),
     }
     for (name, rows), line in zip(tables.items(), itertools.cycle(("-", "--", ":"))):

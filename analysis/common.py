@@ -63,6 +63,13 @@ def checkpoint_parser(doc: str) -> argparse.ArgumentParser:
     return ours
 
 
+def positive(text: str) -> int:
+    """The `type` of a flag that takes a number from 1 on."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
 def main(body: Callable[[Sequence[str]], None]) -> None:
     """Run a script: mistakes that the user can mend end in one line and exit code 2."""
     guard(lambda: body(sys.argv[1:]))

@@ -28,7 +28,7 @@ from engine.errors import UserError
 from models.attention import SpikingSelfAttention
 from models.hst import ATTENTIONS
 
-from .common import COLOURS, main, parser, write_csv
+from .common import COLOURS, main, parser, positive, write_csv
 
 FIRING_RATE = 0.2
 
@@ -251,7 +251,7 @@ def _draw_line(axis: Axes, one: Sweep, part: str, kind: str, column: str, unit: 
     axis.plot(x, y, "o-" if part == "core" else ":", **look)
 
 
-def body(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     ours = parser(__doc__)
     ours.add_argument("--output-dir", type=Path, default=Path("output/growth"), help="folder to write to")
     ours.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -282,11 +282,5 @@ def body(argv: Sequence[str]) -> None:
     print(f"\nEach point is in {args.output_dir}/growth.csv, the picture in {args.output_dir}/growth.png.")
 
 
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
-
-
 if __name__ == "__main__":
-    main(body)
+    main(run)

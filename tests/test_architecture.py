@@ -6,7 +6,7 @@ import pytest
 import torch
 from scripts import ROOT, fail
 
-from analysis.architecture import body
+from analysis.architecture import run
 from analysis.diagram import Drawing
 from models import create_model, list_models
 
@@ -21,7 +21,7 @@ def lines(found):
 
 
 def draw(folder, *flags):
-    body(["--output-dir", str(folder), *flags])
+    run(["--output-dir", str(folder), *flags])
     assert (folder / "architecture.png").read_bytes().startswith(b"\x89PNG")
     return texts(folder / "architecture.svg")
 

@@ -9,7 +9,7 @@ from scripts import fail
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.growth import LABELS, MODULES, SERIES, KeptBytes, Setting, body, counted, exponent, fitted_sizes, point
+from analysis.growth import LABELS, MODULES, SERIES, KeptBytes, Setting, counted, exponent, fitted_sizes, point, run
 from engine.errors import UserError
 
 SETTING = Setting(heads=2, time_steps=3, batch_size=2, repeats=1, device=torch.device("cpu"))
@@ -115,7 +115,7 @@ def test_kept_bytes_grow(part, kind):
 
 def test_the_script(tmp_path, capsys):
     sizes = "--tokens 9 4 16 --channels 8 16 --at-tokens 4 --at-channels 8 --heads 2 --repeats 1 --device cpu".split()
-    body([*sizes, "--output-dir", str(tmp_path / "new")])
+    run([*sizes, "--output-dir", str(tmp_path / "new")])
     output = capsys.readouterr().out
     assert (tmp_path / "new/growth.png").stat().st_size > 10_000
     rows = list(csv.DictReader((tmp_path / "new/growth.csv").open()))
