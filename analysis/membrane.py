@@ -6,8 +6,8 @@ In the released code the last membrane of the self-attention runs over the sampl
 (README, errata). Each checkpoint is evaluated with this membrane ("released") and with one for each sample
 ("per_sample"), at several batch sizes, in the order of the test set, sorted by class, and in random orders. From one
 random order to the next it is counted how many answers change, and how much of the probability moves from class to
-class (total variation of the softmax). Checkpoints that differ by their seed are averaged. Writes membrane.csv,
-membrane.md and membrane.png.
+class (total variation of the softmax). Checkpoints that were trained alike, from several seeds, are averaged. Writes
+membrane.csv, membrane.md and membrane.png.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from engine.run import build_model, load_weights
 
 from .common import Subject, checkpoint_parser, main, positive, subjects, write_csv
 
-MEMBRANES = {"released": "tab:red", "per_sample": "tab:blue"}
+MEMBRANES = ("released", "per_sample")
 CHANGES = ("answers that change", "probability that moves")
 
 
@@ -87,72 +88,73 @@ def _model(subject: Subject, membrane: str) -> nn.Module:
 
 
 def averages(rows: Sequence[dict]) -> list[dict]:
-    """Over the checkpoints that were trained in the same way: means, and the standard deviation of the accuracy."""
-    keys = ("attention", "trained", "evaluated", "batch size", "order")
+    """A row for each way of training and each batch size: the leaking membrane against the other, over checkpoints.
+
+    `difference` is that of the accuracy in random order, `deviation` its standard deviation over the checkpoints.
+    """
+    keys = ("checkpoint", "evaluated", "batch size", "order")
+    found = {tuple(row[key] for key in keys): row for row in rows}
     groups = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    for (path, membrane, size, order), row in found.items():
+        if (membrane, order) == ("released", "random"):
+            others = [found[path, *case] for case in (("per_sample", size, order), ("released", size, "by class"))]
+            groups.setdefault((row["attention"], row["trained"], size), []).append((row, *others))
     return [
-        dict(zip(keys, case, strict=True))
-        | {
+        {
+            "attention": attention,
+            "trained": trained,
+            "batch size": size,
             "checkpoints": len(group),
-            "top1": statistics.mean(row["top1"] for row in group),
-            "deviation": statistics.stdev(row["top1"] for row in group) if len(group) > 1 else 0.0,
-            "lowest": min(row["lowest"] for row in group),
-            "highest": max(row["highest"] for row in group),
-            **{key: statistics.mean(row[key] for row in group) for key in CHANGES},
+            "per_sample": statistics.mean(other["top1"] for _, other, _ in group),
+            "released": statistics.mean(row["top1"] for row, _, _ in group),
+            "released, by class": statistics.mean(by_class["top1"] for _, _, by_class in group),
+            "difference": statistics.mean(row["top1"] - other["top1"] for row, other, _ in group),
+            "deviation": statistics.pstdev(row["top1"] - other["top1"] for row, other, _ in group),
+            **{key: statistics.mean(row[key] for row, _, _ in group) for key in CHANGES},
         }
-        for case, group in groups.items()
+        for (attention, trained, size), group in groups.items()
     ]
 
 
 def table(means: Sequence[dict]) -> str:
-    """What depends on the neighbours, as Markdown: a line for each way of training, membrane and batch size."""
-    rows = []
-    for row in means:
-        if row["order"] == "random":
-            case = {key: row[key] for key in ("attention", "trained", "evaluated", "batch size")}
-            sorted_ = next(r for r in means if r["order"] == "by class" and case.items() <= r.items())
-            texts = [f"{r['top1']:.2f} ± {r['deviation']:.2f}" for r in (row, sorted_)]
-            rows.append([*case.values(), *texts, *(f"{row[key]:.2f}" for key in CHANGES)])
-    headers = ["attention", "trained", "evaluated", "batch size", "top-1 (%), random order", "sorted by class"]
-    return tabulate(rows, headers=[*headers, *(f"{key} (%)" for key in CHANGES)], tablefmt="github")
+    """The averages as Markdown; all figures in percent."""
+    rows = [
+        {
+            **{key: row[key] for key in ("attention", "trained", "batch size")},
+            **{f"top-1 {key}": f"{row[key]:.2f}" for key in ("per_sample", "released", "released, by class")},
+            "released - per_sample": f"{row['difference']:+.2f} ± {row['deviation']:.2f}",
+            **{key: f"{row[key]:.2f}" for key in CHANGES},
+        }
+        for row in means
+    ]
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
 def draw(means: Sequence[dict], path: Path) -> None:
-    """Accuracy against the batch size for each way of training; then what changes with the neighbours."""
-    ways = list(dict.fromkeys((row["attention"], row["trained"]) for row in means))
+    """What the neighbours change, against the batch size: a line for each way of training."""
+    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    axes = figure.subplots(1, 3)
     sizes = sorted({row["batch size"] for row in means})
-    figure = Figure(figsize=(4.2 * (len(ways) + 1), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(ways) + 1)
-
-    def series(way: tuple, membrane: str, order: str, key: str) -> list[float]:
-        case = (*way, membrane, order)
-        names = ("attention", "trained", "evaluated", "order")
-        return [row[key] for row in means if tuple(row[name] for name in names) == case]
-
-    for axis, way in zip(axes, ways, strict=False):
-        for membrane, colour in MEMBRANES.items():
-            for order, style in {"random": "o-", "as it is": "x:", "by class": "s--"}.items():
-                axis.plot(
-                    sizes, series(way, membrane, order, "top1"), style, color=colour, label=f"{membrane}, {order}"
-                )
-            bounds = (series(way, membrane, "random", key) for key in ("lowest", "highest"))
-            axis.fill_between(sizes, *bounds, color=colour, alpha=0.12)
-        axis.set(title=f"{way[0]}\ntrained with {way[1]}", ylabel="top-1 (%)")
-        axis.set_ylim(min(row["lowest"] for row in means) - 0.2, max(row["highest"] for row in means) + 0.2)
-    axes[0].legend(fontsize=8, title="evaluated with, order of the samples", title_fontsize=8)
-    for way, style in zip(ways, itertools.cycle(("o-", "s--", "^-.", "v:"))):
-        for membrane, colour in MEMBRANES.items():
-            label = f"{' '.join(way)} → {membrane}"
-            axes[-1].plot(sizes, series(way, membrane, "random", CHANGES[1]), style, color=colour, label=label)
-    axes[-1].set(title="between two random orders", ylabel="probability that moves (%)")
-    axes[-1].legend(fontsize=7, title="attention, trained → evaluated with", title_fontsize=7)
+    ways = list(dict.fromkeys((row["attention"], row["trained"]) for row in means))
+    colours = dict(zip(dict.fromkeys(attention for attention, _ in ways), itertools.cycle(TABLEAU_COLORS)))
+    for attention, trained in ways:
+        mine = [row for row in means if (row["attention"], row["trained"]) == (attention, trained)]
+        look = {"color": colours[attention], "linestyle": "-" if trained == "released" else "--", "marker": "o"}
+        label = f"{attention}, trained with {trained}"
+        values, spread = ([row[key] for row in mine] for key in ("difference", "deviation"))
+        axes[0].errorbar(sizes, values, spread, capsize=3, label=label, **look)
+        for axis, key in zip(axes[1:], CHANGES, strict=True):
+            axis.plot(sizes, [row[key] for row in mine], **look)
+    axes[0].axhline(0, color="grey", linewidth=0.8)
+    axes[0].set(title="accuracy: released - per_sample", ylabel="percent of the samples")
+    axes[1].set(title="answers that change from order to order", ylabel="percent of the samples")
+    axes[2].set(title="probability that moves from order to order", ylabel="percent")
     for axis in axes:
-        axis.set(xlabel="batch size", xscale="log")
+        axis.set(xlabel="batch size of the evaluation", xscale="log")
         axis.set_xticks(sizes, sizes)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=110)
 
 
@@ -173,7 +175,9 @@ def run(argv: Sequence[str]) -> None:
     write_csv(csv, rows)
     markdown.write_text(table(means) + "\n")
     draw(means, picture)
-    logger.info(f"{table(means)}\nwritten: {csv}, {markdown}, {picture}")
+    most = max(row[CHANGES[0]] for row in rows if row["evaluated"] == "per_sample")
+    logger.info(f"{table(means)}\nevaluated with per_sample, {most:.2f} % of the answers change at most")
+    logger.info(f"written: {csv}, {markdown}, {picture}")
 
 
 if __name__ == "__main__":

@@ -160,8 +160,8 @@ def test_the_membrane_study(trained, tmp_path, monkeypatch, capfd):
             assert (moves > 1e-6) == (row["evaluated"] == "released" and row["batch size"] == "60")
         if row["batch size"] == "1" or row["evaluated"] == "per_sample":
             assert {other["top1"] for other in rows if other["batch size"] == "1"} == {row["top1"]}
-    assert (tmp_path / "membrane.md").read_text().count("\n") == 2 + 2 * 2
-    assert "| released  " in told
+    assert (tmp_path / "membrane.md").read_text().count("\n") == 2 + 2  # batch sizes
+    assert "evaluated with per_sample, 0.00 % of the answers change at most" in told
     assert (tmp_path / "membrane.png").stat().st_size > 20_000
     path = trained("ms", "--residual", "ms")
     line = fail(monkeypatch, capfd, "analysis.membrane", "--checkpoint", path, "--device", "cpu")
@@ -169,15 +169,21 @@ def test_the_membrane_study(trained, tmp_path, monkeypatch, capfd):
 
 
 def test_checkpoints_are_averaged_by_their_training():
-    row = {"attention": "self", "trained": "released", "evaluated": "released", "batch size": 4, "order": "random"}
-    first = row | {"top1": 90.0, "lowest": 89.0, "highest": 91.0}
-    first |= {"answers that change": 2.0, "probability that moves": 1.0}
-    second = first | {"top1": 92.0, "lowest": 91.5, "highest": 92.5, "answers that change": 4.0}
-    third = first | {"trained": "per_sample"}
-    mean, other = membrane.averages([first, second, third])
-    assert (mean["top1"], mean["lowest"], mean["highest"], mean["answers that change"]) == (91.0, 89.0, 92.5, 3.0)
-    assert mean["deviation"] == pytest.approx(math.sqrt(2))
-    assert (other["checkpoints"], other["deviation"]) == (1, 0.0)
+    """The difference is between the membranes of one checkpoint, so that the seeds' own spread does not enter."""
+    changes = dict.fromkeys(membrane.CHANGES, 0.0)
+
+    def rows(path, trained, released, by_class, per_sample):
+        same = {"checkpoint": path, "attention": "self", "trained": trained, "batch size": 4} | changes
+        cases = {("released", "random"): released, ("released", "by class"): by_class}
+        cases |= {("per_sample", "random"): per_sample, ("per_sample", "by class"): per_sample}
+        return [same | {"evaluated": e, "order": o, "top1": top1} for (e, o), top1 in cases.items()]
+
+    found = rows("a", "released", 90.0, 80.0, 91.0) + rows("b", "released", 70.0, 60.0, 74.0)
+    found[0]["answers that change"], found[4]["answers that change"] = 2.0, 4.0
+    mean, other = membrane.averages(found + rows("c", "per_sample", 50.0, 50.0, 50.0))
+    assert (mean["checkpoints"], mean["released"], mean["per_sample"], mean["released, by class"]) == (2, 80, 82.5, 70)
+    assert (mean["difference"], mean["deviation"], mean["answers that change"]) == (-2.5, 1.5, 3.0)
+    assert (other["trained"], other["checkpoints"], other["difference"], other["deviation"]) == ("per_sample", 1, 0, 0)
 
 
 def test_a_foreign_checkpoint_needs_a_recipe(tmp_path, monkeypatch, capfd):
