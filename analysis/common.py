@@ -86,12 +86,13 @@ def subjects(args: argparse.Namespace, flags: Sequence[str]) -> list[Subject]:
         UserError: as test.py; or nothing tells the recipe of a checkpoint.
     """
     args.output_dir = args.output_dir or args.checkpoint[0].parent
-    found = [_subject(path, flags) for path in args.checkpoint]
+    found = [subject(path, flags) for path in args.checkpoint]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     return found
 
 
-def _subject(path: Path, flags: Sequence[str]) -> Subject:
+def subject(path: Path, flags: Sequence[str]) -> Subject:
+    """The network of a checkpoint with its data, under the flags of test.py; raises `UserError` as `subjects` does."""
     state = checkpoint.read(path)
     recipe = _recipe_of(state, path, flags)
     here = setup(load(recipe, flags, validate=False))

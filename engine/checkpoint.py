@@ -1,6 +1,7 @@
 """Checkpoints: ours, written atomically, and the released ones. None is trusted: reading never runs code."""
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -18,9 +19,12 @@ ENTRIES = ("state_dict", "optimizer", "scaler", "epoch", "best", "config")
 def read(path: str | Path) -> dict:
     """Read a checkpoint of ours, or a released one of ImageNet, CIFAR, DVS or MS-QKFormer, onto the CPU.
 
+    A file `*.safetensors` holds weights, and if `analysis.export` wrote it, the settings of the run that trained them.
+
     Returns:
         The file's own entries, plus `state_dict` (name -> tensor, as named in the file) and `format`:
-        "qkformer", "imagenet", "cifar", "dvs", or "weights" for a file of weights alone.
+        "qkformer" (without `optimizer` if it is a safetensors file), "imagenet", "cifar", "dvs", or "weights" for a
+        file of weights alone.
 
     Raises:
         UserError: the file is missing, damaged, holds no weights, or holds anything but plain data. Objects other
@@ -28,6 +32,8 @@ def read(path: str | Path) -> dict:
     """
     if not Path(path).is_file():
         raise UserError(f"checkpoint {path} does not exist")
+    if Path(path).suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -38,6 +44,28 @@ def read(path: str | Path) -> dict:
     if not isinstance(content, Mapping):
         raise UserError(f"checkpoint {path}: holds no weights but a {type(content).__name__}")
     return _recognised(dict(content), path)
+
+
+def _read_safetensors(path: str | Path) -> dict:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise UserError(f"checkpoint {path}: needs safetensors ({error}): pip install -r requirements.txt") from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+    except SafetensorError:
+        raise UserError(f"checkpoint {path}: truncated, or not a safetensors file; fetch it again") from None
+    if "config" not in metadata:
+        return _recognised(weights, path)
+    try:
+        config = json.loads(metadata["config"])
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict) or not weights:
+        raise UserError(f"checkpoint {path}: damaged, its config is not what it should be, or it holds no weights")
+    return {"format": "qkformer", "state_dict": weights, "config": config}
 
 
 def _reason(error: pickle.UnpicklingError) -> str:

@@ -24,6 +24,11 @@ def find_run(cfg: Config, here: Dist) -> tuple[Path | None, Path | None, dict | 
     folder = Path(cfg.output_dir) if cfg.output_dir else None
     path = dist.from_main(_checkpoint_to_resume(cfg, folder) if here.is_main else None)  # others may not see its disk
     state = checkpoint.read(path) if path else None
+    if state and state["format"] == "qkformer" and "optimizer" not in state:
+        raise UserError(
+            f"--resume {path}: holds weights and no optimizer, so there is no run to go on with; --finetune starts a "
+            "new one from its weights"
+        )
     if state and state["format"] == "qkformer":
         folder = folder or path.parent
     elif state and (state["format"] != "imagenet" or not isinstance(state.get("epoch"), int)):

@@ -176,12 +176,12 @@ def continued(membranes: dict[nn.Module, Tensor]) -> Iterator[None]:
 
 def _continue(x: Tensor, threshold: float, v: Tensor | None) -> tuple[Tensor, Tensor]:
     """`lif_step` over T from membrane `v` (None: zero): spikes [T, ...] and the membrane after them."""
-    v = torch.zeros_like(x[0]) if v is None else v
+    v = 0.0 if v is None else v
     spikes = []
-    for x_t in x:
+    for x_t in x.split(1):  # [1, ...]: an exported graph has one node to split and one to join
         spike, v = lif_step(x_t, v, threshold)
         spikes.append(spike)
-    return torch.stack(spikes), v
+    return torch.cat(spikes), v
 
 
 BACKENDS = {"auto": _auto_lif, "torch": _torch_lif, "cupy": _cupy_lif}
@@ -210,6 +210,8 @@ class LIF(nn.Module):
         return self._over_time(x)
 
     def _over_time(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():  # writing to slices in place would make a graph of scatters
+            return _continue(x, self.threshold, None)[0]
         membranes = None if torch.compiler.is_compiling() else _membranes.get()  # the compiler knows no ContextVar
         if membranes is None:
             return BACKENDS[self.backend](x, self.threshold)
