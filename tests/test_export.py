@@ -1,0 +1,214 @@
+"""Exported networks compute what torch computes, and their files are read back."""
+
+import json
+import re
+import runpy
+import sys
+
+import onnxruntime
+import pytest
+import torch
+import torchvision.datasets.cifar
+import yaml
+from safetensors.torch import save_file
+from scripts import ROOT, fail, here, result_in
+from test_models import lively
+
+from analysis import common, export
+from engine import checkpoint, config
+from engine.config import LOCAL_FIELDS, plain
+from engine.errors import UserError
+from engine.run import build_model
+
+
+def untrained(path, recipe, *flags):
+    """The checkpoint of a run that has not learnt, but whose neurons fire."""
+    cfg = config.load(ROOT / recipe, flags)
+    torch.manual_seed(0)
+    content = {key: {} for key in checkpoint.ENTRIES} | {"epoch": 1, "config": plain(cfg, without=LOCAL_FIELDS)}
+    checkpoint.save(path, content | {"state_dict": lively(build_model(cfg)).float().state_dict()})
+    return path
+
+
+def exported(path, capfd, *flags):
+    """Export to ONNX; returns a session of the file, and the numbers that were told."""
+    capfd.readouterr()
+    export.main(["--checkpoint", str(path), "--format", "onnx", *map(str, flags)])
+    out, err = capfd.readouterr()
+    assert not err
+    return onnxruntime.InferenceSession(path.with_suffix(".onnx")), out
+
+
+def test_digits_at_any_batch(tmp_path, capfd):
+    path = untrained(
+        tmp_path / "best.pt", "digits/digits.yml", "--time-steps", "2", "--attention", "token,channel,self"
+    )
+    session, out = exported(path, capfd, "--samples", "16")
+    assert "16 samples: " in out
+    assert float(re.search(r"with ONNX Runtime's spikes in torch: .* (\S+)", out)[1]) <= 1e-5
+    assert session.get_inputs()[0].shape == ["batch", 1, 8, 8]
+    assert [output.name for output in session.get_outputs()] == ["logits"]
+    subject = common.subject(path, [])
+    x, _ = subject.samples(5)
+    with torch.no_grad():
+        expected = subject.model(x)
+    assert expected.std(0).max() > 0.01  # the answers tell the samples apart
+    (logits,) = session.run(None, {"input": x.numpy()})
+    assert (torch.from_numpy(logits) - expected).abs().max() < 1e-5
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["settings"])["attention"] == ["token", "channel", "self"]
+    assert json.loads(about["mean"]) == [0.305]
+    assert json.loads(about["classes"]) == [str(i) for i in range(10)]
+    content = path.with_suffix(".onnx").read_bytes()
+    assert str(ROOT).encode() not in content
+    assert b"Scatter" not in content
+
+
+@pytest.fixture
+def tiny_cifar(data, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: True)
+    return ["--data-path", data / "cifar10", "--workers", "0"]
+
+
+def test_cifar_and_what_a_spike_within_rounding_of_the_threshold_does(tmp_path, monkeypatch, capfd, tiny_cifar):
+    """A neuron exactly at its threshold, which fires, is moved away from it in torch: that is a flip, then an error."""
+    small = ["--time-steps", "2", "--input-size", "16", "--ssa-membrane", "released"]
+    path = untrained(tmp_path / "best.pt", "cifar10/cifar10.yml", *small)
+    state = torch.load(path)
+    unit = "stages.0.embed.units.0."
+    state["state_dict"][unit + "conv.weight"][0] = 0
+    state["state_dict"][unit + "bn.bias"][0] = 2.0
+    torch.save(state, path)
+    with pytest.raises(UserError, match=r"--batch 2: .*neighbours: give --batch 1, or --ssa-membrane per_sample"):
+        export.main(["--checkpoint", str(path), "--format", "onnx", "--batch", "2", *map(str, tiny_cifar)])
+    graphs, to_onnx = [], export.to_onnx
+    monkeypatch.setattr(export, "to_onnx", lambda *args: graphs.append(to_onnx(*args)) or graphs[0])
+    session, out = exported(path, capfd, *tiny_cifar, "--samples", "3")
+    assert "exported at a batch of 1, where it equals per_sample" in out
+    assert session.get_inputs()[0].shape == [1, 3, 16, 16]
+
+    subject = common.subject(path, list(map(str, tiny_cifar)))
+    x, _ = subject.samples(3)
+    bias = subject.model.get_parameter(unit + "bn.bias").data
+    bias[0] -= 2e-6
+    parity = export.compare(subject.model, graphs[0], x.split(1))
+    assert parity.flips.tolist() == [2 * 16 * 16] * 3  # of one channel, in each sample
+    assert parity.difference.min() > 1e-5 > parity.followed.max()
+    assert 0 < parity.distance < 2e-6
+    assert "1536 of " in str(parity)
+    parity.require()
+    bias[0] -= 1e-3
+    with pytest.raises(UserError, match=r"spikes differ with membranes up to 5\.0e-04 from the threshold"):
+        export.compare(subject.model, graphs[0], x.split(1)).require()
+    bias[0] += 1e-3
+    subject.model.head.bias.data += 1e-4
+    with pytest.raises(UserError, match=r"3 of 3 samples differ by more than 1e-05 \(up to 1\.0e-04\)"):
+        export.compare(subject.model, graphs[0], x.split(1)).require()
+
+
+def test_event_frames_with_membrane_shortcuts(tmp_path, capfd):
+    flags = ["--time-steps", "2", "--residual", "ms", "--attention", "channel,self"]
+    path = untrained(tmp_path / "best.pt", "digits-dvs/digits-dvs.yml", *flags)
+    session, out = exported(path, capfd, "--samples", "4", "--batch", "2")
+    assert "4 samples: " in out
+    assert session.get_inputs()[0].shape == [2, 2, 2, 32, 32]
+    about = session.get_modelmeta().custom_metadata_map
+    assert about["input"].startswith("event frames [B,T,C,H,W]")
+    assert "mean" not in about
+
+
+def test_safetensors_evaluate_and_finetune_as_the_checkpoint(tmp_path, monkeypatch, capfd):
+    flags = ["--attention", "channel", "token", "self", "--time-steps", "2", "--mean", "0.1", "--input-size", "9"]
+    quick = ["--batch-size", "128", "--lr", "1e-2", "--epochs", "1"]
+    here(monkeypatch, capfd, "digits/train.py", *quick, *flags, "--output-dir", tmp_path / "run")
+    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "run/best.pt")
+    expected = result_in(tmp_path / "run")
+    output = tmp_path / "out/mine.safetensors"
+    export.main(["--checkpoint", str(tmp_path / "run/best.pt"), "--format", "safetensors", "--output", str(output)])
+    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", output)
+    found = result_in(tmp_path / "out")
+    for key in ("top1", "loss", "count", "attention", "time_steps", "mean", "input_size", "lr"):
+        assert found[key] == expected[key]
+
+    card = output.with_suffix(".md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == round(expected["top1"], 2)
+    assert (front["datasets"], "license" in front) == (["digits"], False)
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    monkeypatch.chdir(output.parent)
+    namespace = {}
+    exec(code, namespace)
+    weights = checkpoint.read(tmp_path / "run/best.pt")["state_dict"]
+    assert all(torch.equal(value, weights[name]) for name, value in namespace["model"].state_dict().items())
+
+    line = fail(monkeypatch, capfd, "digits/train.py", "--resume", output, "--output-dir", tmp_path / "new")
+    assert "mine.safetensors: holds weights and no optimizer" in line
+    still = ["--lr", "0", "--min-lr", "0", "--warmup-epochs", "0", "--output-dir", tmp_path / "tuned"]
+    here(monkeypatch, capfd, "digits/train.py", *quick, *flags, "--finetune", output, *still)
+    tuned = checkpoint.read(tmp_path / "tuned/last.pt")["state_dict"]
+    assert torch.equal(tuned["head.weight"], weights["head.weight"])
+
+
+def test_a_card_has_no_accuracy_that_was_not_measured(tmp_path, capfd):
+    path = untrained(tmp_path / "best.pt", "digits/digits.yml")
+    result = {"top1": 12.34, **plain(config.load(ROOT / "digits/digits.yml"))}
+    for measured, told in [(result, True), (result | {"time_steps": 2}, False), ({"top1": 99}, False), (None, False)]:
+        if measured:
+            (tmp_path / "best.test.json").write_text(json.dumps(measured))
+        else:
+            (tmp_path / "best.test.json").unlink()
+        export.main(["--checkpoint", str(path), "--format", "safetensors"])
+        card = (tmp_path / "best.md").read_text()
+        assert ("12.34 %" in card, "model-index" in card, "not measured" in card) == (told, told, not told)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.write_bytes(b""), "truncated, or not a safetensors file"),
+        (lambda path: path.write_bytes(b"\xff" * 100), "truncated, or not a safetensors file"),
+        (lambda path: torch.save({"a": torch.zeros(2)}, path), "truncated, or not a safetensors file"),
+        (lambda path: cut(path), "truncated, or not a safetensors file"),
+        (lambda path: save_file({}, path), "holds no weights"),
+        (lambda path: save_file({"a": torch.zeros(2)}, path, {"config": "{"}), "its config is not what it should be"),
+        (lambda path: save_file({"a": torch.zeros(2)}, path, {"config": "[1]"}), "its config is not what it should be"),
+        (lambda path: save_file({"a": torch.zeros(2)}, path, {"config": "{}"}), "does not fit the model"),
+        (lambda path: save_file({"a": torch.zeros(2)}, path), "does not fit the model"),
+    ],
+)
+def test_damaged_and_foreign_safetensors_end_in_one_line(tmp_path, monkeypatch, capfd, write, message):
+    write(tmp_path / "file.safetensors")
+    line = fail(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "file.safetensors")
+    assert "file.safetensors: " in line
+    assert message in line
+
+
+def cut(path):
+    save_file({"a": torch.zeros(2000)}, path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format", "onnx"], "--checkpoint"),
+        (["--format", "tflite", "--checkpoint", "x.pt"], "invalid choice: 'tflite'"),
+        (["--format", "onnx", "--checkpoint", "no.pt"], "checkpoint no.pt does not exist"),
+        (["--format", "onnx", "--checkpoint", "no.pt", "--batch", "0"], "must be at least 1"),
+        (["--format", "onnx", "--checkpoint", "no.pt", "--output", "x.bin"], "--output x.bin: name a new file *.onnx"),
+        (["--format", "safetensors", "--checkpoint", "x.safetensors"], "name a new file *.safetensors"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(monkeypatch, capfd, flags, message):
+    monkeypatch.setattr(sys, "argv", ["export.py", *flags])
+    monkeypatch.delitem(sys.modules, "analysis.export")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("analysis.export", run_name="__main__")
+    assert end.value.code == 2
+    assert message in capfd.readouterr().err
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"--format onnx needs onnxscript .*pip install -r requirements.txt"):
+        export.main(["--checkpoint", "no.pt", "--format", "onnx"])
