@@ -27,7 +27,7 @@ from engine.config import EVENT_DATASETS, LOCAL_FIELDS, MODEL_FIELDS, Config, pl
 from engine.errors import UserError
 from engine.log import logger
 from models import LIF
-from models.neuron import lif_step
+from models.neuron import continued, lif_step
 
 from . import common
 
@@ -115,7 +115,8 @@ class _WithSpikes(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         spikes = {}
-        with _hooked(self.model, lambda name, lif, currents, out: spikes.update({name: out})):
+        # neurons in steps, as a stream has them: what they write in place otherwise would make a graph of scatters
+        with continued({}), _hooked(self.model, lambda name, lif, currents, out: spikes.update({name: out})):
             logits = self.model(x)
         return logits, *(spikes[name] for name in self.names)
 

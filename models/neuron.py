@@ -210,9 +210,7 @@ class LIF(nn.Module):
         return self._over_time(x)
 
     def _over_time(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():  # writing to slices in place would make a graph of scatters
-            return _continue(x, self.threshold, None)[0]
-        membranes = None if torch.compiler.is_compiling() else _membranes.get()  # the compiler knows no ContextVar
+        membranes = None if torch.compiler.is_dynamo_compiling() else _membranes.get()  # dynamo knows no ContextVar
         if membranes is None:
             return BACKENDS[self.backend](x, self.threshold)
         spikes, membranes[self] = _continue(x, self.threshold, membranes.get(self))
