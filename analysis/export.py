@@ -269,17 +269,14 @@ def _write_safetensors(subject: common.Subject, output: Path) -> None:
     _write(output.with_suffix(".md"), _card(subject, output.name).encode())
 
 
-def _card(subject: common.Subject, name: str) -> str:
-    """A model card as Hugging Face reads it, without a license: that is for those who trained the weights."""
-    cfg, model = subject.cfg, subject.model
-    has_frames = cfg.dataset in EVENT_DATASETS
-    top1 = _measured(subject)
+def _front_matter(cfg: Config, top1: float | None) -> str:
+    """What Hugging Face reads, without a license: that is for those who trained the weights."""
     front = {
         "library_name": "qkformer",
         "tags": ["qkformer", "spiking-neural-network", "spiking-transformer", "arxiv:2403.16552"],
         "datasets": [cfg.dataset],
     }
-    if not has_frames:
+    if cfg.dataset not in EVENT_DATASETS:
         front["pipeline_tag"] = "image-classification"
     if top1 is not None:
         result = {
@@ -288,11 +285,18 @@ def _card(subject: common.Subject, name: str) -> str:
             "metrics": [{"type": "accuracy", "value": round(top1, 2), "name": "top-1 (%)"}],
         }
         front |= {"metrics": ["accuracy"], "model-index": [{"name": cfg.model, "results": [result]}]}
+    return yaml.safe_dump(front, sort_keys=False)
+
+
+def _card(subject: common.Subject, name: str) -> str:
+    """A model card in Markdown for the weights in the file `name`."""
+    cfg, model = subject.cfg, subject.model
+    top1 = _measured(subject)
     settings = {key: value for key, value in plain(cfg).items() if key in MODEL_FIELDS[1:] and value is not None}
     arguments = "".join(f"    {key}={value!r},\n" for key, value in settings.items())
     size = f"{cfg.input_size} x {cfg.input_size}"
     return f"""---
-{yaml.safe_dump(front, sort_keys=False)}---
+{_front_matter(cfg, top1)}---
 
 # {cfg.model} on {cfg.dataset}
 
@@ -305,7 +309,7 @@ Attention](https://arxiv.org/abs/2403.16552) (Zhou et al., NeurIPS 2024).
 | parameters | {sum(p.numel() for p in model.parameters()):,} |
 | time steps T | {cfg.time_steps} |
 | membrane of the self-attention (`ssa_membrane`) | {cfg.ssa_membrane} |
-| input | {"event frames [B,T,C,H,W]" if has_frames else "images [B,C,H,W]"}, {cfg.in_channels} x {size} |
+| input | {"event frames [B,T,C,H,W]" if cfg.dataset in EVENT_DATASETS else "images [B,C,H,W]"}, {cfg.in_channels} x {size} |
 | classes | {cfg.num_classes} |
 | top-1 on the test set of {cfg.dataset} | {"not measured" if top1 is None else f"{top1:.2f} %"} |
 
