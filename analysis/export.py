@@ -292,6 +292,7 @@ def _card(subject: common.Subject, name: str) -> str:
     """A model card in Markdown for the weights in the file `name`."""
     cfg, model = subject.cfg, subject.model
     top1 = _measured(subject)
+    shape = "event frames [B,T,C,H,W]" if cfg.dataset in EVENT_DATASETS else "images [B,C,H,W]"
     settings = {key: value for key, value in plain(cfg).items() if key in MODEL_FIELDS[1:] and value is not None}
     arguments = "".join(f"    {key}={value!r},\n" for key, value in settings.items())
     size = f"{cfg.input_size} x {cfg.input_size}"
@@ -309,7 +310,7 @@ Attention](https://arxiv.org/abs/2403.16552) (Zhou et al., NeurIPS 2024).
 | parameters | {sum(p.numel() for p in model.parameters()):,} |
 | time steps T | {cfg.time_steps} |
 | membrane of the self-attention (`ssa_membrane`) | {cfg.ssa_membrane} |
-| input | {"event frames [B,T,C,H,W]" if cfg.dataset in EVENT_DATASETS else "images [B,C,H,W]"}, {cfg.in_channels} x {size} |
+| input | {shape}, {cfg.in_channels} x {size} |
 | classes | {cfg.num_classes} |
 | top-1 on the test set of {cfg.dataset} | {"not measured" if top1 is None else f"{top1:.2f} %"} |
 
