@@ -64,10 +64,10 @@ def checkpoint_parser(doc: str) -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """The `type` of a flag that takes a number from 1 on."""
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
+    """The `type` of a flag that takes a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def main(body: Callable[[Sequence[str]], None]) -> None:

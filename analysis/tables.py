@@ -117,13 +117,15 @@ def measured(cfg: Config, found: Sequence[dict]) -> dict[str, str]:
     wanted = {key: list(value) if isinstance(value := getattr(cfg, key), tuple) else value for key in keys}
     mine = [result for result in found if all(result.get(key) == value for key, value in wanted.items())]
     energies = [result["energy"]["energy_mj"] for result in mine if "energy" in result]
-    return {"energy": _mean(energies, ".3g"), "top1": _mean([result["top1"] for result in mine], ".2f")}
+    top1 = [result["top1"] for result in mine]
+    spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+    return {"energy": _mean(energies, ".3g", ""), "top1": _mean(top1, ".2f", spread)}
 
 
-def _mean(values: Sequence[float], form: str) -> str:
-    if len(values) < 2:
-        return "".join(format(value, form) for value in values)
-    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}} ({len(values)} runs)"
+def _mean(values: Sequence[float], form: str, spread: str) -> str:
+    if not values:
+        return ""
+    return f"{statistics.mean(values):{form}}{spread}" + (f" ({len(values)} runs)" if len(values) > 1 else "")
 
 
 def _given(value: float | None) -> str:

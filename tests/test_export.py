@@ -33,7 +33,7 @@ def untrained(path, recipe, *flags):
 def exported(path, capfd, *flags):
     """Export to ONNX; returns a session of the file, and the numbers that were told."""
     capfd.readouterr()
-    export.main(["--checkpoint", str(path), "--format", "onnx", *map(str, flags)])
+    export.run(["--checkpoint", str(path), "--format", "onnx", *map(str, flags)])
     out, err = capfd.readouterr()
     assert not err
     return onnxruntime.InferenceSession(path.with_suffix(".onnx")), out
@@ -80,7 +80,7 @@ def test_cifar_and_what_a_spike_within_rounding_of_the_threshold_does(tmp_path, 
     state["state_dict"][unit + "bn.bias"][0] = 2.0
     torch.save(state, path)
     with pytest.raises(UserError, match=r"--batch 2: .*neighbours: give --batch 1, or --ssa-membrane per_sample"):
-        export.main(["--checkpoint", str(path), "--format", "onnx", "--batch", "2", *map(str, tiny_cifar)])
+        export.run(["--checkpoint", str(path), "--format", "onnx", "--batch", "2", *map(str, tiny_cifar)])
     graphs, to_onnx = [], export.to_onnx
     monkeypatch.setattr(export, "to_onnx", lambda *args: graphs.append(to_onnx(*args)) or graphs[0])
     session, out = exported(path, capfd, *tiny_cifar, "--samples", "3")
@@ -124,7 +124,7 @@ def test_safetensors_evaluate_and_finetune_as_the_checkpoint(tmp_path, monkeypat
     here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "run/best.pt")
     expected = result_in(tmp_path / "run")
     output = tmp_path / "out/mine.safetensors"
-    export.main(["--checkpoint", str(tmp_path / "run/best.pt"), "--format", "safetensors", "--output", str(output)])
+    export.run(["--checkpoint", str(tmp_path / "run/best.pt"), "--format", "safetensors", "--output", str(output)])
     here(monkeypatch, capfd, "digits/test.py", "--checkpoint", output)
     found = result_in(tmp_path / "out")
     for key in ("top1", "loss", "count", "attention", "time_steps", "mean", "input_size", "lr"):
@@ -157,7 +157,7 @@ def test_a_card_has_no_accuracy_that_was_not_measured(tmp_path, capfd):
             (tmp_path / "best.test.json").write_text(json.dumps(measured))
         else:
             (tmp_path / "best.test.json").unlink()
-        export.main(["--checkpoint", str(path), "--format", "safetensors"])
+        export.run(["--checkpoint", str(path), "--format", "safetensors"])
         card = (tmp_path / "best.md").read_text()
         assert ("12.34 %" in card, "model-index" in card, "not measured" in card) == (told, told, not told)
 
@@ -194,7 +194,10 @@ def cut(path):
         (["--format", "onnx"], "--checkpoint"),
         (["--format", "tflite", "--checkpoint", "x.pt"], "invalid choice: 'tflite'"),
         (["--format", "onnx", "--checkpoint", "no.pt"], "checkpoint no.pt does not exist"),
-        (["--format", "onnx", "--checkpoint", "no.pt", "--batch", "0"], "must be at least 1"),
+        (
+            ["--format", "onnx", "--checkpoint", "no.pt", "--batch", "0"],
+            "argument --batch: '0' is not a whole number of at least 1",
+        ),
         (["--format", "onnx", "--checkpoint", "no.pt", "--output", "x.bin"], "--output x.bin: name a new file *.onnx"),
         (["--format", "safetensors", "--checkpoint", "x.safetensors"], "name a new file *.safetensors"),
     ],
@@ -211,4 +214,4 @@ def test_mistakes_end_in_one_line_and_exit_code_2(monkeypatch, capfd, flags, mes
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match=r"--format onnx needs onnxscript .*pip install -r requirements.txt"):
-        export.main(["--checkpoint", "no.pt", "--format", "onnx"])
+        export.run(["--checkpoint", "no.pt", "--format", "onnx"])

@@ -136,7 +136,7 @@ def test_too_large_a_map_is_told():
     ("flags", "line"),
     [
         ("--tokens 4", "--tokens: an exponent needs two sizes"),
-        ("--channels 8 0", "--channels: invalid positive value: '0'"),
+        ("--channels 8 0", "--channels: '0' is not a whole number of at least 1"),
         ("--heads 5", "--heads 5 does not divide 96 channels"),
         ("--token 4 9", "unrecognized arguments: --token"),
     ],

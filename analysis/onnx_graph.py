@@ -1,0 +1,191 @@
+"""A network as an ONNX graph, and the comparison of ONNX Runtime with torch, neuron by neuron."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from models import LIF
+from models.neuron import continued, lif_step
+
+OPSET = 18
+TOLERANCE = 1e-5  # of logits, and of a membrane around its threshold
+
+
+class Exported(NamedTuple):
+    """An ONNX file, and the same graph with the spikes [T,B,...] of every LIF as further outputs, named as modules."""
+
+    product: bytes
+    with_spikes: bytes
+
+
+class Parity(NamedTuple):
+    """What ONNX Runtime computes beside torch. Of samples [N], on the CPU.
+
+    Attributes:
+        difference: largest |logit difference| of each sample.
+        same_class: whether both predict the same.
+        followed: as `difference`, with ONNX Runtime's spikes in torch.
+        flips: spikes of each sample that torch would have decided otherwise, had it got the same inputs.
+        distance: from a membrane to its threshold, the largest where that is so.
+        spikes: decisions compared.
+    """
+
+    difference: Tensor
+    same_class: Tensor
+    followed: Tensor
+    flips: Tensor
+    distance: float
+    spikes: int
+
+    def __str__(self) -> str:
+        count, beyond = len(self.flips), self.difference > TOLERANCE
+        lines = [
+            f"{count} samples: largest |logit difference| {self.difference.max():.1e}, within {TOLERANCE:g} in "
+            f"{count - beyond.sum()}, the same class in {self.same_class.sum()}",
+            f"with ONNX Runtime's spikes in torch: largest |logit difference| {self.followed.max():.1e}",
+        ]
+        if self.flips.any():
+            lines.append(
+                f"{self.flips.sum()} of {self.spikes:,} spikes differ by rounding, in {self.flips.count_nonzero()} "
+                f"samples: their membranes are at most {self.distance:.1e} from the threshold"
+            )
+        return "\n".join(lines)
+
+    def require(self) -> None:
+        """Raise `UserError` where more than rounding separates the two."""
+        unexplained = (self.difference > TOLERANCE) & (self.flips == 0)
+        wrong = (unexplained | ~(self.followed <= TOLERANCE)).sum()  # not a number is wrong too
+        if wrong or not self.distance <= TOLERANCE:
+            raise UserError(
+                f"ONNX Runtime does not compute what torch does, so nothing is written: {wrong} of {len(self.flips)} "
+                f"samples differ by more than {TOLERANCE:g} (up to {self.followed.max():.1e}) with equal spikes, and "
+                f"spikes differ with membranes up to {self.distance:.1e} from the threshold; install the versions of "
+                "requirements.txt"
+            )
+
+
+@contextlib.contextmanager
+def _hooked(model: nn.Module, after_lif) -> Iterator[None]:
+    """Within it `after_lif(name, lif, currents, spikes)` may replace what each LIF of `model` returns."""
+    handles = [
+        module.register_forward_hook(lambda lif, args, spikes, name=name: after_lif(name, lif, args[0], spikes))
+        for name, module in model.named_modules()
+        if isinstance(module, LIF)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _WithSpikes(nn.Module):
+    """A network that also returns the spikes of each of its LIFs, in the order of `names`."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.names = [name for name, module in model.named_modules() if isinstance(module, LIF)]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        spikes = {}
+        # neurons in steps, as a stream has them: what they write in place otherwise would make a graph of scatters
+        with continued({}), _hooked(self.model, lambda name, lif, currents, out: spikes.update({name: out})):
+            logits = self.model(x)
+        return logits, *(spikes[name] for name in self.names)
+
+
+def to_onnx(model: nn.Module, x: Tensor, batch: int | None, metadata: dict[str, str]) -> Exported:
+    """The graph of a network in evaluation mode, on the CPU.
+
+    Args:
+        model: one of ours.
+        x: any sample [1,...]; only its shape counts.
+        batch: the fixed batch size, or None for any.
+        metadata: what to write into the file.
+    """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    watched = _WithSpikes(model).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+        program = torch.onnx.export(
+            watched,
+            (x.expand(batch or 2, *x.shape[1:]),),  # an example of 1 would make torch take 1 for a constant
+            input_names=["input"],
+            output_names=["logits", *watched.names],
+            dynamic_shapes=None if batch else {"x": {0: "batch"}},
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    graph = program.model
+    ClearMetadataAndDocStringPass()(graph)  # lines of code with the folders of this machine, two thirds of the file
+    for value in [*graph.graph.initializers.values()]:
+        value.name = value.name.removeprefix("model.")
+    graph.metadata_props.update(metadata)
+    with_spikes = program.model_proto.SerializeToString()
+    del graph.graph.outputs[1:]
+    return Exported(program.model_proto.SerializeToString(), with_spikes)
+
+
+@torch.no_grad()
+def compare(model: nn.Module, exported: Exported, batches: Sequence[Tensor]) -> Parity:
+    """Run `batches` of samples through torch and ONNX Runtime, on the CPU; raises `UserError` where it cannot."""
+    import onnxruntime
+
+    product, with_spikes = (
+        onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]) for content in exported
+    )
+    names = [output.name for output in with_spikes.get_outputs()][1:]
+    columns, distance, count = [], 0.0, 0
+    for x in batches:
+        (logits,) = product.run(None, {"input": x.numpy()})
+        logits = torch.from_numpy(logits)
+        watched, *spikes = map(torch.from_numpy, with_spikes.run(None, {"input": x.numpy()}))
+        if not torch.equal(watched, logits):
+            raise UserError("ONNX Runtime gives other logits once its spikes are looked at: they cannot be explained")
+        own = model(x)
+        followed, flips, far = _follow(model, x, dict(zip(names, spikes, strict=True)))
+        columns.append(
+            (
+                (logits - own).abs().amax(1),
+                logits.argmax(1) == own.argmax(1),
+                (logits - followed).abs().amax(1),
+                flips,
+            )
+        )
+        distance, count = max(distance, far), count + sum(spike.numel() for spike in spikes)
+    return Parity(*map(torch.cat, zip(*columns, strict=True)), distance, count)
+
+
+def _follow(model: nn.Module, x: Tensor, spikes: dict[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+    """Logits of `model` where every LIF returns the `spikes` of its name, whatever its currents.
+
+    So each neuron gets what it got where the spikes were computed, and one difference does not lead to others.
+
+    Returns:
+        Logits; how many spikes of each sample [B] its own neurons decide otherwise; and how far from the threshold the
+        farthest membrane among them is.
+    """
+    flips, distance = torch.zeros(len(x), dtype=torch.int64), 0.0
+
+    def given(name: str, lif: LIF, currents: Tensor, _) -> Tensor:
+        nonlocal flips, distance
+        v = torch.zeros_like(currents[0])
+        for current, spike in zip(currents, spikes[name], strict=True):  # [B,...] of a time step
+            h = torch.empty_like(current)
+            own, _ = lif_step(current, v, lif.threshold, h=h)
+            differs = own != spike
+            flips += differs.flatten(1).sum(1)
+            distance = max(distance, ((h - lif.threshold).abs() * differs).max().item())
+            v = h * (1 - spike)
+        return spikes[name]
+
+    with _hooked(model, given):
+        return model(x), flips, distance
