@@ -125,7 +125,9 @@ def draw(tables: dict[str, list[dict]], path: Path) -> None:
                 )
                 axis.plot(depths, [row[f"independent {what}"] for row in mine], "x", color=colour, alpha=0.6)
     for axis, title in zip(axes, ("mean", "variance"), strict=True):
-        axis.set(title=f"{title} of what the attention's neuron gets", xlabel="block", yscale="log")
+        axis.set(title=f"{title} of what the attention's neuron gets", xlabel="block")
+        if any(line.get_ydata().max() > 0 for line in axis.lines):  # not of a silent network
+            axis.set_yscale("log")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.axhline(0.5, color="grey", linewidth=0.8) if title == "mean" else None
         axis.grid(alpha=0.3)
