@@ -27,6 +27,7 @@ from torch import Tensor
 from engine.log import logger, progress
 from models.attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from models.hst import Block
+from models.neuron import ATTN_THRESHOLD
 
 from .common import COLOURS, Subject, checkpoint_parser, main, subjects, write_csv
 
@@ -120,16 +121,15 @@ def draw(tables: dict[str, list[dict]], path: Path) -> None:
             mine = [row for row in rows if row["attention"] == kind]
             depths = [row["depth"] for row in mine]
             for axis, what in zip(axes, ("mean", "variance"), strict=True) if mine else ():
-                axis.plot(
-                    depths, [row[what] for row in mine], line, marker=marker, color=colour, label=f"{kind} ({name})"
-                )
+                values, label = [row[what] for row in mine], f"{kind} ({name})"
+                axis.plot(depths, values, line, marker=marker, color=colour, label=label)
                 axis.plot(depths, [row[f"independent {what}"] for row in mine], "x", color=colour, alpha=0.6)
-    for axis, title in zip(axes, ("mean", "variance"), strict=True):
-        axis.set(title=f"{title} of what the attention's neuron gets", xlabel="block")
-        if any(line.get_ydata().max() > 0 for line in axis.lines):  # not of a silent network
-            axis.set_yscale("log")
+    axes[0].axhline(ATTN_THRESHOLD, color="grey", linewidth=0.8)
+    for axis, what in zip(axes, ("mean", "variance"), strict=True):
+        is_silent = not any(row[what] > 0 for rows in tables.values() for row in rows)
+        axis.set(title=f"{what} of what the attention's neuron gets", xlabel="block")
+        axis.set_yscale("linear" if is_silent else "log")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.axhline(0.5, color="grey", linewidth=0.8) if title == "mean" else None
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", title="x: independent spikes\ngrey: threshold")
