@@ -65,7 +65,7 @@ def measure(subject: Subject) -> list[dict]:
         sums[block][-1] += [torch.tensor([x.numel(), x.sum(), x.square().sum()])]
 
     def attend(block: Block, own, *qkv: Tensor) -> Tensor:
-        sums[block].append([torch.stack([spikes.double().mean() for spikes in qkv]), *qkv[0].shape[3:]])
+        sums[block].append([torch.stack([spikes.double().mean() for spikes in qkv]).cpu(), *qkv[0].shape[3:]])
         return own(*qkv)
 
     for block in names:

@@ -32,7 +32,7 @@ class Subject(NamedTuple):
     data: Data
 
     def samples(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first `count` test samples [B,...] with their labels [B], on the network's device."""
+        """The first `count` test samples [B,...], or as many as there are, with their labels [B]; on the device."""
         found = []
         for images, labels in self.data.test:
             found.append((images, labels))

@@ -40,9 +40,9 @@ def probabilities(model: nn.Module, images: Tensor, order: Tensor, batch_size: i
     return torch.cat(found)[order.argsort()]
 
 
-def study(subject: Subject, batch_sizes: Sequence[int], shuffles: int) -> list[dict]:
+def study(subject: Subject, samples: int, batch_sizes: Sequence[int], shuffles: int) -> list[dict]:
     """A row for each membrane, batch size and kind of order, in percent: accuracy, and what changes between orders."""
-    images, labels = subject.samples(10**9)
+    images, labels = subject.samples(samples)
     generator = torch.Generator().manual_seed(0)
     random = [torch.randperm(len(labels), generator=generator).to(labels.device) for _ in range(shuffles)]
     as_it_is, by_class = torch.arange(len(labels), device=labels.device), labels.argsort(stable=True)
@@ -162,6 +162,7 @@ def run(argv: Sequence[str]) -> None:
     flags = checkpoint_parser(__doc__)
     flags.add_argument("--batch-sizes", nargs="+", type=positive, default=[1, 4, 16, 64, 120], help="(1 4 16 64 120)")
     flags.add_argument("--shuffles", type=positive, default=3, help="random orders of the test set (3)")
+    flags.add_argument("--samples", type=positive, default=2000, help="at most so many test samples (2000)")
     args, rest = flags.parse_known_args(argv)
     if args.shuffles < 2:
         raise UserError("--shuffles 1: what changes needs two orders at least")
@@ -169,7 +170,7 @@ def run(argv: Sequence[str]) -> None:
     for subject in subjects(args, rest):
         if subject.cfg.residual == "ms" or "self" not in subject.model.attention:
             raise UserError(f"{subject.path}: nothing in this network can leak over the batch")
-        rows += study(subject, sorted(set(args.batch_sizes)), args.shuffles)
+        rows += study(subject, args.samples, sorted(set(args.batch_sizes)), args.shuffles)
     means = averages(rows)
     csv, markdown, picture = (args.output_dir / f"membrane.{kind}" for kind in ("csv", "md", "png"))
     write_csv(csv, rows)
