@@ -31,12 +31,18 @@ class Subject(NamedTuple):
     model: nn.Module
     data: Data
 
-    def samples(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first `count` test samples [B,...], or as many as there are, with their labels [B]; on the device."""
-        found = []
+    def samples(self, count: int, spread: bool = False) -> tuple[Tensor, Tensor]:
+        """At most `count` test samples [B,...] with their labels [B], on the device.
+
+        They are the first, or with `spread` from all over the test set, which may lie class by class.
+        """
+        every, met, found = 1, 0, []
         for images, labels in self.data.test:
-            found.append((images, labels))
-            if sum(map(len, (labels for _, labels in found))) >= count:
+            if spread and not met:
+                every = max(1, len(self.data.test) * len(labels) // count)
+            found.append((images[-met % every :: every], labels[-met % every :: every]))
+            met += len(labels)
+            if sum(len(kept) for _, kept in found) >= count:
                 break
         images, labels = (torch.cat(column)[:count] for column in zip(*found, strict=True))
         return images, labels

@@ -42,7 +42,7 @@ def probabilities(model: nn.Module, images: Tensor, order: Tensor, batch_size: i
 
 def study(subject: Subject, samples: int, batch_sizes: Sequence[int], shuffles: int) -> list[dict]:
     """A row for each membrane, batch size and kind of order, in percent: accuracy, and what changes between orders."""
-    images, labels = subject.samples(samples)
+    images, labels = subject.samples(samples, spread=True)
     generator = torch.Generator().manual_seed(0)
     random = [torch.randperm(len(labels), generator=generator).to(labels.device) for _ in range(shuffles)]
     as_it_is, by_class = torch.arange(len(labels), device=labels.device), labels.argsort(stable=True)
@@ -162,7 +162,9 @@ def run(argv: Sequence[str]) -> None:
     flags = checkpoint_parser(__doc__)
     flags.add_argument("--batch-sizes", nargs="+", type=positive, default=[1, 4, 16, 64, 120], help="(1 4 16 64 120)")
     flags.add_argument("--shuffles", type=positive, default=3, help="random orders of the test set (3)")
-    flags.add_argument("--samples", type=positive, default=2000, help="at most so many test samples (2000)")
+    flags.add_argument(
+        "--samples", type=positive, default=2000, help="at most so many test samples, from all over the set (2000)"
+    )
     args, rest = flags.parse_known_args(argv)
     if args.shuffles < 2:
         raise UserError("--shuffles 1: what changes needs two orders at least")

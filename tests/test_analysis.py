@@ -51,6 +51,16 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+def test_samples_may_come_from_all_over_the_test_set(all_kinds):
+    found = subject(all_kinds, "--eval-batch-size", "50")
+    everything, labels = found.samples(1000)
+    assert len(labels) == 360
+    assert torch.equal(found.samples(70)[0], everything[:70])
+    images, some = found.samples(50, spread=True)  # 8 batches of 50 make every eighth
+    assert torch.equal(images, everything[::8][:50])
+    assert torch.equal(some, labels[::8][:50])
+
+
 def test_firing_rates_and_integers_are_what_the_layers_get(all_kinds, tmp_path, monkeypatch, capfd):
     found = subject(all_kinds)
     report = estimate(found.model, found.data.test)
