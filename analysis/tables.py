@@ -23,6 +23,7 @@ from tabulate import tabulate
 from torch import nn
 
 from engine.config import EVENT_DATASETS, MODEL_FIELDS, Config, load
+from engine.errors import UserError
 from engine.log import logger, setup_console
 from engine.published import all_of
 from engine.run import build_model
@@ -191,13 +192,13 @@ def ablations(found: Sequence[dict]) -> Table:
 
 def run(argv: Sequence[str]) -> None:
     flags = parser(__doc__)
-    flags.add_argument(
-        "--results", nargs="*", type=Path, default=[ROOT / "docs/results", Path("output")], help="folders of test.json"
-    )
+    flags.add_argument("--results", nargs="+", type=Path, help="folders of runs that test.py evaluated (output)")
     flags.add_argument("--output-dir", type=Path, default=Path("output/tables"), help="folder to write to")
     args = flags.parse_args(argv)
     setup_console(is_main=True)
-    found = results(args.results)
+    if absent := [str(folder) for folder in args.results or () if not folder.is_dir()]:
+        raise UserError(f"--results {absent[0]}: there is no such folder")
+    found = results(args.results or [Path("output")])
     tables = [imagenet(found), others(found), ablations(found)]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     markdown = "\n\n".join(f"### {table.title}\n\n{table.write('github')}" for table in tables)

@@ -215,6 +215,11 @@ def result(folder, top1, count=360, **changes):
     (folder / "best.test.json").write_text(json.dumps({"top1": top1, "count": count, **settings}))
 
 
+def test_tables_need_the_folder_that_is_named(tmp_path, monkeypatch, capfd):
+    line = fail(monkeypatch, capfd, "analysis.tables", "--results", tmp_path / "absent")
+    assert line.endswith("absent: there is no such folder")
+
+
 def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monkeypatch, capfd):
     result(tmp_path / "a", 98.0, energy={"energy_mj": 0.00125})
     result(tmp_path / "b", 99.0)
