@@ -89,7 +89,8 @@ def draw(rates: Rates, title: str, path: Path) -> None:
         axes[1].set(ylabel="share of the values", title="SEW residuals: integers that are not 0")
     for axis, names in zip(axes, rates, strict=False):
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-        axis.legend(ncols=4, fontsize=8)
+        if axis.get_legend_handles_labels()[0]:  # none where all integers are 0
+            axis.legend(ncols=4, fontsize=8)
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
         axis.margins(x=0.01)
