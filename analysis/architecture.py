@@ -10,11 +10,10 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from engine.config import load
 from engine.errors import UserError
 from models import create_model, list_models
 
-from .common import ROOT, main, parser
+from .common import main, parser, recipes
 from .diagram import Drawing
 
 STYLE = {"svg.hashsalt": "qkformer", "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans"}
@@ -26,8 +25,8 @@ def published_size(name: str) -> int:
     Raises:
         UserError: no recipe has the model.
     """
-    for recipe in sorted(ROOT.glob("*/*.yml")):
-        if (recipe.parent / "train.py").exists() and (cfg := load(recipe)).model == name:
+    for _, cfg in recipes():
+        if cfg.model == name:
             return cfg.input_size
     raise UserError(f"--input-size is needed: no recipe has {name}")
 

@@ -22,7 +22,7 @@ from engine.errors import UserError
 from engine.log import logger
 from models.attention import ChannelQKAttention, TokenQKAttention
 
-from .common import Subject, checkpoint_parser, main, positive, subjects, write_csv
+from .common import Subject, checkpoint_parser, main, positive, short_names, subjects, write_csv
 
 
 class Mask(NamedTuple):
@@ -52,7 +52,7 @@ def measure(subject: Subject, images: Tensor) -> list[Mask]:
         handle = module.attn_lif.register_forward_hook(lambda *call: spikes.update(mask=call[2]))
         passed = own(q, k)  # [T,B,h,d,N]
         handle.remove()
-        masks.append(_mask(name, spikes["mask"], passed, grids[name]))
+        masks.append(_mask(name, type(module), spikes["mask"], passed, grids[name]))
         return passed
 
     if not attentions:
@@ -69,11 +69,11 @@ def measure(subject: Subject, images: Tensor) -> list[Mask]:
     return masks
 
 
-def _mask(block: str, mask: Tensor, passed: Tensor, grid: tuple[int, int]) -> Mask:
+def _mask(block: str, kind: type, mask: Tensor, passed: Tensor, grid: tuple[int, int]) -> Mask:
     """From spikes [T,B,h,1,N] or [T,B,h,d,1] and the keys that passed [T,B,h,d,N]."""
     open_share = mask.float().mean(0)  # [B,h,1,N] or [B,h,d,1]
     passing = open_share.flatten(1).mean(1)
-    if mask.shape[3] == 1 and mask.shape[4] != 1:
+    if kind is TokenQKAttention:
         return Mask(block, "token", open_share.mean((1, 2)).unflatten(1, grid), None, passing)
     tokens = passed.float().mean((0, 2, 3))  # [B,N]
     return Mask(block, "channel", tokens.unflatten(1, grid), open_share.flatten(1), passing)
@@ -113,8 +113,8 @@ def run(argv: Sequence[str]) -> None:
     flags = checkpoint_parser(__doc__)
     flags.add_argument("--samples", type=positive, default=8, help="test samples to draw (8)")
     args, rest = flags.parse_known_args(argv)
-    for subject in subjects(args, rest):
-        suffix = f"-{subject.path.parent.name}" if len(args.checkpoint) > 1 else ""
+    for subject, label in zip(subjects(args, rest), short_names(args.checkpoint), strict=True):
+        suffix = f"-{label}" if len(args.checkpoint) > 1 else ""
         csv, picture = (args.output_dir / f"attention_masks{suffix}.{kind}" for kind in ("csv", "png"))
         images, labels = subject.samples(args.samples)
         masks = measure(subject, images)

@@ -27,9 +27,9 @@ from torch import Tensor
 from engine.log import logger, progress
 from models.attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from models.hst import Block
-from models.neuron import ATTN_THRESHOLD
+from models.neuron import ATTN_THRESHOLD, LIF
 
-from .common import COLOURS, Subject, checkpoint_parser, main, subjects, write_csv
+from .common import COLOURS, Subject, checkpoint_parser, main, short_names, subjects, write_csv
 
 KINDS = {TokenQKAttention: "Q-K token", ChannelQKAttention: "Q-K channel", SpikingSelfAttention: "self"}
 
@@ -60,7 +60,7 @@ def measure(subject: Subject) -> list[dict]:
     names = {module: name for name, module in subject.model.named_modules() if isinstance(module, Block)}
     sums, handles = {block: [] for block in names}, []
 
-    def before_neuron(block: Block, lif, args: tuple) -> None:
+    def before_neuron(block: Block, lif: LIF, args: tuple) -> None:
         x = args[0].double()
         sums[block][-1] += [torch.tensor([x.numel(), x.sum(), x.square().sum()])]
 
@@ -132,14 +132,16 @@ def draw(tables: dict[str, list[dict]], path: Path) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", title="x: independent spikes\ngrey: threshold")
+    figure.legend(
+        handles, labels, loc="outside right center", title="x: independent spikes\ngrey: threshold of the membrane"
+    )
     figure.savefig(path, dpi=110)
 
 
 def run(argv: Sequence[str]) -> None:
     args, flags = checkpoint_parser(__doc__).parse_known_args(argv)
-    found = subjects(args, flags)
-    tables = {subject.path.parent.name: measure(subject) for subject in found}
+    found = zip(short_names(args.checkpoint), subjects(args, flags), strict=True)
+    tables = {label: measure(subject) for label, subject in found}
     rows = [{"checkpoint": name, **row} for name, table in tables.items() for row in table]
     csv, picture = (args.output_dir / f"attention_statistics.{kind}" for kind in ("csv", "png"))
     write_csv(csv, rows)

@@ -1,11 +1,13 @@
 """What the scripts of the analyses share: their command line, a checkpoint's network with data, and tables."""
 
 import argparse
+import contextlib
 import csv
+import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +24,19 @@ DIGITS = ROOT / "digits/digits.yml"
 COLOURS = {"token": "tab:blue", "channel": "tab:green", "self": "tab:red"}  # of the attentions, in every picture
 
 
-class Subject(NamedTuple):
+@dataclass
+class Subject:
     """A trained network in evaluation mode, and the data set it was trained on."""
 
     path: Path  # of its checkpoint
     cfg: Config
     here: Dist
     model: nn.Module
-    data: Data
+
+    @functools.cached_property
+    def data(self) -> Data:
+        """Its test set; raises `UserError` as test.py does."""
+        return create_data(self.cfg, self.here, train=False)
 
     def samples(self, count: int, spread: bool = False) -> tuple[Tensor, Tensor]:
         """At most `count` test samples [B,...] with their labels [B], on the device.
@@ -107,18 +114,37 @@ def subject(path: Path, flags: Sequence[str]) -> Subject:
     cfg = settings_of(state, path, recipe, flags)
     model = build_model(cfg).to(here.device).eval()
     load_weights(cfg, model, state, path)
-    return Subject(path, cfg, here, model, create_data(cfg, here, train=False))
+    return Subject(path, cfg, here, model)
 
 
 def _recipe_of(state: dict, path: Path, flags: Sequence[str]) -> Path:
     """The recipe for the data set that the checkpoint records, unless `--config` names one."""
-    named = Path(load(DIGITS, flags, validate=False).config)
-    if named != DIGITS:
-        return named
-    for recipe in sorted(ROOT.glob("*/*.yml")) if state["format"] == "qkformer" else ():
-        if (recipe.parent / "train.py").exists() and load(recipe).dataset == state["config"].get("dataset"):
+    if any(flag.split("=")[0] == "--config" for flag in flags):
+        return Path(load(DIGITS, flags, validate=False).config)
+    for recipe, cfg in recipes() if state["format"] == "qkformer" else ():
+        if cfg.dataset == state["config"].get("dataset"):
             return recipe
     raise UserError(f"{path} does not tell its data set: name a recipe, such as --config imagenet/qkformer_10_384.yml")
+
+
+def recipes(folder: str = "*") -> Iterator[tuple[Path, Config]]:
+    """The recipes beside the scripts, in one folder or all; a file of the user's that is none is passed over."""
+    for path in sorted(ROOT.glob(f"{folder}/*.yml")):
+        if (path.parent / "train.py").exists():
+            with contextlib.suppress(UserError):
+                yield path, load(path)
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """A short name for each checkpoint, different for all.
+
+    Raises:
+        UserError: there is none.
+    """
+    for names in ([path.parent.name for path in paths], [f"{path.parent.name}-{path.stem}" for path in paths]):
+        if len(set(names)) == len(paths):
+            return names
+    raise UserError(f"--checkpoint: {len(paths)} files, of which some have equal names in folders of equal names")
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:

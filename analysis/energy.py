@@ -25,16 +25,22 @@ def estimate(model: nn.Module, data: Tensor | Iterable) -> EnergyReport:
     """Measure a network, in evaluation mode, on data.
 
     Args:
-        model: one of ours, or any network of convolutions, linear layers and matrix products (as timm's are).
+        model: one of ours, or any network of convolutions, linear layers, matmul and scaled dot-product attention (as
+            timm's are).
         data: a batch (images [B,C,H,W] or event frames [B,T,C,H,W]), or a loader of batches or of (batch, labels). On
             the meta device MACs are counted from the shapes, with neither inputs nor firing rates.
+
+    Raises:
+        ValueError: the network multiplies in a way that is not counted.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    with EnergyMeter(model) as meter:
-        for batch in [data] if isinstance(data, Tensor) else data:
-            model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
-    model.train(was_training)
+    try:
+        with EnergyMeter(model) as meter:
+            for batch in [data] if isinstance(data, Tensor) else data:
+                model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
+    finally:
+        model.train(was_training)
     return meter.report()
 
 
@@ -65,11 +71,13 @@ class EnergyMeter(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if self._inside and func in _UNCOUNTED:
+            raise ValueError(f"{self._inside[-1][0]}: torch.{func.__name__} is not counted; write it as matmul")
         if self._inside and func in _COUNTED:
-            macs, driver = _COUNTED[func](result, *args)
+            macs, driver = _COUNTED[func](result, *args, **(kwargs or {}))
             self._inside[-1][1] += 1
             name, call = self._inside[-1]
-            is_weighted = isinstance(args[1], nn.Parameter)
+            is_weighted = any(isinstance(value, nn.Parameter) for value in (*args, *(kwargs or {}).values()))
             self._add(("layer", name if is_weighted else f"{name} product {call}"), macs, *_statistics(driver))
         return result
 
@@ -98,8 +106,9 @@ class EnergyMeter(TorchFunctionMode):
             known = (total / size, active / size) if total == total else (None, None)  # not a number: on meta
             if what == "layer":
                 # the head reads the mean over time; spike by spike, it would add in every step
-                passes = samples if name == "head" else steps
-                layers.append(Layer(name, macs[0] / passes, *known, is_binary=others == 0))
+                is_head = name == "head"
+                macs_a_step = macs[0] / (samples if is_head else steps)
+                layers.append(Layer(name, macs_a_step, *known, is_binary=others == 0, is_head=is_head))
             else:
                 rates[name] = known[0]
         return EnergyReport(layers, round(steps / samples), rates, int(samples), frames > 0)
@@ -112,26 +121,30 @@ def _statistics(x: Tensor) -> tuple:
     return x.numel(), x.sum(dtype=torch.float64), x.count_nonzero(), ((x != 0) & (x != 1)).sum()
 
 
-def _convolution(result: Tensor, x: Tensor, weight: Tensor, *_) -> tuple[int, Tensor]:
-    return result.numel() * weight[0].numel(), x
+# each gives MACs and the input that drives them; arguments are named as torch names them
 
 
-def _product(result: Tensor, a: Tensor, b: Tensor, *_) -> tuple[int, Tensor]:
-    return result.numel() * a.shape[-1], b
+def _convolution(result: Tensor, input: Tensor, weight: Tensor, *_, **__) -> tuple[int, Tensor]:
+    return result.numel() * weight[0].numel(), input
 
 
-def _linear(result: Tensor, x: Tensor, *_) -> tuple[int, Tensor]:
-    return result.numel() * x.shape[-1], x
+def _product(result: Tensor, input: Tensor, other: Tensor) -> tuple[int, Tensor]:
+    return result.numel() * input.shape[-1], other
 
 
-def _attention(result: Tensor, q: Tensor, k: Tensor, *_) -> tuple[int, Tensor]:
+def _linear(result: Tensor, input: Tensor, *_, **__) -> tuple[int, Tensor]:
+    return result.numel() * input.shape[-1], input
+
+
+def _attention(result: Tensor, query: Tensor, key: Tensor, *_, **__) -> tuple[int, Tensor]:
     """Both products of torch's scaled dot-product attention."""
-    return (q.numel() + result.numel()) * k.shape[-2], k
+    return (query.numel() + result.numel()) * key.shape[-2], key
 
 
 _COUNTED = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm), _product),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _product),
     F.linear: _linear,
     F.scaled_dot_product_attention: _attention,
 }
+_UNCOUNTED = (torch.einsum, torch.addmm, torch.baddbmm, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm, F.bilinear)

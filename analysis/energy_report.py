@@ -35,6 +35,7 @@ class Layer:
     mean_input: float | None  # of a product: of its second factor; None where only shapes were known
     density: float | None  # share of the inputs that are not zero
     is_binary: bool  # all inputs are 0 or 1
+    is_head: bool = False  # computed once, from means over tokens and time
 
     def sops(self, time_steps: int) -> float:
         """Synaptic operations in `time_steps`; raises `ValueError` where only shapes were known."""
@@ -97,7 +98,7 @@ class EnergyReport:
         if index == 0 or not self.firing_rates:
             return MAC_PJ * layer.macs * (1 if first == "once" else self.time_steps) * MJ
         if integers == "multiplications" and not layer.is_binary:
-            return MAC_PJ * layer.density * self.time_steps * layer.macs * MJ
+            return MAC_PJ * layer.density * (1 if layer.is_head else self.time_steps) * layer.macs * MJ
         return AC_PJ * layer.sops(self.time_steps) * MJ
 
     def summary(self) -> dict:
@@ -126,7 +127,7 @@ class EnergyReport:
                 "MACs a step": layer.macs,
                 "mean input": layer.mean_input,
                 "share not 0": layer.density,
-                "input": "real" if i == 0 else "spikes" if layer.is_binary else "integers",
+                "input": "real" if i == 0 or layer.is_head else "spikes" if layer.is_binary else "integers",
                 "SOPs": layer.sops(self.time_steps) if i else 0.0,
                 "energy (mJ)": self.layer_energy(i),
             }
@@ -169,8 +170,7 @@ class EnergyReport:
         for kind, colour in colours.items():
             at = [i for i, row in enumerate(rows) if row["input"] == kind]
             energy.bar(at, [1000 * rows[i]["energy (mJ)"] for i in at], color=colour, label=f"input: {kind}")
-            if kind != "real":
-                inputs.bar(at, [rows[i]["mean input"] for i in at], color=colour)
+            inputs.bar(at, [rows[i]["mean input"] if i else 0 for i in at], color=colour)  # the image's has no meaning
         energy.set(ylabel="energy (µJ a sample)", title=self.totals().splitlines()[0])
         energy.legend()
         inputs.set(ylabel="mean input")

@@ -23,7 +23,7 @@ from engine.log import logger
 from models import LIF
 
 from . import common
-from .model_card import model_card
+from .model_card import CARD_START, model_card
 from .onnx_graph import compare, to_onnx
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
@@ -81,10 +81,13 @@ def _write_safetensors(subject: common.Subject, output: Path) -> None:
     """Weights under our names, with the settings of a run's checkpoint, and a model card beside them."""
     from safetensors.torch import save
 
+    card = output.with_suffix(".md")
+    if card.exists() and not card.read_text(errors="replace").startswith(CARD_START):
+        raise UserError(f"{card} is no model card and would be replaced by one: choose another --output")
     weights = {name: value.contiguous() for name, value in subject.model.state_dict().items()}
     metadata = {"format": "pt", "config": _settings(subject.cfg)}  # Hugging Face asks for the former
     _write(output, save(weights, metadata))
-    _write(output.with_suffix(".md"), model_card(subject, output.name).encode())
+    _write(card, model_card(subject, output.name).encode())
 
 
 def _write(path: Path, content: bytes) -> None:

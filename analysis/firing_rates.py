@@ -22,7 +22,7 @@ from models import LIF
 from models.hst import Block
 from models.layers import SpikingMLP
 
-from .common import Subject, checkpoint_parser, main, subjects, write_csv
+from .common import Subject, checkpoint_parser, main, short_names, subjects, write_csv
 
 
 class Rates(NamedTuple):
@@ -120,8 +120,8 @@ def write(rates: Rates, title: str, folder: Path, suffix: str) -> None:
 
 def run(argv: Sequence[str]) -> None:
     args, flags = checkpoint_parser(__doc__).parse_known_args(argv)
-    for subject in subjects(args, flags):
-        suffix = f"-{subject.path.parent.name}" if len(args.checkpoint) > 1 else ""
+    for subject, label in zip(subjects(args, flags), short_names(args.checkpoint), strict=True):
+        suffix = f"-{label}" if len(args.checkpoint) > 1 else ""
         title = f"{subject.cfg.model} on {subject.cfg.dataset}, {subject.path}"
         write(measure(subject), title, args.output_dir, suffix)
 

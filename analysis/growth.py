@@ -25,6 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from engine.dist import setup
 from engine.errors import UserError
+from engine.log import progress, setup_console
 from models.attention import SpikingSelfAttention
 from models.hst import ATTENTIONS
 
@@ -209,7 +210,7 @@ class Sweep(NamedTuple):
 def sweep(axis: str, sizes: Iterable[int], at: int, setting: Setting) -> Sweep:
     """Measure the cores and modules of all attentions at each size, the other axis fixed at `at`."""
     rows = []
-    for size in sorted(set(sizes)):
+    for size in progress(sorted(set(sizes)), axis, 1, show=True):
         tokens, channels = (size, at) if axis == "tokens" else (at, size)
         rows += [{"sweep": axis} | point(kind, part, tokens, channels, setting) for part, kind in SERIES]
     return Sweep(axis, at, rows)
@@ -271,6 +272,7 @@ def run(argv: Sequence[str]) -> None:
         if channels % args.heads:
             raise UserError(f"--heads {args.heads} does not divide {channels} channels: take multiples of it")
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    setup_console(is_main=True)
     setting = Setting(args.heads, args.time_steps, args.batch_size, args.repeats, setup(args.device).device)
     sweeps = [
         sweep("tokens", args.tokens, args.at_channels, setting),

@@ -12,6 +12,7 @@ membrane.csv, membrane.md and membrane.png.
 
 import dataclasses
 import itertools
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from engine import checkpoint
+from engine.config import MODEL_FIELDS, plain
 from engine.errors import UserError
 from engine.log import logger, progress
 from engine.run import build_model, load_weights
@@ -30,6 +32,8 @@ from engine.run import build_model, load_weights
 from .common import Subject, checkpoint_parser, main, positive, subjects, write_csv
 
 MEMBRANES = ("released", "per_sample")
+# what checkpoints that are averaged have in common, besides their training
+SAME = [key for key in (*MODEL_FIELDS, "dataset", "input_size") if key != "ssa_membrane"]
 CHANGES = ("answers that change", "probability that moves")
 
 
@@ -47,7 +51,7 @@ def study(subject: Subject, samples: int, batch_sizes: Sequence[int], shuffles: 
     random = [torch.randperm(len(labels), generator=generator).to(labels.device) for _ in range(shuffles)]
     as_it_is, by_class = torch.arange(len(labels), device=labels.device), labels.argsort(stable=True)
     orders = {"as it is": [as_it_is], "by class": [by_class], "random": random}
-    rows = []
+    rows, settings = [], plain(subject.cfg)
     for membrane in MEMBRANES:
         model = _model(subject, membrane)
         cases = [(size, order) for size in batch_sizes for order in orders]
@@ -55,7 +59,8 @@ def study(subject: Subject, samples: int, batch_sizes: Sequence[int], shuffles: 
             found = [probabilities(model, images, indices, size) for indices in orders[order]]
             row = {
                 "checkpoint": str(subject.path),
-                "attention": " ".join(subject.model.attention),
+                "network": f"{subject.cfg.model}, {' '.join(subject.model.attention)}",
+                "settings": json.dumps({key: settings[key] for key in SAME}),
                 "trained": subject.cfg.ssa_membrane,
                 "evaluated": membrane,
                 "batch size": size,
@@ -73,8 +78,6 @@ def _figures(found: Sequence[Tensor], labels: Tensor) -> dict[str, float]:
     moved = [100 * (a - b).abs().sum(1).mean().item() / 2 for a, b in pairs]
     return {
         "top1": statistics.mean(top1),
-        "lowest": min(top1),
-        "highest": max(top1),
         "answers that change": statistics.mean(answers or [0.0]),
         "probability that moves": statistics.mean(moved or [0.0]),
     }
@@ -98,10 +101,11 @@ def averages(rows: Sequence[dict]) -> list[dict]:
     for (path, membrane, size, order), row in found.items():
         if (membrane, order) == ("released", "random"):
             others = [found[path, *case] for case in (("per_sample", size, order), ("released", size, "by class"))]
-            groups.setdefault((row["attention"], row["trained"], size), []).append((row, *others))
+            case = (row["network"], row["settings"], row["trained"], size)
+            groups.setdefault(case, []).append((row, *others))
     return [
         {
-            "attention": attention,
+            "network": network,
             "trained": trained,
             "batch size": size,
             "checkpoints": len(group),
@@ -109,18 +113,22 @@ def averages(rows: Sequence[dict]) -> list[dict]:
             "released": statistics.mean(row["top1"] for row, _, _ in group),
             "released, by class": statistics.mean(by_class["top1"] for _, _, by_class in group),
             "difference": statistics.mean(row["top1"] - other["top1"] for row, other, _ in group),
-            "deviation": statistics.pstdev(row["top1"] - other["top1"] for row, other, _ in group),
+            "deviation": _deviation([row["top1"] - other["top1"] for row, other, _ in group]),
             **{key: statistics.mean(row[key] for row, _, _ in group) for key in CHANGES},
         }
-        for (attention, trained, size), group in groups.items()
+        for (network, _, trained, size), group in groups.items()
     ]
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def table(means: Sequence[dict]) -> str:
     """The averages as Markdown; all figures in percent."""
     rows = [
         {
-            **{key: row[key] for key in ("attention", "trained", "batch size")},
+            **{key: row[key] for key in ("network", "trained", "batch size")},
             **{f"top-1 {key}": f"{row[key]:.2f}" for key in ("per_sample", "released", "released, by class")},
             "released - per_sample": f"{row['difference']:+.2f} ± {row['deviation']:.2f}",
             **{key: f"{row[key]:.2f}" for key in CHANGES},
@@ -135,12 +143,12 @@ def draw(means: Sequence[dict], path: Path) -> None:
     figure = Figure(figsize=(14, 4.4), layout="constrained")
     axes = figure.subplots(1, 3)
     sizes = sorted({row["batch size"] for row in means})
-    ways = list(dict.fromkeys((row["attention"], row["trained"]) for row in means))
-    colours = dict(zip(dict.fromkeys(attention for attention, _ in ways), itertools.cycle(TABLEAU_COLORS)))
-    for attention, trained in ways:
-        mine = [row for row in means if (row["attention"], row["trained"]) == (attention, trained)]
-        look = {"color": colours[attention], "linestyle": "-" if trained == "released" else "--", "marker": "o"}
-        label = f"{attention}, trained with {trained}"
+    ways = list(dict.fromkeys((row["network"], row["trained"]) for row in means))
+    colours = dict(zip(dict.fromkeys(network for network, _ in ways), itertools.cycle(TABLEAU_COLORS)))
+    for network, trained in ways:
+        mine = [row for row in means if (row["network"], row["trained"]) == (network, trained)]
+        look = {"color": colours[network], "linestyle": "-" if trained == "released" else "--", "marker": "o"}
+        label = f"{network}, trained with {trained}"
         values, spread = ([row[key] for row in mine] for key in ("difference", "deviation"))
         axes[0].errorbar(sizes, values, spread, capsize=3, label=label, **look)
         for axis, key in zip(axes[1:], CHANGES, strict=True):

@@ -10,6 +10,8 @@ from engine.log import logger
 
 from .common import Subject
 
+CARD_START = "---\nlibrary_name: qkformer\n"
+
 
 def _front_matter(cfg: Config, top1: float | None) -> str:
     """What Hugging Face reads, without a license: that is for those who trained the weights."""

@@ -3,13 +3,15 @@
     python -m analysis.tables [--results FOLDER ...] [--output-dir FOLDER]
 
 Parameters and MACs are computed from the networks as they are built. Columns marked *paper* and *log* repeat what was
-published. Columns marked *here* come from the files NAME.test.json that test.py wrote on complete test sets, and are
-empty where there is none. Writes tables.md, tables.html and a CSV file per table.
+published. Columns marked *here* come from the files NAME.test.json that test.py wrote on complete test sets, of
+networks that were trained as the recipe says; they are empty where there is none, and means where seeds differ. Writes
+tables.md, tables.html and a CSV file per table.
 """
 
 import dataclasses
 import functools
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -22,13 +24,13 @@ import yaml
 from tabulate import tabulate
 from torch import nn
 
-from engine.config import EVENT_DATASETS, MODEL_FIELDS, Config, load
+from engine.config import EVENT_DATASETS, FIELDS, LOCAL_FIELDS, MODEL_FIELDS, PUBLISHED, Config, plain
 from engine.errors import UserError
 from engine.log import logger, setup_console
 from engine.published import all_of
 from engine.run import build_model
 
-from .common import ROOT, main, parser, write_csv
+from .common import ROOT, main, parser, recipes, write_csv
 from .energy import estimate
 
 # complete test sets: only results on all of it stand in a table
@@ -36,6 +38,9 @@ TEST_SAMPLES = {"imagefolder": 50_000, "torch/cifar10": 10_000, "torch/cifar100"
 TEST_SAMPLES |= {"cifar10-dvs": 1_000, "digits": 360, "digits-dvs": 360}
 DATA_NAMES = {"torch/cifar10": "CIFAR-10", "torch/cifar100": "CIFAR-100", "dvs128-gesture": "DVS128 Gesture"}
 DATA_NAMES |= {"cifar10-dvs": "CIFAR10-DVS", "digits": "digits", "digits-dvs": "digits, as events"}
+# what decides how good a network gets, besides what it is; seeds may differ, for they are averaged
+_OTHERS = "variant effective_batch seed eval_batch_size eval_amp channels_last grad_checkpointing".split()
+TRAINING = [key for key in FIELDS if key not in (*LOCAL_FIELDS, *MODEL_FIELDS, *PUBLISHED, *_OTHERS)]
 ABLATIONS = {  # variant -> how the paper names the row
     None: "Q-K token + self-attention",
     "no_speds": "the same without SPEDS",
@@ -95,28 +100,53 @@ def _millions(macs: float) -> str:
 
 
 def results(folders: Sequence[Path]) -> list[dict]:
-    """The newest test.json of each run folder in or below `folders`; what is no result is named and left out."""
-    newest = {}
+    """The newest test.json of each run folder in or below `folders`; what cannot stand in a table is named."""
+    newest, seen = {}, set()
     for path in sorted(path for folder in folders for path in folder.rglob("*.test.json")):
         try:
-            result = json.loads(path.read_text())
-            complete = result["count"] == TEST_SAMPLES.get(result["dataset"])
-            result["top1"] + result["input_size"]
-        except (ValueError, TypeError, KeyError, OSError):
+            text = path.read_text()
+            result = json.loads(text)
+            is_result = _is_result(result)
+        except (ValueError, RecursionError, OSError):
+            is_result = False
+        if not is_result:
             logger.warning(f"{path}: left out, it is not what test.py writes")
-            continue
-        if not complete:
-            logger.warning(f"{path}: left out, it is of {result['count']} samples, not of the whole test set")
-        elif path.parent not in newest or result["time"] > newest[path.parent]["time"]:
-            newest[path.parent] = result
+        elif result["count"] != (complete := TEST_SAMPLES.get(result["dataset"])):
+            whole = f"of {result['count']} samples and not {complete}" if complete else "of a data set without recipe"
+            logger.warning(f"{path}: left out, it is {whole}")
+        elif text not in seen and (path.parent not in newest or result["time"] > newest[path.parent]["time"]):
+            newest[path.parent] = result | {"path": path}
+            seen.add(text)
     return list(newest.values())
 
 
+def _is_result(content: object) -> bool:
+    try:
+        percent, energy = float(content["top1"]), content.get("energy", {"energy_mj": 0})
+        texts = [content[key] for key in ("time", "dataset", "model")]
+        return (
+            0 <= percent <= 100
+            and 0 <= float(energy["energy_mj"]) < math.inf
+            and all(isinstance(text, str) for text in texts)
+            and not isinstance(content["top1"], str)
+        )
+    except (TypeError, KeyError, AttributeError):
+        return False
+
+
 def measured(cfg: Config, found: Sequence[dict]) -> dict[str, str]:
-    """Accuracy and energy of the results with the network, data and input of `cfg`."""
-    keys = ["dataset", "input_size", "split_seed", *MODEL_FIELDS]
-    wanted = {key: list(value) if isinstance(value := getattr(cfg, key), tuple) else value for key in keys}
-    mine = [result for result in found if all(result.get(key) == value for key, value in wanted.items())]
+    """Accuracy and energy of the results with the network, data and input of `cfg`, trained as it says."""
+    wanted, mine = plain(cfg), []
+    for result in found:
+        if all(result.get(key) == wanted[key] for key in ("dataset", "input_size", "split_seed", *MODEL_FIELDS)):
+            different = [key for key in TRAINING if result.get(key, FIELDS[key].default) != wanted[key]]
+            if different:
+                key = different[0]
+                logger.warning(
+                    f"{result['path']}: left out, its {key} is {result.get(key)}, the recipe's {wanted[key]}"
+                )
+            else:
+                mine.append(result)
     energies = [result["energy"]["energy_mj"] for result in mine if "energy" in result]
     top1 = [result["top1"] for result in mine]
     spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
@@ -156,7 +186,7 @@ def row(cfg: Config, found: Sequence[dict]) -> dict[str, str]:
 
 def imagenet(found: Sequence[dict]) -> Table:
     """The recipes, and below them the paper's other networks."""
-    rows = [row(load(path), found) for path in sorted((ROOT / "imagenet").glob("*.yml"))]
+    rows = [row(cfg, found) for _, cfg in recipes("imagenet") if cfg.dataset == "imagefolder"]
     published = yaml.safe_load((Path(__file__).parent / "published.yml").read_text())
     empty = dict.fromkeys(rows[0], "")
     for other in published["snn"]:
@@ -173,8 +203,8 @@ def imagenet(found: Sequence[dict]) -> Table:
 def others(found: Sequence[dict]) -> Table:
     """CIFAR, the event recordings and the digits."""
     folders = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "digits", "digits-dvs")
-    paths = [path for folder in folders for path in sorted((ROOT / folder).glob("*.yml"))]
-    return Table("small", "CIFAR, event recordings, digits", [row(load(path), found) for path in paths])
+    found_recipes = [cfg for folder in folders for _, cfg in recipes(folder) if cfg.dataset in DATA_NAMES]
+    return Table("small", "CIFAR, event recordings, digits", [row(cfg, found) for cfg in found_recipes])
 
 
 def ablations(found: Sequence[dict]) -> Table:

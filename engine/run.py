@@ -107,6 +107,8 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
         return
     if cfg.checkpoint:
         raise UserError("--checkpoint is for test.py; to go on with a run give --resume")
+    if cfg.energy:
+        raise UserError("--energy is for test.py")
     here = setup(cfg)
     folder, path, state = find_run(cfg, here)
     is_ours = bool(state) and state["format"] == "qkformer"

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from test_models import lively
 from analysis import attention_masks, attention_statistics, common, firing_rates, membrane, tables
 from analysis.energy import estimate
 from engine import checkpoint, config
+from engine.errors import UserError
 from engine.published import all_of
 from engine.run import build_model
 from models import LIF
@@ -81,6 +83,8 @@ def test_firing_rates_and_integers_are_what_the_layers_get(all_kinds, tmp_path, 
     here(monkeypatch, capfd, "analysis.firing_rates", "--checkpoint", all_kinds, "--output-dir", tmp_path / "out")
     rows = rows_of(tmp_path / "out/firing_rates.csv")
     assert [row["layer"] for row in rows] == list(rates.spikes)
+    for row, values in zip(rows, rates.spikes.values(), strict=True):
+        assert [float(row["t = 0"]), float(row["t = 1"])] == pytest.approx(values.tolist())
     assert len(rows_of(tmp_path / "out/integers.csv")) == 9
     assert (tmp_path / "out/firing_rates.png").stat().st_size > 20_000
 
@@ -110,9 +114,8 @@ def test_independent_spikes(kind):
 
 
 def test_statistics_of_attention(all_kinds, tmp_path, monkeypatch, capfd):
-    told = here(
-        monkeypatch, capfd, "analysis.attention_statistics", "--checkpoint", all_kinds, "--output-dir", tmp_path
-    )
+    arguments = ["--checkpoint", all_kinds, "--output-dir", tmp_path, "--eval-batch-size", 100]  # the last has 60
+    told = here(monkeypatch, capfd, "analysis.attention_statistics", *arguments)
     rows = rows_of(tmp_path / "attention_statistics.csv")
     kinds = [row["attention"] for row in rows]
     assert kinds == ["Q-K token", "Q-K channel", "self scaled", "self unscaled"]
@@ -122,6 +125,16 @@ def test_statistics_of_attention(all_kinds, tmp_path, monkeypatch, capfd):
         assert math.isclose(row["mean"], row["independent mean"], rel_tol=1e-6)  # a sum's mean is n f_q in any case
     assert math.isclose(values[3]["mean"], 8 * values[2]["mean"], rel_tol=1e-9)
     assert math.isclose(values[3]["variance"], 64 * values[2]["variance"], rel_tol=1e-9)
+    found = subject(all_kinds)
+    for i, stage in enumerate(found.model.stages):
+        sums = []
+        stage.blocks[0].attn.attn_lif.register_forward_pre_hook(
+            lambda _, args, sums=sums: sums.append(args[0].double())
+        )
+        with torch.no_grad():
+            found.model(found.samples(360)[0])
+        assert math.isclose(values[i]["mean"], sums[0].mean(), rel_tol=1e-6)
+        assert math.isclose(values[i]["variance"], sums[0].var(correction=0), rel_tol=1e-6)
     assert "Q-K channel" in told
     assert (tmp_path / "attention_statistics.png").exists()
 
@@ -130,14 +143,16 @@ def test_masks_are_those_of_the_spikes():
     token = torch.zeros(2, 1, 2, 1, 6)  # [T,B,h,1,N]: token 4 passes in one head at one step, token 1 always
     token[0, 0, 0, 0, 4] = 1
     token[..., 1] = 1
-    found = attention_masks._mask("b", token, token.expand(2, 1, 2, 3, 6), (2, 3))
+    found = attention_masks._mask("b", TokenQKAttention, token, token.expand(2, 1, 2, 3, 6), (2, 3))
     assert (found.kind, found.over_image.tolist()) == ("token", [[[0, 1, 0], [0, 0.25, 0]]])
     assert found.passing.tolist() == pytest.approx([1.25 / 6])
+    single = attention_masks._mask("b", TokenQKAttention, token[..., 1:2], token[..., 1:2], (1, 1))
+    assert (single.kind, single.over_image.tolist()) == ("token", [[[1]]])  # one token looks like one channel
     channel = torch.zeros(2, 1, 2, 3, 1)  # [T,B,h,d,1]: one of six channels is open in both steps
     channel[:, 0, 1, 2] = 1
     key = torch.zeros(2, 1, 2, 3, 6)
     key[:, 0, 1, 2, 5] = 1
-    found = attention_masks._mask("b", channel, channel * key, (2, 3))
+    found = attention_masks._mask("b", ChannelQKAttention, channel, channel * key, (2, 3))
     assert found.kind == "channel"
     assert found.of_channels.tolist() == [[0, 0, 0, 0, 0, 1]]
     assert found.over_image[0, 1, 2].item() == pytest.approx(1 / 6)
@@ -178,22 +193,56 @@ def test_the_membrane_study(trained, tmp_path, monkeypatch, capfd):
     assert "nothing in this network can leak over the batch" in line
 
 
+def test_what_changes_from_order_to_order():
+    labels = torch.tensor([0, 1])
+    first, second = torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([[0.7, 0.3], [0.6, 0.4]])
+    figures = membrane._figures([first, second], labels)
+    assert figures == pytest.approx({"top1": 75, "answers that change": 50, "probability that moves": 20})
+
+
 def test_checkpoints_are_averaged_by_their_training():
     """The difference is between the membranes of one checkpoint, so that the seeds' own spread does not enter."""
-    changes = dict.fromkeys(membrane.CHANGES, 0.0)
 
-    def rows(path, trained, released, by_class, per_sample):
-        same = {"checkpoint": path, "attention": "self", "trained": trained, "batch size": 4} | changes
+    def rows(path, released, by_class, per_sample, trained="released", settings="T = 4"):
+        same = {"checkpoint": path, "network": "n", "settings": settings, "trained": trained, "batch size": 4}
+        same |= dict.fromkeys(membrane.CHANGES, 0.0)
         cases = {("released", "random"): released, ("released", "by class"): by_class}
         cases |= {("per_sample", "random"): per_sample, ("per_sample", "by class"): per_sample}
         return [same | {"evaluated": e, "order": o, "top1": top1} for (e, o), top1 in cases.items()]
 
-    found = rows("a", "released", 90.0, 80.0, 91.0) + rows("b", "released", 70.0, 60.0, 74.0)
+    found = rows("a", 90.0, 80.0, 91.0) + rows("b", 70.0, 60.0, 74.0)
     found[0]["answers that change"], found[4]["answers that change"] = 2.0, 4.0
-    mean, other = membrane.averages(found + rows("c", "per_sample", 50.0, 50.0, 50.0))
+    found += rows("c", 50.0, 50.0, 50.0, trained="per_sample") + rows("d", 40.0, 40.0, 40.0, settings="T = 2")
+    mean, other, steps = membrane.averages(found)
     assert (mean["checkpoints"], mean["released"], mean["per_sample"], mean["released, by class"]) == (2, 80, 82.5, 70)
-    assert (mean["difference"], mean["deviation"], mean["answers that change"]) == (-2.5, 1.5, 3.0)
+    assert (mean["difference"], mean["answers that change"]) == (-2.5, 3.0)
+    assert mean["deviation"] == pytest.approx(1.5 * math.sqrt(2))
     assert (other["trained"], other["checkpoints"], other["difference"], other["deviation"]) == ("per_sample", 1, 0, 0)
+    assert steps["checkpoints"] == 1  # of another network
+
+
+def test_the_table_in_the_docs_is_that_of_its_figures():
+    rows = rows_of(ROOT / "docs/membrane.csv")
+    for row in rows:
+        row |= {key: float(row[key]) for key in ("top1", *membrane.CHANGES)} | {"batch size": int(row["batch size"])}
+    assert membrane.table(membrane.averages(rows)) in (ROOT / "docs/membrane.md").read_text()
+    assert {row["answers that change"] for row in rows if row["evaluated"] == "per_sample"} == {0.0}
+
+
+def test_every_checkpoint_has_a_name_of_its_own():
+    assert common.short_names([Path("a/best.pt"), Path("b/best.pt")]) == ["a", "b"]
+    assert common.short_names([Path("a/best.pt"), Path("a/last.pt")]) == ["a-best", "a-last"]
+    with pytest.raises(UserError, match="equal names in folders of equal names"):
+        common.short_names([Path("x/a/best.pt"), Path("y/a/best.pt")])
+
+
+def test_files_of_the_user_are_no_recipes(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits/train.py").touch()
+    (tmp_path / "digits/broken.yml").write_text("lr: fast")
+    (tmp_path / "digits/digits.yml").write_text((ROOT / "digits/digits.yml").read_text())
+    assert [path.name for path, _ in common.recipes()] == ["digits.yml"]
 
 
 def test_a_foreign_checkpoint_needs_a_recipe(tmp_path, monkeypatch, capfd):
@@ -203,16 +252,23 @@ def test_a_foreign_checkpoint_needs_a_recipe(tmp_path, monkeypatch, capfd):
         assert line.endswith(
             "foreign.pt does not tell its data set: name a recipe, such as --config imagenet/qkformer_10_384.yml"
         )
+    line = fail(
+        monkeypatch, capfd, "analysis.firing_rates", "--checkpoint", tmp_path / "foreign.pt", "--config", "digits"
+    )
+    assert "foreign.pt: the checkpoint does not fit the model" in line
     line = fail(monkeypatch, capfd, "analysis.firing_rates", "--checkpoint", tmp_path / "absent.pt")
     assert line.endswith("absent.pt does not exist")
     assert "required: --checkpoint" in fail(monkeypatch, capfd, "analysis.firing_rates")
 
 
-def result(folder, top1, count=360, **changes):
+def result(path, top1, count=360, **changes):
     """What test.py writes for the digits."""
-    folder.mkdir()
-    settings = config.plain(config.load(ROOT / "digits/digits.yml"), without=["energy"]) | {"time": "2026", **changes}
-    (folder / "best.test.json").write_text(json.dumps({"top1": top1, "count": count, **settings}))
+    path.parent.mkdir(exist_ok=True)
+    settings = config.plain(config.load(ROOT / "digits/digits.yml"), without=["energy"]) | {
+        "time": "2026-01-01",
+        **changes,
+    }
+    path.write_text(json.dumps({"top1": top1, "count": count, **settings}))
 
 
 def test_tables_need_the_folder_that_is_named(tmp_path, monkeypatch, capfd):
@@ -220,16 +276,33 @@ def test_tables_need_the_folder_that_is_named(tmp_path, monkeypatch, capfd):
     assert line.endswith("absent: there is no such folder")
 
 
+NO_RESULTS = {
+    "cut": "{",
+    "list": "[]",
+    "text": '{"top1": "99", "count": 360, "dataset": "digits", "model": "m", "time": "2026"}',
+    "nan": '{"top1": NaN, "count": 360, "dataset": "digits", "model": "m", "time": "2026"}',
+    "energy": '{"top1": 9, "count": 360, "dataset": "digits", "model": "m", "time": "2026", "energy": 5}',
+    "no_time": '{"top1": 9, "count": 360, "dataset": "digits", "model": "m"}',
+    "deep": "[" * 100_000,
+}
+
+
 def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monkeypatch, capfd):
-    result(tmp_path / "a", 98.0, energy={"energy_mj": 0.00125})
-    result(tmp_path / "b", 99.0)
-    result(tmp_path / "part", 12.0, count=100)
-    result(tmp_path / "another_network", 13.0, attention=["self", "self", "self"])
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c/best.test.json").write_text("{")
+    result(tmp_path / "a/best.test.json", 98.0, energy={"energy_mj": 0.00125}, time="2026-01-02")
+    result(tmp_path / "a/last.test.json", 11.0)  # older
+    result(tmp_path / "b/best.test.json", 99.0, seed=1)
+    result(tmp_path / "copy/best.test.json", 99.0, seed=1)
+    result(tmp_path / "part/best.test.json", 12.0, count=100)
+    result(tmp_path / "short/best.test.json", 14.0, epochs=2)
+    result(tmp_path / "another_network/best.test.json", 13.0, attention=["self", "self", "self"])
+    result(tmp_path / "another_size/best.test.json", 13.0, input_size=16)
+    for name, text in NO_RESULTS.items():
+        (tmp_path / f"{name}.test.json").write_text(text)
     told = here(monkeypatch, capfd, "analysis.tables", "--results", tmp_path, "--output-dir", tmp_path / "out")
-    assert "part/best.test.json: left out, it is of 100 samples" in told
-    assert "c/best.test.json: left out, it is not what test.py writes" in told
+    assert "part/best.test.json: left out, it is of 100 samples and not 360" in told
+    assert "short/best.test.json: left out, its epochs is 2, the recipe's 8" in told
+    for name in NO_RESULTS:
+        assert f"{name}.test.json: left out, it is not what test.py writes" in told
     found = {name: rows_of(tmp_path / f"out/{name}.csv") for name in ("imagenet", "small", "ablations")}
     for name in ("imagenet", "small"):
         measured = [row["network"] for row in found[name] if row["top-1 (%) here"] or row["energy (mJ) here"]]

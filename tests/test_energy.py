@@ -91,6 +91,7 @@ def test_firing_rates_are_those_of_the_released_code(name):
     assert_close(np.array([*report.firing_rates.values()]), case.arrays["released.eval.firing_rates"], "firing rates")
     assert report.time_steps == case.about["T"]
     assert report.has_frames == ("dvs" in name)
+    assert len(report.summary()["accounts"]) == (2 if report.has_frames else 4)
 
 
 def by_hand(model, x):
@@ -112,6 +113,7 @@ def by_hand(model, x):
         macs = module(value).numel() / len(value) * weight[0].numel()
         is_binary = bool(((value == 0) | (value == 1)).all())
         additions += AC_PJ * value.mean().item() * macs * steps
+        steps = 1 if name == "head" else steps  # it is computed once
         mixed += (AC_PJ if is_binary else MAC_PJ) * (value != 0).double().mean().item() * macs * steps
     for spikes in products:
         _, _, heads, width, tokens = spikes.shape
@@ -134,6 +136,27 @@ def test_an_estimate_by_hand():
     assert math.isclose(report.sops * AC_PJ * MJ, additions, rel_tol=1e-9)
     assert mixed > 1.5 * additions  # the two accounts are not the same thing
     assert {layer.name for layer in report.layers if not layer.is_binary} >= {"stages.2.blocks.0.attn.v.conv", "head"}
+
+
+class Products(torch.nn.Module):
+    def __init__(self, attend):
+        super().__init__()
+        self.attend, self.weight = attend, torch.nn.Parameter(torch.ones(3, 5))
+
+    def forward(self, x):
+        return self.attend(torch.nn.functional.linear(x, weight=self.weight), x)
+
+
+def test_keywords_and_unequal_widths_are_counted():
+    """Query and key of 3 channels, the value of 5."""
+    model = Products(lambda q, v: torch.nn.functional.scaled_dot_product_attention(q, key=q, value=v))
+    report = estimate(model, torch.rand(2, 7, 5))
+    assert [layer.macs for layer in report.layers] == [7 * 5 * 3, 7 * 7 * 3 + 7 * 7 * 5]
+
+
+def test_what_is_not_counted_is_refused():
+    with pytest.raises(ValueError, match=r"torch.einsum is not counted"):
+        estimate(Products(lambda q, v: torch.einsum("bnc,bnd->bcd", q, v)), torch.rand(2, 7, 5))
 
 
 def test_membrane_shortcuts_have_binary_inputs():
@@ -166,6 +189,9 @@ def test_the_script_measures_while_it_evaluates(tmp_path, monkeypatch, capfd):
     assert math.isclose(two["energy_mj"], alone["energy_mj"], rel_tol=1e-9)
 
 
-def test_only_test_measures(monkeypatch, capfd):
-    line = fail(monkeypatch, capfd, "digits/train.py", "--eval", "--energy", "--resume", "x.pt")
+@pytest.mark.parametrize(
+    ("script", "flags"), [("train.py", "--eval --resume x.pt"), ("train.py", ""), ("test.py", "--compile")]
+)
+def test_only_test_measures(script, flags, monkeypatch, capfd):
+    line = fail(monkeypatch, capfd, f"digits/{script}", "--energy", *flags.split())
     assert line.startswith("error: --energy is for test.py")

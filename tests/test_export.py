@@ -1,6 +1,7 @@
 """Exported networks compute what torch computes, and their files are read back."""
 
 import json
+import os
 import re
 import runpy
 import sys
@@ -15,6 +16,7 @@ from scripts import ROOT, fail, here, result_in
 from test_models import lively
 
 from analysis import common, export
+from analysis.onnx_graph import Parity
 from engine import checkpoint, config
 from engine.config import LOCAL_FIELDS, plain
 from engine.errors import UserError
@@ -106,6 +108,14 @@ def test_cifar_and_what_a_spike_within_rounding_of_the_threshold_does(tmp_path, 
         export.compare(subject.model, graphs[0], x.split(1)).require()
 
 
+def test_a_difference_without_a_spike_that_explains_it_is_refused():
+    """Although the logits agree as soon as the spikes are given."""
+    parity = Parity(torch.tensor([0.0, 0.1]), torch.tensor([True, True]), torch.zeros(2), torch.tensor([0, 1]), 1e-7, 9)
+    parity.require()
+    with pytest.raises(UserError, match="1 of 2 samples differ"):
+        parity._replace(flips=torch.tensor([1, 0])).require()
+
+
 def test_event_frames_with_membrane_shortcuts(tmp_path, capfd):
     flags = ["--time-steps", "2", "--residual", "ms", "--attention", "channel,self"]
     path = untrained(tmp_path / "best.pt", "digits-dvs/digits-dvs.yml", *flags)
@@ -160,6 +170,10 @@ def test_a_card_has_no_accuracy_that_was_not_measured(tmp_path, capfd):
         export.run(["--checkpoint", str(path), "--format", "safetensors"])
         card = (tmp_path / "best.md").read_text()
         assert ("12.34 %" in card, "model-index" in card, "not measured" in card) == (told, told, not told)
+    (tmp_path / "best.test.json").write_text(json.dumps(result))
+    os.utime(tmp_path / "best.test.json", (0, 0))  # of an earlier checkpoint of this name
+    export.run(["--checkpoint", str(path), "--format", "safetensors"])
+    assert "not measured" in (tmp_path / "best.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -209,6 +223,16 @@ def test_mistakes_end_in_one_line_and_exit_code_2(monkeypatch, capfd, flags, mes
         runpy.run_module("analysis.export", run_name="__main__")
     assert end.value.code == 2
     assert message in capfd.readouterr().err
+
+
+def test_a_file_that_is_no_card_is_kept(tmp_path):
+    path = untrained(tmp_path / "best.pt", "digits/digits.yml")
+    (tmp_path / "README.md").write_text("# mine")
+    with pytest.raises(UserError, match=r"README.md is no model card and would be replaced"):
+        export.run(
+            ["--checkpoint", str(path), "--format", "safetensors", "--output", str(tmp_path / "README.safetensors")]
+        )
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "best.pt"]
 
 
 def test_a_missing_package_is_named(monkeypatch):

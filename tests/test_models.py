@@ -134,6 +134,15 @@ def test_attention_equals_einsum(kind):
         assert torch.equal(attention(x), expected)
 
 
+def test_spikformer_on_cifar_pools_its_last_units_and_has_12_heads():
+    model = create_model("spikformer_4_384")
+    stage = model.stages[0]
+    assert [isinstance(pool, nn.MaxPool2d) for pool in stage.embed.pools] == [False, False, True, True, False]
+    assert [block.attn.heads for block in stage.blocks] == [12] * 4
+    units = create_model("spikformer_4_384", embed="speds").stages[0].embed.units
+    assert [isinstance(unit_.pool, nn.MaxPool2d) for unit_ in units] == [False, False, True, True, False]
+
+
 def test_spikformer_is_what_its_authors_describe():
     """Spikes are pooled; then one stage of self-attention and MLP, and all residuals are sums of spikes."""
     model = lively(create_model("spikformer_2_256", time_steps=2))
