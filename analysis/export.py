@@ -10,7 +10,6 @@ every logit must agree and every spike that torch would have decided otherwise m
 import argparse
 import importlib
 import json
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ import timm.data
 
 from engine.config import EVENT_DATASETS, LOCAL_FIELDS, Config, plain
 from engine.errors import UserError
-from engine.log import logger
+from engine.log import logger, write_whole
 from models import LIF
 
 from . import common
@@ -87,14 +86,11 @@ def _write_safetensors(subject: common.Subject, output: Path) -> None:
     weights = {name: value.contiguous() for name, value in subject.model.state_dict().items()}
     metadata = {"format": "pt", "config": _settings(subject.cfg)}  # Hugging Face asks for the former
     _write(output, save(weights, metadata))
-    _write(card, model_card(subject, output.name).encode())
+    _write(card, model_card(subject, output.name))
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half of it."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _write(path: Path, content: str | bytes) -> None:
+    write_whole(path, content)
     logger.info(f"written: {path} ({len(content) / 1e6:.2f} MB)")
 
 

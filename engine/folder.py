@@ -129,7 +129,7 @@ def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int)
             "run began; go on with what they were, or start anew with --output-dir NEW"
         )
     if data.split:
-        log.write_text(folder / SPLIT, json.dumps(data.split, indent=0) + "\n")
+        log.write_whole(folder / SPLIT, json.dumps(data.split, indent=0) + "\n")
     if data.preview:
         data.preview(folder / "samples.png")
     about = folder / "run.json"
@@ -138,7 +138,7 @@ def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int)
     except ValueError:
         raise UserError(f"{about}: damaged; move it away to go on without the record of earlier starts") from None
     starts.append({**log.provenance(), "first_epoch": first_epoch, "config": plain(cfg)})
-    log.write_text(about, json.dumps(starts, indent=2) + "\n")
+    log.write_whole(about, json.dumps(starts, indent=2) + "\n")
     settings = plain(cfg, without=("config", "variant", "output_dir", "resume", "checkpoint"))
     (folder / "config.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
     run_log = RunLog(folder, first_epoch)

@@ -49,10 +49,10 @@ def progress(loader: Iterable, what: str, interval: int, show: bool, status=dict
                 logger.info(f"{what}: step {step}/{total}{values}, {left:.0f} s left")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file of text so that a crash leaves the old file or the new one, never half of it."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a crash leaves the old file or the new one, never half of it."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
 
 
@@ -63,7 +63,7 @@ class RunLog:
         self.folder = folder
         self.path = folder / "metrics.jsonl"
         self.history = [row for row in self._read() if row["epoch"] < first_epoch]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.history))
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.history))
         self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_epoch)
 
     def _read(self) -> list[dict]:

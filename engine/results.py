@@ -46,6 +46,6 @@ def write(
     if energy:
         content["energy"] = energy.summary()
         written += energy.write(folder, name)
-    written[0].write_text(json.dumps(content, indent=2) + "\n")
+    log.write_whole(written[0], json.dumps(content, indent=2) + "\n")
     gallery.draw(written[1])
     logger.info(f"written: {', '.join(map(str, written))}")
