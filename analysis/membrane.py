@@ -23,11 +23,10 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from engine import checkpoint
 from engine.config import MODEL_FIELDS, plain
 from engine.errors import UserError
 from engine.log import logger, progress
-from engine.run import build_model, load_weights
+from engine.run import build_model
 
 from .common import Subject, checkpoint_parser, main, positive, subjects, write_csv
 
@@ -84,9 +83,8 @@ def _figures(found: Sequence[Tensor], labels: Tensor) -> dict[str, float]:
 
 
 def _model(subject: Subject, membrane: str) -> nn.Module:
-    cfg = dataclasses.replace(subject.cfg, ssa_membrane=membrane)
-    model = build_model(cfg).to(subject.here.device).eval()
-    load_weights(cfg, model, checkpoint.read(subject.path), subject.path)
+    model = build_model(dataclasses.replace(subject.cfg, ssa_membrane=membrane)).to(subject.here.device).eval()
+    model.load_state_dict(subject.model.state_dict())
     return model
 
 
@@ -106,6 +104,7 @@ def averages(rows: Sequence[dict]) -> list[dict]:
     return [
         {
             "network": network,
+            "settings": settings,
             "trained": trained,
             "batch size": size,
             "checkpoints": len(group),
@@ -116,7 +115,7 @@ def averages(rows: Sequence[dict]) -> list[dict]:
             "deviation": _deviation([row["top1"] - other["top1"] for row, other, _ in group]),
             **{key: statistics.mean(row[key] for row, _, _ in group) for key in CHANGES},
         }
-        for (network, _, trained, size), group in groups.items()
+        for (network, settings, trained, size), group in groups.items()
     ]
 
 
@@ -143,11 +142,12 @@ def draw(means: Sequence[dict], path: Path) -> None:
     figure = Figure(figsize=(14, 4.4), layout="constrained")
     axes = figure.subplots(1, 3)
     sizes = sorted({row["batch size"] for row in means})
-    ways = list(dict.fromkeys((row["network"], row["trained"]) for row in means))
-    colours = dict(zip(dict.fromkeys(network for network, _ in ways), itertools.cycle(TABLEAU_COLORS)))
-    for network, trained in ways:
-        mine = [row for row in means if (row["network"], row["trained"]) == (network, trained)]
-        look = {"color": colours[network], "linestyle": "-" if trained == "released" else "--", "marker": "o"}
+    ways = list(dict.fromkeys((row["network"], row["settings"], row["trained"]) for row in means))
+    colours = dict(zip(dict.fromkeys(way[:2] for way in ways), itertools.cycle(TABLEAU_COLORS)))
+    for way in ways:
+        mine = [row for row in means if (row["network"], row["settings"], row["trained"]) == way]
+        network, settings, trained = way
+        look = {"color": colours[network, settings], "linestyle": "-" if trained == "released" else "--", "marker": "o"}
         label = f"{network}, trained with {trained}"
         values, spread = ([row[key] for row in mine] for key in ("difference", "deviation"))
         axes[0].errorbar(sizes, values, spread, capsize=3, label=label, **look)

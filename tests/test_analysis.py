@@ -200,7 +200,7 @@ def test_what_changes_from_order_to_order():
     assert figures == pytest.approx({"top1": 75, "answers that change": 50, "probability that moves": 20})
 
 
-def test_checkpoints_are_averaged_by_their_training():
+def test_checkpoints_are_averaged_by_their_training(tmp_path):
     """The difference is between the membranes of one checkpoint, so that the seeds' own spread does not enter."""
 
     def rows(path, released, by_class, per_sample, trained="released", settings="T = 4"):
@@ -219,6 +219,8 @@ def test_checkpoints_are_averaged_by_their_training():
     assert mean["deviation"] == pytest.approx(1.5 * math.sqrt(2))
     assert (other["trained"], other["checkpoints"], other["difference"], other["deviation"]) == ("per_sample", 1, 0, 0)
     assert steps["checkpoints"] == 1  # of another network
+    membrane.draw([mean, other, steps], tmp_path / "three.png")  # and each has its line
+    assert (tmp_path / "three.png").exists()
 
 
 def test_the_table_in_the_docs_is_that_of_its_figures():
