@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint
-from engine.config import Config, load
+from engine.config import Config, Parser, load
 from engine.data.loaders import Data
 from engine.dist import Dist
 from engine.errors import UserError
@@ -55,14 +55,9 @@ class Subject:
         return images, labels
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (--help lists the flags)")
-
-
 def parser(doc: str) -> argparse.ArgumentParser:
     """A command line that a script's docstring describes; mistakes in it raise `UserError`."""
-    return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def checkpoint_parser(doc: str) -> argparse.ArgumentParser:

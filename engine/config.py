@@ -164,14 +164,16 @@ def _settings(content: object, path: Path, where: str) -> dict[str, object]:
     return values
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes raise `UserError`."""
+
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the flags)")
 
 
 def _read_flags(argv: Sequence[str]) -> dict[str, object]:
     argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for key, field in FIELDS.items():
         spellings = [f"--{key.replace('_', '-')}", *field.metadata["flags"]]
         default = "" if field.default in (None, "") else f" [{field.default}]"
