@@ -4,6 +4,7 @@ Shapes: T time steps, B batch, C channels, H height, W width.
 """
 
 import difflib
+import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from .embed import SPEDS, SPS
 from .layers import DropPath, SpikingMLP, checkpointed
-from .neuron import LIF, continued, set_lif_backend
+from .neuron import LIF, continued, is_continued, launches, set_lif_backend
 
 ATTENTIONS = {"token": TokenQKAttention, "channel": ChannelQKAttention, "self": SpikingSelfAttention}
 
@@ -147,6 +148,7 @@ class HierarchicalSpikingTransformer(nn.Module):
             raise ValueError(f"drop_path={drop_path} must be at least 0 and below 1")
         self.family, self.attention, self.residual = family, tuple(attention), residual
         self.shortcut, self.ssa_membrane, self.time_steps = shortcut, ssa_membrane, time_steps
+        self.embed = embed
         self.in_channels, self.num_classes = in_channels, num_classes
         self.grad_checkpointing = False
 
@@ -177,6 +179,8 @@ class HierarchicalSpikingTransformer(nn.Module):
                 f"input of shape {tuple(x.shape)}: expected images [B,{self.in_channels},H,W] "
                 f"or event frames [B,T,{self.in_channels},H,W]"
             )
+        if self._is_fused(x):
+            return self._forward_fused(x)
         if x.dim() == 4:
             x = x.expand(self.time_steps, *x.shape)  # [T,B,C,H,W]
         else:
@@ -185,6 +189,30 @@ class HierarchicalSpikingTransformer(nn.Module):
             for module in (stage.embed, *stage.blocks):
                 x = checkpointed(module, x) if self.grad_checkpointing and self.training else module(x)
         return x
+
+    def _is_fused(self, x: Tensor) -> bool:
+        """Whether the fused path computes this call. Hooks on inner modules ask for those modules."""
+        if torch.compiler.is_compiling() or self.residual != "sew" or self.embed != "speds" or is_continued():
+            return False
+        inner = list(self.modules())[1:]
+        backends = {module.backend for module in inner if isinstance(module, LIF)}
+        if backends != {"triton"} and not (backends == {"auto"} and x.is_cuda and launches("triton")):
+            return False
+        return not any(module._forward_hooks or module._forward_pre_hooks for module in inner)
+
+    def _forward_fused(self, x: Tensor) -> Tensor:
+        from .fused import network
+
+        if x.dim() == 4:
+            x, steps = x[None], self.time_steps  # [1,B,C,H,W]
+        else:
+            x, steps = x.transpose(0, 1), x.shape[1]  # [T,B,C,H,W]
+        x = x.permute(0, 1, 3, 4, 2)  # [T,B,H,W,C]
+        for stage in self.stages:
+            for module in (stage.embed, *stage.blocks):
+                forward = functools.partial(network.forward, module, steps=steps)
+                x = checkpointed(module, x, forward) if self.grad_checkpointing and self.training else forward(x)
+        return x.permute(0, 1, 4, 2, 3)
 
     def forward_head(self, x: Tensor) -> Tensor:
         """[T,B,C,H,W] to logits [B,num_classes]."""

@@ -4,7 +4,7 @@ Shapes: T time steps, B batch, C channels, H height, W width, N = H*W tokens.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from timm.layers import drop_path
 from torch import Tensor, nn
@@ -93,10 +93,10 @@ class DropPath(nn.Module):
         return drop_path(x.transpose(0, 1), self.rate, training=True).transpose(0, 1)
 
 
-def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)` that keeps only `x` for the backward pass and computes the rest once more there."""
+def checkpointed(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """`forward(x)`, by default the module's, that keeps only `x` for the backward pass and computes the rest once more."""
     return checkpoint(
-        module, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(module))
+        forward or module, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(module))
     )
 
 

@@ -145,16 +145,55 @@ def cupy_problem() -> str | None:
     return None
 
 
+def _triton_lif(x: Tensor, threshold: float) -> Tensor:
+    from . import fused
+
+    if not x.is_cuda and not fused.interpreted():
+        raise ValueError(
+            f"lif_backend='triton' needs its input on a CUDA device, got {x.device}; use lif_backend='torch' or 'auto'"
+        )
+    return fused.functions.lif(x, threshold)
+
+
 @functools.cache
-def _cupy_launches() -> bool:
-    if problem := cupy_problem():
-        warnings.warn(f"the LIF neurons run on torch, for the CuPy backend {problem}", stacklevel=2)
+def triton_problem() -> str | None:
+    """Why the Triton backend cannot run in this process, with the remedy; None where it can (it is tried once)."""
+    try:
+        from . import fused
+    except ImportError as error:
+        return f"needs Triton ({error}); install triton==3.6.0, or use lif_backend='torch'"
+    if not torch.cuda.is_available() and not fused.interpreted():
+        return "needs a CUDA device (torch sees none); use lif_backend='torch' or 'auto'"
+    try:
+        x = torch.linspace(-1, 3, 64, device="cuda" if torch.cuda.is_available() else "cpu").reshape(4, 16)
+        results = []
+        for run in (_triton_lif, _torch_lif):
+            leaf = x.clone().requires_grad_()
+            spikes = run(leaf, THRESHOLD)
+            results.append((spikes, torch.autograd.grad(spikes, leaf, x)[0]))
+    except Exception as error:  # whatever a broken installation throws
+        return f"does not launch here ({type(error).__name__}: {error}); use lif_backend='torch'"
+    (ours, our_grad), (spikes, grad) = results
+    if not torch.equal(ours, spikes) or not torch.allclose(our_grad, grad, atol=1e-5):
+        return "gives wrong results here; use lif_backend='torch'"
+    return None
+
+
+@functools.cache
+def launches(backend: str) -> bool:
+    """Whether "triton" or "cupy" runs in this process; if not, a warning says why."""
+    problem = {"triton": triton_problem, "cupy": cupy_problem}[backend]()
+    if problem:
+        warnings.warn(f"lif_backend='auto' does without {backend}, which {problem}", stacklevel=2)
     return problem is None
 
 
 def _auto_lif(x: Tensor, threshold: float) -> Tensor:
-    use_cupy = x.is_cuda and _cupy_launches() and _cupy_refusal(x) is None
-    return (_cupy_lif if use_cupy else _torch_lif)(x, threshold)
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return _torch_lif(x, threshold)
+    if launches("triton"):
+        return _triton_lif(x, threshold)
+    return (_cupy_lif if launches("cupy") and _cupy_refusal(x) is None else _torch_lif)(x, threshold)
 
 
 # LIF -> membrane at the end of the last call, while calls continue each other (see `continued`)
@@ -174,6 +213,11 @@ def continued(membranes: dict[nn.Module, Tensor]) -> Iterator[None]:
         _membranes.reset(token)
 
 
+def is_continued() -> bool:
+    """Whether calls continue each other at present."""
+    return _membranes.get() is not None
+
+
 def _continue(x: Tensor, threshold: float, v: Tensor | None) -> tuple[Tensor, Tensor]:
     """`lif_step` over T from membrane `v` (None: zero): spikes [T, ...] and the membrane after them."""
     v = 0.0 if v is None else v
@@ -184,7 +228,7 @@ def _continue(x: Tensor, threshold: float, v: Tensor | None) -> tuple[Tensor, Te
     return torch.cat(spikes), v
 
 
-BACKENDS = {"auto": _auto_lif, "torch": _torch_lif, "cupy": _cupy_lif}
+BACKENDS = {"auto": _auto_lif, "torch": _torch_lif, "cupy": _cupy_lif, "triton": _triton_lif}
 
 
 class LIF(nn.Module):
@@ -226,16 +270,18 @@ def set_lif_backend(model: nn.Module, backend: str) -> None:
 
     Args:
         model: any module; its `LIF`s are set.
-        backend: "torch" (any device and floating dtype), "cupy" (spikingjelly's CUDA kernels; float16 and
-            float32), or "auto": cupy for every input it can take, else torch.
+        backend: "torch" (any device and floating dtype; the reference), "cupy" (spikingjelly's CUDA kernels; float16
+            and float32), "triton" (ours, see `models.fused`: of networks with "sew" residuals they compute far more
+            than the neurons), or "auto": on CUDA the first that runs of triton, cupy and torch, elsewhere torch.
 
     Raises:
         ValueError: unknown backend, or one that cannot run here (the message says what to install).
     """
     if backend not in BACKENDS:
         raise ValueError(f"lif_backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
-    if backend == "cupy" and (problem := cupy_problem()):
-        raise ValueError(f"lif_backend='cupy' {problem}")
+    problem = {"cupy": cupy_problem, "triton": triton_problem}.get(backend)
+    if problem and problem():
+        raise ValueError(f"lif_backend={backend!r} {problem()}")
     for module in model.modules():
         if isinstance(module, LIF):
             module.backend = backend

@@ -1,0 +1,147 @@
+"""The kernels as autograd functions. Shapes are [T,B,H,W,C]; what is shown unchanged at T steps is [1,B,H,W,C]."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..neuron import THRESHOLD
+from . import norm_lif, pool, token_attention
+from .statistics import Norm, norm_of, synchronised
+
+
+class Unit(NamedTuple):
+    """What follows a convolution."""
+
+    norms: tuple[Norm, ...]  # of the channels, one after the other
+    steps: int  # T
+    pool: bool = False
+    leak: bool = False  # the membrane runs over the batch, see `LIF`
+
+    def parameters(self) -> list[Tensor | None]:
+        """gamma, beta and the convolution's bias of each norm."""
+        return [p for bn, bias in self.norms for p in (bn.weight, bn.bias, bias)]
+
+    def gradients(self, total: Tensor, norm: Tensor, centred: bool) -> list[Tensor | None]:
+        """Of `parameters`, from the gradients of all betas and gammas [2,C]."""
+        found, start = [], 0
+        for bn, bias in self.norms:
+            columns = slice(start, start + bn.num_features)
+            beta, gamma = total[:, columns]
+            of_bias = None  # BatchNorm takes the mean, and with it any bias
+            if bias is not None:
+                of_bias = torch.zeros_like(bias) if centred else (beta * norm[1, columns] * norm[2, columns])
+            found += [gamma.to(bn.weight.dtype), beta.to(bn.bias.dtype), of_bias]
+            start += bn.num_features
+        return found
+
+    def over_processes(self, total: Tensor) -> Tensor:
+        """The sum of `total` over the processes that share the statistics."""
+        bn = self.norms[0].bn
+        if synchronised(bn) > 1:
+            total = total.clone()
+            torch.distributed.all_reduce(total, group=bn.process_group)
+        return total
+
+
+class _NormLIF(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, add: Tensor | None, unit: Unit, *parameters: Tensor | None) -> Tensor:
+        keep = any(ctx.needs_input_grad)
+        y = y.contiguous()
+        norm, count = norm_of(y, unit.norms, unit.steps // len(y))
+        z, index = y, None
+        if unit.pool:
+            z, index = pool.forward(y.flatten(0, 1), norm, keep)
+            z = z.unflatten(0, y.shape[:2])
+        shape = (unit.steps, *z.shape[1:])
+        rows, steps = (z.flatten(0, 1).flatten(1, 2), shape[0] * shape[1]) if unit.leak else (z.flatten(1, 3), shape[0])
+        sew = None if add is None else add.contiguous().view(steps, *rows.shape[1:])
+        out, starts = norm_lif.forward(rows, norm, sew, steps, THRESHOLD, keep)
+        if keep:
+            ctx.save_for_backward(y, rows, index, norm, starts)
+            ctx.unit, ctx.count = unit, count
+        return out.view(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        y, rows, index, norm, starts = ctx.saved_tensors
+        unit, count = ctx.unit, ctx.count
+        grad_out = grad.contiguous().view(-1, *rows.shape[1:])
+        total, grad_u = norm_lif.backward(
+            rows, norm, grad_out, starts, THRESHOLD, sums=True, of="u" if unit.pool else None
+        )
+        shared = unit.over_processes(total) if count else None
+        if unit.pool:
+            grad_y = pool.backward(y.flatten(0, 1), norm, index, grad_u.view(index.shape), shared, count).view_as(y)
+        else:
+            _, grad_y = norm_lif.backward(
+                rows, norm, grad_out, starts, THRESHOLD, of="y", total=shared, count=count
+            )
+            grad_y = grad_y.view_as(y)
+        return grad_y, grad if ctx.needs_input_grad[1] else None, None, *unit.gradients(total, norm, count > 0)
+
+
+class _TokenAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, unit: Unit, heads: int, *parameters: Tensor | None) -> Tensor:
+        y = y.contiguous()
+        norm, count = norm_of(y, unit.norms, 1)
+        out = token_attention.forward(y.flatten(1, 3), norm, heads)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(y, norm)
+            ctx.unit, ctx.heads, ctx.count = unit, heads, count
+        return out.view(*y.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        y, norm = ctx.saved_tensors
+        rows, grad_out = y.flatten(1, 3), grad.contiguous().flatten(1, 3)
+        total = token_attention.backward(rows, norm, grad_out, ctx.heads, sums=True)
+        shared = ctx.unit.over_processes(total) if ctx.count else None
+        grad_y = token_attention.backward(
+            rows, norm, grad_out, ctx.heads, sums=False, total=shared, count=ctx.count
+        )
+        return grad_y.view_as(y), None, None, *ctx.unit.gradients(total, norm, ctx.count > 0)
+
+
+class _LIF(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, threshold: float) -> Tensor:
+        x = x.contiguous()
+        rows = x.view(len(x), -1, _columns(x[0].numel()))
+        out, starts = norm_lif.forward(rows, None, None, len(x), threshold, ctx.needs_input_grad[0])
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(rows, starts)
+            ctx.threshold = threshold
+        return out.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        rows, starts = ctx.saved_tensors
+        _, grad_x = norm_lif.backward(rows, None, grad.contiguous().view_as(rows), starts, ctx.threshold, of="u")
+        return grad_x.view_as(grad), None
+
+
+def _columns(numel: int) -> int:
+    """The largest power of two up to 128 that divides `numel`."""
+    return min(128, numel & -numel)
+
+
+def lif(x: Tensor, threshold: float) -> Tensor:
+    """Multi-step LIF neurons: currents [T, ...] of any shape to spikes."""
+    return _LIF.apply(x, threshold)
+
+
+def norm_lif_of(y: Tensor, unit: Unit, add: Tensor | None = None) -> Tensor:
+    """BatchNorm, max pooling if the unit has it, LIF neurons; `add` [T,B,H',W',C] is added to the spikes."""
+    return _NormLIF.apply(y, add, unit, *unit.parameters())
+
+
+def token_attention_of(y: Tensor, unit: Unit, heads: int) -> Tensor:
+    """Query and key before BatchNorm, [T,B,H,W,2C], to the keys that pass [T,B,H,W,C]."""
+    return _TokenAttention.apply(y, unit, heads, *unit.parameters())

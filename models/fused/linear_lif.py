@@ -1,0 +1,48 @@
+"""A 1x1 convolution with BatchNorm, LIF neurons and residual addition in one kernel, for evaluation in half precision."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import accumulator, charge, load_norm
+
+
+@triton.jit(do_not_specialize=["R"])
+def _kernel(
+    x, weight, norm, add, out, R, C, THRESHOLD: tl.constexpr, T: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]  # neighbours share the rows of x
+    r = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
+    k = tl.arange(0, BK)
+    inside = (r < R) & (c < C)
+    size = R.to(tl.int64) * C
+    mean, rstd, gamma, beta = load_norm(norm, c, C, ACC)
+    v = tl.zeros((BR, BC), ACC)
+    for t in range(T):
+        y = tl.zeros((BR, BC), ACC)
+        for first in range(0, K, BK):
+            here = first + k
+            row = tl.load(x + (t * R.to(tl.int64) + r) * K + here[None, :], (r < R) & (here[None, :] < K), 0.0)
+            column = tl.load(weight + c * K + here[:, None], (c < C) & (here[:, None] < K), 0.0)
+            y = tl.dot(row, column, y, input_precision="ieee", out_dtype=ACC)
+        h = charge((y - mean) * (rstd * gamma) + beta, v)
+        v = tl.where(h >= THRESHOLD, 0.0, h)
+        s = tl.where(h >= THRESHOLD, 1.0, 0.0)
+        if ADD:
+            s += tl.load(add + t * size + r * C + c, inside, 0.0).to(ACC)
+        tl.store(out + t * size + r * C + c, s, inside)
+
+
+def forward(x: Tensor, weight: Tensor, norm: Tensor, add: Tensor | None, threshold: float) -> Tensor:
+    """Spikes [T,R,C] from x [T,R,K] and weight [C,K] of its dtype; `norm` [4,C] is that of the running statistics."""
+    steps, rows, width = x.shape
+    channels = len(weight)
+    out = x.new_empty((steps, rows, channels))
+    BR, BC, BK = 128, 128 if channels >= 128 else 64, 64 if width % 64 == 0 else 32
+    _kernel[triton.cdiv(channels, BC), triton.cdiv(rows, BR)](
+        x, weight, norm, add, out, rows, channels, threshold, steps, width, ADD=add is not None,
+        BR=BR, BC=BC, BK=BK, ACC=accumulator(x)[1], num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,168 @@
+"""BatchNorm, LIF neurons and the residual addition in one kernel, forward and backward.
+
+Shapes: [T,R,C], with R = B*H*W positions as rows of channels. What is shown unchanged at every step has a first axis
+of 1: the membrane still runs over T. `norm` [4,C] holds mean, 1 / standard deviation, gamma and beta.
+
+The backward pass needs the input alone: the membrane is computed once more. A first kernel sums up what BatchNorm
+needs over all rows, a second one writes the gradient, which is less to move than one that is written and read again.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import BACKWARD_TILE, CHUNK, FORWARD_TILE, accumulator, charge, charge_gradient, load_norm, tiling
+
+
+@triton.jit(do_not_specialize=["R"])
+def _forward_kernel(
+    y, norm, add, out, starts, R, C, THRESHOLD: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr,
+    STATIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
+    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    inside = (r < R) & (c < C)
+    at = r * C + c
+    size = R.to(tl.int64) * C  # of a step
+    if NORM:
+        mean, rstd, gamma, beta = load_norm(norm, c, C, ACC)
+    v = tl.zeros((BR, BC), ACC)
+    for first in range(0, T, CHUNK):
+        if KEEP:
+            tl.store(starts + first // CHUNK * size + at, v, inside)
+        for step in tl.static_range(CHUNK):
+            t = first + step
+            here = inside & (t < T)
+            u = tl.load(y + at + (0 if STATIC else t * size), here, 0.0).to(ACC)
+            if NORM:
+                u = (u - mean) * (rstd * gamma) + beta
+            h = charge(u, v)
+            v = tl.where(h >= THRESHOLD, 0.0, h)
+            s = tl.where(h >= THRESHOLD, 1.0, 0.0)
+            if ADD:
+                s += tl.load(add + at + t * size, here, 0.0).to(ACC)
+            tl.store(out + at + t * size, s, here)
+
+
+@triton.jit(do_not_specialize=["R", "M"])
+def _backward_kernel(
+    y, norm, grad_out, starts, total, partial, grad, R, C, M, THRESHOLD: tl.constexpr, T: tl.constexpr,
+    CHUNK: tl.constexpr, STATIC: tl.constexpr, NORM: tl.constexpr, CENTRE: tl.constexpr, SUMS: tl.constexpr,
+    GRAD_U: tl.constexpr, GRAD_Y: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Sums over the rows to `partial` [programs,2,C]; to `grad` the gradient of the current u, or of the input y.
+
+    With CENTRE the gradient of y is that through the statistics of the M rows, too, whose sums are `total` [2,C].
+    """
+    program = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    size = R.to(tl.int64) * C
+    sum_g = tl.zeros((BR, BC), ACC)
+    sum_gx = tl.zeros((BR, BC), ACC)
+    if NORM:
+        mean, rstd, gamma, beta = load_norm(norm, c, C, ACC)
+    if CENTRE:
+        mean_g = tl.load(total + c, c < C, 0.0).to(ACC) / M.to(ACC)
+        mean_gx = tl.load(total + C + c, c < C, 0.0).to(ACC) / M.to(ACC)
+    for tile in range(TILES):
+        r = (program * TILES + tile) * BR + tl.arange(0, BR)[:, None]
+        inside = (r < R) & (c < C)
+        at = r * C + c
+        grad_v = tl.zeros((BR, BC), ACC)
+        grad_static = tl.zeros((BR, BC), ACC)
+        for back in range(0, T, CHUNK):
+            first = (T - 1) // CHUNK * CHUNK - back
+            v = tl.zeros((BR, BC), ACC)
+            if T > CHUNK:
+                v = tl.load(starts + first // CHUNK * size + at, inside, 0.0).to(ACC)
+            charges = ()
+            for step in tl.static_range(CHUNK):
+                t = first + step
+                u = tl.load(y + at + (0 if STATIC else t * size), inside & (t < T), 0.0).to(ACC)
+                if NORM:
+                    u = (u - mean) * (rstd * gamma) + beta
+                h = charge(u, v)
+                v = tl.where(h >= THRESHOLD, 0.0, h)
+                charges = charges + (h,)
+            for step in tl.static_range(CHUNK):
+                t = first + CHUNK - 1 - step
+                here = inside & (t < T)
+                grad_s = tl.load(grad_out + at + t * size, here, 0.0).to(ACC)
+                grad_v = charge_gradient(grad_s, charges[CHUNK - 1 - step] - THRESHOLD, grad_v) * 0.5
+                g = grad_v  # of the current, too: half of the charge's
+                if STATIC:
+                    grad_static += g
+                else:
+                    if SUMS or GRAD_Y:
+                        x = (tl.load(y + at + t * size, here, 0.0).to(ACC) - mean) * rstd
+                    if SUMS:
+                        sum_g += g
+                        sum_gx += g * x
+                    if CENTRE:
+                        g = g - mean_g - x * mean_gx
+                    if GRAD_Y:
+                        g = g * (rstd * gamma)
+                    if GRAD_U or GRAD_Y:
+                        tl.store(grad + at + t * size, g, here)
+        if STATIC:
+            g = grad_static
+            if SUMS or GRAD_Y:
+                x = (tl.load(y + at, inside, 0.0).to(ACC) - mean) * rstd
+            if SUMS:
+                sum_g += g
+                sum_gx += g * x
+            if CENTRE:
+                g = g - mean_g - x * mean_gx
+            if GRAD_Y:
+                g = g * (rstd * gamma)
+            if GRAD_U or GRAD_Y:
+                tl.store(grad + at, g, inside)
+    if SUMS:
+        columns = tl.program_id(1) * BC + tl.arange(0, BC)
+        tl.store(partial + program * 2 * C + columns, tl.sum(sum_g, 0), columns < C)
+        tl.store(partial + program * 2 * C + C + columns, tl.sum(sum_gx, 0), columns < C)
+
+
+def forward(
+    y: Tensor, norm: Tensor | None, add: Tensor | None, steps: int, threshold: float, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Spikes [T,R,C] of T steps, plus `add` where given; with `keep` also what `backward` needs of a long run."""
+    rows, channels = y.shape[1:]
+    dtype, acc = accumulator(y)
+    out = torch.empty((steps, rows, channels), dtype=y.dtype, device=y.device)
+    keep = keep and steps > CHUNK
+    starts = y.new_empty((triton.cdiv(steps, CHUNK), rows, channels), dtype=dtype) if keep else None
+    tiles = tiling(rows, channels, FORWARD_TILE)
+    _forward_kernel[tiles.grid](
+        y, norm, add, out, starts, rows, channels, threshold, steps, min(steps, CHUNK),
+        STATIC=len(y) < steps, NORM=norm is not None, ADD=add is not None, KEEP=keep,
+        BR=tiles.BR, BC=tiles.BC, ACC=acc, num_warps=tiles.warps,
+    )  # fmt: skip
+    return out, starts
+
+
+def backward(
+    y: Tensor, norm: Tensor | None, grad_out: Tensor, starts: Tensor | None, threshold: float, *,
+    sums: bool = False, of: str | None = None, total: Tensor | None = None, count: int = 0,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of beta and gamma [2,C] with `sums`, and the gradient `of` "u" (the current) or "y", of y's shape.
+
+    Args:
+        total: those gradients, over `count` rows, if the statistics are functions of y.
+    """
+    steps, (rows, channels) = len(grad_out), y.shape[1:]
+    dtype, acc = accumulator(y)
+    chunk = min(steps, CHUNK)
+    tiles = tiling(rows, channels, BACKWARD_TILE // triton.next_power_of_2(chunk), reduce=sums)
+    partial = y.new_empty((tiles.programs, 2, channels), dtype=dtype) if sums else None
+    grad = torch.empty_like(y) if of else None
+    _backward_kernel[tiles.grid](
+        y, norm, grad_out, starts, total, partial, grad, rows, channels, count, threshold, steps, chunk,
+        STATIC=len(y) < steps, NORM=norm is not None, CENTRE=total is not None, SUMS=sums,
+        GRAD_U=of == "u", GRAD_Y=of == "y",
+        BR=tiles.BR, BC=tiles.BC, TILES=tiles.tiles, ACC=acc, num_warps=tiles.warps,
+    )  # fmt: skip
+    return partial.sum(0) if sums else None, grad

@@ -1,0 +1,99 @@
+"""Max pooling (3x3, stride 2, padding 1) of what BatchNorm will scale, on rows of channels [N,H,W,C].
+
+BatchNorm does not change the order of values but for the sign of its gamma. So the pooling can come first, on the
+output of the convolution, and all that follows works on a quarter of the values.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import FORWARD_TILE, accumulator, load_norm, tiling
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    y, norm, out, index, rows, H, W, HO, WO, C, INDEX: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
+    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    inside = (r < rows) & (c < C)
+    n, ho, wo = r // (HO * WO), r // WO % HO, r % WO
+    gamma = tl.load(norm + 2 * C + c, c < C, 0.0).to(ACC)
+    sign = tl.where(gamma > 0, 1.0, tl.where(gamma < 0, -1.0, 0.0)).to(ACC)
+    best = tl.full((BR, BC), float("-inf"), ACC)
+    value = tl.zeros((BR, BC), ACC)
+    which = tl.full((BR, BC), 4, tl.int32)  # the centre is always inside
+    for k in tl.static_range(9):
+        h = ho * 2 - 1 + k // 3
+        w = wo * 2 - 1 + k % 3
+        there = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        x = tl.load(y + ((n * H + h) * W + w) * C + c, there, 0.0).to(ACC)
+        better = there & (x * sign > best)
+        best = tl.where(better, x * sign, best)
+        value = tl.where(better, x, value)
+        which = tl.where(better, k, which)
+    tl.store(out + r * C + c, value, inside)
+    if INDEX:
+        tl.store(index + r * C + c, which.to(tl.int8), inside)
+
+
+@triton.jit(do_not_specialize=["rows", "M"])
+def _backward_kernel(
+    y, norm, index, grad_u, total, grad, rows, H, W, HO, WO, C, M, CENTRE: tl.constexpr, BR: tl.constexpr,
+    BC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
+    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    inside = (r < rows) & (c < C)
+    n, h, w = r // (H * W), r // W % H, r % W
+    mean, rstd, gamma, beta = load_norm(norm, c, C, ACC)
+    g = tl.zeros((BR, BC), ACC)
+    for k in tl.static_range(4):  # an odd row or column lies in two windows
+        ho, wo = (h + k // 2) // 2, (w + k % 2) // 2
+        there = inside & (ho < HO) & (wo < WO)
+        there = there & ((k // 2 == 0) | (h % 2 == 1)) & ((k % 2 == 0) | (w % 2 == 1))
+        at = ((n * HO + ho) * WO + wo) * C + c
+        place = (h - ho * 2 + 1) * 3 + w - wo * 2 + 1
+        won = there & (tl.load(index + at, there, -1) == place)
+        g += tl.load(grad_u + at, won, 0.0).to(ACC)
+    if CENTRE:
+        x = (tl.load(y + r * C + c, inside, 0.0).to(ACC) - mean) * rstd
+        mean_g = tl.load(total + c, c < C, 0.0).to(ACC) / M.to(ACC)
+        mean_gx = tl.load(total + C + c, c < C, 0.0).to(ACC) / M.to(ACC)
+        g = g - mean_g - x * mean_gx
+    tl.store(grad + r * C + c, g * (rstd * gamma), inside)
+
+
+def forward(y: Tensor, norm: Tensor, index: bool) -> tuple[Tensor, Tensor | None]:
+    """Of each window the value of y [N,H,W,C] that BatchNorm makes the largest, [N,H',W',C]; and which of the 9 it is."""
+    n, h, w, channels = y.shape
+    out = y.new_empty((n, (h + 1) // 2, (w + 1) // 2, channels))
+    which = torch.empty_like(out, dtype=torch.int8) if index else None
+    rows = out.numel() // channels
+    tiles = tiling(rows, channels, FORWARD_TILE)
+    _forward_kernel[tiles.grid](
+        y, norm, out, which, rows, h, w, *out.shape[1:3], channels, INDEX=index,
+        BR=tiles.BR, BC=tiles.BC, ACC=accumulator(y)[1], num_warps=tiles.warps,
+    )  # fmt: skip
+    return out, which
+
+
+def backward(
+    y: Tensor, norm: Tensor, index: Tensor, grad_u: Tensor, total: Tensor | None, count: int
+) -> Tensor:
+    """Gradient of y through pooling and BatchNorm, from that of the pooled current, `grad_u` [N,H',W',C].
+
+    `total` and `count` are as in `norm_lif.backward`.
+    """
+    n, h, w, channels = y.shape
+    grad = torch.empty_like(y)
+    rows = n * h * w
+    tiles = tiling(rows, channels, FORWARD_TILE)
+    _backward_kernel[tiles.grid](
+        y, norm, index, grad_u, total, grad, rows, h, w, *index.shape[1:3], channels, count,
+        CENTRE=total is not None, BR=tiles.BR, BC=tiles.BC, ACC=accumulator(y)[1], num_warps=tiles.warps,
+    )  # fmt: skip
+    return grad

@@ -1,0 +1,164 @@
+"""Q-K token attention in one kernel: BatchNorm and neurons of query and key, the sum over a head, its neuron, the mask.
+
+Shapes: y [T,R,2C] holds query and key before BatchNorm side by side, R = B*H*W tokens; the result is [T,R,C].
+T is at most `CHUNK`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..neuron import ATTN_THRESHOLD, THRESHOLD
+from .common import BACKWARD_TILE, FORWARD_TILE, PROGRAMS, accumulator, charge, charge_gradient, load_norm
+
+
+@triton.jit(do_not_specialize=["R"])
+def _forward_kernel(
+    y, norm, out, R, C, HEADS, D: tl.constexpr, THRESHOLD: tl.constexpr, ATTN: tl.constexpr, T: tl.constexpr,
+    BR: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    r = (tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR))[:, None, None]
+    head = (tl.program_id(1) * BH + tl.arange(0, BH))[None, :, None]
+    d = tl.arange(0, BD)[None, None, :]
+    c = tl.where((head < HEADS) & (d < D), head * D + d, C)  # C: outside
+    inside = (r < R) & (c < C)
+    mean_q, rstd_q, gamma_q, beta_q = load_norm(norm, c, 2 * C, ACC)
+    mean_k, rstd_k, gamma_k, beta_k = load_norm(norm, c + C, 2 * C, ACC)
+    size = R.to(tl.int64) * C
+    v_q = tl.zeros((BR, BH, BD), ACC)
+    v_k = tl.zeros((BR, BH, BD), ACC)
+    v_a = tl.zeros((BR, BH, 1), ACC)
+    for t in tl.static_range(T):
+        at = y + 2 * t * size + r * (2 * C) + c
+        u_q = (tl.load(at, inside, 0.0).to(ACC) - mean_q) * (rstd_q * gamma_q) + beta_q
+        u_k = (tl.load(at + C, inside, 0.0).to(ACC) - mean_k) * (rstd_k * gamma_k) + beta_k
+        h_q = charge(u_q, v_q)
+        h_k = charge(u_k, v_k)
+        v_q = tl.where(h_q >= THRESHOLD, 0.0, h_q)
+        v_k = tl.where(h_k >= THRESHOLD, 0.0, h_k)
+        fired = tl.where(inside & (h_q >= THRESHOLD), 1.0, 0.0).to(ACC)
+        h_a = charge(tl.sum(fired, 2, keep_dims=True), v_a)
+        v_a = tl.where(h_a >= ATTN, 0.0, h_a)
+        passes = (h_a >= ATTN) & (h_k >= THRESHOLD)
+        tl.store(out + t * size + r * C + c, tl.where(passes, 1.0, 0.0), inside)
+
+
+@triton.jit(do_not_specialize=["R", "M"])
+def _backward_kernel(
+    y, norm, grad_out, total, partial, grad, R, C, HEADS, M, D: tl.constexpr, THRESHOLD: tl.constexpr,
+    ATTN: tl.constexpr, T: tl.constexpr, CENTRE: tl.constexpr, SUMS: tl.constexpr, BR: tl.constexpr,
+    BH: tl.constexpr, BD: tl.constexpr, TILES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Sums over the rows to `partial` [programs,2,2C], or else the gradient of y; as in `norm_lif`."""
+    program = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * BH + tl.arange(0, BH))[None, :, None]
+    d = tl.arange(0, BD)[None, None, :]
+    c = tl.where((head < HEADS) & (d < D), head * D + d, C)
+    mean_q, rstd_q, gamma_q, beta_q = load_norm(norm, c, 2 * C, ACC)
+    mean_k, rstd_k, gamma_k, beta_k = load_norm(norm, c + C, 2 * C, ACC)
+    size = R.to(tl.int64) * C
+    sum_q = tl.zeros((BR, BH, BD), ACC)
+    sum_qx = tl.zeros((BR, BH, BD), ACC)
+    sum_k = tl.zeros((BR, BH, BD), ACC)
+    sum_kx = tl.zeros((BR, BH, BD), ACC)
+    if CENTRE:
+        there = c < C
+        mean_gq = tl.load(total + c, there, 0.0).to(ACC) / M.to(ACC)
+        mean_gk = tl.load(total + C + c, there, 0.0).to(ACC) / M.to(ACC)
+        mean_gqx = tl.load(total + 2 * C + c, there, 0.0).to(ACC) / M.to(ACC)
+        mean_gkx = tl.load(total + 3 * C + c, there, 0.0).to(ACC) / M.to(ACC)
+    for tile in range(TILES):
+        r = ((program * TILES + tile) * BR + tl.arange(0, BR))[:, None, None]
+        inside = (r < R) & (c < C)
+        v_q = tl.zeros((BR, BH, BD), ACC)
+        v_k = tl.zeros((BR, BH, BD), ACC)
+        v_a = tl.zeros((BR, BH, 1), ACC)
+        charges = ()
+        for t in tl.static_range(T):
+            at = y + 2 * t * size + r * (2 * C) + c
+            u_q = (tl.load(at, inside, 0.0).to(ACC) - mean_q) * (rstd_q * gamma_q) + beta_q
+            u_k = (tl.load(at + C, inside, 0.0).to(ACC) - mean_k) * (rstd_k * gamma_k) + beta_k
+            h_q = charge(u_q, v_q)
+            h_k = charge(u_k, v_k)
+            v_q = tl.where(h_q >= THRESHOLD, 0.0, h_q)
+            v_k = tl.where(h_k >= THRESHOLD, 0.0, h_k)
+            fired = tl.where(inside & (h_q >= THRESHOLD), 1.0, 0.0).to(ACC)
+            h_a = charge(tl.sum(fired, 2, keep_dims=True), v_a)
+            v_a = tl.where(h_a >= ATTN, 0.0, h_a)
+            charges = charges + (h_q, h_k, h_a)
+        grad_vq = tl.zeros((BR, BH, BD), ACC)
+        grad_vk = tl.zeros((BR, BH, BD), ACC)
+        grad_va = tl.zeros((BR, BH, 1), ACC)
+        for back in tl.static_range(T):
+            h_q = charges[3 * (T - 1 - back)]
+            h_k = charges[3 * (T - 1 - back) + 1]
+            h_a = charges[3 * (T - 1 - back) + 2]
+            g = tl.load(grad_out + (T - 1 - back) * size + r * C + c, inside, 0.0).to(ACC)
+            grad_mask = tl.sum(tl.where(h_k >= THRESHOLD, g, 0.0), 2, keep_dims=True)
+            grad_va = charge_gradient(grad_mask, h_a - ATTN, grad_va) * 0.5
+            grad_vk = charge_gradient(tl.where(h_a >= ATTN, g, 0.0), h_k - THRESHOLD, grad_vk) * 0.5
+            grad_vq = charge_gradient(tl.where(inside, grad_va, 0.0), h_q - THRESHOLD, grad_vq) * 0.5
+            at = 2 * (T - 1 - back) * size + r * (2 * C) + c
+            x_q = (tl.load(y + at, inside, 0.0).to(ACC) - mean_q) * rstd_q
+            x_k = (tl.load(y + at + C, inside, 0.0).to(ACC) - mean_k) * rstd_k
+            if SUMS:
+                sum_q += grad_vq
+                sum_k += grad_vk
+                sum_qx += grad_vq * x_q
+                sum_kx += grad_vk * x_k
+            else:
+                g_q = grad_vq
+                g_k = grad_vk
+                if CENTRE:
+                    g_q = g_q - mean_gq - x_q * mean_gqx
+                    g_k = g_k - mean_gk - x_k * mean_gkx
+                tl.store(grad + at, g_q * (rstd_q * gamma_q), inside)
+                tl.store(grad + at + C, g_k * (rstd_k * gamma_k), inside)
+    if SUMS:
+        out = partial + program * 4 * C + tl.max(c, 0)
+        there = tl.max(c, 0) < C
+        tl.store(out, tl.sum(sum_q, 0), there)
+        tl.store(out + C, tl.sum(sum_k, 0), there)
+        tl.store(out + 2 * C, tl.sum(sum_qx, 0), there)
+        tl.store(out + 3 * C, tl.sum(sum_kx, 0), there)
+
+
+def _blocks(rows: int, heads: int, width: int, tile: int) -> dict[str, int]:
+    """Rows, heads and channels of a head that a program has in hand."""
+    BD = triton.next_power_of_2(width)
+    BH = min(triton.next_power_of_2(heads), max(1, 64 // BD))
+    wanted = triton.next_power_of_2(max(1, rows * heads * BD // PROGRAMS))
+    BR = max(1, min(tile, max(128, wanted)) // (BH * BD))
+    return {"BR": BR, "BH": BH, "BD": BD}
+
+
+def forward(y: Tensor, norm: Tensor, heads: int) -> Tensor:
+    """Keys that pass [T,R,C], as spikes."""
+    steps, rows, channels = y.shape[0], y.shape[1], y.shape[2] // 2
+    out = y.new_empty((steps, rows, channels))
+    blocks = _blocks(rows, heads, channels // heads, FORWARD_TILE // 2)
+    grid = triton.cdiv(rows, blocks["BR"]), triton.cdiv(heads, blocks["BH"])
+    _forward_kernel[grid](
+        y, norm, out, rows, channels, heads, channels // heads, THRESHOLD, ATTN_THRESHOLD, steps, **blocks,
+        ACC=accumulator(y)[1],
+    )  # fmt: skip
+    return out
+
+
+def backward(
+    y: Tensor, norm: Tensor, grad_out: Tensor, heads: int, *, sums: bool, total: Tensor | None = None, count: int = 0
+) -> Tensor:
+    """With `sums` the gradients of beta and gamma [2,2C], else that of y; `total` and `count` as in `norm_lif`."""
+    steps, rows, channels = grad_out.shape
+    dtype, acc = accumulator(y)
+    blocks = _blocks(rows, heads, channels // heads, BACKWARD_TILE // 2 // triton.next_power_of_2(steps))
+    tiles = max(1, triton.next_power_of_2(triton.cdiv(rows, blocks["BR"] * PROGRAMS))) if sums else 1
+    programs = triton.cdiv(rows, blocks["BR"] * tiles)
+    partial = y.new_empty((programs, 2, 2 * channels), dtype=dtype) if sums else None
+    grad = None if sums else torch.empty_like(y)
+    _backward_kernel[programs, triton.cdiv(heads, blocks["BH"])](
+        y, norm, grad_out, total, partial, grad, rows, channels, heads, count, channels // heads, THRESHOLD,
+        ATTN_THRESHOLD, steps, CENTRE=total is not None, SUMS=sums, **blocks, TILES=tiles, ACC=acc,
+    )  # fmt: skip
+    return partial.sum(0) if sums else grad
