@@ -8,8 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 16  # steps whose membranes the backward pass holds in registers; longer runs go from chunk to chunk
-FORWARD_TILE = 2048  # elements of a step that a program computes at a time
-BACKWARD_TILE = 4096  # the same, times the steps in a chunk
 PROGRAMS = 1024  # tiles shrink until there are about so many programs, and so many share a reduction
 
 
@@ -60,12 +58,27 @@ class Tiling(NamedTuple):
         return self.programs, self.columns
 
 
-def tiling(rows: int, channels: int, tile: int, reduce: bool = False) -> Tiling:
-    """Tiles of at most `tile` elements; in a reduction a program takes several, so that few partial results are left."""
-    columns = min((128, 64, 32), key=lambda block: triton.cdiv(channels, block) * block)
-    wanted = triton.next_power_of_2(max(1, rows * channels // PROGRAMS))
-    block = max(1, min(tile, max(128, wanted)) // columns)
-    per_program = max(1, triton.next_power_of_2(triton.cdiv(rows, block * PROGRAMS))) if reduce else 1
-    programs = triton.cdiv(rows, block * per_program)
-    warps = max(1, min(4, block * columns // 256))
-    return Tiling(block, columns, per_program, programs, triton.cdiv(channels, columns), warps)
+def tiling(rows: int, channels: int, per_thread: int, reduce: bool = False) -> Tiling:
+    """Tiles of `per_thread` elements a thread; in a reduction a program takes several, so that few results are left."""
+    warps = warps_for(rows * channels, per_thread)
+    tile = warps * 32 * per_thread
+    columns = min((min(tile, 128), 64, 32), key=lambda block: triton.cdiv(channels, block) * block)
+    block = max(1, tile // columns)
+    tiles = tiles_for(rows, block) if reduce else 1
+    programs = triton.cdiv(rows, block * tiles)
+    return Tiling(block, columns, tiles, programs, triton.cdiv(channels, columns), warps)
+
+
+def warps_for(elements: int, per_thread: int) -> int:
+    """Four, or fewer where there would not be enough programs."""
+    return max(1, min(4, triton.next_power_of_2(elements // (PROGRAMS * 32 * per_thread))))
+
+
+def tiles_for(rows: int, block: int) -> int:
+    """How many blocks of rows each of about `PROGRAMS` programs takes."""
+    return triton.next_power_of_2(max(1, triton.cdiv(rows, block * PROGRAMS)))
+
+
+def per_thread(steps: int, values: int = 1) -> int:
+    """Elements a thread of a backward kernel can take that holds `values` membranes of each in registers at every step."""
+    return max(2, min(16, 32 // (values * triton.next_power_of_2(steps))))

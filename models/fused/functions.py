@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..neuron import THRESHOLD
-from . import norm_lif, pool, token_attention
+from . import norm_lif, pool, self_attention, token_attention
 from .statistics import Norm, norm_of, synchronised
 
 
@@ -108,6 +108,23 @@ class _TokenAttention(torch.autograd.Function):
         return grad_y.view_as(y), None, None, *ctx.unit.gradients(total, norm, ctx.count > 0)
 
 
+class _SelfAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, s: Tensor, heads: int, scale: float) -> Tensor:
+        out, kv = self_attention.forward(s.flatten(2, 3), heads, scale)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(s, kv)
+            ctx.scale = scale
+        return out.view(*s.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        s, kv = ctx.saved_tensors
+        grad_s = self_attention.backward(s.flatten(2, 3), kv, grad.contiguous().flatten(2, 3), ctx.scale)
+        return grad_s.view_as(s), None, None
+
+
 class _LIF(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, threshold: float) -> Tensor:
@@ -145,3 +162,8 @@ def norm_lif_of(y: Tensor, unit: Unit, add: Tensor | None = None) -> Tensor:
 def token_attention_of(y: Tensor, unit: Unit, heads: int) -> Tensor:
     """Query and key before BatchNorm, [T,B,H,W,2C], to the keys that pass [T,B,H,W,C]."""
     return _TokenAttention.apply(y, unit, heads, *unit.parameters())
+
+
+def self_attention_of(s: Tensor, heads: int, scale: float) -> Tensor:
+    """Spikes of query, key and value [T,B,H,W,3C] to what the attention passes on, [T,B,H,W,C]."""
+    return _SelfAttention.apply(s, heads, scale)

@@ -18,7 +18,6 @@ def _kernel(
     k = tl.arange(0, BK)
     inside = (r < R) & (c < C)
     size = R.to(tl.int64) * C
-    mean, rstd, gamma, beta = load_norm(norm, c, C, ACC)
     v = tl.zeros((BR, BC), ACC)
     for t in range(T):
         y = tl.zeros((BR, BC), ACC)
@@ -27,6 +26,7 @@ def _kernel(
             row = tl.load(x + (t * R.to(tl.int64) + r) * K + here[None, :], (r < R) & (here[None, :] < K), 0.0)
             column = tl.load(weight + c * K + here[:, None], (c < C) & (here[:, None] < K), 0.0)
             y = tl.dot(row, column, y, input_precision="ieee", out_dtype=ACC)
+        mean, rstd, gamma, beta = load_norm(norm, c, C, ACC)  # in each step: as many registers as the sums would keep
         h = charge((y - mean) * (rstd * gamma) + beta, v)
         v = tl.where(h >= THRESHOLD, 0.0, h)
         s = tl.where(h >= THRESHOLD, 1.0, 0.0)
@@ -40,7 +40,7 @@ def forward(x: Tensor, weight: Tensor, norm: Tensor, add: Tensor | None, thresho
     steps, rows, width = x.shape
     channels = len(weight)
     out = x.new_empty((steps, rows, channels))
-    BR, BC, BK = 128, 128 if channels >= 128 else 64, 64 if width % 64 == 0 else 32
+    BR, BC, BK = 128, 64, 64 if width % 64 == 0 else 32  # larger tiles spill registers
     _kernel[triton.cdiv(channels, BC), triton.cdiv(rows, BR)](
         x, weight, norm, add, out, rows, channels, threshold, steps, width, ADD=add is not None,
         BR=BR, BC=BC, BK=BK, ACC=accumulator(x)[1], num_warps=8, num_stages=3,

@@ -14,7 +14,7 @@ from ..layers import SpikingConv
 from ..neuron import THRESHOLD
 from . import linear_lif
 from .common import CHUNK
-from .functions import Unit, norm_lif_of, token_attention_of
+from .functions import Unit, norm_lif_of, self_attention_of, token_attention_of
 from .statistics import Norm, norm_of
 
 
@@ -65,7 +65,10 @@ def attend(m: nn.Module, x: Tensor) -> Tensor:
     unit = Unit(tuple(Norm(unit.bn, unit.conv.bias) for unit in units), steps)
     if isinstance(m, TokenQKAttention) and steps <= CHUNK:
         return token_attention_of(y, unit, m.heads)
-    spikes = norm_lif_of(y, unit).unflatten(4, (len(units), m.heads, -1)).flatten(2, 3)  # [T,B,N,2|3,h,d]
+    spikes = norm_lif_of(y, unit)
+    if isinstance(m, SpikingSelfAttention) and steps <= CHUNK:
+        return self_attention_of(spikes, m.heads, m.scale)
+    spikes = spikes.unflatten(4, (len(units), m.heads, -1)).flatten(2, 3)  # [T,B,N,2|3,h,d]
     passed = m.attend(*spikes.permute(3, 0, 1, 4, 5, 2))  # each [T,B,h,d,N]
     return passed.permute(0, 1, 4, 2, 3).reshape(x.shape)
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import BACKWARD_TILE, CHUNK, FORWARD_TILE, accumulator, charge, charge_gradient, load_norm, tiling
+from .common import CHUNK, accumulator, charge, charge_gradient, load_norm, per_thread, tiling
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -135,7 +135,7 @@ def forward(
     out = torch.empty((steps, rows, channels), dtype=y.dtype, device=y.device)
     keep = keep and steps > CHUNK
     starts = y.new_empty((triton.cdiv(steps, CHUNK), rows, channels), dtype=dtype) if keep else None
-    tiles = tiling(rows, channels, FORWARD_TILE)
+    tiles = tiling(rows, channels, 16 if steps <= CHUNK else 4)
     _forward_kernel[tiles.grid](
         y, norm, add, out, starts, rows, channels, threshold, steps, min(steps, CHUNK),
         STATIC=len(y) < steps, NORM=norm is not None, ADD=add is not None, KEEP=keep,
@@ -156,7 +156,7 @@ def backward(
     steps, (rows, channels) = len(grad_out), y.shape[1:]
     dtype, acc = accumulator(y)
     chunk = min(steps, CHUNK)
-    tiles = tiling(rows, channels, BACKWARD_TILE // triton.next_power_of_2(chunk), reduce=sums)
+    tiles = tiling(rows, channels, per_thread(chunk, 2 if sums else 1), reduce=sums)
     partial = y.new_empty((tiles.programs, 2, channels), dtype=dtype) if sums else None
     grad = torch.empty_like(y) if of else None
     _backward_kernel[tiles.grid](

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FORWARD_TILE, accumulator, load_norm, tiling
+from .common import accumulator, load_norm, tiling
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -57,8 +57,8 @@ def _backward_kernel(
         there = there & ((k // 2 == 0) | (h % 2 == 1)) & ((k % 2 == 0) | (w % 2 == 1))
         at = ((n * HO + ho) * WO + wo) * C + c
         place = (h - ho * 2 + 1) * 3 + w - wo * 2 + 1
-        won = there & (tl.load(index + at, there, -1) == place)
-        g += tl.load(grad_u + at, won, 0.0).to(ACC)
+        won = tl.load(index + at, there, -1) == place
+        g += tl.where(won, tl.load(grad_u + at, there, 0.0).to(ACC), 0.0)
     if CENTRE:
         x = (tl.load(y + r * C + c, inside, 0.0).to(ACC) - mean) * rstd
         mean_g = tl.load(total + c, c < C, 0.0).to(ACC) / M.to(ACC)
@@ -73,7 +73,7 @@ def forward(y: Tensor, norm: Tensor, index: bool) -> tuple[Tensor, Tensor | None
     out = y.new_empty((n, (h + 1) // 2, (w + 1) // 2, channels))
     which = torch.empty_like(out, dtype=torch.int8) if index else None
     rows = out.numel() // channels
-    tiles = tiling(rows, channels, FORWARD_TILE)
+    tiles = tiling(rows, channels, 8)
     _forward_kernel[tiles.grid](
         y, norm, out, which, rows, h, w, *out.shape[1:3], channels, INDEX=index,
         BR=tiles.BR, BC=tiles.BC, ACC=accumulator(y)[1], num_warps=tiles.warps,
@@ -91,7 +91,7 @@ def backward(
     n, h, w, channels = y.shape
     grad = torch.empty_like(y)
     rows = n * h * w
-    tiles = tiling(rows, channels, FORWARD_TILE)
+    tiles = tiling(rows, channels, 8)
     _backward_kernel[tiles.grid](
         y, norm, index, grad_u, total, grad, rows, h, w, *index.shape[1:3], channels, count,
         CENTRE=total is not None, BR=tiles.BR, BC=tiles.BC, ACC=accumulator(y)[1], num_warps=tiles.warps,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from .common import FORWARD_TILE, accumulator, tiling
+from .common import accumulator, tiling
 
 
 class Norm(NamedTuple):
@@ -112,7 +112,7 @@ def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int]:
     if first.training:
         if rows * shown == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(y.shape)}")
-        tiles = tiling(rows, width, FORWARD_TILE, reduce=True)
+        tiles = tiling(rows, width, 16, reduce=True)
         parts, part = tiles.programs, tiles.BR * tiles.tiles
         moments = y.new_empty((2, parts, width), dtype=dtype)
         _moments_kernel[tiles.grid](

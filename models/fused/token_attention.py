@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..neuron import ATTN_THRESHOLD, THRESHOLD
-from .common import BACKWARD_TILE, FORWARD_TILE, PROGRAMS, accumulator, charge, charge_gradient, load_norm
+from .common import accumulator, charge, charge_gradient, load_norm, per_thread, tiles_for, warps_for
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -21,8 +21,9 @@ def _forward_kernel(
     r = (tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR))[:, None, None]
     head = (tl.program_id(1) * BH + tl.arange(0, BH))[None, :, None]
     d = tl.arange(0, BD)[None, None, :]
-    c = tl.where((head < HEADS) & (d < D), head * D + d, C)  # C: outside
-    inside = (r < R) & (c < C)
+    c = head * D + d
+    there = (head < HEADS) & (d < D)
+    inside = (r < R) & there
     mean_q, rstd_q, gamma_q, beta_q = load_norm(norm, c, 2 * C, ACC)
     mean_k, rstd_k, gamma_k, beta_k = load_norm(norm, c + C, 2 * C, ACC)
     size = R.to(tl.int64) * C
@@ -54,7 +55,8 @@ def _backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BH + tl.arange(0, BH))[None, :, None]
     d = tl.arange(0, BD)[None, None, :]
-    c = tl.where((head < HEADS) & (d < D), head * D + d, C)
+    c = head * D + d
+    there = (head < HEADS) & (d < D)
     mean_q, rstd_q, gamma_q, beta_q = load_norm(norm, c, 2 * C, ACC)
     mean_k, rstd_k, gamma_k, beta_k = load_norm(norm, c + C, 2 * C, ACC)
     size = R.to(tl.int64) * C
@@ -63,14 +65,13 @@ def _backward_kernel(
     sum_k = tl.zeros((BR, BH, BD), ACC)
     sum_kx = tl.zeros((BR, BH, BD), ACC)
     if CENTRE:
-        there = c < C
         mean_gq = tl.load(total + c, there, 0.0).to(ACC) / M.to(ACC)
         mean_gk = tl.load(total + C + c, there, 0.0).to(ACC) / M.to(ACC)
         mean_gqx = tl.load(total + 2 * C + c, there, 0.0).to(ACC) / M.to(ACC)
         mean_gkx = tl.load(total + 3 * C + c, there, 0.0).to(ACC) / M.to(ACC)
     for tile in range(TILES):
         r = ((program * TILES + tile) * BR + tl.arange(0, BR))[:, None, None]
-        inside = (r < R) & (c < C)
+        inside = (r < R) & there
         v_q = tl.zeros((BR, BH, BD), ACC)
         v_k = tl.zeros((BR, BH, BD), ACC)
         v_a = tl.zeros((BR, BH, 1), ACC)
@@ -116,32 +117,29 @@ def _backward_kernel(
                 tl.store(grad + at, g_q * (rstd_q * gamma_q), inside)
                 tl.store(grad + at + C, g_k * (rstd_k * gamma_k), inside)
     if SUMS:
-        out = partial + program * 4 * C + tl.max(c, 0)
-        there = tl.max(c, 0) < C
-        tl.store(out, tl.sum(sum_q, 0), there)
-        tl.store(out + C, tl.sum(sum_k, 0), there)
-        tl.store(out + 2 * C, tl.sum(sum_qx, 0), there)
-        tl.store(out + 3 * C, tl.sum(sum_kx, 0), there)
+        out = partial + program * 4 * C + c
+        tl.store(out, tl.sum(sum_q, 0, keep_dims=True), there)
+        tl.store(out + C, tl.sum(sum_k, 0, keep_dims=True), there)
+        tl.store(out + 2 * C, tl.sum(sum_qx, 0, keep_dims=True), there)
+        tl.store(out + 3 * C, tl.sum(sum_kx, 0, keep_dims=True), there)
 
 
-def _blocks(rows: int, heads: int, width: int, tile: int) -> dict[str, int]:
-    """Rows, heads and channels of a head that a program has in hand."""
+def _blocks(rows: int, heads: int, width: int, elements: int) -> dict[str, int]:
+    """Rows, heads and channels of a head that a program has in hand, with `elements` a thread."""
     BD = triton.next_power_of_2(width)
     BH = min(triton.next_power_of_2(heads), max(1, 64 // BD))
-    wanted = triton.next_power_of_2(max(1, rows * heads * BD // PROGRAMS))
-    BR = max(1, min(tile, max(128, wanted)) // (BH * BD))
-    return {"BR": BR, "BH": BH, "BD": BD}
+    warps = warps_for(rows * heads * BD, elements)
+    return {"BR": max(1, warps * 32 * elements // (BH * BD)), "BH": BH, "BD": BD, "num_warps": warps}
 
 
 def forward(y: Tensor, norm: Tensor, heads: int) -> Tensor:
     """Keys that pass [T,R,C], as spikes."""
     steps, rows, channels = y.shape[0], y.shape[1], y.shape[2] // 2
     out = y.new_empty((steps, rows, channels))
-    blocks = _blocks(rows, heads, channels // heads, FORWARD_TILE // 2)
-    grid = triton.cdiv(rows, blocks["BR"]), triton.cdiv(heads, blocks["BH"])
-    _forward_kernel[grid](
-        y, norm, out, rows, channels, heads, channels // heads, THRESHOLD, ATTN_THRESHOLD, steps, **blocks,
-        ACC=accumulator(y)[1],
+    blocks = _blocks(rows, heads, channels // heads, 8)
+    _forward_kernel[triton.cdiv(rows, blocks["BR"]), triton.cdiv(heads, blocks["BH"])](
+        y, norm, out, rows, channels, heads, channels // heads, THRESHOLD, ATTN_THRESHOLD, steps,
+        ACC=accumulator(y)[1], **blocks,
     )  # fmt: skip
     return out
 
@@ -152,13 +150,13 @@ def backward(
     """With `sums` the gradients of beta and gamma [2,2C], else that of y; `total` and `count` as in `norm_lif`."""
     steps, rows, channels = grad_out.shape
     dtype, acc = accumulator(y)
-    blocks = _blocks(rows, heads, channels // heads, BACKWARD_TILE // 2 // triton.next_power_of_2(steps))
-    tiles = max(1, triton.next_power_of_2(triton.cdiv(rows, blocks["BR"] * PROGRAMS))) if sums else 1
+    blocks = _blocks(rows, heads, channels // heads, per_thread(steps, 2))
+    tiles = tiles_for(rows, blocks["BR"]) if sums else 1
     programs = triton.cdiv(rows, blocks["BR"] * tiles)
     partial = y.new_empty((programs, 2, 2 * channels), dtype=dtype) if sums else None
     grad = None if sums else torch.empty_like(y)
     _backward_kernel[programs, triton.cdiv(heads, blocks["BH"])](
         y, norm, grad_out, total, partial, grad, rows, channels, heads, count, channels // heads, THRESHOLD,
-        ATTN_THRESHOLD, steps, CENTRE=total is not None, SUMS=sums, **blocks, TILES=tiles, ACC=acc,
+        ATTN_THRESHOLD, steps, CENTRE=total is not None, SUMS=sums, TILES=tiles, ACC=acc, **blocks,
     )  # fmt: skip
     return partial.sum(0) if sums else grad

@@ -1,0 +1,150 @@
+"""Spiking self-attention from the spikes of query, key and value on: q (k^T v) and the neuron that reads it.
+
+Shapes: s [T,B,N,3C] holds query, key and value side by side, each of h heads of D channels; kv = k^T v is [T*B,h,D,D]
+and the result [T,B,N,C]. T is at most `CHUNK`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..neuron import ATTN_THRESHOLD
+from .common import accumulator, charge, charge_gradient
+
+
+@triton.jit
+def _load(x, row, N, stride, d, D: tl.constexpr):
+    """Tile [BN,BD] of a head's tokens; `x` points to the head's first channel of the first token."""
+    return tl.load(x + row[:, None] * stride + d[None, :], (row[:, None] < N) & (d[None, :] < D), 0.0)
+
+
+@triton.jit
+def _store(x, value, row, N, stride, d, D: tl.constexpr):
+    tl.store(x + row[:, None] * stride + d[None, :], value, (row[:, None] < N) & (d[None, :] < D))
+
+
+@triton.jit
+def _dot(a, b, ACC: tl.constexpr):
+    return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
+def _kv_kernel(
+    s, kv, C, N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    head = tl.program_id(0)
+    d = tl.arange(0, BD)
+    k = s + tl.program_id(1).to(tl.int64) * N * 3 * C + C + head * D
+    total = tl.zeros((BD, BD), ACC)
+    for first in range(0, N, BN):
+        row = first + tl.arange(0, BN)
+        total += _dot(tl.trans(_load(k, row, N, 3 * C, d, D)), _load(k + C, row, N, 3 * C, d, D), ACC)
+    out = kv + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + head) * D * D
+    _store(out, total, d, D, D, d, D)
+
+
+@triton.jit
+def _forward_kernel(
+    s, kv, out, B, C, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, T: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    head = tl.program_id(1)
+    d = tl.arange(0, BD)
+    v = tl.zeros((BN, BD), ACC)
+    for t in tl.static_range(T):
+        frame = t * B + tl.program_id(2).to(tl.int64)
+        q = _load(s + frame * N * 3 * C + head * D, row, N, 3 * C, d, D)
+        read = _load(kv + (frame * tl.num_programs(1) + head) * D * D, d, D, D, d, D)
+        h = charge(_dot(q, read.to(q.dtype), ACC) * SCALE, v)
+        v = tl.where(h >= THRESHOLD, 0.0, h)
+        spikes = tl.where(h >= THRESHOLD, 1.0, 0.0)
+        _store(out + frame * N * C + head * D, spikes, row, N, C, d, D)
+
+
+@triton.jit
+def _query_gradient_kernel(
+    s, kv, grad_out, grad, grad_u, B, C, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, T: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the query to `grad` [T,B,N,3C], and of q (k^T v) to `grad_u` [T,B,N,C]."""
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    head = tl.program_id(1)
+    d = tl.arange(0, BD)
+    v = tl.zeros((BN, BD), ACC)
+    charges = ()
+    for t in tl.static_range(T):
+        frame = t * B + tl.program_id(2).to(tl.int64)
+        q = _load(s + frame * N * 3 * C + head * D, row, N, 3 * C, d, D)
+        read = _load(kv + (frame * tl.num_programs(1) + head) * D * D, d, D, D, d, D)
+        h = charge(_dot(q, read.to(q.dtype), ACC) * SCALE, v)
+        v = tl.where(h >= THRESHOLD, 0.0, h)
+        charges = charges + (h,)
+    grad_v = tl.zeros((BN, BD), ACC)
+    for back in tl.static_range(T):
+        frame = (T - 1 - back) * B + tl.program_id(2).to(tl.int64)
+        g = _load(grad_out + frame * N * C + head * D, row, N, C, d, D)
+        grad_v = charge_gradient(g.to(ACC), charges[T - 1 - back] - THRESHOLD, grad_v) * 0.5
+        of_read = (grad_v * SCALE).to(g.dtype)
+        _store(grad_u + frame * N * C + head * D, of_read, row, N, C, d, D)
+        read = _load(kv + (frame * tl.num_programs(1) + head) * D * D, d, D, D, d, D)
+        of_query = _dot(of_read, tl.trans(read).to(g.dtype), ACC)
+        _store(grad + frame * N * 3 * C + head * D, of_query, row, N, 3 * C, d, D)
+
+
+@triton.jit
+def _key_value_gradient_kernel(
+    s, grad_u, grad, C, N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """Gradients of key and value to `grad`, from that of q (k^T v)."""
+    head = tl.program_id(0)
+    frame = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BD)
+    q = s + frame * N * 3 * C + head * D
+    g = grad_u + frame * N * C + head * D
+    grad_kv = tl.zeros((BD, BD), ACC)
+    for first in range(0, N, BN):
+        row = first + tl.arange(0, BN)
+        grad_kv += _dot(tl.trans(_load(q, row, N, 3 * C, d, D)), _load(g, row, N, C, d, D), ACC)
+    out = grad + frame * N * 3 * C + head * D
+    for first in range(0, N, BN):
+        row = first + tl.arange(0, BN)
+        k = _load(q + C, row, N, 3 * C, d, D)
+        v = _load(q + 2 * C, row, N, 3 * C, d, D)
+        _store(out + C, _dot(v, tl.trans(grad_kv).to(v.dtype), ACC), row, N, 3 * C, d, D)
+        _store(out + 2 * C, _dot(k, grad_kv.to(k.dtype), ACC), row, N, 3 * C, d, D)
+
+
+def _blocks(tokens: int, channels: int, heads: int, steps: int) -> dict[str, object]:
+    """Tokens and channels of a head that a program has in hand; the membranes of all steps must fit into registers."""
+    BD = max(16, triton.next_power_of_2(channels // heads))
+    BN = max(16, min(64, 16384 // (BD * triton.next_power_of_2(steps))))
+    return {"N": tokens, "D": channels // heads, "BN": BN, "BD": BD}
+
+
+def forward(s: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Spikes [T,B,N,C], and kv for `backward`."""
+    steps, batch, tokens, channels = *s.shape[:3], s.shape[3] // 3
+    blocks = _blocks(tokens, channels, heads, steps)
+    kv = s.new_empty((steps * batch, heads, blocks["D"], blocks["D"]))
+    out = s.new_empty((steps, batch, tokens, channels))
+    acc = accumulator(s)[1]
+    _kv_kernel[heads, steps * batch](s, kv, channels, **blocks, ACC=acc)
+    _forward_kernel[triton.cdiv(tokens, blocks["BN"]), heads, batch](
+        s, kv, out, batch, channels, scale, ATTN_THRESHOLD, steps, **blocks, ACC=acc
+    )
+    return out, kv
+
+
+def backward(s: Tensor, kv: Tensor, grad_out: Tensor, scale: float) -> Tensor:
+    """Gradient of s."""
+    steps, batch, tokens, channels = grad_out.shape
+    heads = kv.shape[1]
+    blocks, acc = _blocks(tokens, channels, heads, steps), accumulator(s)[1]
+    grad, grad_u = torch.empty_like(s), torch.empty_like(grad_out)
+    _query_gradient_kernel[triton.cdiv(tokens, blocks["BN"]), heads, batch](
+        s, kv, grad_out, grad, grad_u, batch, channels, scale, ATTN_THRESHOLD, steps, **blocks, ACC=acc
+    )
+    _key_value_gradient_kernel[heads, steps * batch](s, grad_u, grad, channels, **blocks, ACC=acc)
+    return grad
