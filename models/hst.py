@@ -150,7 +150,7 @@ class HierarchicalSpikingTransformer(nn.Module):
         self.shortcut, self.ssa_membrane, self.time_steps = shortcut, ssa_membrane, time_steps
         self.embed = embed
         self.in_channels, self.num_classes = in_channels, num_classes
-        self.grad_checkpointing = False
+        self.grad_checkpointing = self.spike_packing = False
 
         first_units, first_branch, later_units = EMBEDS[family]
         rates = iter(calculate_drop_path_rates(drop_path, sum(depths)))
@@ -208,9 +208,10 @@ class HierarchicalSpikingTransformer(nn.Module):
         else:
             x, steps = x.transpose(0, 1), x.shape[1]  # [T,B,C,H,W]
         x = x.permute(0, 1, 3, 4, 2)  # [T,B,H,W,C]
+        run = network.Run(steps, self.spike_packing and self.training)
         for stage in self.stages:
             for module in (stage.embed, *stage.blocks):
-                forward = functools.partial(network.forward, module, steps=steps)
+                forward = functools.partial(network.forward, module, run=run)
                 x = checkpointed(module, x, forward) if self.grad_checkpointing and self.training else forward(x)
         return x.permute(0, 1, 4, 2, 3)
 
@@ -260,6 +261,16 @@ class HierarchicalSpikingTransformer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each SPEDS and block in the backward pass instead of keeping its activations (timm's name)."""
         self.grad_checkpointing = enable
+
+    def set_spike_packing(self, enable: bool = True) -> None:
+        """On the fused path keep spikes for the backward pass as bits and bytes: less memory for a little more time.
+
+        Raises:
+            ValueError: the network has stochastic depth, which scales spikes.
+        """
+        if enable and any(isinstance(module, DropPath) and module.rate for module in self.modules()):
+            raise ValueError("packed spikes need drop_path=0: stochastic depth scales them, and they are whole numbers")
+        self.spike_packing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Depth of each parameter, as timm's layer decay asks: the first SPEDS, then block by block, then the head.

@@ -96,7 +96,10 @@ class DropPath(nn.Module):
 def checkpointed(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """`forward(x)`, by default the module's, that keeps only `x` for the backward pass and computes the rest once more."""
     return checkpoint(
-        forward or module, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(module))
+        forward or module,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(module)),
     )
 
 

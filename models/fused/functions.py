@@ -77,9 +77,7 @@ class _NormLIF(torch.autograd.Function):
         if unit.pool:
             grad_y = pool.backward(y.flatten(0, 1), norm, index, grad_u.view(index.shape), shared, count).view_as(y)
         else:
-            _, grad_y = norm_lif.backward(
-                rows, norm, grad_out, starts, THRESHOLD, of="y", total=shared, count=count
-            )
+            _, grad_y = norm_lif.backward(rows, norm, grad_out, starts, THRESHOLD, of="y", total=shared, count=count)
             grad_y = grad_y.view_as(y)
         return grad_y, grad if ctx.needs_input_grad[1] else None, None, *unit.gradients(total, norm, count > 0)
 
@@ -102,9 +100,7 @@ class _TokenAttention(torch.autograd.Function):
         rows, grad_out = y.flatten(1, 3), grad.contiguous().flatten(1, 3)
         total = token_attention.backward(rows, norm, grad_out, ctx.heads, sums=True)
         shared = ctx.unit.over_processes(total) if ctx.count else None
-        grad_y = token_attention.backward(
-            rows, norm, grad_out, ctx.heads, sums=False, total=shared, count=ctx.count
-        )
+        grad_y = token_attention.backward(rows, norm, grad_out, ctx.heads, sums=False, total=shared, count=ctx.count)
         return grad_y.view_as(y), None, None, *ctx.unit.gradients(total, norm, ctx.count > 0)
 
 

@@ -81,9 +81,7 @@ def forward(y: Tensor, norm: Tensor, index: bool) -> tuple[Tensor, Tensor | None
     return out, which
 
 
-def backward(
-    y: Tensor, norm: Tensor, index: Tensor, grad_u: Tensor, total: Tensor | None, count: int
-) -> Tensor:
+def backward(y: Tensor, norm: Tensor, index: Tensor, grad_u: Tensor, total: Tensor | None, count: int) -> Tensor:
     """Gradient of y through pooling and BatchNorm, from that of the pooled current, `grad_u` [N,H',W',C].
 
     `total` and `count` are as in `norm_lif.backward`.

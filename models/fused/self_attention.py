@@ -116,17 +116,18 @@ def _key_value_gradient_kernel(
         _store(out + 2 * C, _dot(k, grad_kv.to(k.dtype), ACC), row, N, 3 * C, d, D)
 
 
-def _blocks(tokens: int, channels: int, heads: int, steps: int) -> dict[str, object]:
+def _blocks(s: Tensor, heads: int) -> dict[str, int]:
     """Tokens and channels of a head that a program has in hand; the membranes of all steps must fit into registers."""
-    BD = max(16, triton.next_power_of_2(channels // heads))
-    BN = max(16, min(64, 16384 // (BD * triton.next_power_of_2(steps))))
-    return {"N": tokens, "D": channels // heads, "BN": BN, "BD": BD}
+    D = s.shape[3] // 3 // heads
+    BD = max(16, triton.next_power_of_2(D))
+    BN = max(16, min(64, 2**15 // (s.element_size() * BD * triton.next_power_of_2(len(s)))))
+    return {"N": s.shape[2], "D": D, "BN": BN, "BD": BD}
 
 
 def forward(s: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
     """Spikes [T,B,N,C], and kv for `backward`."""
     steps, batch, tokens, channels = *s.shape[:3], s.shape[3] // 3
-    blocks = _blocks(tokens, channels, heads, steps)
+    blocks = _blocks(s, heads)
     kv = s.new_empty((steps * batch, heads, blocks["D"], blocks["D"]))
     out = s.new_empty((steps, batch, tokens, channels))
     acc = accumulator(s)[1]
@@ -141,7 +142,7 @@ def backward(s: Tensor, kv: Tensor, grad_out: Tensor, scale: float) -> Tensor:
     """Gradient of s."""
     steps, batch, tokens, channels = grad_out.shape
     heads = kv.shape[1]
-    blocks, acc = _blocks(tokens, channels, heads, steps), accumulator(s)[1]
+    blocks, acc = _blocks(s, heads), accumulator(s)[1]
     grad, grad_u = torch.empty_like(s), torch.empty_like(grad_out)
     _query_gradient_kernel[triton.cdiv(tokens, blocks["BN"]), heads, batch](
         s, kv, grad_out, grad, grad_u, batch, channels, scale, ATTN_THRESHOLD, steps, **blocks, ACC=acc

@@ -23,7 +23,9 @@ class Norm(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["M"])
-def _moments_kernel(y, means, squares, M, C, BR: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr, ACC: tl.constexpr):
+def _moments_kernel(
+    y, means, squares, M, C, BR: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr, ACC: tl.constexpr
+):
     """Mean of each program's rows and the sum of squared deviations from it; the first row is the origin of the sums."""
     first = tl.program_id(0).to(tl.int64) * TILES * BR
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -59,7 +61,8 @@ def _norm_kernel(
     shift = tl.zeros((BC,), ACC)
     if BIAS:
         shift = tl.load(bias + c, inside, 0.0).to(ACC)
-    mean = tl.load(running_mean + c, inside, 0.0).to(ACC) - shift
+    old_mean = tl.load(running_mean + c, inside, 0.0).to(ACC)
+    mean = old_mean - shift
     var = tl.load(running_var + c, inside, 1.0).to(ACC)
     if TRAIN:
         count = tl.zeros((BC,), ACC)
@@ -80,7 +83,7 @@ def _norm_kernel(
             far = tl.load(means + at, there, 0.0) - new_mean[None, :]
             square += tl.sum(tl.load(squares + at, there, 0.0) + n * far * far, 0)
         unbiased = square / (count - 1.0 / T)
-        tl.store(running_mean + c, mean + shift + (new_mean - mean) * MOMENTUM, inside)
+        tl.store(running_mean + c, old_mean + (new_mean + shift - old_mean) * MOMENTUM, inside)
         tl.store(running_var + c, var + (unbiased - var) * MOMENTUM, inside)
         mean = new_mean
         var = square / count
