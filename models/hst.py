@@ -207,7 +207,7 @@ class HierarchicalSpikingTransformer(nn.Module):
             x, steps = x[None], self.time_steps  # [1,B,C,H,W]
         else:
             x, steps = x.transpose(0, 1), x.shape[1]  # [T,B,C,H,W]
-        x = x.permute(0, 1, 3, 4, 2)  # [T,B,H,W,C]
+        x = x.permute(0, 1, 3, 4, 2).contiguous()  # [T,B,H,W,C]
         run = network.Run(steps, self.spike_packing and self.training)
         for stage in self.stages:
             for module in (stage.embed, *stage.blocks):

@@ -94,7 +94,7 @@ class DropPath(nn.Module):
 
 
 def checkpointed(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """`forward(x)`, by default the module's, that keeps only `x` for the backward pass and computes the rest once more."""
+    """`forward(x)`, or `module(x)`, that keeps only `x` for the backward pass and computes the rest once more there."""
     return checkpoint(
         forward or module,
         x,

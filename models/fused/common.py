@@ -80,5 +80,5 @@ def tiles_for(rows: int, block: int) -> int:
 
 
 def per_thread(steps: int, values: int = 1) -> int:
-    """Elements a thread of a backward kernel can take that holds `values` membranes of each in registers at every step."""
+    """Elements a thread can take of which it holds `values` membranes in registers for each of the steps."""
     return max(2, min(16, 32 // (values * triton.next_power_of_2(steps))))

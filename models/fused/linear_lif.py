@@ -1,6 +1,5 @@
-"""A 1x1 convolution with BatchNorm, LIF neurons and residual addition in one kernel, for evaluation in half precision."""
+"""A 1x1 convolution, BatchNorm, LIF neurons and residual addition in one kernel, to evaluate in half precision."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -49,7 +49,7 @@ def _backward_kernel(
     c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
     inside = (r < rows) & (c < C)
     n, h, w = r // (H * W), r // W % H, r % W
-    mean, rstd, gamma, beta = load_norm(norm, c, C, ACC)
+    mean, rstd, gamma, _ = load_norm(norm, c, C, ACC)
     g = tl.zeros((BR, BC), ACC)
     for k in tl.static_range(4):  # an odd row or column lies in two windows
         ho, wo = (h + k // 2) // 2, (w + k % 2) // 2
@@ -68,7 +68,7 @@ def _backward_kernel(
 
 
 def forward(y: Tensor, norm: Tensor, index: bool) -> tuple[Tensor, Tensor | None]:
-    """Of each window the value of y [N,H,W,C] that BatchNorm makes the largest, [N,H',W',C]; and which of the 9 it is."""
+    """Of each window of y [N,H,W,C] the value that BatchNorm makes the largest, [N,H',W',C], and which of 9 it is."""
     n, h, w, channels = y.shape
     out = y.new_empty((n, (h + 1) // 2, (w + 1) // 2, channels))
     which = torch.empty_like(out, dtype=torch.int8) if index else None

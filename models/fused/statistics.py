@@ -26,7 +26,7 @@ class Norm(NamedTuple):
 def _moments_kernel(
     y, means, squares, M, C, BR: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr, ACC: tl.constexpr
 ):
-    """Mean of each program's rows and the sum of squared deviations from it; the first row is the origin of the sums."""
+    """Mean of each program's rows, and the sum of squared deviations from it; sums are relative to the first row."""
     first = tl.program_id(0).to(tl.int64) * TILES * BR
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     origin = tl.load(y + first * C + c, c < C, 0.0).to(ACC)
