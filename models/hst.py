@@ -8,6 +8,7 @@ import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import timm
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from .attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from .embed import SPEDS, SPS
+from .fused import network
 from .layers import DropPath, SpikingMLP, checkpointed
 from .neuron import LIF, continued, is_continued, launches, set_lif_backend
 
@@ -179,8 +181,8 @@ class HierarchicalSpikingTransformer(nn.Module):
                 f"input of shape {tuple(x.shape)}: expected images [B,{self.in_channels},H,W] "
                 f"or event frames [B,T,{self.in_channels},H,W]"
             )
-        if self._is_fused(x):
-            return self._forward_fused(x)
+        if ops := self._fused_ops(x):
+            return self._forward_fused(x, ops)
         if x.dim() == 4:
             x = x.expand(self.time_steps, *x.shape)  # [T,B,C,H,W]
         else:
@@ -190,25 +192,31 @@ class HierarchicalSpikingTransformer(nn.Module):
                 x = checkpointed(module, x) if self.grad_checkpointing and self.training else module(x)
         return x
 
-    def _is_fused(self, x: Tensor) -> bool:
-        """Whether the fused path computes this call. Hooks on inner modules ask for those modules."""
+    def _fused_ops(self, x: Tensor) -> ModuleType | None:
+        """What computes this call on the fused path; None where the modules do. Hooks inside ask for the modules."""
         if torch.compiler.is_compiling() or self.residual != "sew" or self.embed != "speds" or is_continued():
-            return False
+            return None
         inner = list(self.modules())[1:]
+        if any(module._forward_hooks or module._forward_pre_hooks for module in inner):
+            return None
         backends = {module.backend for module in inner if isinstance(module, LIF)}
-        if backends != {"triton"} and not (backends == {"auto"} and x.is_cuda and launches("triton")):
-            return False
-        return not any(module._forward_hooks or module._forward_pre_hooks for module in inner)
+        if backends == {"triton"} or (backends == {"auto"} and x.is_cuda and launches("triton")):
+            from .fused import gpu
 
-    def _forward_fused(self, x: Tensor) -> Tensor:
-        from .fused import network
+            return gpu
+        if backends == {"auto"} and x.device.type == "cpu" and not (self.training or torch.is_grad_enabled()):
+            from .fused import cpu
 
+            return cpu
+        return None
+
+    def _forward_fused(self, x: Tensor, ops: ModuleType) -> Tensor:
         if x.dim() == 4:
             x, steps = x[None], self.time_steps  # [1,B,C,H,W]
         else:
             x, steps = x.transpose(0, 1), x.shape[1]  # [T,B,C,H,W]
         x = x.permute(0, 1, 3, 4, 2).contiguous()  # [T,B,H,W,C]
-        run = network.Run(steps, self.spike_packing and self.training)
+        run = network.Run(steps, ops, self.spike_packing and self.training)
         for stage in self.stages:
             for module in (stage.embed, *stage.blocks):
                 forward = functools.partial(network.forward, module, run=run)

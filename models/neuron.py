@@ -146,23 +146,23 @@ def cupy_problem() -> str | None:
 
 
 def _triton_lif(x: Tensor, threshold: float) -> Tensor:
-    from . import fused
+    from .fused import functions
 
-    if not x.is_cuda and not fused.interpreted():
+    if not x.is_cuda and not functions.interpreted():
         raise ValueError(
             f"lif_backend='triton' needs its input on a CUDA device, got {x.device}; use lif_backend='torch' or 'auto'"
         )
-    return fused.functions.lif(x, threshold)
+    return functions.lif(x, threshold)
 
 
 @functools.cache
 def triton_problem() -> str | None:
     """Why the Triton backend cannot run in this process, with the remedy; None where it can (it is tried once)."""
     try:
-        from . import fused
+        from .fused import functions
     except ImportError as error:
         return f"needs Triton ({error}); install triton==3.6.0, or use lif_backend='torch'"
-    if not torch.cuda.is_available() and not fused.interpreted():
+    if not torch.cuda.is_available() and not functions.interpreted():
         return "needs a CUDA device (torch sees none); use lif_backend='torch' or 'auto'"
     try:
         x = torch.linspace(-1, 3, 64, device="cuda" if torch.cuda.is_available() else "cpu").reshape(4, 16)

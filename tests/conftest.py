@@ -1,8 +1,12 @@
+import os
+
 import pytest
 import torch
 from tiny_data import cifar, image_folder, shards
 
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 
 def pytest_collection_modifyitems(items):

@@ -1,16 +1,6 @@
-"""The fused path (lif_backend "triton"): our own Triton kernels in place of BatchNorm, pooling, neurons, attention.
+"""The fused path: BatchNorm, pooling, neurons, residual additions and attention in few steps.
 
-The modules of `models` stay the reference, in code and in numbers; state dicts are theirs. `network` reads as they do,
-`functions` are its differentiable steps, and the other files hold a kernel each.
+The modules of `models` stay the reference, in code and in numbers, and state dicts are theirs. `network` reads as they
+do; `gpu` computes it with Triton's kernels (lif_backend "triton", and "auto" on CUDA), `cpu` with folded BatchNorm
+("auto" on a CPU, in evaluation). `functions` makes autograd functions of the kernels, each in a file of its own.
 """
-
-import triton
-
-from . import functions, network
-
-__all__ = ["functions", "interpreted", "network"]
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on any device and slowly (TRITON_INTERPRET=1)."""
-    return triton.knobs.runtime.interpret

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 16  # steps whose membranes the backward pass holds in registers; longer runs go from chunk to chunk
+WARPS = 4  # of a program, at most
 PROGRAMS = 1024  # tiles shrink until there are about so many programs, and so many share a reduction
 
 
@@ -70,8 +71,8 @@ def tiling(rows: int, channels: int, per_thread: int, reduce: bool = False) -> T
 
 
 def warps_for(elements: int, per_thread: int) -> int:
-    """Four, or fewer where there would not be enough programs."""
-    return max(1, min(4, triton.next_power_of_2(elements // (PROGRAMS * 32 * per_thread))))
+    """At most `WARPS`, and fewer where there would not be enough programs."""
+    return max(1, min(WARPS, triton.next_power_of_2(elements // (PROGRAMS * 32 * per_thread))))
 
 
 def tiles_for(rows: int, block: int) -> int:

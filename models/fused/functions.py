@@ -3,12 +3,18 @@
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..neuron import THRESHOLD
 from . import norm_lif, pool, self_attention, token_attention
 from .statistics import Norm, norm_of, synchronised
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on any device and slowly (TRITON_INTERPRET=1)."""
+    return triton.knobs.runtime.interpret
 
 
 class Unit(NamedTuple):

@@ -1,0 +1,43 @@
+"""Units and attentions for evaluation on a CPU: BatchNorm folded into the weights, neurons in place."""
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import SpikingSelfAttention
+from ..layers import ConvBN, SpikingConv
+from ..neuron import THRESHOLD
+from .network import Run, attend_by_module, convolution
+
+
+def attend(m: nn.Module, x: Tensor, run: Run) -> Tensor:
+    """What an attention hands to its projection: spikes [T,B,H,W,C]."""
+    units = [m.q, m.k, m.v] if isinstance(m, SpikingSelfAttention) else [m.q, m.k]
+    weights, biases = zip(*map(folded, units), strict=True)
+    return attend_by_module(m, lif_(convolution(x, m.q.conv, torch.cat(weights), torch.cat(biases))), len(units))
+
+
+def spiking_conv(m: SpikingConv, x: Tensor, run: Run, binary: bool, add: Tensor | None = None) -> Tensor:
+    """A `SpikingConv` and the residual addition behind it."""
+    y = convolution(x, m.conv, *folded(m))
+    y = m.pool(y.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
+    if len(y) < run.steps:
+        y = y.repeat(run.steps, 1, 1, 1, 1)
+    spikes = lif_(y.flatten(0, 1) if m.lif.leak_across_batch else y).view_as(y)
+    return spikes if add is None else spikes.add_(add)
+
+
+def folded(m: ConvBN) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that gives what `m.bn` makes of the output of `m.conv`."""
+    scale = m.bn.weight * torch.rsqrt(m.bn.running_var + m.bn.eps)
+    shift = m.bn.running_mean if m.conv.bias is None else m.bn.running_mean - m.conv.bias
+    return m.conv.weight * scale.view(-1, *[1] * (m.conv.weight.dim() - 1)), m.bn.bias - shift * scale
+
+
+def lif_(x: Tensor) -> Tensor:
+    """Multi-step LIF neurons, in place: currents [T, ...] become spikes."""
+    v = torch.zeros_like(x[0])
+    for h in x:
+        torch.lerp(v, h, 0.5, out=h)  # the membrane's step, tau being 2
+        v = h.masked_fill(h >= THRESHOLD, 0.0)
+        torch.ge(h, THRESHOLD, out=h)
+    return x

@@ -1,0 +1,61 @@
+"""Units and attentions in Triton's kernels. A convolution in front of a BatchNorm leaves its bias to the statistics."""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import SpikingSelfAttention, TokenQKAttention
+from ..layers import SpikingConv
+from ..neuron import THRESHOLD
+from . import linear_lif
+from .common import CHUNK
+from .functions import Unit, norm_lif_of, self_attention_of, token_attention_of
+from .network import Run, attend_by_module, convolution, is_linear
+from .packing import packed
+from .statistics import Norm, norm_of
+
+
+def attend(m: nn.Module, x: Tensor, run: Run) -> Tensor:
+    """What an attention hands to its projection: spikes [T,B,H,W,C]."""
+    units = [m.q, m.k, m.v] if isinstance(m, SpikingSelfAttention) else [m.q, m.k]
+    with _kept(x, run, binary=False):
+        y = convolution(x, m.q.conv, torch.cat([unit.conv.weight for unit in units]))
+    unit = Unit(tuple(Norm(unit.bn, unit.conv.bias) for unit in units), run.steps)
+    if isinstance(m, TokenQKAttention) and run.steps <= CHUNK:
+        return token_attention_of(y, unit, m.heads)
+    spikes = norm_lif_of(y, unit)
+    if isinstance(m, SpikingSelfAttention) and run.steps <= CHUNK:
+        with _kept(spikes, run, binary=True):
+            return self_attention_of(spikes, m.heads, m.scale)
+    return attend_by_module(m, spikes, len(units))
+
+
+def spiking_conv(m: SpikingConv, x: Tensor, run: Run, binary: bool, add: Tensor | None = None) -> Tensor:
+    """A `SpikingConv` and the residual addition behind it; `binary` says whether x holds spikes or sums of them."""
+    if _fits_one_kernel(m, x):
+        return _in_one_kernel(m, x, add)
+    with _kept(x, run, binary):
+        y = convolution(x, m.conv, m.conv.weight)
+    pools = not isinstance(m.pool, nn.Identity)
+    return norm_lif_of(y, Unit((Norm(m.bn, m.conv.bias),), run.steps, pools, m.lif.leak_across_batch), add)
+
+
+def _fits_one_kernel(m: SpikingConv, x: Tensor) -> bool:
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    learns = m.training or torch.is_grad_enabled()
+    return half and not learns and is_linear(m.conv) and not m.lif.leak_across_batch
+
+
+def _in_one_kernel(m: SpikingConv, x: Tensor, add: Tensor | None) -> Tensor:
+    norm, _ = norm_of(x.new_empty((0, m.bn.num_features)), [Norm(m.bn, m.conv.bias)], 1)
+    sew = None if add is None else add.contiguous().flatten(1, 3)
+    spikes = linear_lif.forward(
+        x.contiguous().flatten(1, 3), m.conv.weight.flatten(1).to(x.dtype), norm, sew, THRESHOLD
+    )
+    return spikes.unflatten(1, x.shape[1:4])
+
+
+def _kept(spikes: Tensor, run: Run, binary: bool) -> contextlib.AbstractContextManager:
+    """How autograd keeps `spikes` within it."""
+    return packed(spikes, binary) if run.pack and torch.is_grad_enabled() else contextlib.nullcontext()

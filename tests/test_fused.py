@@ -1,0 +1,407 @@
+"""The fused path against the modules: each kernel, whole networks, and that every launch compiles.
+
+Without a GPU Triton's interpreter runs the kernels. It accepts what the compiler may reject, so that the launches of
+whole networks at their true sizes are compiled as well.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from scripts import ROOT
+from torch import nn
+
+from models import create_model, neuron, set_lif_backend
+from models.attention import SpikingSelfAttention, TokenQKAttention
+from models.fused import common, functions, linear_lif, packing
+from models.fused.functions import Unit
+from models.fused.statistics import Norm, norm_of
+from models.layers import SpikingConv
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
+TOLERANCE = {HALF: 2e-3, SINGLE: 5e-6}
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch):
+    """The interpreter takes as long for a program of any size."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(common, "PROGRAMS", 3)
+        monkeypatch.setattr(common, "WARPS", 64)
+
+
+def random(*shape, dtype=DOUBLE, seed=0, scale=1.0):
+    rng = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=rng, dtype=DOUBLE) * scale).to(DEVICE, dtype)
+
+
+def lively(module, seed=0):
+    """BatchNorms that make about every fourth neuron fire, of either sign; convolutions with biases that matter."""
+    for i, m in enumerate(module.modules()):
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            n = m.num_features
+            m.weight.data = (random(n, seed=seed + i) * 0.3 + 1.2) * torch.where(random(n, seed=i) < -0.8, -1, 1)
+            m.bias.data = random(n, seed=seed + i + 1, scale=0.3) + 0.3
+            m.running_mean = random(n, seed=seed + i + 2, scale=0.1)
+            m.running_var = random(n, seed=seed + i + 3).abs() + 0.5
+        elif isinstance(m, nn.Conv1d | nn.Conv2d) and m.bias is not None:
+            m.bias.data = random(len(m.bias), seed=seed + i)
+    return module.double().to(DEVICE)
+
+
+def close(ours, theirs, dtype, tolerance=None):
+    """Equal but for the rounding of `dtype`, relative to the largest entry."""
+    atol = (tolerance or TOLERANCE[dtype]) * theirs.abs().max().item() + 1e-30
+    torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 16, 37])
+@pytest.mark.parametrize("threshold", [neuron.THRESHOLD, neuron.ATTN_THRESHOLD])
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+def test_neurons(steps, threshold, dtype):
+    x = random(steps, 3, 5, 8, dtype=dtype, scale=2).requires_grad_()
+    reference = x.detach().float().requires_grad_()
+    ours, theirs = functions.lif(x, threshold), neuron._torch_lif(reference, threshold)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, theirs.to(dtype))
+    assert 0.1 < theirs.mean() < 0.9
+    grad = random(*x.shape, dtype=dtype, seed=1)
+    ours.backward(grad)
+    theirs.backward(grad.to(theirs.dtype))
+    close(x.grad, reference.grad, dtype, 1e-6 if dtype == SINGLE else None)
+
+
+def margin(u, threshold=neuron.THRESHOLD):
+    """How close a membrane comes to the threshold: closer than rounding, and it would decide."""
+    v, nearest = torch.zeros_like(u[0]), torch.inf
+    for current in u.detach():
+        h = v + (current - v) / 2
+        nearest = min(nearest, (h - threshold).abs().min().item())
+        v = torch.where(h >= threshold, 0, h)
+    return nearest
+
+
+def undecided_by_rounding(currents):
+    """The first of the seeds whose `currents(seed)`, a list, keep clear of the threshold."""
+    return next(seed for seed in range(100) if all(margin(u) > 1e-5 for u in currents(seed)))
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+@pytest.mark.parametrize(
+    ("steps", "static", "pool", "leak", "train"),
+    [
+        (1, False, False, False, True),
+        (4, False, False, False, True),
+        (4, False, False, False, False),
+        (4, True, True, False, True),
+        (16, False, True, False, True),
+        (3, True, False, False, True),
+        (3, False, True, False, False),
+        (5, False, False, True, True),  # 20 steps, T * B, in two chunks
+    ],
+)
+def test_unit(dtype, steps, static, pool, leak, train):
+    """BatchNorm, pooling, neurons and residual addition: values, gradients, running statistics."""
+    batch, size, channels = 4, (5, 6), 35
+    m = lively(SpikingConv(3, channels, kernel_size=3, bias=True, pool=pool, leak_across_batch=leak)).train(train)
+    set_lif_backend(m, "torch")
+    ours, reference = copy.deepcopy(m).float(), copy.deepcopy(m)
+
+    def input_of(seed):
+        return random(1 if static else steps, batch, channels, *size, dtype=dtype, seed=seed)
+
+    def current(network, y):
+        """What the neurons read, from the output of a convolution that left out its bias."""
+        shown = (y + m.conv.bias.detach().view(-1, 1, 1)).expand(steps, *y.shape[1:])
+        u = network.pool(network.bn(shown.flatten(0, 1))).unflatten(0, shown.shape[:2])
+        return u.flatten(0, 1) if leak else u
+
+    seed = undecided_by_rounding(lambda seed: [current(copy.deepcopy(m), input_of(seed).double())])
+    y = input_of(seed).requires_grad_()
+    z = input_of(seed).double().requires_grad_()
+    u = current(reference, z)
+    add = random(*u.unflatten(0, (steps, batch)).shape if leak else u.shape, seed=6).round()
+    grad = random(*add.shape, seed=5)
+    fired = neuron._torch_lif(u, neuron.THRESHOLD).view_as(add)
+    theirs = fired + add
+    theirs.backward(grad)
+    unit = Unit((Norm(ours.bn, ours.conv.bias),), steps, pool, leak)
+    rows = y.permute(0, 1, 3, 4, 2)
+    spikes = functions.norm_lif_of(rows, unit, add.to(dtype).permute(0, 1, 3, 4, 2))
+    spikes.backward(grad.to(dtype).permute(0, 1, 3, 4, 2))
+    assert torch.equal(spikes.permute(0, 1, 4, 2, 3).double(), theirs)
+    assert 0.02 < fired.mean() < 0.6
+    close(y.grad, z.grad, dtype)
+    for name in ("weight", "bias"):
+        close(getattr(ours.bn, name).grad, getattr(reference.bn, name).grad, dtype)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        close(getattr(ours.bn, name), getattr(reference.bn, name), SINGLE)
+    if train:
+        assert not ours.conv.bias.grad.any()  # BatchNorm takes it away again
+    else:
+        close(ours.conv.bias.grad, z.grad.sum((0, 1, 3, 4)), dtype)
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+@pytest.mark.parametrize(("steps", "heads", "width"), [(1, 3, 16), (4, 8, 12), (16, 2, 8)])
+@pytest.mark.parametrize("train", [True, False])
+def test_token_attention(dtype, steps, heads, width, train):
+    channels = heads * width
+    m = lively(TokenQKAttention(channels, heads)).train(train)
+    set_lif_backend(m, "torch")
+    ours = copy.deepcopy(m).float()
+
+    def currents(network, y):
+        return [
+            unit.bn(part.flatten(2, 3).mT.flatten(0, 1)).unflatten(0, (steps, 2))
+            for unit, part in zip((network.q, network.k), y.split(channels, -1), strict=True)
+        ]
+
+    def input_of(seed):
+        return random(steps, 2, 3, 5, 2 * channels, dtype=dtype, seed=seed)
+
+    seed = undecided_by_rounding(lambda seed: currents(copy.deepcopy(m), input_of(seed).double()))
+    y = input_of(seed).requires_grad_()
+    z = input_of(seed).double().requires_grad_()
+    q, k = (neuron._torch_lif(u, neuron.THRESHOLD).unflatten(2, (heads, -1)) for u in currents(m, z))
+    theirs = m.attend(q, k).flatten(2, 3).mT.unflatten(2, (3, 5))
+    found = functions.token_attention_of(y, Unit((Norm(ours.q.bn, None), Norm(ours.k.bn, None)), steps), heads)
+    assert torch.equal(found.double(), theirs)
+    assert 0.02 < theirs.mean() < 0.6
+    grad = random(*theirs.shape, seed=2)
+    theirs.backward(grad)
+    found.backward(grad.to(dtype))
+    close(y.grad, z.grad, dtype)
+    for name, parameter in m.named_parameters():
+        if ".bn." in name and not name.startswith("proj"):
+            close(ours.get_parameter(name).grad, parameter.grad, dtype)
+    for unit in ("q", "k"):
+        theirs_bn, ours_bn = getattr(m, unit).bn, getattr(ours, unit).bn
+        close(ours_bn.running_var, theirs_bn.running_var, SINGLE)
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+@pytest.mark.parametrize(
+    ("steps", "heads", "width", "tokens", "rate"),
+    [(1, 2, 16, (7, 11), 0.15), (4, 3, 12, (5, 5), 0.2), (16, 2, 8, (2, 3), 0.4)],
+)
+def test_self_attention(dtype, steps, heads, width, tokens, rate):
+    m = SpikingSelfAttention(heads * width, heads)
+    set_lif_backend(m, "torch")
+    s = torch.rand((steps, 2, *tokens, 3 * heads * width), generator=torch.Generator().manual_seed(0)) < rate
+    s = s.to(DEVICE, dtype).requires_grad_()
+    z = s.detach().double().requires_grad_()
+    parts = z.flatten(2, 3).unflatten(3, (3, heads, width)).permute(3, 0, 1, 4, 5, 2)
+    theirs = m.attend(*parts).permute(0, 1, 4, 2, 3).reshape(steps, 2, *tokens, -1)
+    found = functions.self_attention_of(s, heads, m.scale)
+    assert torch.equal(found.double(), theirs)
+    assert 0.02 < theirs.mean() < 0.98
+    grad = random(*theirs.shape, seed=2)
+    theirs.backward(grad)
+    found.backward(grad.to(dtype))
+    close(s.grad, z.grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+@pytest.mark.parametrize(("steps", "width", "channels"), [(1, 48, 96), (4, 70, 40), (16, 64, 35)])
+def test_convolution_in_one_kernel(dtype, steps, width, channels):
+    m = lively(SpikingConv(width, channels, bias=True)).eval()
+    m.conv.weight.data = (m.conv.weight.data * 64).round() / 16  # exact in half precision, and so are their sums
+    set_lif_backend(m, "torch")
+    x = (random(steps, 2, width, 7, 9) > 0.8).double()
+    add = random(steps, 2, channels, 7, 9, seed=1).round()
+    theirs = m(x) + add
+    norm, count = norm_of(x.new_empty((0, channels), dtype=dtype), [Norm(m.bn, m.conv.bias)], 1)
+    assert count == 0
+    rows = [v.permute(0, 1, 3, 4, 2).flatten(1, 3).to(dtype).contiguous() for v in (x, add)]
+    found = linear_lif.forward(rows[0], m.conv.weight.flatten(1).to(dtype), norm, rows[1], neuron.THRESHOLD)
+    assert torch.equal(found.view(steps, 2, 7, 9, -1).permute(0, 1, 4, 2, 3).double(), theirs)
+    assert 0.02 < (theirs - add).mean() < 0.6
+
+
+@pytest.mark.parametrize("size", [1, 8, 9, 20_003])
+def test_bits(size):
+    spikes = (random(size) > 0.3).half()
+    bits = packing.pack(spikes)
+    assert bits.numel() == -(-size // 8)
+    assert torch.equal(packing.unpack(bits, size, HALF), spikes)
+
+
+SHALLOW = {"depths": (1, 1, 1)}
+NETWORKS = {
+    "cifar": ("qkformer_4_384", {"time_steps": 4, **SHALLOW}, (2, 3, 6, 8)),
+    "released": ("qkformer_4_384", {"time_steps": 2, "ssa_membrane": "released", **SHALLOW}, (9, 3, 4, 6)),
+    "imagenet": ("qkformer_10_384", {"time_steps": 2, "heads": 4, "num_classes": 7, **SHALLOW}, (2, 3, 33, 64)),
+    "once": ("qkformer_4_384", {"time_steps": 1}, (2, 3, 8, 8)),
+    "channel": ("qkformer_4_384", {"time_steps": 2, "attention": ("channel", "self", "token")}, (2, 3, 8, 8)),
+    "no_shortcut": ("qkformer_10_384", {"heads": 4, "shortcut": False, **SHALLOW}, (2, 3, 32, 32)),
+    "events": ("qkformer_2_256", {"heads": 8}, (2, 16, 2, 16, 16)),
+    "long": ("qkformer_2_256", {"heads": 8}, (1, 18, 2, 16, 16)),
+    "ms": ("qkformer_4_384", {"time_steps": 2, "residual": "ms", **SHALLOW}, (2, 3, 4, 4)),
+}
+QUICK = ("cifar", "released", "imagenet", "ms")
+BY_NAME = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NETWORKS]
+
+
+def network_of(name, **more):
+    kind, arguments, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    return lively(create_model(kind, width=64, **arguments, **more)), random(*shape, seed=9)
+
+
+def step(network, x, backend):
+    set_lif_backend(network, backend)
+    logits = network(x)
+    (logits * random(*logits.shape, seed=3)).sum().backward()
+    return logits
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_training_of_whole_networks(name):
+    """Logits, gradients and running statistics are those of the modules, in float64."""
+    reference, x = network_of(name)
+    ours = copy.deepcopy(reference)
+    theirs, found = step(reference, x, "torch"), step(ours, x, "triton")
+    assert theirs.std() > 1e-3
+    torch.testing.assert_close(found, theirs, rtol=0, atol=1e-12)
+    largest = max(p.grad.abs().max() for p in reference.parameters())
+    for key, parameter in reference.named_parameters():
+        scale = max(parameter.grad.abs().max(), 1e-3 * largest)
+        torch.testing.assert_close(ours.get_parameter(key).grad, parameter.grad, rtol=0, atol=1e-9 * scale, msg=key)
+    for key, buffer in reference.named_buffers():
+        torch.testing.assert_close(ours.get_buffer(key), buffer, rtol=1e-12, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize(("name", "backend"), [(name, "auto") for name in NETWORKS] + [("cifar", "triton")])
+def test_evaluation_of_whole_networks(name, backend):
+    """On a CPU "auto" is the path with folded BatchNorm."""
+    network, x = network_of(name)
+    network.eval()
+    set_lif_backend(network, "torch")
+    with torch.no_grad():
+        theirs = network(x)
+        set_lif_backend(network, backend)
+        found = network(x)
+    assert theirs.std() > 1e-3
+    torch.testing.assert_close(found, theirs, rtol=0, atol=1e-12)
+
+
+def test_half_precision_follows_the_modules():
+    """In half precision a few spikes differ; logits stay as close as the modules' in half precision are to float64."""
+    network, x = network_of("cifar")
+    network.eval()
+    set_lif_backend(network, "torch")
+    with torch.no_grad():
+        exact, theirs = network(x), copy.deepcopy(network).half()(x.half())
+        set_lif_backend(network, "triton")
+        found = network.half()(x.half())
+    assert found.dtype == HALF
+    assert (found - exact).norm() < 2 * (theirs - exact).norm() + 1e-2 * exact.norm()
+
+
+def test_packing_and_checkpointing_change_nothing(monkeypatch):
+    network, x = network_of("imagenet")
+    sizes, results = [], []
+    monkeypatch.setattr(packing, "pack", lambda spikes, pack=packing.pack: sizes.append(len(spikes)) or pack(spikes))
+    for packs, recomputes in ((False, False), (True, False), (True, True)):
+        trained = copy.deepcopy(network)
+        trained.set_spike_packing(packs)
+        trained.set_grad_checkpointing(recomputes)
+        sizes.clear()
+        step(trained, x, "triton")
+        results.append([*(p.grad for p in trained.parameters()), *trained.buffers()])
+        assert bool(sizes) == packs
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+def kept_bytes(network, x):
+    """What autograd keeps between the passes, each piece of memory once, without the parameters."""
+    kept, own = {}, {p.data_ptr() for p in network.parameters()}
+
+    def look(node, seen):
+        if node is None or node in seen:
+            return
+        seen.add(node)
+        for attribute in dir(node):
+            if attribute.startswith("_saved_") or attribute == "saved_tensors":
+                values = getattr(node, attribute)
+                for value in values if isinstance(values, tuple) else [values]:
+                    if isinstance(value, torch.Tensor):
+                        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        for child, _ in node.next_functions:
+            look(child, seen)
+
+    look(network(x).grad_fn, set())
+    return sum(size for start, size in kept.items() if start not in own)
+
+
+def test_the_fused_path_keeps_less():
+    network, x = network_of("cifar")
+    set_lif_backend(network, "torch")
+    plain = kept_bytes(network, x)
+    set_lif_backend(network, "triton")
+    assert kept_bytes(network, x) < 0.7 * plain
+
+
+def test_stochastic_depth_trains_and_is_not_packed():
+    network, x = network_of("once", drop_path=0.5)
+    with pytest.raises(ValueError, match="packed spikes need drop_path=0"):
+        network.set_spike_packing(True)
+    reference = copy.deepcopy(network)
+    torch.manual_seed(1)
+    theirs = step(reference, x, "torch")
+    torch.manual_seed(1)
+    torch.testing.assert_close(step(network, x, "triton"), theirs, rtol=0, atol=1e-12)
+
+
+def test_hooks_inside_see_the_modules():
+    network, x = network_of("once")
+    set_lif_backend(network, "triton")
+    called = []
+    handle = network.stages[0].blocks[0].attn.attn_lif.register_forward_hook(lambda *_: called.append(1))
+    network(x)
+    assert called == [1]
+    handle.remove()
+    network(x)
+    assert called == [1]
+
+
+def test_a_single_value_has_no_variance():
+    unit = lively(SpikingConv(3, 4)).train()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        functions.norm_lif_of(random(1, 1, 1, 1, 4), Unit((Norm(unit.bn, None),), 1))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments"),
+    [
+        (90, "qkformer_10_384 128 224 4"),
+        (80, "qkformer_4_384 64 32 4"),
+        pytest.param(80, "qkformer_10_768 64 224 4", marks=pytest.mark.slow),
+        pytest.param(90, "qkformer_2_256 16 128 16", marks=pytest.mark.slow),
+    ],
+)
+def test_every_launch_compiles(architecture, arguments):
+    command = [sys.executable, ROOT / "tests/compile_kernels.py", str(architecture), *arguments.split()]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=without_interpreter())
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    kernels = {line.split(" {")[0].removeprefix("models.fused.") for line in lines}
+    assert kernels == {
+        "linear_lif _kernel", "norm_lif _forward_kernel", "norm_lif _backward_kernel", "pool _forward_kernel",
+        "pool _backward_kernel", "self_attention _kv_kernel", "self_attention _forward_kernel",
+        "self_attention _query_gradient_kernel", "self_attention _key_value_gradient_kernel",
+        "statistics _moments_kernel", "statistics _norm_kernel", "token_attention _forward_kernel",
+        "token_attention _backward_kernel",
+    }  # fmt: skip
+    stacks = [int(line.split("'STACK': '")[1].split("'")[0]) for line in lines]
+    assert max(stacks) <= 128, lines  # bytes a thread spills
+
+
+def without_interpreter():
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
