@@ -9,25 +9,18 @@ raw .aedat files, and both must give equal frames, or nothing is reported.
 import argparse
 import contextlib
 import functools
-import json
 import logging
 import os
-import platform
-import re
-import shlex
 import shutil
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from timeit import repeat, timeit
 from unittest import mock
 
-import joblib
 import numpy as np
 from joblib.externals.loky import get_reusable_executor
 from spikingjelly import datasets as spikingjelly
@@ -40,7 +33,10 @@ from engine.data.prepare import prepare
 from engine.log import logger
 from tests.tiny_data import CIFAR10_CLASSES, aedat2, aedat31, dvs128_gesture, events
 
+from .common import RESULTS, machine, result_path, write
+
 FRAMES = 16
+PACKAGES = ("torch", "numpy", "spikingjelly", "joblib")
 STEPS = 15  # repetitions of the step from one file to its frames, which takes a second at most
 RAW = ("extract", "download")  # what a data set's folder holds before anything is made of it
 PLAIN, COLD, WARM = "spikingjelly", "ours", "ours, its workers already running"
@@ -212,36 +208,21 @@ def table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict:
-    """What the figures are measured on, and how busy it was just before."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search("^model name\\s*: (.*)$", cpuinfo, re.MULTILINE)
-    versions = {name: version(name) for name in ("torch", "numpy", "spikingjelly", "joblib")}
-    return {
-        "command": shlex.join(["python", "-m", "benchmarks.events", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "device": {"cpu": model[1] if model else platform.processor(), "cores": joblib.cpu_count()},
-        "load_of_the_minute_before": os.getloadavg()[0],
-        "versions": versions | {"python": platform.python_version()},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="how often each side prepares each data set (3)")
     parser.add_argument("--recordings", type=int, help="of each class of CIFAR10-DVS (3), and of DVS128 Gesture (2)")
     parser.add_argument("--events", type=int, help="of each recording of CIFAR10-DVS (200,000) and gesture (350,000)")
-    parser.add_argument("--output", type=Path, default="benchmarks/results", help="folder for the JSON file")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
     args = parser.parse_args()
     logger.setLevel(logging.ERROR)  # it warns of data sets smaller than the published ones
-    report = machine() | {"frames": FRAMES, "repeats": args.repeats, "data_sets": {}}
+    report = machine("events", PACKAGES) | {"frames": FRAMES, "repeats": args.repeats, "data_sets": {}}
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(args.recordings, args.events):
             report["data_sets"][case.name] = measure(case, Path(folder), args.repeats)
             print(table(case.name, report["data_sets"][case.name]), end="\n\n", flush=True)
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"events-{time.strftime('%Y%m%d')}-{report['device']['cores']}-core-cpu.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path = result_path(args.output, "events", report["device"])
+    write(path, report)
     print(path)
 
 
