@@ -1,9 +1,20 @@
 """The benchmarks run, at a small size; their figures are nobody's business here."""
 
+import argparse
 import json
 import math
+import statistics
 
-from scripts import succeed
+import pytest
+import torch
+from scripts import ROOT, fail, here, succeed
+
+from benchmarks import roofline, speed
+from benchmarks.common import Turns
+from benchmarks.speed import cases, compare, verdicts, weights
+from benchmarks.spikingjelly2 import Remote
+from engine.config import load
+from engine.errors import UserError
 
 
 def test_preparing_event_recordings(tmp_path):
@@ -22,3 +33,176 @@ def test_preparing_event_recordings(tmp_path):
         ratio = both["ours"]["median"] / both["spikingjelly"]["median"]
         assert math.isclose(both["ours"]["ratio"], ratio)
     assert "Found no valid file" in report["data_sets"]["CIFAR10-DVS"]["failure_without_patch"]
+
+
+TINY = "--device cpu --time-steps 1 --batch-size 2 --input-size 16 --rounds 2 --steps 1".split()
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def one_thread():
+    """Two wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def only(folder, name):
+    """The one result of a benchmark in `folder`, beside which there is a picture."""
+    (path,) = folder.glob(f"{name}-*.json")
+    assert path.with_suffix(".png").stat().st_size > 5000
+    (run,) = json.loads(path.read_text())["runs"]
+    return run
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_speed_of_a_step(tmp_path, monkeypatch, capfd):
+    flags = ["--models", "qkformer_3_64", "qkformer_2_64", *TINY, "--output", tmp_path]
+    output = here(monkeypatch, capfd, "benchmarks.speed", *flags)
+    run = only(tmp_path, "speed")
+    assert run["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert run["arguments"]["rounds"] == 2
+    assert [(result["model"], result["mode"]) for result in run["results"]] == [
+        (model, mode) for model in ("qkformer_3_64", "qkformer_2_64") for mode in ("train", "eval")
+    ]
+    for result in run["results"]:
+        assert result["agreement"]["same_class"] == 1
+        assert result["batch_size"] == 2
+        sides = result["sides"]
+        first, ours = sides["unfused-torch"]["ms"], sides["ours"]["ms"]
+        assert len(first["rounds"]) == len(ours["rounds"]) == 2
+        ratios = [theirs / mine for theirs, mine in zip(first["rounds"], ours["rounds"], strict=True)]
+        shown = sides["ours"]["ratio"]
+        assert shown == {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)}
+        assert math.isclose(sides["ours"]["samples_per_s"], 2000 / ours["median"])
+        assert math.isclose(sides["ours"]["times_floor"], ours["median"] / result["floor_ms"])
+        assert "minutes on a CPU" in sides["unfused-compiled"]["not_run"]
+        assert ("ours-graphs" in sides) == (result["mode"] == "train")
+    graphs = run["results"][0]["sides"]["ours-graphs"]["not_run"]
+    assert "triton" in graphs
+    assert f"ours-graphs did not run: {graphs}" in output
+
+
+def test_a_side_that_fails_is_out_and_the_others_go_on():
+    class Side:
+        peak_bytes, closed = None, False
+
+        def __init__(self, times):
+            self.times = iter(times)
+
+        def turn(self, steps):
+            return next(self.times)
+
+        def close(self):
+            self.closed = True
+
+    def missing():
+        raise ImportError("No module named 'cupy'")
+
+    good, bad = Side([4.0, 6.0]), Side([1.0])
+    with Turns("some network", CPU) as turns:
+        turns.start("cupy", missing)
+        for name, side in (("torch", Side([8.0, 9.0])), ("bad", bad), ("good", good)):
+            turns.start(name, lambda side=side: side)
+        for _ in range(2):
+            turns.round(1)
+        assert bad.closed
+        assert not good.closed
+    assert good.closed
+    figures = turns.figures(("cupy", "torch", "bad", "good", "not asked for"), "torch", samples=10)
+    assert figures["cupy"] == {"not_run": "No module named 'cupy'"}
+    assert figures["bad"] == {"not_run": "StopIteration: "}
+    assert figures["good"]["ratio"] == {"min": 1.5, "median": 1.75, "max": 2.0}
+    assert figures["good"]["samples_per_s"] == 2000
+    assert "not asked for" not in figures
+    assert turns.figures(("good",), "cupy", 10)["good"]["ratio"] is None
+
+
+def test_gates():
+    def side(*rounds, peak=100):
+        return {"ms": {"rounds": rounds}, "peak_bytes": peak}
+
+    sides = {"unfused-cupy": side(20, 30, 20), "ours": side(10, 10, 11, peak=41), "ours-packed": side(9, 9, 9, peak=20)}
+    rows = verdicts([{"model": "qkformer_10_384", "mode": "train", "sides": sides}])
+    found = {(row[2], row[3]): row[5:] for row in rows}
+    assert found["time", "ours : unfused-cupy"] == ["2.00", "met"]
+    assert found["memory", "ours : unfused-cupy"] == ["0.410", "missed"]
+    assert found["memory", "ours-packed : unfused-cupy"] == ["0.200", "met"]
+    assert found["time", "ours : spikingjelly2"] == ["", "not measured"]
+
+
+def test_demand_counts_a_still_image_once():
+    """Of a network at two time steps all units count twice, but input and output of the first convolution."""
+    pixels = 8 * 8
+    for mode, once in (("eval", pixels), ("train", 3 * pixels + 8 * 8 * pixels)):  # 1 channel in, 8 out
+        one, two = (roofline.demand(load(ROOT / "digits/digits.yml", [f"--time-steps={t}"]), mode) for t in (1, 2))
+        assert two.elements == 2 * one.elements - once
+    dvs = (roofline.demand(load(ROOT / "digits-dvs/digits-dvs.yml", [f"--time-steps={t}"]), "eval") for t in (1, 2))
+    one, two = dvs
+    assert two.elements == 2 * one.elements
+
+
+def test_demand_of_the_published_network():
+    """As counted by hand: 141 billion operations in a training step of an image."""
+    need = roofline.demand(load(ROOT / "imagenet/qkformer_10_384.yml"), "train")
+    assert round(need.operations / 1e9) == 141
+    rates = roofline.Rates(bytes_per_s=1000, operations_per_s=10)
+    assert rates.floor_ms(roofline.Demand(operations=10, elements=1), 3, 2) == 3000
+    assert rates.floor_ms(roofline.Demand(operations=1, elements=1000), 3, 2) == 6000
+
+
+STUB = """
+from torch import nn
+def qkformer_10_384(T, in_channels, num_classes):
+    print("what a library prints")
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+"""
+
+
+def test_spikingjelly_2_takes_its_turns_in_a_process_of_its_own(tmp_path):
+    folder = tmp_path / "spikingjelly/activation_based/model"
+    folder.mkdir(parents=True)
+    (folder / "qkformer.py").write_text(STUB)
+    (folder.parent / "functional.py").write_text("def reset_net(net): pass")
+    for package in (folder, folder.parent, folder.parents[1]):
+        (package / "__init__.py").touch()
+    recipe, flags = ROOT / "digits/digits.yml", ["--batch-size", "2"]
+    settings = {"mode": "eval", "amp": "off", "device": "cpu", "precision": False}
+    remote = Remote(tmp_path, recipe, flags, settings)
+    assert remote.turn(1) > 0
+    assert remote.turn(2) > 0
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        remote.turn("no number")
+    with pytest.raises(ValueError, match="its process ended with code 0"):
+        remote._answer()
+    remote.close()
+    with pytest.raises(ValueError, match="there is no folder spikingjelly in it"):
+        Remote(tmp_path / "nowhere", recipe, flags, settings)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "line"),
+    [
+        ("speed", "--models qkformer_9", "invalid choice: 'qkformer_9'"),
+        ("speed", "--batch-size 0", "'0' is not a whole number of at least 1"),
+        ("speed", "--input-size 9999", "input_size"),
+    ],
+)
+def test_mistakes_end_in_one_line(monkeypatch, capfd, tmp_path, script, flags, line):
+    assert line in fail(monkeypatch, capfd, f"benchmarks.{script}", *flags.split(), "--output", tmp_path)
+
+
+def test_networks_that_disagree_are_not_timed(monkeypatch):
+    (case,) = cases(
+        argparse.Namespace(
+            models=["qkformer_3_64"], time_steps=1, input_size=8, batch_size=2, ssa_membrane=None, amp="off"
+        ),
+        CPU,
+    )
+    state = weights(case)
+    assert compare(case, state)["deviation"] == 0
+    monkeypatch.setattr(speed, "eval_step", lambda *_: lambda *_: torch.eye(4)[[next(classes), next(classes)]])
+    classes = iter([0, 1, 2, 3])
+    with pytest.raises(UserError, match="shares 0% of the baseline's classes"):
+        compare(case, state)

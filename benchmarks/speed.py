@@ -1,0 +1,425 @@
+"""How long a step takes: the fused networks of this project beside the same unfused and compiled, and spikingjelly 2.
+
+Training steps (forward, loss, backward, AdamW) and evaluation, on noise of the shape of a recipe's data. The sides take
+turns in every round, from the same weights; a ratio is the baseline's time over that of a side in the same round, and
+its median is what counts. A side that cannot run is named with its reason.
+
+    unfused-cupy          operation by operation, neurons of spikingjelly's CuPy kernels: the baseline on CUDA
+    unfused-torch         operation by operation in torch: the baseline on a CPU
+    unfused-compiled      that under torch.compile (on a CPU only where --sides names it, for it takes minutes); neurons
+                          whose membrane leaks over the batch are left out of it, a loop of T*B steps
+    spikingjelly2         qkformer_10_384 of spikingjelly 2.0.0 under plain autocast, in a process of its own
+    spikingjelly2-policy  that under its precision policy
+    ours                  lif_backend triton; on a CPU auto
+    ours-graphs, ours-packed, ours-checkpointing
+                          that with the whole training step in a CUDA graph, with packed spikes, with checkpointing
+
+Results are appended to speed-DATE-DEVICE.json, with a picture beside it: parts of a measurement can be run one by one.
+"""
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from torch import nn
+
+from analysis.common import main, parser, positive
+from engine.config import Config, load
+from engine.errors import UserError
+from models import LIF
+
+from . import roofline
+from .common import (
+    RESULTS,
+    ROOT,
+    STEPS,
+    Step,
+    Timed,
+    Turns,
+    choose,
+    eval_step,
+    machine,
+    network,
+    random_batch,
+    reason,
+    release,
+    result_path,
+    runs_in,
+    save_picture,
+    spread,
+    write,
+)
+from .spikingjelly2 import Remote
+
+CONFIGURATIONS = {  # model -> recipe, batch size
+    "qkformer_10_384": ("imagenet/qkformer_10_384.yml", 128),
+    "qkformer_10_768": ("imagenet/qkformer_10_768.yml", 64),
+    "qkformer_4_384": ("cifar10/cifar10.yml", 64),
+    "qkformer_2_256": ("cifar10-dvs/cifar10-dvs.yml", 16),
+    "qkformer_3_64": ("digits/digits.yml", 16),
+    "qkformer_2_64": ("digits-dvs/digits-dvs.yml", 16),
+}
+PUBLISHED = list(CONFIGURATIONS)[:4]  # measured where nothing else is asked for
+PACKAGES = ("torch", "triton", "cupy-cuda13x", "spikingjelly", "timm", "numpy")
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}  # of convolutions and activations
+CHECKED = {"cpu": 2, "cuda": 16}  # samples whose logits are compared before anything is timed
+AGREEMENT = 0.5  # of the baseline's classes that ours must share there: rounding flips spikes, so some may differ
+NOTES = {
+    "spikingjelly2": "not the released network: other biases, half of its neurons do not detach the reset, one "
+    "convolution for q, k and v, no leak over the batch; and weights of its own",
+    "spikingjelly2-policy": "the same network, neurons stored in half precision and run on Triton",
+}
+
+
+class Gate(NamedTuple):
+    """What this project aims at on an H200 in half precision: by how much a side is better than another.
+
+    `what` "time" is how many times faster, at least; "memory" the fraction of its peak memory, at most.
+    """
+
+    model: str
+    mode: str
+    what: str
+    side: str
+    versus: str
+    bound: float
+    aim: float | None = None
+
+
+BASELINE, COMPILED = "unfused-cupy", "unfused-compiled"
+# model: at least how many times faster than the baseline, and aimed at, in training and in evaluation
+FASTER = {
+    "qkformer_10_384": {"train": (2.0, 3.0), "eval": (2.8, 4.5)},
+    "qkformer_10_768": {"train": (1.6, 2.0), "eval": (2.2, 2.8)},
+    "qkformer_4_384": {"train": (2.5, 3.5)},
+    "qkformer_2_256": {"train": (2.5, 3.5)},
+}
+GATES = [
+    *(
+        Gate(model, mode, "time", side, BASELINE, *bounds)
+        for model, modes in FASTER.items()
+        for mode, bounds in modes.items()
+        for side in (("ours", "ours-graphs") if mode == "train" else ("ours",))
+    ),
+    *(
+        Gate(model, *gate)
+        for model in FASTER
+        for gate in (
+            ("train", "time", "ours", COMPILED, 1.15),
+            ("eval", "time", "ours", COMPILED, 1.3),
+            ("train", "time", "ours-checkpointing", "ours", 1 / 1.4),
+            ("train", "memory", "ours", BASELINE, 0.40),
+            ("train", "memory", "ours-packed", BASELINE, 0.22),
+            ("train", "memory", "ours-checkpointing", BASELINE, 0.12),
+        )
+    ),
+    Gate("qkformer_10_384", "train", "time", "ours", "spikingjelly2", 3.0),
+    Gate("qkformer_10_384", "train", "time", "ours", "spikingjelly2-policy", 1.4),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe at the size that is measured."""
+
+    model: str
+    recipe: Path
+    flags: tuple[str, ...]
+    cfg: Config
+    amp: str
+    device: torch.device
+    is_standard: bool  # what the gates are for: no flag changed anything of it
+
+    def at(self, batch_size: int) -> Config:
+        return dataclasses.replace(self.cfg, batch_size=batch_size)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A network of this project: its `lif_backend`, and what is done to it before it is used."""
+
+    lif_backend: str
+    prepare: Callable[[nn.Module], object] = lambda model: None
+    graph: bool = False  # the step in a CUDA graph
+    modes: tuple[str, ...] = tuple(STEPS)
+
+    def start(self, case: Case, mode: str, state: Mapping, _) -> Timed:
+        """Ready to be timed, from the weights `state`."""
+
+        def make() -> Step:
+            model = network(case.cfg, lif_backend=self.lif_backend)
+            model.load_state_dict(state)
+            self.prepare(model.to(case.device))
+            step = STEPS[mode](model, case.amp, case.device)
+            return captured(step) if self.graph else step
+
+        return Timed(make, random_batch(case.cfg, case.device), case.device)
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """spikingjelly 2's network, with or without its precision policy."""
+
+    precision: bool
+    modes: tuple[str, ...] = tuple(STEPS)
+
+    def start(self, case: Case, mode: str, _, folder: Path | None) -> Remote:
+        """Ready to be timed, in a process of its own, from weights of its own."""
+        if folder is None:
+            raise ValueError("--spikingjelly2 names no folder with it")
+        settings = {"mode": mode, "amp": case.amp, "device": case.device.type, "precision": self.precision}
+        return Remote(folder, case.recipe, case.flags, settings)
+
+
+def captured(step: Step) -> Step:
+    """The step as a CUDA graph."""
+    from engine.graphs import GraphedStep
+
+    return GraphedStep(step)
+
+
+def compiled(model: nn.Module) -> None:
+    """Compile `model` but for the neurons whose membrane runs over the batch: a loop of T*B steps is no graph."""
+    torch._dynamo.config.recompile_limit = 64  # there are that many different blocks and units
+    for module in model.modules():
+        if isinstance(module, LIF) and module.leak_across_batch:
+            module.backend = "auto"
+            module.forward = torch.compiler.disable(module.forward)
+    model.compile(dynamic=False)
+
+
+def all_sides(model: str, mode: str, device: torch.device) -> dict[str, Side | Foreign]:
+    """The sides for a network on a device; the first is the baseline."""
+    is_cuda, train = device.type == "cuda", ("train",)
+    sides = {BASELINE: Side("cupy")} if is_cuda else {"unfused-torch": Side("torch")}
+    sides |= {
+        COMPILED: Side("torch", compiled),
+        "spikingjelly2": Foreign(precision=False),
+        "spikingjelly2-policy": Foreign(precision=True),
+        "ours": Side("triton" if is_cuda else "auto"),
+        "ours-graphs": Side("triton", graph=True, modes=train),
+        "ours-packed": Side("triton", lambda model: model.set_spike_packing(True), modes=train),
+        "ours-checkpointing": Side("triton", lambda model: model.set_grad_checkpointing(True), modes=train),
+    }
+    return {
+        name: side
+        for name, side in sides.items()
+        if mode in side.modes and (model == "qkformer_10_384" or not isinstance(side, Foreign))
+    }
+
+
+def weights(case: Case) -> dict:
+    """The weights that every side starts from, with running statistics of a batch: without, hardly a neuron fires."""
+    model = network(case.cfg, lif_backend="auto").to(case.device).train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model(random_batch(case.at(CHECKED[case.device.type]), case.device)[0])
+    return {key: value.cpu() for key, value in model.state_dict().items()}
+
+
+def compare(case: Case, state: Mapping) -> dict:
+    """How far ours is from the baseline, in float32: largest difference over the range of the logits, and top-1.
+
+    Raises:
+        UserError: they agree so little that there is nothing to time.
+    """
+    sides = all_sides(case.model, "eval", case.device)
+    batch, logits = random_batch(case.at(CHECKED[case.device.type]), case.device), []
+    for name in (next(iter(sides)), "ours"):
+        try:
+            model = network(case.cfg, lif_backend=sides[name].lif_backend)
+            model.load_state_dict(state)
+            logits.append(eval_step(model.to(case.device), "off", case.device)(*batch).double())
+        except Exception as error:  # timing meets it again, and tells
+            return {"not_run": f"{name}: {reason(error)}"}
+    reference, ours = logits
+    deviation = ((ours - reference).abs().max() / (reference.max() - reference.min())).item()
+    agreement = (ours.argmax(1) == reference.argmax(1)).double().mean().item()
+    if not agreement >= AGREEMENT:
+        raise UserError(
+            f"{case.model}: in float32 ours shares {agreement:.0%} of the baseline's classes: mend that before timing"
+        )
+    return {"samples": len(ours), "deviation": deviation, "same_class": agreement}
+
+
+def measure(case: Case, mode: str, state: Mapping, args: argparse.Namespace) -> dict:
+    """All sides of a case in turns: for each its times, or why it did not run."""
+    sides = all_sides(case.model, mode, case.device)
+    baseline = next(iter(sides))
+    with Turns(f"{case.model} {mode}", case.device) as turns:
+        for name, side in sides.items():
+            if name == COMPILED and case.device.type == "cpu" and not args.sides:
+                turns.not_run[name] = f"takes minutes on a CPU: --sides {COMPILED}"
+            elif name == baseline or name in (args.sides or sides):
+                turns.start(name, functools.partial(side.start, case, mode, state, args.spikingjelly2))
+        for _ in range(args.rounds):
+            turns.round(args.steps)
+    torch.compiler.reset()
+    return {"baseline": baseline, "sides": turns.figures(sides, baseline, case.cfg.batch_size)}
+
+
+def with_floor(result: dict, case: Case, mode: str, rates: roofline.Rates) -> dict:
+    """The result with the least time a step could take on this device, and how many times that each side takes."""
+    need = roofline.demand(case.cfg, mode)
+    size = DTYPES[case.amp].itemsize
+    floor = rates.floor_ms(need, case.cfg.batch_size, size)
+    for figures in result["sides"].values():
+        if "ms" in figures:
+            figures["times_floor"] = figures["ms"]["median"] / floor
+    per_sample = {"operations": need.operations, "bytes": need.elements * size}
+    return result | {"floor_ms": floor, "per_sample": per_sample}
+
+
+def about(case: Case, mode: str) -> dict:
+    """What was measured."""
+    keys = ("time_steps", "input_size", "batch_size", "num_classes", "ssa_membrane")
+    return {"model": case.model, "mode": mode, "amp": case.amp} | {key: getattr(case.cfg, key) for key in keys}
+
+
+def table(result: dict) -> str:
+    """The figures of a case, for people."""
+    rows, notes = [], []
+    for name, figures in result["sides"].items():
+        if "not_run" in figures:
+            notes.append(f"{name} did not run: {figures['not_run']}")
+            continue
+        if name in NOTES:
+            notes.append(f"{name}: {NOTES[name]}")
+        ms, ratio, peak = figures["ms"], figures["ratio"], figures["peak_bytes"]
+        rows.append(
+            [
+                name,
+                "{min:.2f} {median:.2f} {max:.2f}".format(**ms),
+                f"{figures['samples_per_s']:.1f}",
+                "" if peak is None else f"{peak / 1e9:.2f}",
+                "" if ratio is None else "{min:.2f} {median:.2f} {max:.2f}".format(**ratio),
+                f"{figures['times_floor']:.2f}",
+            ]
+        )
+    headers = ["side", "ms: min median max", "samples/s", "peak GB", "ratio: min median max", "x floor"]
+    title = (
+        "{model} {mode}: T = {time_steps}, input {input_size}, batch {batch_size}, amp {amp}, "
+        "ssa_membrane {ssa_membrane}; floor {floor_ms:.3f} ms".format(**result)
+    )
+    return "\n".join([title, tabulate(rows, headers, disable_numparse=True), *notes])
+
+
+def verdicts(results: Sequence[dict]) -> list[list[str]]:
+    """A row for each gate of what was measured: what is asked for, what there is, and whether that is enough."""
+    found = {(result["model"], result["mode"]): result["sides"] for result in results}
+    rows = []
+    for gate in GATES:
+        if (gate.model, gate.mode) not in found:
+            continue
+        side, versus = (found[gate.model, gate.mode].get(name, {}) for name in (gate.side, gate.versus))
+        if "ms" not in side or "ms" not in versus:
+            value, verdict = "", "not measured"
+        elif gate.what == "time":
+            number = spread(v / s for v, s in zip(versus["ms"]["rounds"], side["ms"]["rounds"], strict=True))["median"]
+            value, verdict = f"{number:.2f}", "met" if number >= gate.bound else "missed"
+        else:
+            number = side["peak_bytes"] / versus["peak_bytes"]
+            value, verdict = f"{number:.3f}", "met" if number <= gate.bound else "missed"
+        sign = "<=" if gate.what == "memory" else ">="
+        asked = f"{sign} {gate.bound:.2f}" + (f" (aim {gate.aim})" if gate.aim else "")
+        rows.append([gate.model, gate.mode, gate.what, f"{gate.side} : {gate.versus}", asked, value, verdict])
+    return rows
+
+
+def draw(runs: Sequence[dict]) -> Figure:
+    """The ratio of each side to the baseline, for every case and mode; of what was measured twice, the last."""
+    found = {}
+    for result in (result for run in runs for result in run["results"]):
+        title = "{model} {mode}\nT {time_steps}, {input_size} px, batch {batch_size}".format(**result)
+        ratios = {name: figures.get("ratio") for name, figures in result["sides"].items()}
+        found.setdefault(title, {}).update({name: ratio for name, ratio in ratios.items() if ratio})
+    figure = Figure(figsize=(max(6, 3.2 * len(found)), 4.5), layout="constrained")
+    axis = figure.subplots()
+    names = list(dict.fromkeys(name for ratios in found.values() for name in ratios))
+    for i, name in enumerate(names):
+        at = [x for x, ratios in enumerate(found.values()) if name in ratios]
+        values = [ratios[name] for ratios in found.values() if name in ratios]
+        heights = [value["median"] for value in values]
+        whiskers = [[v["median"] - v["min"] for v in values], [v["max"] - v["median"] for v in values]]
+        places = [x + (i - (len(names) - 1) / 2) * 0.8 / len(names) for x in at]
+        bars = axis.bar(places, heights, 0.8 / len(names), yerr=whiskers, capsize=2, label=name, color=f"C{i}")
+        axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+    axis.axhline(1, color="gray", linewidth=0.8)
+    axis.set_xticks(range(len(found)), list(found), fontsize=8)
+    axis.set_ylabel("times as fast as the baseline (min, median, max)")
+    axis.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    where = runs[-1]["device"]
+    figure.suptitle(where.get("gpu", f"{where['cpu']}, {where['cores']} cores"), fontsize=10)
+    axis.grid(axis="y", alpha=0.25)
+    return figure
+
+
+def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    """The recipes that are measured, changed as the flags say; raises `UserError` for values out of range."""
+    found = []
+    changes = ("time_steps", "input_size", "batch_size", "ssa_membrane")
+    changed = {key: getattr(args, key) for key in changes if getattr(args, key) is not None}
+    is_standard = not changed and args.amp == "fp16"
+    for model in args.models:
+        recipe, batch_size = ROOT / CONFIGURATIONS[model][0], CONFIGURATIONS[model][1]
+        values = {"batch_size": batch_size} | changed
+        flags = tuple(text for key, value in values.items() for text in (f"--{key}", str(value)))
+        found.append(Case(model, recipe, flags, load(recipe, flags), args.amp, device, is_standard))
+    return found
+
+
+def run(argv: Sequence[str]) -> None:
+    ours = parser(__doc__)
+    ours.add_argument("--models", nargs="+", choices=CONFIGURATIONS, default=PUBLISHED, help="(the four published)")
+    ours.add_argument("--modes", nargs="+", choices=STEPS, default=list(STEPS), help="(both)")
+    sides = list(all_sides("qkformer_10_384", "train", torch.device("cuda")))[1:]
+    ours.add_argument("--sides", nargs="+", choices=sides, help="beside the baseline (all)")
+    ours.add_argument("--rounds", type=positive, default=5, help="in each of which every side has its turn (5)")
+    ours.add_argument("--steps", type=positive, default=5, help="timed in a turn (5)")
+    ours.add_argument("--batch-size", type=positive, help="(128 and 64 for ImageNet, 64 for CIFAR, 16)")
+    ours.add_argument("--input-size", type=positive, help="height and width (the recipe's)")
+    ours.add_argument("--time-steps", type=positive, help="T (the recipe's)")
+    ours.add_argument("--ssa-membrane", choices=("per_sample", "released"), help="(the recipe's)")
+    ours.add_argument("--amp", choices=DTYPES, default="fp16", help="(fp16; off on a CPU, where that is what it means)")
+    ours.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    ours.add_argument("--spikingjelly2", type=Path, metavar="FOLDER", help="see benchmarks/spikingjelly2.py")
+    ours.add_argument("--output", type=Path, default=RESULTS, help=f"folder to write to ({RESULTS})")
+    args = ours.parse_args(argv)
+    device = choose(args.device)
+    if device.type == "cpu" and args.amp == "fp16":
+        args.amp = "off"  # as in training
+    todo = cases(args, device)
+    here = machine("speed", PACKAGES, device)
+    path = result_path(args.output, "speed", here["device"])
+    earlier = runs_in(path)
+    rates = roofline.measure(device, DTYPES[args.amp])
+    print(f"{rates.bytes_per_s / 1e9:.0f} GB/s copied, {rates.operations_per_s / 1e12:.2f} TFLOP/s", flush=True)
+    report = here | {"arguments": vars(args), "rates": rates._asdict(), "results": []}
+    for case in todo:
+        state = weights(case)
+        agreement = compare(case, state)
+        release(device)
+        print(f"{case.model}: ours beside the baseline in float32: {agreement}", flush=True)
+        for mode in args.modes:
+            result = about(case, mode) | {"agreement": agreement} | measure(case, mode, state, args)
+            report["results"].append(with_floor(result, case, mode, rates))
+            write(path, {"runs": [*earlier, report]})  # whatever becomes of the rest
+    save_picture(draw([*earlier, report]), path)
+    print(*("\n" + table(result) for result in report["results"]), sep="\n")
+    if device.type == "cuda" and all(case.is_standard for case in todo):
+        headers = ["model", "mode", "what", "side : versus", "asked for", "measured", ""]
+        print("\n" + tabulate(verdicts(report["results"]), headers, disable_numparse=True))
+    print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    main(run)
