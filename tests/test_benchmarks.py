@@ -84,6 +84,26 @@ def test_speed_of_a_step(tmp_path, monkeypatch, capfd):
     assert f"ours-graphs did not run: {graphs}" in output
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_growth_of_a_step(tmp_path, monkeypatch, capfd):
+    flags = (
+        "--model qkformer_2_64 --device cpu --rounds 1 --steps 1 --axes width batch_size --width 64 32 --at-width 32"
+    )
+    sizes = "--batch-size 2 4 --at-batch-size 2 --at-time-steps 1 --at-input-size 16"
+    output = here(monkeypatch, capfd, "benchmarks.growth", *flags.split(), *sizes.split(), "--output", tmp_path)
+    run = only(tmp_path, "growth")
+    points = {(row["axis"], row["size"], row["mode"], row["side"]): row for row in run["points"]}
+    assert len(points) == 2 * 2 * 2 * 2
+    assert all(row["ms"] > 0 for row in points.values())
+    for found in run["exponents"]:
+        assert found["fitted"] == {"width": [32, 64], "batch_size": [2, 4]}[found["axis"]]
+        low, high = (points[found["axis"], size, "train", found["side"]]["memory_bytes"] for size in found["fitted"])
+        assert math.isclose(found["train memory_bytes"], math.log2(high / low), abs_tol=1e-5)
+        assert 0.8 < found["train memory_bytes"] < 1.2
+    assert "B = 2, 4" in output
+    assert "where another grows, T = 1, N = 256, D = 32, B = 2" in output
+
+
 def test_a_side_that_fails_is_out_and_the_others_go_on():
     class Side:
         peak_bytes, closed = None, False
@@ -187,6 +207,8 @@ def test_spikingjelly_2_takes_its_turns_in_a_process_of_its_own(tmp_path):
         ("speed", "--models qkformer_9", "invalid choice: 'qkformer_9'"),
         ("speed", "--batch-size 0", "'0' is not a whole number of at least 1"),
         ("speed", "--input-size 9999", "input_size"),
+        ("growth", "--width 64", "--width: an exponent needs two sizes at least"),
+        ("growth", "--width 64 72", "heads=8 must divide"),
     ],
 )
 def test_mistakes_end_in_one_line(monkeypatch, capfd, tmp_path, script, flags, line):
