@@ -8,10 +8,12 @@ import tarfile
 import urllib.request
 
 import pytest
+import timm.utils
 import torch
 import torchvision.datasets.cifar
 from PIL import Image
 from scripts import ROOT, fail, result_in, succeed
+from timm.data.transforms import MaybePILToTensor, ToNumpy
 from tiny_data import cifar, image_folder, shards
 
 from engine import config, dist
@@ -230,6 +232,24 @@ def test_every_recipe_trains(path, data, monkeypatch):
     assert len(loaded.train) == (1 if name == "imagenet" else 2)
     changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
     assert sum(changed) > 0.9 * len(changed)
+
+
+@pytest.mark.parametrize("name", ["digits", "imagenet", "cifar10"])  # of one channel, unmixed, mixed by the loader
+def test_batches_equal_those_of_timms_own_tensors(name, data, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: True)
+    flags = ["--num-classes", "4"] if name == "imagenet" else []
+    cfg = next(config.load(path, flags) for path in sorted((ROOT / name).glob("*.yml")))
+    cfg = dataclasses.replace(cfg, data_path=str(data / name), workers=0, batch_size=16, input_size=32)
+
+    def batches(last):
+        monkeypatch.setattr(image, "ToNumpy", last)
+        loaded = create_data(cfg, dist.setup("cpu"))
+        timm.utils.random_seed(0)
+        return [tensor for loader in (loaded.train, loaded.test) for batch in loader for tensor in batch]
+
+    pairs = list(zip(batches(ToNumpy), batches(MaybePILToTensor), strict=True))
+    assert len(pairs) > 8
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterable, Iterator
 
 import timm.data
+from timm.data.transforms import ToNumpy
 from torch.utils.data import Dataset, IterableDataset
 
 from .. import pictures
@@ -83,7 +84,7 @@ def _test_loader(cfg: Config, dist: Dist, dataset: Dataset, common: dict) -> Ite
     is_stream = isinstance(dataset, IterableDataset)
     if not is_stream:
         dataset = Shard(dataset, batch_size, dist.rank, dist.world_size)
-    loader = timm.data.create_loader(dataset, batch_size=batch_size, crop_pct=crop_pct, **common)
+    loader = _create_loader(dataset, batch_size=batch_size, crop_pct=crop_pct, **common)
     return _Turns(loader, dist.rank, dist.world_size) if is_stream else loader
 
 
@@ -93,7 +94,7 @@ def _train_loader(cfg: Config, dist: Dist, test_classes: list[str], mixup: objec
         raise UserError(f"{cfg.dataset}: only one of training and test set has the class {min(different)}")
     require_batches(cfg, dist, len(dataset))
     try:
-        loader = timm.data.create_loader(
+        loader = _create_loader(
             dataset,
             batch_size=cfg.batch_size,
             is_training=True,
@@ -115,6 +116,13 @@ def _train_loader(cfg: Config, dist: Dist, test_classes: list[str], mixup: objec
         raise UserError(f"auto_augment = {cfg.auto_augment!r}: timm has no such policy") from None
     if dist.world_size > 1 and not isinstance(dataset, IterableDataset):
         loader.sampler.seed = cfg.seed  # timm leaves it at 0
+    return loader
+
+
+def _create_loader(dataset: Dataset, **settings) -> Iterable:
+    """timm's, whose batches are made of numpy's arrays: the same bytes as of tensors, which take longer to handle."""
+    loader = timm.data.create_loader(dataset, **settings)
+    dataset.transform.transforms[-1] = ToNumpy()
     return loader
 
 
