@@ -1,13 +1,61 @@
-"""The benchmark of the input pipelines runs, at a small size; its figures are nobody's business here."""
+"""Worker processes that are kept change no batch; and the benchmark of the loaders runs, at a small size."""
 
 import json
 import math
 
 import pytest
+import timm.utils
 import torch
-from scripts import fail
+from scripts import ROOT, fail
+from tiny_data import cifar10_dvs
+from torch.utils.data import DataLoader
 
 from benchmarks import loader
+from engine import config, dist
+from engine.data.event import _collate
+from engine.run import create_data
+
+
+def load(recipe, *flags):
+    return create_data(config.load(ROOT / recipe, list(map(str, flags))), dist.setup("cpu"))
+
+
+def same(batches, others):
+    return len(batches) == len(others) > 1 and all(
+        torch.equal(x, y) for a, b in zip(batches, others, strict=True) for x, y in zip(a, b, strict=True)
+    )
+
+
+def test_an_epoch_of_events_does_not_depend_on_who_serves_it(tmp_path, one_core):
+    """Not on whether its workers served one before, as they have not in a run that was resumed, nor on their number."""
+    flags = ["--data-path", cifar10_dvs(tmp_path, per_class=3, count=50), "--batch-size", 8]
+
+    def epochs(workers, *seeds):
+        data, found = load("cifar10-dvs/cifar10-dvs.yml", *flags, "--workers", workers), []
+        for seed in seeds:
+            timm.utils.random_seed(seed)
+            found.append(list(data.train))
+        return data, found
+
+    data, (first, uninterrupted) = epochs(1, 1, 2)
+    assert data.train.loader.persistent_workers
+    assert not same(first, uninterrupted)
+    assert same(uninterrupted, epochs(1, 2)[1][0])
+    assert same(uninterrupted, epochs(0, 2)[1][0])
+    timm.utils.random_seed(2)
+    plain = DataLoader(data.train.dataset, 8, shuffle=True, drop_last=True, collate_fn=_collate)
+    assert [labels.tolist() for _, labels in plain] == [labels.tolist() for _, labels in uninterrupted]
+
+
+def test_a_kept_worker_starts_each_evaluation_anew(data):
+    flags = ["--data-path", data / "imagenet", "--num-classes", 4, "--input-size", 32, "--eval-batch-size", 8]
+    loaded = load("imagenet/qkformer_10_384.yml", *flags, "--workers", 1)
+    assert loaded.test.loader.persistent_workers
+    assert not loaded.train.loader.persistent_workers  # it has to hear of the epoch's seed
+    next(iter(loaded.test))  # and no further, as analyses do
+    expected = list(load("imagenet/qkformer_10_384.yml", *flags, "--workers", 0).test)
+    for _ in range(2):
+        assert same(list(loaded.test), expected)
 
 
 def test_benchmark_of_the_input_pipelines(tmp_path, monkeypatch, capfd, one_core):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
 from .. import dist as distributed
 from .. import pictures
@@ -182,6 +182,7 @@ class _Loader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        torch.empty((), dtype=torch.int64).random_()  # as much as new workers draw: an epoch is the same with old ones
         for frames, labels in self.loader:
             frames = frames.to(self.device, non_blocking=True).float()
             yield self.augment(frames) if self.augment else frames, labels.to(self.device, non_blocking=True)
@@ -194,18 +195,11 @@ def _collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]
 
 def _train_loader(cfg: Config, dist: Dist, dataset: Dataset) -> _Loader:
     require_batches(cfg, dist, len(dataset))
-    sampler = None
+    sampler = RandomSampler(dataset)
     if dist.world_size > 1:
         sampler = DistributedSampler(dataset, dist.world_size, dist.rank, seed=cfg.seed)
-    loader = DataLoader(
-        dataset,
-        cfg.batch_size,
-        shuffle=sampler is None,
-        sampler=sampler,
-        drop_last=True,
-        collate_fn=_collate,
-        **worker_settings(cfg, dist),
-    )
+    settings = {"sampler": sampler, "drop_last": True, "collate_fn": _collate, **worker_settings(cfg, dist)}
+    loader = DataLoader(dataset, cfg.batch_size, generator=torch.Generator(), **settings)  # its workers draw nothing
     augment = SNNWideAugment(cfg.hflip, cfg.auto_augment is not None)
     return _Loader(loader, dist.device, augment if cfg.hflip or cfg.auto_augment else None)
 

@@ -56,13 +56,11 @@ def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
         "interpolation": cfg.interpolation,
         "device": dist.device,
         **worker_settings(cfg, dist),
-        # started anew each epoch, so that they hear of the end of mixup and draw from the epoch's seed
-        "persistent_workers": False,
     }
     names = class_names(test_set)
     mixup = create_mixup(cfg) if train else None
     return Data(
-        train=_train_loader(cfg, dist, names, mixup, common) if train else None,
+        train=_train_loader(cfg, dist, names, mixup, dict(common)) if train else None,
         test=_test_loader(cfg, dist, test_set, common),
         classes=_readable(names) or [str(i) for i in range(cfg.num_classes)],
         mixup=mixup,
@@ -93,6 +91,9 @@ def _train_loader(cfg: Config, dist: Dist, test_classes: list[str], mixup: objec
     if different := set(class_names(dataset)) ^ set(test_classes):
         raise UserError(f"{cfg.dataset}: only one of training and test set has the class {min(different)}")
     require_batches(cfg, dist, len(dataset))
+    common["num_workers"] = _feedable(dataset, common["num_workers"], dist.world_size)
+    # started anew each epoch, so that they hear of the end of mixup and draw from the epoch's seed
+    common["persistent_workers"] = False
     try:
         loader = _create_loader(
             dataset,
@@ -108,7 +109,7 @@ def _train_loader(cfg: Config, dist: Dist, test_classes: list[str], mixup: objec
             re_count=cfg.recount,
             collate_fn=mixup if cfg.mixup_in == "loader" else None,
             distributed=dist.world_size > 1,
-            **common | {"num_workers": _feedable(dataset, common["num_workers"], dist.world_size)},
+            **common,
         )
     except (AssertionError, KeyError, ValueError, IndexError):
         if not cfg.auto_augment:

@@ -71,8 +71,9 @@ def require_batches(cfg: Config, dist: Dist, samples: int) -> None:
 
 
 def worker_settings(cfg: Config, dist: Dist) -> dict:
-    """How a DataLoader is fed: at most one process a core, and pinned memory where it goes to a GPU."""
-    return {"num_workers": min(cfg.workers, os.cpu_count() or 1), "pin_memory": dist.device.type == "cuda"}
+    """How a DataLoader is fed: at most one process a core, kept from pass to pass; pinned memory for a GPU."""
+    workers = min(cfg.workers, os.cpu_count() or 1)
+    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": dist.device.type == "cuda"}
 
 
 def create_mixup(cfg: Config) -> object | None:
