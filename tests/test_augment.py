@@ -130,3 +130,15 @@ def test_on_a_gpu_as_on_a_cpu():
         torch.manual_seed(0)
         results.append(SNNWideAugment(0.5, wide=True)(frames.clone().to(device)).cpu())
     assert (results[0] != results[1]).float().mean() < 0.002
+
+
+@pytest.mark.gpu
+def test_nobody_waits_for_the_gpu():
+    augmented = SNNWideAugment(0.5, wide=True)
+    frames = torch.ones(64, 2, 2, 32, 32, device="cuda")
+    augmented(frames)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        augmented(frames)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

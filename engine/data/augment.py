@@ -72,5 +72,6 @@ def sampling(operation: str, magnitude: float, flip: bool, height: int, width: i
 
 def _move(frames: Tensor, matrices: Tensor) -> Tensor:
     flat = frames.flatten(1, 2)  # [B,T*C,H,W]
-    grid = F.affine_grid(matrices.to(flat), flat.shape, align_corners=False)  # [B,H,W,2]
+    matrices = matrices.to(flat, non_blocking=True)  # else the process waits until the GPU has done all before
+    grid = F.affine_grid(matrices, flat.shape, align_corners=False)  # [B,H,W,2]
     return F.grid_sample(flat, grid, mode="nearest", align_corners=False).view_as(frames)
