@@ -201,9 +201,9 @@ class HierarchicalSpikingTransformer(nn.Module):
             return None
         backends = {module.backend for module in inner if isinstance(module, LIF)}
         if backends == {"triton"} or (backends == {"auto"} and x.is_cuda and launches("triton")):
-            from .fused import gpu
+            from .fused import functions, gpu
 
-            return gpu
+            return gpu if x.is_cuda or functions.interpreted() else None
         if backends == {"auto"} and x.device.type == "cpu" and not (self.training or torch.is_grad_enabled()):
             from .fused import cpu
 
@@ -217,10 +217,11 @@ class HierarchicalSpikingTransformer(nn.Module):
             x, steps = x.transpose(0, 1), x.shape[1]  # [T,B,C,H,W]
         x = x.permute(0, 1, 3, 4, 2).contiguous()  # [T,B,H,W,C]
         run = network.Run(steps, ops, self.spike_packing and self.training)
-        for stage in self.stages:
-            for module in (stage.embed, *stage.blocks):
-                forward = functools.partial(network.forward, module, run=run)
-                x = checkpointed(module, x, forward) if self.grad_checkpointing and self.training else forward(x)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            for stage in self.stages:
+                for module in (stage.embed, *stage.blocks):
+                    forward = functools.partial(network.forward, module, run=run)
+                    x = checkpointed(module, x, forward) if self.grad_checkpointing and self.training else forward(x)
         return x.permute(0, 1, 4, 2, 3)
 
     def forward_head(self, x: Tensor) -> Tensor:
