@@ -268,8 +268,8 @@ def _check_together(config: Config) -> None:
         raise _bad(config, "warmup_epochs", f"must be below epochs ({config.epochs})")
     if mixes(config) and config.batch_size % 2:
         raise _bad(config, "batch_size", "mixup pairs the images of a batch: must be even")
-    if config.compile and config.grad_checkpointing:
-        raise _bad(config, "compile", "does not go together with grad_checkpointing; choose one")
+    if config.compile and config.lif_backend not in ("auto", "torch"):
+        raise _bad(config, "lif_backend", "does not go together with compile; use auto or torch")
 
 
 def _check_events(config: Config) -> None:

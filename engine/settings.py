@@ -48,7 +48,11 @@ class Config:
         choices=("per_sample", "released"),
     )
     drop_path: float = option(0.0, "stochastic depth: rate of the last block, rising linearly to it", low=0, high=0.99)
-    lif_backend: str = option("auto", "what computes the LIF neurons", choices=("auto", "torch", "cupy"))
+    lif_backend: str = option(
+        "auto",
+        "what computes the LIF neurons; auto takes the fastest that runs here",
+        choices=("auto", "torch", "cupy", "triton"),
+    )
 
     dataset: str = option(
         "imagefolder",
@@ -122,7 +126,7 @@ class Config:
     sync_bn: bool = option(False, "BatchNorm over the batches of all processes")
     channels_last: bool = option(False, "keep images in channels-last memory")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
-    compile: bool = option(False, "torch.compile the network (best with lif_backend torch)")
+    compile: bool = option(False, "torch.compile the network (lif_backend auto or torch)")
 
     seed: int = option(42, "seed of weights, order and augmentation", low=0, high=2**32 - 1)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))

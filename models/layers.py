@@ -5,10 +5,12 @@ Shapes: T time steps, B batch, C channels, H height, W width, N = H*W tokens.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
+import torch
 from timm.layers import drop_path
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .neuron import LIF
 
@@ -95,11 +97,26 @@ class DropPath(nn.Module):
 
 def checkpointed(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """`forward(x)`, or `module(x)`, that keeps only `x` for the backward pass and computes the rest once more there."""
+    if torch.compiler.is_compiling():
+        return checkpoint(module, x, use_reentrant=False, context_fn=_everything_recomputed)
+    is_random = any(isinstance(m, DropPath) and m.rate for m in module.modules())
     return checkpoint(
         forward or module,
         x,
         use_reentrant=False,
+        preserve_rng_state=is_random,  # which copies the state of the GPU's generator, and no CUDA graph may do that
         context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(module)),
+    )
+
+
+def _everything_recomputed() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """What tells the compiler to recompute all there is, also within the LIF, whose memory it would keep otherwise.
+
+    It recomputes values, never the update of the running statistics, which so need no protection. torch warns of
+    in-place operations here; the tests find results and gradients equal.
+    """
+    return create_selective_checkpoint_contexts(
+        lambda *_, **__: CheckpointPolicy.MUST_RECOMPUTE, allow_cache_entry_mutation=True
     )
 
 

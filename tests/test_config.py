@@ -99,6 +99,8 @@ def test_the_saved_configuration_reads_back(recipe, tmp_path):
         ("lr: 1\nvariants: {a: {lrr: 2}}", "", "recipe.yml: variant a: unknown key 'lrr', did you mean 'lr'?"),
         ("lr: 1\nvariants: {a: 3}", "", "recipe.yml: variant a: expected `key: value` lines, found int"),
         ("lr: 1\nvariant: a", "", "recipe.yml: unknown key 'variant'"),
+        ("lr: 1", "--compile --lif-backend triton", "lif_backend = 'triton': does not go together with compile"),
+        ("lr: 1\nlif_backend: cupy", "--compile", "lif_backend = 'cupy': does not go together with compile; use auto"),
         ("lr: 1", "--config no/such.yml", "cannot read the recipe no/such.yml: No such file"),
     ],
 )

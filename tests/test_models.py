@@ -283,11 +283,23 @@ def test_channels_last_memory_gives_the_same_logits():
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_the_whole_network_is_one_graph_to_the_compiler():
-    model, x = lively(create_model("qkformer_3_64", in_channels=3, time_steps=2)), images(2, 3, 8, 8)
-    expected = model.train()(x)
-    model.compile(backend="aot_eager", fullgraph=True)  # the graph and its gradient without minutes of C++ compilation
-    actual = model(x)
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
-    actual.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_whole_network_is_one_graph_to_the_compiler(checkpointing):
+    """With its gradients and running statistics; checkpointed, it keeps little and gives the same."""
+    results, memory = [], []
+    for is_compiled in (False, True):
+        torch.manual_seed(0)
+        settings = {"depths": (1, 1), "attention": ("token", "self"), "in_channels": 3, "time_steps": 2}
+        model = lively(create_model("qkformer_3_64", drop_path=0.5, **settings)).train()
+        if is_compiled:
+            model.set_grad_checkpointing(checkpointing)
+            model.compile(backend="aot_eager", fullgraph=True)  # without minutes of C++ compilation
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            loss = model(images(8, 3, 8, 8)).square().mean()
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters()), *model.buffers()])
+        memory.append(sum(kept))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+    assert (memory[1] < memory[0] / 5) == checkpointing
