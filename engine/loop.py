@@ -65,13 +65,13 @@ class Trainer:
 
     def restore(self, state: dict) -> None:
         """Take up what `state` saved, but for the optimizer's settings, which are the configuration's."""
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.model.load_state_dict(state["state_dict"])
         if self.ema:
             self.ema.module.load_state_dict(state.get("state_dict_ema") or state["state_dict"])
+        groups = zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False)
+        for saved, group in groups:  # before loading, for they decide on which device what is loaded lies
+            saved.update({k: v for k, v in group.items() if k != "params"})
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(setting)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best = state["epoch"], state["best"]

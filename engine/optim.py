@@ -50,8 +50,10 @@ def total_epochs(cfg: Config) -> int:
 def create_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer `cfg.opt`; biases and BatchNorm are not decayed unless `cfg.decay_1d`.
 
-    With `cfg.layer_decay` below 1 there is a group for each depth of the network, see its `group_matcher`.
+    With `cfg.layer_decay` below 1 there is a group for each depth of the network, see its `group_matcher`. On a GPU
+    AdamW is torch's fused one, which also skips a step that overflows in fp16 without asking the GPU whether it did.
     """
+    fused = {"fused": True} if cfg.opt == "adamw" and next(model.parameters()).is_cuda else {}
     try:
         optimizer = create_optimizer_v2(
             model,
@@ -60,6 +62,7 @@ def create_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
             weight_decay=cfg.weight_decay,
             filter_bias_and_bn=not cfg.decay_1d,
             layer_decay=cfg.layer_decay if cfg.layer_decay < 1 else None,
+            **fused,
         )
     except Exception as error:  # some optimizers need packages or devices of their own, and say so in many ways
         raise UserError(f"opt = {cfg.opt!r}: {error}") from None
