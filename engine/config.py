@@ -28,8 +28,8 @@ MODEL_FIELDS = (
 ).split()
 # what belongs to a machine or a command and not to the run; a checkpoint brings along all the rest
 LOCAL_FIELDS = (
-    "config lif_backend data_path download workers compile device threads output_dir resume finetune checkpoint eval "
-    "both_membranes energy use_ema log_interval"
+    "config lif_backend data_path download workers compile cuda_graphs device threads output_dir resume finetune "
+    "checkpoint eval both_membranes energy use_ema log_interval"
 ).split()
 PUBLISHED = ("paper_top1", "log_top1", "paper_energy_mj")
 EVENT_DATASETS = ("digits-dvs", "dvs128-gesture", "cifar10-dvs")
@@ -270,6 +270,17 @@ def _check_together(config: Config) -> None:
         raise _bad(config, "batch_size", "mixup pairs the images of a batch: must be even")
     if config.compile and config.lif_backend not in ("auto", "torch"):
         raise _bad(config, "lif_backend", "does not go together with compile; use auto or torch")
+    if config.cuda_graphs:
+        _check_cuda_graphs(config)
+
+
+def _check_cuda_graphs(config: Config) -> None:
+    if config.compile:
+        raise _bad(config, "cuda_graphs", "does not go together with compile; choose one")
+    if config.lif_backend == "cupy":
+        raise _bad(config, "lif_backend", "does not go together with cuda_graphs; use auto or triton")
+    if config.grad_checkpointing and config.drop_path:
+        raise _bad(config, "drop_path", "what it draws cannot be drawn again with cuda_graphs and grad_checkpointing")
 
 
 def _check_events(config: Config) -> None:

@@ -10,13 +10,14 @@ import timm.utils
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from . import dist as distributed
 from .config import Config, mixes
 from .data.loaders import Data
 from .dist import Dist
 from .errors import UserError
+from .graphs import GraphedStep
 from .log import RunLog, logger, progress
 from .optim import lr_at, set_lr, total_epochs
 
@@ -43,6 +44,7 @@ class Trainer:
             )
         self.criterion = SoftTargetCrossEntropy() if mixes(cfg) else LabelSmoothingCrossEntropy(cfg.smoothing)
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=cfg.amp == "fp16" and dist.device.type == "cuda")
+        self.step = GraphedStep(self._step) if cfg.cuda_graphs else self._step
         self.can_skip_sync = False
         self.epoch = 0  # epochs done
         self.best = dict(NO_BEST)
@@ -120,7 +122,6 @@ class Trainer:
         if mixup:
             mixup.mixup_enabled = cfg.mixup_off_epoch is None or self.epoch < cfg.mixup_off_epoch
         self.parallel.train()
-        self.optimizer.zero_grad()
         steps, loss_sum, seen = len(loader), torch.zeros((), dtype=torch.float64, device=device), 0
 
         def status() -> dict:
@@ -137,13 +138,11 @@ class Trainer:
                 images, labels = mixup(images, labels)
             images = in_memory_format(cfg, images)
             with contextlib.nullcontext() if is_update or not self.can_skip_sync else self.parallel.no_sync():
-                with autocast(cfg.amp, device):
-                    loss = self.criterion(self.parallel(images), labels)
-                self.scaler.scale(loss / group).backward()
+                loss = self.step(images, labels, images.new_full((), group))
             self.can_skip_sync = self.dist.world_size > 1  # DDP learns its static graph from a backward pass that syncs
             if is_update:
                 self._update()
-            loss_sum += loss.detach() * len(images)
+            loss_sum += loss * len(images)
             seen += len(images)
         if step + 1 != steps:  # only a stream can end before; its processes would no longer be in step
             raise UserError(f"epoch {self.epoch + 1}: the training set ended after {step + 1} of {steps} batches")
@@ -151,13 +150,23 @@ class Trainer:
         self._refuse_not_finite(loss_sum)
         return loss_sum / seen
 
+    def _step(self, images: Tensor, labels: Tensor, group: Tensor) -> Tensor:
+        """The loss of one of the `group` batches of an update, and its gradient added to the others'."""
+        if self.cfg.accum_iter == 1:
+            self.optimizer.zero_grad()  # here, so that a CUDA graph has nothing to add the gradients to
+        with autocast(self.cfg.amp, self.dist.device):
+            loss = self.criterion(self.parallel(images), labels)
+        self.scaler.scale(loss / group).backward()
+        return loss.detach()
+
     def _update(self) -> None:
         if self.cfg.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()
+        if self.cfg.accum_iter > 1:
+            self.optimizer.zero_grad(set_to_none=not self.cfg.cuda_graphs)
         if self.ema:
             self.ema.update(self.model)
 
@@ -179,7 +188,7 @@ def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManage
     return torch.autocast(device.type, AMP_DTYPES[amp])
 
 
-def in_memory_format(cfg: Config, images: torch.Tensor) -> torch.Tensor:
+def in_memory_format(cfg: Config, images: Tensor) -> Tensor:
     """The images [B,C,H,W] in the memory format that `cfg` asks for; event frames [B,T,C,H,W] as they are."""
     is_image = images.dim() == 4  # frames are brought into the order of time first; the weights' format decides then
     return images.contiguous(memory_format=torch.channels_last) if cfg.channels_last and is_image else images
@@ -192,7 +201,7 @@ def evaluate(
     model: nn.Module,
     loader: Iterable,
     name: str = "test",
-    on_batch: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
+    on_batch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> dict:
     """Accuracy over the whole test set, each sample counted once, however many processes share it.
 

@@ -110,6 +110,10 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
     if cfg.energy:
         raise UserError("--energy is for test.py")
     here = setup(cfg)
+    if cfg.cuda_graphs and (here.device.type == "cpu" or here.world_size > 1):
+        raise UserError(
+            f"--cuda-graphs needs one process on a GPU and this is {here.world_size} x {here.device.type}: leave it out"
+        )
     folder, path, state = find_run(cfg, here)
     is_ours = bool(state) and state["format"] == "qkformer"
     continues = is_ours and folder.resolve() == path.parent.resolve()

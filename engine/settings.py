@@ -127,6 +127,7 @@ class Config:
     channels_last: bool = option(False, "keep images in channels-last memory")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = option(False, "torch.compile the network (lif_backend auto or torch)")
+    cuda_graphs: bool = option(False, "launch forward and backward pass as one CUDA graph, by one process on a GPU")
 
     seed: int = option(42, "seed of weights, order and augmentation", low=0, high=2**32 - 1)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))

@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 
-from engine import config, dist
+from engine import checkpoint, config, dist
 from engine.data.image import create_data
 from engine.errors import UserError
 from engine.loop import Trainer, autocast, evaluate
@@ -25,10 +25,10 @@ def configure(*flags):
     return config.load(DIGITS, ["--batch-size", "128", *flags])
 
 
-def trainer(cfg, batches=11, dtype=torch.float32):
-    here = dist.setup("cpu")
+def trainer(cfg, batches=11, dtype=torch.float32, device="cpu"):
+    here = dist.setup(device)
     torch.manual_seed(cfg.seed)
-    model = build_model(cfg).to(dtype)
+    model = build_model(cfg).to(here.device, dtype)
     data = create_data(cfg, here)
     data = dataclasses.replace(data, train=FirstBatches(data.train, batches, dtype))
     return Trainer(cfg, here, model, create_optimizer(cfg, model), data)
@@ -237,3 +237,86 @@ def test_the_evaluation_does_not_depend_on_the_order_of_batches():
     assert results[0] == results[1]
     with pytest.raises(UserError, match="the test set holds no images"):
         evaluate(run.cfg, run.dist, run.model, [])
+
+
+class ActedGraph:
+    """What a CUDA graph does to gradients, acted on a CPU: a replay writes where the capture wrote, `p.grad` stays."""
+
+    def __init__(self, step, warmup=2):
+        self.step, self.warmup, self.captured = step, warmup, None
+        self.parameters = list(step.__self__.model.parameters())
+
+    def __call__(self, *inputs):
+        if self.captured is None:
+            loss = self.step(*inputs)
+            if self.warmup == 0:
+                self.captured = [p.grad for p in self.parameters]
+            self.warmup -= 1
+            return loss
+        before = [p.grad for p in self.parameters]
+        for p, captured in zip(self.parameters, self.captured, strict=True):
+            p.grad = captured
+        loss = self.step(*inputs)
+        for p, captured, grad in zip(self.parameters, self.captured, before, strict=True):
+            captured.copy_(p.grad)
+            p.grad = grad
+        return loss
+
+
+@pytest.mark.parametrize("accum_iter", ["1", "3"])
+def test_a_step_can_be_replayed(accum_iter, monkeypatch):
+    monkeypatch.setattr("engine.loop.GraphedStep", ActedGraph)
+    flags = ["--accum-iter", accum_iter, "--lr-step", "iteration", "--time-steps", "1", "--warmup-epochs", "0"]
+    eager, replayed = (trainer(configure(*flags, *more), batches=4) for more in ([], ["--cuda-graphs"]))
+    for run in (eager, replayed):
+        for run.epoch in (0, 1):
+            run.train_epoch("test")
+    assert replayed.step.captured
+    for ours, expected in zip(replayed.model.parameters(), eager.model.parameters(), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--clip-grad 1 --ema-decay 0.9 --channels-last",
+        "--accum-iter 2 --drop-path 0.2 --opt sgd",
+        "--accum-iter 2 --grad-checkpointing --mixup 0.5 --mixup-in step",
+        "--amp fp16 --clip-grad 1",
+        "--amp fp16 --accum-iter 2 --grad-checkpointing",
+    ],
+)
+def test_cuda_graphs_train_to_the_same_weights(flags, monkeypatch):
+    """The rate changes from step to step, and of two accumulated steps the last update of an epoch has but one."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    settings = ["--lr-step", "iteration", "--lif-backend", "torch", "--warmup-epochs", "1", *flags.split()]
+    is_exact = "fp16" not in flags
+    runs, losses = [], []
+    for more in ([], ["--cuda-graphs"]):
+        cfg = configure(*settings, *more)
+        run = trainer(cfg, batches=9, dtype=torch.float64 if is_exact else torch.float32, device="cuda")
+        for run.epoch in (0, 1):
+            losses.append(run.train_epoch("test"))
+        runs.append(run)
+    eager, graphed = runs
+    assert graphed.step.graph
+    tolerance = {"rtol": 1e-6, "atol": 1e-9} if is_exact else {"rtol": 0.05, "atol": 0.02}
+    assert losses[2:] == pytest.approx(losses[:2], rel=tolerance["rtol"])
+    assert graphed.scaler.get_scale() == eager.scaler.get_scale()
+    kept = graphed.evaluated.state_dict()
+    for name, expected in eager.evaluated.state_dict().items():
+        torch.testing.assert_close(kept[name], expected, **tolerance)
+
+
+@pytest.mark.gpu
+def test_a_run_moves_between_cpu_and_gpu(tmp_path):
+    """The fused AdamW of a GPU keeps its count of steps there, the other on the CPU."""
+    runs = [trainer(configure(), batches=1, device=device) for device in ("cpu", "cuda", "cpu")]
+    runs[0].train_epoch("test")
+    for before, after in itertools.pairwise(runs):
+        checkpoint.save(tmp_path / "last.pt", before.state() | {"config": {}})
+        after.restore(checkpoint.read(tmp_path / "last.pt"))
+        after.train_epoch("test")
+    assert [run.optimizer.param_groups[0]["fused"] for run in runs] == [None, True, None]
+    assert runs[2].optimizer.state_dict()["state"][0]["step"] == 3
