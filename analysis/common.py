@@ -100,8 +100,12 @@ def subjects(args: argparse.Namespace, flags: Sequence[str]) -> list[Subject]:
 
 
 def subject(path: Path, flags: Sequence[str]) -> Subject:
-    """The network of a checkpoint with its data, under the flags of test.py; raises `UserError` as `subjects` does."""
+    """The network of a checkpoint with its data, under the flags of test.py; raises `UserError` as `subjects` does.
+
+    Its neurons are torch's unless the flags say otherwise: the analyses look at modules that other backends skip.
+    """
     state = checkpoint.read(path)
+    flags = ["--lif-backend", "torch", *flags]
     recipe = _recipe_of(state, path, flags)
     here = setup(load(recipe, flags, validate=False))
     if here.world_size > 1:

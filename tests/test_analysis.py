@@ -63,6 +63,12 @@ def test_samples_may_come_from_all_over_the_test_set(all_kinds):
     assert torch.equal(some, labels[::8][:50])
 
 
+def test_analyses_compute_the_neurons_with_torch_unless_told_otherwise(all_kinds):
+    for flags, backend in [([], "torch"), (["--lif-backend", "auto"], "auto")]:
+        neurons = [module for module in subject(all_kinds, *flags).model.modules() if isinstance(module, LIF)]
+        assert {neuron.backend for neuron in neurons} == {backend}
+
+
 def test_firing_rates_and_integers_are_what_the_layers_get(all_kinds, tmp_path, monkeypatch, capfd):
     found = subject(all_kinds)
     report = estimate(found.model, found.data.test)
