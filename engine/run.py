@@ -58,6 +58,7 @@ def build_model(cfg: Config) -> nn.Module:
     except ValueError as error:
         raise UserError(str(error)) from None
     model.set_grad_checkpointing(cfg.grad_checkpointing)
+    model.set_spike_packing(cfg.pack_spikes)
     return model.to(memory_format=torch.channels_last) if cfg.channels_last else model
 
 

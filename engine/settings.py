@@ -126,6 +126,9 @@ class Config:
     sync_bn: bool = option(False, "BatchNorm over the batches of all processes")
     channels_last: bool = option(False, "keep images in channels-last memory")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    pack_spikes: bool = option(
+        False, "keep spikes for the backward pass packed: less memory, a little more time (lif_backend triton)"
+    )
     compile: bool = option(False, "torch.compile the network (lif_backend auto or torch)")
     cuda_graphs: bool = option(False, "launch forward and backward pass as one CUDA graph, by one process on a GPU")
 
