@@ -177,6 +177,8 @@ def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
 class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm whose mean and variance are differentiable sums over all processes. [B,C,...], unchanged."""
 
+    process_group = None  # all processes, as in torch's
+
     def _check_input_dim(self, x: Tensor) -> None:
         pass  # any number of dimensions
 

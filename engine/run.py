@@ -55,10 +55,10 @@ def build_model(cfg: Config) -> nn.Module:
     settings = {key: value for key, value in settings.items() if value is not None}
     try:
         model = create_model(cfg.model, **settings, drop_path=cfg.drop_path, lif_backend=cfg.lif_backend)
+        model.set_spike_packing(cfg.pack_spikes)
     except ValueError as error:
         raise UserError(str(error)) from None
     model.set_grad_checkpointing(cfg.grad_checkpointing)
-    model.set_spike_packing(cfg.pack_spikes)
     return model.to(memory_format=torch.channels_last) if cfg.channels_last else model
 
 

@@ -51,6 +51,20 @@ def test_two_processes_make_the_updates_of_one(alone, tmp_path, accumulated, fla
         torch.testing.assert_close(two["state"][name], value, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
+def test_two_processes_on_the_fused_path_make_the_updates_of_one(tmp_path):
+    updates = []
+    for launcher in ([], TORCHRUN):
+        path = tmp_path / f"{len(launcher)}.pt"
+        flags = ["--sync-bn", "--lif-backend", "triton", "--attention", "token", "self", "self"]
+        succeed(*launcher, "tests/first_step.py", path, *flags, TRITON_INTERPRET="1")
+        updates.append(torch.load(path)["gradients"])
+    for expected, ours in zip(*updates, strict=True):
+        largest = max(g.abs().max() for g in expected.values())
+        for name, gradient in expected.items():
+            assert ((ours[name] - gradient).abs() / gradient.abs().clamp(min=1e-3 * largest)).max() < 1e-9, name
+
+
 def test_without_synchronised_batchnorm_they_differ(alone, tmp_path):
     """The comparison above can fail."""
     succeed(*TORCHRUN, "tests/first_step.py", tmp_path / "two.pt")

@@ -48,7 +48,7 @@ def _moments_kernel(
 
 @triton.jit(do_not_specialize=["rows", "P", "per_rank"])
 def _norm_kernel(
-    means, squares, running_mean, running_var, gamma, beta, bias, norm, rows, P, per_rank, start, width, C,
+    means, squares, running_mean, running_var, batches, gamma, beta, bias, norm, rows, P, per_rank, start, width, C,
     PART: tl.constexpr, T: tl.constexpr, EPS: tl.constexpr, MOMENTUM: tl.constexpr, TRAIN: tl.constexpr,
     BIAS: tl.constexpr, BLOCKS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -83,6 +83,7 @@ def _norm_kernel(
             far = tl.load(means + at, there, 0.0) - new_mean[None, :]
             square += tl.sum(tl.load(squares + at, there, 0.0) + n * far * far, 0)
         unbiased = square / (count - 1.0 / T)
+        tl.store(batches, tl.load(batches) + 1, tl.program_id(0) == 0)
         tl.store(running_mean + c, old_mean + (new_mean + shift - old_mean) * MOMENTUM, inside)
         tl.store(running_var + c, var + (unbiased - var) * MOMENTUM, inside)
         mean = new_mean
@@ -130,11 +131,9 @@ def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int]:
     norm = y.new_empty((4, width), dtype=dtype)
     start, BP, BC = 0, 128, 16
     for bn, bias in norms:
-        if bn.training:
-            bn.num_batches_tracked.add_(1)
         channels = bn.num_features
         _norm_kernel[(triton.cdiv(channels, BC),)](
-            means, squares, bn.running_mean, bn.running_var, bn.weight, bn.bias, bias, norm,
+            means, squares, bn.running_mean, bn.running_var, bn.num_batches_tracked, bn.weight, bn.bias, bias, norm,
             rows, parts * ranks, parts, start, width, channels,
             PART=part, T=shown, EPS=bn.eps, MOMENTUM=bn.momentum, TRAIN=bn.training, BIAS=bias is not None,
             BLOCKS=triton.next_power_of_2(triton.cdiv(max(1, parts * ranks), BP)), BP=BP, BC=BC, ACC=acc,
@@ -144,8 +143,8 @@ def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int]:
 
 
 def synchronised(bn: nn.Module) -> int:
-    """Over how many processes the BatchNorm takes its statistics."""
-    if not isinstance(bn, nn.SyncBatchNorm) or not torch.distributed.is_initialized():
+    """Over how many processes the BatchNorm takes its statistics, as one with a `process_group` does."""
+    if not hasattr(bn, "process_group") or not torch.distributed.is_initialized():
         return 1
     return torch.distributed.get_world_size(bn.process_group)
 
