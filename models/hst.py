@@ -203,7 +203,7 @@ class HierarchicalSpikingTransformer(nn.Module):
         if backends == {"triton"} or (backends == {"auto"} and x.is_cuda and launches("triton")):
             from .fused import functions, gpu
 
-            return gpu if x.is_cuda or functions.interpreted() else None
+            return gpu if x.device.type != "cpu" or functions.interpreted() else None
         if backends == {"auto"} and x.device.type == "cpu" and not (self.training or torch.is_grad_enabled()):
             from .fused import cpu
 

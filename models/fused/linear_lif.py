@@ -12,8 +12,9 @@ def _kernel(
     x, weight, norm, add, out, R, C, THRESHOLD: tl.constexpr, T: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]  # neighbours share the rows of x
-    r = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
+    columns = tl.cdiv(C, BC)
+    c = tl.program_id(0) % columns * BC + tl.arange(0, BC)[None, :]  # neighbours share the rows of x
+    r = (tl.program_id(0) // columns).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
     k = tl.arange(0, BK)
     inside = (r < R) & (c < C)
     size = R.to(tl.int64) * C
@@ -40,7 +41,7 @@ def forward(x: Tensor, weight: Tensor, norm: Tensor, add: Tensor | None, thresho
     channels = len(weight)
     out = x.new_empty((steps, rows, channels))
     BR, BC, BK = 128, 64, 64 if width % 64 == 0 else 32  # larger tiles spill registers
-    _kernel[triton.cdiv(channels, BC), triton.cdiv(rows, BR)](
+    _kernel[(triton.cdiv(channels, BC) * triton.cdiv(rows, BR),)](
         x, weight, norm, add, out, rows, channels, threshold, steps, width, ADD=add is not None,
         BR=BR, BC=BC, BK=BK, ACC=accumulator(x)[1], num_warps=8, num_stages=3,
     )  # fmt: skip
