@@ -14,14 +14,12 @@ import io
 import itertools
 import json
 import math
-import shlex
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
@@ -45,8 +43,9 @@ from engine.log import logger
 from engine.run import create_data
 from tests.tiny_data import cifar, events
 
-from .events import machine
+from .common import RESULTS, machine, result_path, write
 
+PACKAGES = ("torch", "torchvision", "timm", "pillow", "numpy", "spikingjelly")
 FILES = 64  # of different content; all others of a data set are links to them
 CLASSES = 4  # of the folder of images
 SIZE, QUALITY = (375, 500), 89  # of a JPEG, which has 115 kB then: the mean of ImageNet's training set
@@ -269,14 +268,12 @@ def run(argv: Sequence[str]) -> None:
         metavar="NAME=X",
         help="what a GPU trains, such as imagenet=1500: says how many cores feed it",
     )
-    ours.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder for the JSON file")
+    ours.add_argument("--output", type=Path, default=RESULTS, help=f"folder to write to ({RESULTS})")
     args = ours.parse_args(argv)
     if absent := {name for name, _ in args.train_images_per_s} - set(args.cases):
         raise UserError(f"--train-images-per-s {min(absent)}: not among --cases {' '.join(args.cases)}")
     torch.set_num_threads(1)  # as the loader's processes
-    report = machine()
-    report["command"] = shlex.join(["python", "-m", "benchmarks.loader", *argv])
-    report["versions"] |= {name: version(name) for name in ("torchvision", "timm", "pillow")}
+    report = machine("loader", PACKAGES)
     cores = joblib.cpu_count()
     results = report["pipelines"] = {}
     for name in args.cases:
@@ -284,9 +281,8 @@ def run(argv: Sequence[str]) -> None:
             results[name] = measure(CASES[name], Path(folder), cores, args.repeats, args.batches or CASES[name].batches)
     for name, speed in args.train_images_per_s:
         results[name]["gpu"] = feed_gpu(results[name], speed)
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"loader-{time.strftime('%Y%m%d')}-{cores}-core-cpu.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path = result_path(args.output, "loader", report["device"])
+    write(path, report)
     print(path, tables(results), sep="\n\n")
 
 

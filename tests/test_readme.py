@@ -31,6 +31,9 @@ SMALL = {  # what makes a command of each folder short
     "cifar10-dvs": [*SHORT, "--batch-size", "8"],
     "analysis.membrane": "--batch-sizes 60 120 --shuffles 2".split(),
     "analysis.growth": "--repeats 1".split(),
+    "benchmarks.speed": "--models qkformer_3_64 --modes eval --rounds 1 --steps 1 --time-steps 1".split(),
+    "benchmarks.growth": "--axes batch_size --batch-size 1 2 --rounds 1 --steps 1 --at-time-steps 1".split(),
+    "benchmarks.loader": "--cases cifar10 --repeats 1 --batches 1".split(),
 }
 
 
@@ -74,7 +77,7 @@ def test_commands_run_in_order(workplace, monkeypatch, capfd):
             folder.mkdir(exist_ok=True)
             monkeypatch.chdir(folder)
             continue
-        if words[:2] == ["python", "-m"] and words[2].startswith("analysis."):
+        if words[:2] == ["python", "-m"] and words[2].startswith(("analysis.", "benchmarks.")):
             here(monkeypatch, capfd, words[2], *words[3:], *SMALL.get(words[2], []))
             continue
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
