@@ -280,7 +280,7 @@ def _check_cuda_graphs(config: Config) -> None:
     if config.lif_backend == "cupy":
         raise _bad(config, "lif_backend", "does not go together with cuda_graphs; use auto or triton")
     if config.grad_checkpointing and config.drop_path:
-        raise _bad(config, "drop_path", "what it draws cannot be drawn again with cuda_graphs and grad_checkpointing")
+        raise _bad(config, "drop_path", "cannot be drawn again under cuda_graphs with grad_checkpointing; choose two")
 
 
 def _check_events(config: Config) -> None:

@@ -193,18 +193,18 @@ class HierarchicalSpikingTransformer(nn.Module):
         return x
 
     def _fused_ops(self, x: Tensor) -> ModuleType | None:
-        """What computes this call on the fused path; None where the modules do. Hooks inside ask for the modules."""
+        """What computes this call on the fused path; None where the modules do."""
         if torch.compiler.is_compiling() or self.residual != "sew" or self.embed != "speds" or is_continued():
             return None
-        inner = list(self.modules())[1:]
-        if any(module._forward_hooks or module._forward_pre_hooks for module in inner):
+        backends = {module.backend for module in self.modules() if isinstance(module, LIF)}
+        if backends <= {"auto", "triton"} and not network.covers(self, Block):
             return None
-        backends = {module.backend for module in inner if isinstance(module, LIF)}
         if backends == {"triton"} or (backends == {"auto"} and x.is_cuda and launches("triton")):
             from .fused import functions, gpu
 
             return gpu if x.device.type != "cpu" or functions.interpreted() else None
-        if backends == {"auto"} and x.device.type == "cpu" and not (self.training or torch.is_grad_enabled()):
+        learns = self.training or torch.is_grad_enabled()
+        if backends == {"auto"} and x.device.type == "cpu" and not learns:
             from .fused import cpu
 
             return cpu
@@ -240,7 +240,8 @@ class HierarchicalSpikingTransformer(nn.Module):
     def step(self, x: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
         """One event frame of a recording that is still arriving; a pure function, in evaluation mode.
 
-        After T steps the logits are those of `forward` on the T frames together; memory does not grow with T.
+        After T steps the logits are those of `forward` on the T frames together, to the last bit where that is computed
+        by the modules (lif_backend "torch"); memory does not grow with T.
 
         Args:
             x: the next frame [B,C,H,W].

@@ -71,7 +71,7 @@ if __name__ == "__main__":
     for module in network.modules():
         if hasattr(module, "backend"):
             module.backend = "triton"  # set_lif_backend asks for a device
-    events = network.in_channels == 2
-    shape = (batch, steps, 2, size, size) if events else (batch, 3, size, size)
+    frames = (steps,) if network.in_channels == 2 else ()  # of events
+    shape = (batch, *frames, network.in_channels, size, size)
     for function, module, kernel in launches(architecture, network, shape):
         print(module, function, resources(kernel), kernel.metadata.num_warps)

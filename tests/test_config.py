@@ -103,7 +103,7 @@ def test_the_saved_configuration_reads_back(recipe, tmp_path):
         ("lr: 1\nlif_backend: cupy", "--compile", "lif_backend = 'cupy': does not go together with compile; use auto"),
         ("lr: 1", "--compile --cuda-graphs", "cuda_graphs = True: does not go together with compile"),
         ("lr: 1", "--cuda-graphs --lif-backend cupy", "lif_backend = 'cupy': does not go together with cuda_graphs"),
-        ("lr: 1", "--cuda-graphs --grad-checkpointing --drop-path 0.1", "drop_path = 0.1: what it draws cannot"),
+        ("lr: 1", "--cuda-graphs --grad-checkpointing --drop-path 0.1", "drop_path = 0.1: cannot be drawn again"),
         ("lr: 1", "--config no/such.yml", "cannot read the recipe no/such.yml: No such file"),
     ],
 )

@@ -43,7 +43,7 @@ def spiking_conv(m: SpikingConv, x: Tensor, run: Run, binary: bool, add: Tensor 
 
 def _fits_one_kernel(m: SpikingConv, x: Tensor) -> bool:
     half = x.dtype in (torch.float16, torch.bfloat16)
-    learns = m.training or torch.is_grad_enabled()
+    learns = m.bn.training or torch.is_grad_enabled()
     return half and not learns and is_linear(m.conv) and not m.lif.leak_across_batch
 
 

@@ -8,9 +8,18 @@ from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from ..embed import SPEDS
-from ..layers import DropPath, SpikingConv
+from ..layers import DropPath, SpikingConv, SpikingMLP
+from ..neuron import ATTN_THRESHOLD, LIF, THRESHOLD
+
+KNOWN = {
+    *(SPEDS, TokenQKAttention, ChannelQKAttention, SpikingSelfAttention, SpikingMLP, SpikingConv, DropPath),
+    *(nn.Conv1d, nn.Conv2d, nn.MaxPool2d, nn.Identity, nn.Linear, nn.Sequential, nn.ModuleList),
+}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Run(NamedTuple):
@@ -19,6 +28,28 @@ class Run(NamedTuple):
     steps: int  # T
     ops: ModuleType  # `gpu` or `cpu`
     pack: bool = False  # keep spikes for the backward pass packed
+
+
+def covers(model: nn.Module, block: type[nn.Module]) -> bool:
+    """Whether the fused path computes what the modules would: all are this project's, as built, and without hooks.
+
+    Args:
+        model: of SPEDS and blocks of the type `block`.
+    """
+    inner = [(name, module) for name, module in model.named_modules() if module is not model]
+    in_training = {module.training for _, module in inner if isinstance(module, _BatchNorm)}
+    return len(in_training) == 1 and all(
+        (type(module) is block or _is_known(name, module)) and not any(getattr(module, hooks) for hooks in HOOKS)
+        for name, module in inner
+    )
+
+
+def _is_known(name: str, module: nn.Module) -> bool:
+    if isinstance(module, _BatchNorm):
+        return module.momentum is not None  # else its statistics are the mean of all batches
+    if type(module) is LIF:
+        return module.threshold == (ATTN_THRESHOLD if name.endswith("attn_lif") else THRESHOLD)
+    return type(module) in KNOWN
 
 
 def forward(m: nn.Module, x: Tensor, run: Run) -> Tensor:
