@@ -1,8 +1,8 @@
 """Compiles every kernel that a training step and an evaluation launch, for a GPU that need not be there.
 
-    python tests/compile_kernels.py ARCHITECTURE NAME [BATCH SIZE T]
+    python tests/compile_kernels.py ARCHITECTURE DTYPE NAME BATCH SIZE T
 
-The networks run on the meta device, in half precision and at their true sizes; launches stop behind the compiler.
+The networks run on the meta device, at their true sizes; launches stop behind the compiler.
 Prints a line for each kernel: its name, how many bytes it spills, what it was launched with.
 """
 
@@ -34,7 +34,7 @@ class Driver:
         return 0
 
 
-def launches(architecture, network, shape):
+def launches(architecture, network, x):
     """Every kernel that was compiled, once."""
     found = {}
     driver.set_active(Driver(architecture))
@@ -45,7 +45,6 @@ def launches(architecture, network, shape):
         found[kernel.hash] = (self.fn.__qualname__, self.fn.__module__, kernel)
 
     jit.JITFunction.run = compile_only
-    x = torch.empty(shape, dtype=torch.float16, device="meta")
     network.train()
     network(x).sum().backward()
     with torch.no_grad():
@@ -65,13 +64,14 @@ def resources(kernel):
 
 
 if __name__ == "__main__":
-    architecture, name, batch, size, steps = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
+    architecture, dtype, name = int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3]
+    batch, size, steps = map(int, sys.argv[4:])
     with torch.device("meta"):
-        network = create_model(name, time_steps=steps, ssa_membrane="released", lif_backend="auto").half()
+        network = create_model(name, time_steps=steps, ssa_membrane="released", lif_backend="auto").to(dtype)
     for module in network.modules():
         if hasattr(module, "backend"):
             module.backend = "triton"  # set_lif_backend asks for a device
     frames = (steps,) if network.in_channels == 2 else ()  # of events
-    shape = (batch, *frames, network.in_channels, size, size)
-    for function, module, kernel in launches(architecture, network, shape):
+    x = torch.empty((batch, *frames, network.in_channels, size, size), dtype=dtype, device="meta")
+    for function, module, kernel in launches(architecture, network, x):
         print(module, function, resources(kernel), kernel.metadata.num_warps)
