@@ -203,7 +203,7 @@ class HierarchicalSpikingTransformer(nn.Module):
             from .fused import functions, gpu
 
             return gpu if x.device.type != "cpu" or functions.interpreted() else None
-        learns = self.training or torch.is_grad_enabled()
+        learns = torch.is_grad_enabled() or any(module.training for module in self.modules())
         if backends == {"auto"} and x.device.type == "cpu" and not learns:
             from .fused import cpu
 

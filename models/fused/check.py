@@ -16,7 +16,7 @@ def problem(device: str) -> str | None:
     """What is wrong on `device`, or None. Compiling the kernels takes some seconds, the first time."""
     outside = torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False)
     with outside[0], outside[1], outside[2], torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # and not those of GPUs
         return _in_double(device) or _in_half(device)
 
 
