@@ -270,6 +270,10 @@ def _check_together(config: Config) -> None:
         raise _bad(config, "batch_size", "mixup pairs the images of a batch: must be even")
     if config.compile and config.lif_backend not in ("auto", "torch"):
         raise _bad(config, "lif_backend", "does not go together with compile; use auto or torch")
+    if config.pack_spikes and (config.compile or config.residual == "ms" or config.lif_backend in ("torch", "cupy")):
+        raise _bad(
+            config, "pack_spikes", "needs lif_backend auto or triton, residual sew, and no compile; leave it out"
+        )
     if config.cuda_graphs:
         _check_cuda_graphs(config)
 

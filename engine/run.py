@@ -15,6 +15,7 @@ from timm.layers import trunc_normal_
 from torch import nn
 
 from models import create_model
+from models.neuron import triton_problem
 from models.released import identify, load_released
 
 from . import checkpoint, dist, log, published, results
@@ -111,10 +112,7 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
     if cfg.energy:
         raise UserError("--energy is for test.py")
     here = setup(cfg)
-    if cfg.cuda_graphs and (here.device.type == "cpu" or here.world_size > 1):
-        raise UserError(
-            f"--cuda-graphs needs one process on a GPU and this is {here.world_size} x {here.device.type}: leave it out"
-        )
+    _require_gpu(cfg, here)
     folder, path, state = find_run(cfg, here)
     is_ours = bool(state) and state["format"] == "qkformer"
     continues = is_ours and folder.resolve() == path.parent.resolve()
@@ -142,6 +140,21 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
     with records(cfg, here, folder, data, trainer.epoch) as run_log:
         trainer.fit(run_log, lambda is_best: save(cfg, here, folder, trainer, is_best))
     logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {folder}")
+
+
+def _require_gpu(cfg: Config, here: Dist) -> None:
+    """Raises `UserError` for training flags that need a GPU, or the Triton kernels on it, where there is none."""
+    if cfg.cuda_graphs and (here.device.type == "cpu" or here.world_size > 1):
+        raise UserError(
+            f"--cuda-graphs needs one process on a GPU and this is {here.world_size} x {here.device.type}: leave it out"
+        )
+    needs_triton = "--cuda-graphs" if cfg.cuda_graphs else "--pack-spikes" if cfg.pack_spikes else None
+    if not needs_triton or cfg.lif_backend in ("torch", "triton"):
+        return
+    if here.device.type == "cpu":
+        raise UserError(f"{needs_triton} needs the Triton kernels, and they a GPU: leave it out")
+    if problem := triton_problem():
+        raise UserError(f"{needs_triton} needs the Triton kernels, and lif_backend='triton' {problem}")
 
 
 def _announce(cfg: Config, here: Dist, trainer: Trainer, folder: Path) -> None:
@@ -173,6 +186,8 @@ def setup(cfg: Config) -> Dist:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     here = dist.setup(cfg.device)
+    if here.device.type == "cpu" and cfg.lif_backend in ("cupy", "triton") and torch.cuda.is_available():
+        raise UserError(f"--lif-backend {cfg.lif_backend} computes on a GPU, and --device is cpu: use auto or torch")
     log.setup_console(here.is_main)
     if here.device.type == "cpu" and "fp16" in (cfg.amp, cfg.eval_amp):
         logger.info("fp16 does not pay on a CPU: computing in float32 (--amp bf16 is another choice)")

@@ -196,19 +196,18 @@ class HierarchicalSpikingTransformer(nn.Module):
         """What computes this call on the fused path; None where the modules do."""
         if torch.compiler.is_compiling() or self.residual != "sew" or self.embed != "speds" or is_continued():
             return None
-        backends = {module.backend for module in self.modules() if isinstance(module, LIF)}
-        if backends <= {"auto", "triton"} and not network.covers(self, Block):
-            return None
-        if backends == {"triton"} or (backends == {"auto"} and x.is_cuda and launches("triton")):
+        backend = next(module.backend for module in self.modules() if isinstance(module, LIF))
+        if backend == "triton" or (backend == "auto" and x.is_cuda and launches("triton")):
             from .fused import functions, gpu
 
-            return gpu if x.device.type != "cpu" or functions.interpreted() else None
-        learns = torch.is_grad_enabled() or any(module.training for module in self.modules())
-        if backends == {"auto"} and x.device.type == "cpu" and not learns:
+            ops = gpu if x.device.type != "cpu" or functions.interpreted() else None
+        elif backend == "auto" and x.device.type == "cpu" and not torch.is_grad_enabled():
             from .fused import cpu
 
-            return cpu
-        return None
+            ops = None if any(module.training for module in self.modules()) else cpu
+        else:
+            ops = None
+        return ops if ops and network.covers(self, Block, backend) else None
 
     def _forward_fused(self, x: Tensor, ops: ModuleType) -> Tensor:
         if x.dim() == 4:

@@ -101,6 +101,7 @@ def test_the_saved_configuration_reads_back(recipe, tmp_path):
         ("lr: 1\nvariant: a", "", "recipe.yml: unknown key 'variant'"),
         ("lr: 1", "--compile --lif-backend triton", "lif_backend = 'triton': does not go together with compile"),
         ("lr: 1\nlif_backend: cupy", "--compile", "lif_backend = 'cupy': does not go together with compile; use auto"),
+        ("lr: 1", "--pack-spikes --lif-backend torch", "pack_spikes = True: needs lif_backend auto or triton"),
         ("lr: 1", "--compile --cuda-graphs", "cuda_graphs = True: does not go together with compile"),
         ("lr: 1", "--cuda-graphs --lif-backend cupy", "lif_backend = 'cupy': does not go together with cuda_graphs"),
         ("lr: 1", "--cuda-graphs --grad-checkpointing --drop-path 0.1", "drop_path = 0.1: cannot be drawn again"),

@@ -16,7 +16,7 @@ from torch import nn
 
 from models import create_model, neuron, set_lif_backend
 from models.attention import SpikingSelfAttention, TokenQKAttention
-from models.fused import check, common, functions, linear_lif, norm_lif, packing
+from models.fused import check, common, functions, linear_lif, norm_lif, packing, self_attention
 from models.fused.functions import Unit
 from models.fused.network import covers
 from models.fused.statistics import Norm, norm_of
@@ -295,9 +295,10 @@ def test_evaluation_of_whole_networks(name, backend):
     torch.testing.assert_close(found, theirs, rtol=0, atol=1e-12)
 
 
-def test_half_precision_follows_the_modules():
+@pytest.mark.parametrize("name", ["cifar", "released"])
+def test_half_precision_follows_the_modules(name):
     """In half precision a few spikes differ; logits stay as close as the modules' in half precision are to float64."""
-    network, x = network_of("cifar")
+    network, x = network_of(name)
     network.eval()
     set_lif_backend(network, "torch")
     with torch.no_grad():
@@ -389,9 +390,9 @@ def test_hooks_inside_see_the_modules():
 )
 def test_what_it_does_not_know_is_left_to_the_modules(change):
     network, _ = network_of("once")
-    assert covers(network, Block)
+    assert covers(network, Block, "auto")
     change(network.stages[1].blocks[0])
-    assert not covers(network, Block)
+    assert not covers(network, Block, "auto")
 
 
 def test_a_network_in_evaluation_that_learns_its_statistics():
@@ -417,6 +418,9 @@ def test_a_single_value_has_no_variance():
 def test_the_check_before_auto_takes_the_kernels(monkeypatch):
     with torch.inference_mode():
         assert check.problem(DEVICE) is None
+    dead = self_attention.forward
+    monkeypatch.setattr(self_attention, "forward", lambda s, *more: (dead(s, *more)[0] * 0, dead(s, *more)[1]))
+    assert check._in_half(DEVICE) == "gives other spikes in half precision than torch here (self attention)"
     monkeypatch.setattr(check.network.SpikingMLP, "forward", lambda self, x: self.fc2(self.fc1(x)) * 0.5)
     assert check.problem(DEVICE) == "gives other logits than torch here"
 

@@ -144,6 +144,7 @@ def test_two_ranks(tmp_path):
             ["train.py", "--lif-backend", "cupy"],
             "lif_backend='cupy' needs a CUDA device (torch sees none) and cupy-cuda13x==14.2.0",
         ),
+        (["train.py", "--pack-spikes"], "--pack-spikes needs the Triton kernels, and they a GPU: leave it out"),
         (["train.py", "--cuda-graphs"], "--cuda-graphs needs one process on a GPU and this is 1 x cpu: leave it out"),
         (["train.py", "--device", "cuda"], "torch sees no CUDA device here; use --device cpu"),
         (["train.py", "--output-dir", "/dev/null/run"], "/dev/null/run: Not a directory"),

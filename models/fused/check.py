@@ -9,13 +9,17 @@ from ..neuron import LIF
 from . import gpu, network
 
 ROUNDING = 1e-6  # largest deviation in float64, relative to the norm
-FLIPS = 0.05  # share of spikes that rounding may decide otherwise in half precision
+FLIPS = 0.01  # share of spikes that rounding may decide otherwise in half precision
 
 
 def problem(device: str) -> str | None:
     """What is wrong on `device`, or None. Compiling the kernels takes some seconds, the first time."""
-    outside = torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False)
-    with outside[0], outside[1], outside[2], torch.random.fork_rng(devices=[]):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device, enabled=False),
+        torch.random.fork_rng(devices=[]),
+    ):
         torch.default_generator.manual_seed(0)  # and not those of GPUs
         return _in_double(device) or _in_half(device)
 

@@ -25,8 +25,9 @@ def charge_gradient(grad_spike, over_threshold, grad_v):
     Args:
         grad_v: of the membrane behind the reset, which passes where there was no spike.
     """
-    sigmoid = tl.sigmoid(over_threshold * 4.0)  # alpha is 4
-    return grad_spike * (1 - sigmoid) * sigmoid * 4.0 + tl.where(over_threshold < 0, grad_v, 0.0)
+    e = tl.exp(tl.abs(over_threshold) * -4.0)  # alpha is 4; sigmoid' is e / (1 + e)^2 on either side
+    r = 1.0 / (1.0 + e)
+    return grad_spike * (4.0 * e * r * r) + tl.where(over_threshold < 0, grad_v, 0.0)
 
 
 @triton.jit

@@ -15,11 +15,9 @@ from ..embed import SPEDS
 from ..layers import DropPath, SpikingConv, SpikingMLP
 from ..neuron import ATTN_THRESHOLD, LIF, THRESHOLD
 
-KNOWN = {
-    *(SPEDS, TokenQKAttention, ChannelQKAttention, SpikingSelfAttention, SpikingMLP, SpikingConv, DropPath),
-    *(nn.Conv1d, nn.Conv2d, nn.MaxPool2d, nn.Identity, nn.Linear, nn.Sequential, nn.ModuleList),
-}
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+ATTENTIONS = {TokenQKAttention, ChannelQKAttention, SpikingSelfAttention}
+KNOWN = {SPEDS, SpikingMLP, DropPath}
+KNOWN |= {nn.Conv1d, nn.Conv2d, nn.MaxPool2d, nn.Identity, nn.Linear, nn.Sequential, nn.ModuleList}
 
 
 class Run(NamedTuple):
@@ -30,26 +28,35 @@ class Run(NamedTuple):
     pack: bool = False  # keep spikes for the backward pass packed
 
 
-def covers(model: nn.Module, block: type[nn.Module]) -> bool:
-    """Whether the fused path computes what the modules would: all are this project's, as built, and without hooks.
+def covers(model: nn.Module, block: type[nn.Module], backend: str) -> bool:
+    """Whether the fused path computes what the modules would: all are as this project builds them, and without hooks.
 
     Args:
         model: of SPEDS and blocks of the type `block`.
+        backend: of all its neurons.
     """
-    inner = [(name, module) for name, module in model.named_modules() if module is not model]
-    in_training = {module.training for _, module in inner if isinstance(module, _BatchNorm)}
-    return len(in_training) == 1 and all(
-        (type(module) is block or _is_known(name, module)) and not any(getattr(module, hooks) for hooks in HOOKS)
-        for name, module in inner
-    )
-
-
-def _is_known(name: str, module: nn.Module) -> bool:
-    if isinstance(module, _BatchNorm):
-        return module.momentum is not None  # else its statistics are the mean of all batches
-    if type(module) is LIF:
-        return module.threshold == (ATTN_THRESHOLD if name.endswith("attn_lif") else THRESHOLD)
-    return type(module) in KNOWN
+    in_training = set()
+    for module in model.modules():
+        kind = type(module)
+        if module is model:
+            continue
+        if isinstance(module, _BatchNorm):
+            in_training.add(module.training)
+            is_known = module.momentum is not None  # else its statistics are the mean of all batches
+        elif kind is LIF:
+            is_known = module.backend == backend
+        elif kind is SpikingConv:
+            is_known = module.lif.threshold == THRESHOLD
+        elif kind in ATTENTIONS:
+            is_known = module.attn_lif.threshold == ATTN_THRESHOLD
+        else:
+            is_known = kind in KNOWN or kind is block
+        hooks = (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+        if hooks or not is_known:
+            return False
+    return len(in_training) == 1
 
 
 def forward(m: nn.Module, x: Tensor, run: Run) -> Tensor:

@@ -17,10 +17,10 @@ def _forward_kernel(
     y, norm, out, index, rows, H, W, HO, WO, C, INDEX: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
+    r = tl.program_id(0) * BR + tl.arange(0, BR)[:, None]  # divisions of 64 bits would cost more than the memory
     c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
     inside = (r < rows) & (c < C)
-    n, ho, wo = r // (HO * WO), r // WO % HO, r % WO
+    n, ho, wo = (r // (HO * WO)).to(tl.int64), r // WO % HO, r % WO
     gamma = tl.load(norm + 2 * C + c, c < C, 0.0).to(ACC)
     sign = tl.where(gamma > 0, 1.0, tl.where(gamma < 0, -1.0, 0.0)).to(ACC)
     best = tl.full((BR, BC), float("-inf"), ACC)
@@ -35,9 +35,9 @@ def _forward_kernel(
         best = tl.where(better, x * sign, best)
         value = tl.where(better, x, value)
         which = tl.where(better, k, which)
-    tl.store(out + r * C + c, value, inside)
+    tl.store(out + r.to(tl.int64) * C + c, value, inside)
     if INDEX:
-        tl.store(index + r * C + c, which.to(tl.int8), inside)
+        tl.store(index + r.to(tl.int64) * C + c, which.to(tl.int8), inside)
 
 
 @triton.jit(do_not_specialize=["rows", "M"])
@@ -45,10 +45,10 @@ def _backward_kernel(
     y, norm, index, grad_u, total, grad, rows, H, W, HO, WO, C, M, CENTRE: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
+    r = tl.program_id(0) * BR + tl.arange(0, BR)[:, None]  # divisions of 64 bits would cost more than the memory
     c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
     inside = (r < rows) & (c < C)
-    n, h, w = r // (H * W), r // W % H, r % W
+    n, h, w = (r // (H * W)).to(tl.int64), r // W % H, r % W
     mean, rstd, gamma, _ = load_norm(norm, c, C, ACC)
     g = tl.zeros((BR, BC), ACC)
     for k in tl.static_range(4):  # an odd row or column lies in two windows
@@ -60,11 +60,11 @@ def _backward_kernel(
         won = tl.load(index + at, there, -1) == place
         g += tl.where(won, tl.load(grad_u + at, there, 0.0).to(ACC), 0.0)
     if CENTRE:
-        x = (tl.load(y + r * C + c, inside, 0.0).to(ACC) - mean) * rstd
+        x = (tl.load(y + r.to(tl.int64) * C + c, inside, 0.0).to(ACC) - mean) * rstd
         mean_g = tl.load(total + c, c < C, 0.0).to(ACC) / M.to(ACC)
         mean_gx = tl.load(total + C + c, c < C, 0.0).to(ACC) / M.to(ACC)
         g = g - mean_g - x * mean_gx
-    tl.store(grad + r * C + c, g * (rstd * gamma), inside)
+    tl.store(grad + r.to(tl.int64) * C + c, g * (rstd * gamma), inside)
 
 
 def forward(y: Tensor, norm: Tensor, index: bool) -> tuple[Tensor, Tensor | None]:

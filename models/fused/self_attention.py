@@ -33,14 +33,15 @@ def _dot(a, b, ACC: tl.constexpr):
 def _kv_kernel(
     s, kv, C, N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    head = tl.program_id(0)
+    frame = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
     d = tl.arange(0, BD)
-    k = s + tl.program_id(1).to(tl.int64) * N * 3 * C + C + head * D
+    k = s + frame * N * 3 * C + C + head * D
     total = tl.zeros((BD, BD), ACC)
     for first in range(0, N, BN):
         row = first + tl.arange(0, BN)
         total += _dot(tl.trans(_load(k, row, N, 3 * C, d, D)), _load(k + C, row, N, 3 * C, d, D), ACC)
-    out = kv + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + head) * D * D
+    out = kv + (frame * tl.num_programs(1) + head) * D * D
     _store(out, total, d, D, D, d, D)
 
 
@@ -49,12 +50,12 @@ def _forward_kernel(
     s, kv, out, B, C, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, T: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.program_id(2) * BN + tl.arange(0, BN)
     head = tl.program_id(1)
     d = tl.arange(0, BD)
     v = tl.zeros((BN, BD), ACC)
     for t in tl.static_range(T):
-        frame = t * B + tl.program_id(2).to(tl.int64)
+        frame = t * B + tl.program_id(0).to(tl.int64)
         q = _load(s + frame * N * 3 * C + head * D, row, N, 3 * C, d, D)
         read = _load(kv + (frame * tl.num_programs(1) + head) * D * D, d, D, D, d, D)
         h = charge(_dot(q, read.to(q.dtype), ACC) * SCALE, v)
@@ -69,13 +70,13 @@ def _query_gradient_kernel(
     N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the query to `grad` [T,B,N,3C], and of q (k^T v) to `grad_u` [T,B,N,C]."""
-    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.program_id(2) * BN + tl.arange(0, BN)
     head = tl.program_id(1)
     d = tl.arange(0, BD)
     v = tl.zeros((BN, BD), ACC)
     charges = ()
     for t in tl.static_range(T):
-        frame = t * B + tl.program_id(2).to(tl.int64)
+        frame = t * B + tl.program_id(0).to(tl.int64)
         q = _load(s + frame * N * 3 * C + head * D, row, N, 3 * C, d, D)
         read = _load(kv + (frame * tl.num_programs(1) + head) * D * D, d, D, D, d, D)
         h = charge(_dot(q, read.to(q.dtype), ACC) * SCALE, v)
@@ -83,7 +84,7 @@ def _query_gradient_kernel(
         charges = charges + (h,)
     grad_v = tl.zeros((BN, BD), ACC)
     for back in tl.static_range(T):
-        frame = (T - 1 - back) * B + tl.program_id(2).to(tl.int64)
+        frame = (T - 1 - back) * B + tl.program_id(0).to(tl.int64)
         g = _load(grad_out + frame * N * C + head * D, row, N, C, d, D)
         grad_v = charge_gradient(g.to(ACC), charges[T - 1 - back] - THRESHOLD, grad_v) * 0.5
         of_read = (grad_v * SCALE).to(g.dtype)
@@ -98,8 +99,8 @@ def _key_value_gradient_kernel(
     s, grad_u, grad, C, N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """Gradients of key and value to `grad`, from that of q (k^T v)."""
-    head = tl.program_id(0)
-    frame = tl.program_id(1).to(tl.int64)
+    frame = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
     d = tl.arange(0, BD)
     q = s + frame * N * 3 * C + head * D
     g = grad_u + frame * N * C + head * D
@@ -131,8 +132,8 @@ def forward(s: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
     kv = s.new_empty((steps * batch, heads, blocks["D"], blocks["D"]))
     out = s.new_empty((steps, batch, tokens, channels))
     acc = accumulator(s)[1]
-    _kv_kernel[heads, steps * batch](s, kv, channels, **blocks, ACC=acc)
-    _forward_kernel[triton.cdiv(tokens, blocks["BN"]), heads, batch](
+    _kv_kernel[steps * batch, heads](s, kv, channels, **blocks, ACC=acc)
+    _forward_kernel[batch, heads, triton.cdiv(tokens, blocks["BN"])](
         s, kv, out, batch, channels, scale, ATTN_THRESHOLD, steps, **blocks, ACC=acc
     )
     return out, kv
@@ -144,8 +145,8 @@ def backward(s: Tensor, kv: Tensor, grad_out: Tensor, scale: float) -> Tensor:
     heads = kv.shape[1]
     blocks, acc = _blocks(s, heads), accumulator(s)[1]
     grad, grad_u = torch.empty_like(s), torch.empty_like(grad_out)
-    _query_gradient_kernel[triton.cdiv(tokens, blocks["BN"]), heads, batch](
+    _query_gradient_kernel[batch, heads, triton.cdiv(tokens, blocks["BN"])](
         s, kv, grad_out, grad, grad_u, batch, channels, scale, ATTN_THRESHOLD, steps, **blocks, ACC=acc
     )
-    _key_value_gradient_kernel[heads, steps * batch](s, grad_u, grad, channels, **blocks, ACC=acc)
+    _key_value_gradient_kernel[steps * batch, heads](s, grad_u, grad, channels, **blocks, ACC=acc)
     return grad

@@ -99,7 +99,7 @@ def _backward_kernel(
             grad_mask = tl.sum(tl.where(h_k >= THRESHOLD, g, 0.0), 2, keep_dims=True)
             grad_va = charge_gradient(grad_mask, h_a - ATTN, grad_va) * 0.5
             grad_vk = charge_gradient(tl.where(h_a >= ATTN, g, 0.0), h_k - THRESHOLD, grad_vk) * 0.5
-            grad_vq = charge_gradient(tl.where(inside, grad_va, 0.0), h_q - THRESHOLD, grad_vq) * 0.5
+            grad_vq = charge_gradient(grad_va, h_q - THRESHOLD, grad_vq) * 0.5
             at = 2 * (T - 1 - back) * size + r * (2 * C) + c
             x_q = (tl.load(y + at, inside, 0.0).to(ACC) - mean_q) * rstd_q
             x_k = (tl.load(y + at + C, inside, 0.0).to(ACC) - mean_k) * rstd_k
