@@ -31,7 +31,7 @@ from .common import network, random_batch, release, stopwatch
 
 MOVED = {"eval": (1, 0, 1), "train": (3, 8, 3)}  # how often I, O and S are moved
 COUNTED = 2  # samples, because BatchNorm may refuse one
-REPEATS = 5  # of a measured rate, of which the best is taken
+REPEATS = 20  # of a measured rate, of which the best is taken: others may use the machine, too
 GEMM_SIZE, COPY_BYTES, CALLS = {"cpu": 1024, "cuda": 8192}, {"cpu": 2**27, "cuda": 2**32}, {"cpu": 1, "cuda": 10}
 
 
