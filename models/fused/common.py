@@ -19,6 +19,12 @@ def charge(u, v):
 
 
 @triton.jit
+def reset(h, THRESHOLD: tl.constexpr):
+    """The membrane after the spike, from the charged one."""
+    return tl.where(h >= THRESHOLD, 0.0, h)
+
+
+@triton.jit
 def charge_gradient(grad_spike, over_threshold, grad_v):
     """Gradient of the charged membrane; half of it goes to the current, half to the membrane of the step before.
 
@@ -32,12 +38,18 @@ def charge_gradient(grad_spike, over_threshold, grad_v):
 
 @triton.jit
 def load_norm(norm, c, C, ACC: tl.constexpr):
-    """Mean, 1 / standard deviation, gamma and beta of channels c from `norm` [4,C]."""
+    """A tuple: mean, 1 / standard deviation, gamma and beta of channels c from `norm` [4,C]."""
     inside = c < C
     mean = tl.load(norm + c, inside, 0.0).to(ACC)
     rstd = tl.load(norm + C + c, inside, 0.0).to(ACC)
     gamma = tl.load(norm + 2 * C + c, inside, 0.0).to(ACC)
     return mean, rstd, gamma, tl.load(norm + 3 * C + c, inside, 0.0).to(ACC)
+
+
+@triton.jit
+def normalised(y, norm):
+    """What BatchNorm makes of y, with the tuple of `load_norm`."""
+    return (y - norm[0]) * (norm[1] * norm[2]) + norm[3]
 
 
 def accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, charge, load_norm
+from .common import accumulator, charge, load_norm, normalised, reset
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -26,9 +26,8 @@ def _kernel(
             row = tl.load(x + (t * R.to(tl.int64) + r) * K + here[None, :], (r < R) & (here[None, :] < K), 0.0)
             column = tl.load(weight + c * K + here[:, None], (c < C) & (here[:, None] < K), 0.0)
             y = tl.dot(row, column, y, input_precision="ieee", out_dtype=ACC)
-        mean, rstd, gamma, beta = load_norm(norm, c, C, ACC)  # in each step: as many registers as the sums would keep
-        h = charge((y - mean) * (rstd * gamma) + beta, v)
-        v = tl.where(h >= THRESHOLD, 0.0, h)
+        h = charge(normalised(y, load_norm(norm, c, C, ACC)), v)  # kept over the steps it would take all registers
+        v = reset(h, THRESHOLD)
         s = tl.where(h >= THRESHOLD, 1.0, 0.0)
         if ADD:
             s += tl.load(add + t * size + r * C + c, inside, 0.0).to(ACC)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import CHUNK, accumulator, charge, charge_gradient, load_norm, per_thread, tiling
+from .common import CHUNK, accumulator, charge, charge_gradient, load_norm, normalised, per_thread, reset, tiling
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -27,7 +27,7 @@ def _forward_kernel(
     at = r * C + c
     size = R.to(tl.int64) * C  # of a step
     if NORM:
-        mean, rstd, gamma, beta = load_norm(norm, c, C, ACC)
+        bn = load_norm(norm, c, C, ACC)
     v = tl.zeros((BR, BC), ACC)
     for first in range(0, T, CHUNK):
         if KEEP:
@@ -37,9 +37,9 @@ def _forward_kernel(
             here = inside & (t < T)
             u = tl.load(y + at + (0 if STATIC else t * size), here, 0.0).to(ACC)
             if NORM:
-                u = (u - mean) * (rstd * gamma) + beta
+                u = normalised(u, bn)
             h = charge(u, v)
-            v = tl.where(h >= THRESHOLD, 0.0, h)
+            v = reset(h, THRESHOLD)
             s = tl.where(h >= THRESHOLD, 1.0, 0.0)
             if ADD:
                 s += tl.load(add + at + t * size, here, 0.0).to(ACC)
@@ -63,7 +63,7 @@ def _backward_kernel(
     sum_g = tl.zeros((BR, BC), ACC)
     sum_gx = tl.zeros((BR, BC), ACC)
     if NORM:
-        mean, rstd, gamma, beta = load_norm(norm, c, C, ACC)
+        bn = load_norm(norm, c, C, ACC)
     if CENTRE:
         mean_g = tl.load(total + c, c < C, 0.0).to(ACC) / M.to(ACC)
         mean_gx = tl.load(total + C + c, c < C, 0.0).to(ACC) / M.to(ACC)
@@ -83,9 +83,9 @@ def _backward_kernel(
                 t = first + step
                 u = tl.load(y + at + (0 if STATIC else t * size), inside & (t < T), 0.0).to(ACC)
                 if NORM:
-                    u = (u - mean) * (rstd * gamma) + beta
+                    u = normalised(u, bn)
                 h = charge(u, v)
-                v = tl.where(h >= THRESHOLD, 0.0, h)
+                v = reset(h, THRESHOLD)
                 charges = charges + (h,)
             for step in tl.static_range(CHUNK):
                 t = first + CHUNK - 1 - step
@@ -97,27 +97,27 @@ def _backward_kernel(
                     grad_static += g
                 else:
                     if SUMS or GRAD_Y:
-                        x = (tl.load(y + at + t * size, here, 0.0).to(ACC) - mean) * rstd
+                        x = (tl.load(y + at + t * size, here, 0.0).to(ACC) - bn[0]) * bn[1]
                     if SUMS:
                         sum_g += g
                         sum_gx += g * x
                     if CENTRE:
                         g = g - mean_g - x * mean_gx
                     if GRAD_Y:
-                        g = g * (rstd * gamma)
+                        g = g * (bn[1] * bn[2])
                     if GRAD_U or GRAD_Y:
                         tl.store(grad + at + t * size, g, here)
         if STATIC:
             g = grad_static
             if SUMS or GRAD_Y:
-                x = (tl.load(y + at, inside, 0.0).to(ACC) - mean) * rstd
+                x = (tl.load(y + at, inside, 0.0).to(ACC) - bn[0]) * bn[1]
             if SUMS:
                 sum_g += g
                 sum_gx += g * x
             if CENTRE:
                 g = g - mean_g - x * mean_gx
             if GRAD_Y:
-                g = g * (rstd * gamma)
+                g = g * (bn[1] * bn[2])
             if GRAD_U or GRAD_Y:
                 tl.store(grad + at, g, inside)
     if SUMS:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..neuron import ATTN_THRESHOLD
-from .common import accumulator, charge, charge_gradient
+from .common import accumulator, charge, charge_gradient, reset
 
 
 @triton.jit
@@ -27,6 +27,14 @@ def _store(x, value, row, N, stride, d, D: tl.constexpr):
 @triton.jit
 def _dot(a, b, ACC: tl.constexpr):
     return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
+def _charge(s, kv, frame, head, row, d, v, C, SCALE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr):
+    """The charged membrane that reads q (k^T v) of a head, from membrane v."""
+    q = _load(s + frame * N * 3 * C + head * D, row, N, 3 * C, d, D)
+    read = _load(kv + (frame * tl.num_programs(1) + head) * D * D, d, D, D, d, D)
+    return charge(_dot(q, read.to(q.dtype), ACC) * SCALE, v)
 
 
 @triton.jit
@@ -56,10 +64,8 @@ def _forward_kernel(
     v = tl.zeros((BN, BD), ACC)
     for t in tl.static_range(T):
         frame = t * B + tl.program_id(0).to(tl.int64)
-        q = _load(s + frame * N * 3 * C + head * D, row, N, 3 * C, d, D)
-        read = _load(kv + (frame * tl.num_programs(1) + head) * D * D, d, D, D, d, D)
-        h = charge(_dot(q, read.to(q.dtype), ACC) * SCALE, v)
-        v = tl.where(h >= THRESHOLD, 0.0, h)
+        h = _charge(s, kv, frame, head, row, d, v, C, SCALE, N, D, ACC)
+        v = reset(h, THRESHOLD)
         spikes = tl.where(h >= THRESHOLD, 1.0, 0.0)
         _store(out + frame * N * C + head * D, spikes, row, N, C, d, D)
 
@@ -77,10 +83,8 @@ def _query_gradient_kernel(
     charges = ()
     for t in tl.static_range(T):
         frame = t * B + tl.program_id(0).to(tl.int64)
-        q = _load(s + frame * N * 3 * C + head * D, row, N, 3 * C, d, D)
-        read = _load(kv + (frame * tl.num_programs(1) + head) * D * D, d, D, D, d, D)
-        h = charge(_dot(q, read.to(q.dtype), ACC) * SCALE, v)
-        v = tl.where(h >= THRESHOLD, 0.0, h)
+        h = _charge(s, kv, frame, head, row, d, v, C, SCALE, N, D, ACC)
+        v = reset(h, THRESHOLD)
         charges = charges + (h,)
     grad_v = tl.zeros((BN, BD), ACC)
     for back in tl.static_range(T):

@@ -10,7 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..neuron import ATTN_THRESHOLD, THRESHOLD
-from .common import accumulator, charge, charge_gradient, load_norm, per_thread, tiles_for, warps_for
+from .common import accumulator, charge, charge_gradient, load_norm, normalised, per_thread, reset, tiles_for, warps_for
+
+
+@triton.jit
+def _charges(at, C, inside, norm_q, norm_k, v_q, v_k, v_a, THRESHOLD: tl.constexpr, ACC: tl.constexpr):
+    """The charged membranes of query, key and head at a step."""
+    h_q = charge(normalised(tl.load(at, inside, 0.0).to(ACC), norm_q), v_q)
+    h_k = charge(normalised(tl.load(at + C, inside, 0.0).to(ACC), norm_k), v_k)
+    fired = tl.where(inside & (h_q >= THRESHOLD), 1.0, 0.0).to(ACC)
+    return h_q, h_k, charge(tl.sum(fired, 2, keep_dims=True), v_a)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -24,23 +33,18 @@ def _forward_kernel(
     c = head * D + d
     there = (head < HEADS) & (d < D)
     inside = (r < R) & there
-    mean_q, rstd_q, gamma_q, beta_q = load_norm(norm, c, 2 * C, ACC)
-    mean_k, rstd_k, gamma_k, beta_k = load_norm(norm, c + C, 2 * C, ACC)
+    norm_q = load_norm(norm, c, 2 * C, ACC)
+    norm_k = load_norm(norm, c + C, 2 * C, ACC)
     size = R.to(tl.int64) * C
     v_q = tl.zeros((BR, BH, BD), ACC)
     v_k = tl.zeros((BR, BH, BD), ACC)
     v_a = tl.zeros((BR, BH, 1), ACC)
     for t in tl.static_range(T):
         at = y + 2 * t * size + r * (2 * C) + c
-        u_q = (tl.load(at, inside, 0.0).to(ACC) - mean_q) * (rstd_q * gamma_q) + beta_q
-        u_k = (tl.load(at + C, inside, 0.0).to(ACC) - mean_k) * (rstd_k * gamma_k) + beta_k
-        h_q = charge(u_q, v_q)
-        h_k = charge(u_k, v_k)
-        v_q = tl.where(h_q >= THRESHOLD, 0.0, h_q)
-        v_k = tl.where(h_k >= THRESHOLD, 0.0, h_k)
-        fired = tl.where(inside & (h_q >= THRESHOLD), 1.0, 0.0).to(ACC)
-        h_a = charge(tl.sum(fired, 2, keep_dims=True), v_a)
-        v_a = tl.where(h_a >= ATTN, 0.0, h_a)
+        h_q, h_k, h_a = _charges(at, C, inside, norm_q, norm_k, v_q, v_k, v_a, THRESHOLD, ACC)
+        v_q = reset(h_q, THRESHOLD)
+        v_k = reset(h_k, THRESHOLD)
+        v_a = reset(h_a, ATTN)
         passes = (h_a >= ATTN) & (h_k >= THRESHOLD)
         tl.store(out + t * size + r * C + c, tl.where(passes, 1.0, 0.0), inside)
 
@@ -57,8 +61,8 @@ def _backward_kernel(
     d = tl.arange(0, BD)[None, None, :]
     c = head * D + d
     there = (head < HEADS) & (d < D)
-    mean_q, rstd_q, gamma_q, beta_q = load_norm(norm, c, 2 * C, ACC)
-    mean_k, rstd_k, gamma_k, beta_k = load_norm(norm, c + C, 2 * C, ACC)
+    norm_q = load_norm(norm, c, 2 * C, ACC)
+    norm_k = load_norm(norm, c + C, 2 * C, ACC)
     size = R.to(tl.int64) * C
     sum_q = tl.zeros((BR, BH, BD), ACC)
     sum_qx = tl.zeros((BR, BH, BD), ACC)
@@ -78,15 +82,10 @@ def _backward_kernel(
         charges = ()
         for t in tl.static_range(T):
             at = y + 2 * t * size + r * (2 * C) + c
-            u_q = (tl.load(at, inside, 0.0).to(ACC) - mean_q) * (rstd_q * gamma_q) + beta_q
-            u_k = (tl.load(at + C, inside, 0.0).to(ACC) - mean_k) * (rstd_k * gamma_k) + beta_k
-            h_q = charge(u_q, v_q)
-            h_k = charge(u_k, v_k)
-            v_q = tl.where(h_q >= THRESHOLD, 0.0, h_q)
-            v_k = tl.where(h_k >= THRESHOLD, 0.0, h_k)
-            fired = tl.where(inside & (h_q >= THRESHOLD), 1.0, 0.0).to(ACC)
-            h_a = charge(tl.sum(fired, 2, keep_dims=True), v_a)
-            v_a = tl.where(h_a >= ATTN, 0.0, h_a)
+            h_q, h_k, h_a = _charges(at, C, inside, norm_q, norm_k, v_q, v_k, v_a, THRESHOLD, ACC)
+            v_q = reset(h_q, THRESHOLD)
+            v_k = reset(h_k, THRESHOLD)
+            v_a = reset(h_a, ATTN)
             charges = charges + (h_q, h_k, h_a)
         grad_vq = tl.zeros((BR, BH, BD), ACC)
         grad_vk = tl.zeros((BR, BH, BD), ACC)
@@ -101,8 +100,8 @@ def _backward_kernel(
             grad_vk = charge_gradient(tl.where(h_a >= ATTN, g, 0.0), h_k - THRESHOLD, grad_vk) * 0.5
             grad_vq = charge_gradient(grad_va, h_q - THRESHOLD, grad_vq) * 0.5
             at = 2 * (T - 1 - back) * size + r * (2 * C) + c
-            x_q = (tl.load(y + at, inside, 0.0).to(ACC) - mean_q) * rstd_q
-            x_k = (tl.load(y + at + C, inside, 0.0).to(ACC) - mean_k) * rstd_k
+            x_q = (tl.load(y + at, inside, 0.0).to(ACC) - norm_q[0]) * norm_q[1]
+            x_k = (tl.load(y + at + C, inside, 0.0).to(ACC) - norm_k[0]) * norm_k[1]
             if SUMS:
                 sum_q += grad_vq
                 sum_k += grad_vk
@@ -114,8 +113,8 @@ def _backward_kernel(
                 if CENTRE:
                     g_q = g_q - mean_gq - x_q * mean_gqx
                     g_k = g_k - mean_gk - x_k * mean_gkx
-                tl.store(grad + at, g_q * (rstd_q * gamma_q), inside)
-                tl.store(grad + at + C, g_k * (rstd_k * gamma_k), inside)
+                tl.store(grad + at, g_q * (norm_q[1] * norm_q[2]), inside)
+                tl.store(grad + at + C, g_k * (norm_k[1] * norm_k[2]), inside)
     if SUMS:
         out = partial + program * 4 * C + c
         tl.store(out, tl.sum(sum_q, 0, keep_dims=True), there)
