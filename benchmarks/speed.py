@@ -204,10 +204,13 @@ def all_sides(model: str, mode: str, device: torch.device) -> dict[str, Side | F
         "spikingjelly2": Foreign(precision=False),
         "spikingjelly2-policy": Foreign(precision=True),
         "ours": Side("triton" if is_cuda else "auto"),
-        "ours-packed": Side("triton", lambda model: model.set_spike_packing(True), modes=train),
-        "ours-checkpointing": Side("triton", lambda model: model.set_grad_checkpointing(True), modes=train),
-        "ours-graphs": Side("triton", graph=True, modes=train),  # last, for a graph's memory is never given back
     }
+    if is_cuda:
+        sides |= {
+            "ours-packed": Side("triton", lambda model: model.set_spike_packing(True), modes=train),
+            "ours-checkpointing": Side("triton", lambda model: model.set_grad_checkpointing(True), modes=train),
+            "ours-graphs": Side("triton", graph=True, modes=train),  # last, for a graph's memory is never given back
+        }
     return {
         name: side
         for name, side in sides.items()
