@@ -408,6 +408,20 @@ def test_a_network_in_evaluation_that_learns_its_statistics():
     assert network.stages[0].embed.units[0].bn.num_batches_tracked == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_the_kernels_are_refused(monkeypatch):
+    monkeypatch.setattr(functions, "interpreted", lambda: False)
+    monkeypatch.setattr(neuron, "triton_problem", neuron.triton_problem.__wrapped__)
+    with pytest.raises(ValueError, match="lif_backend='triton' needs a CUDA device"):
+        create_model("qkformer_3_64", lif_backend="triton")
+    network, x = network_of("once")
+    for module in network.modules():
+        if isinstance(module, neuron.LIF):
+            module.backend = "triton"
+    with pytest.raises(ValueError, match="lif_backend='triton' needs its input on a CUDA device, got cpu"):
+        network(x)
+
+
 def test_a_single_value_has_no_variance():
     unit = lively(SpikingConv(3, 4)).train()
     with pytest.raises(ValueError, match="more than 1 value per channel"):
