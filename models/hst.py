@@ -4,11 +4,9 @@ Shapes: T time steps, B batch, C channels, H height, W width.
 """
 
 import difflib
-import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import timm
@@ -18,9 +16,9 @@ from torch import Tensor, nn
 
 from .attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from .embed import SPEDS, SPS
-from .fused import network
+from .fused import network as fused
 from .layers import DropPath, SpikingMLP, checkpointed
-from .neuron import LIF, continued, is_continued, launches, set_lif_backend
+from .neuron import LIF, continued, set_lif_backend
 
 ATTENTIONS = {"token": TokenQKAttention, "channel": ChannelQKAttention, "self": SpikingSelfAttention}
 
@@ -181,8 +179,8 @@ class HierarchicalSpikingTransformer(nn.Module):
                 f"input of shape {tuple(x.shape)}: expected images [B,{self.in_channels},H,W] "
                 f"or event frames [B,T,{self.in_channels},H,W]"
             )
-        if ops := self._fused_ops(x):
-            return self._forward_fused(x, ops)
+        if (ops := fused.ops_for(self, Block, x)) is not None:
+            return fused.forward_features(self, x, ops)
         if x.dim() == 4:
             x = x.expand(self.time_steps, *x.shape)  # [T,B,C,H,W]
         else:
@@ -191,37 +189,6 @@ class HierarchicalSpikingTransformer(nn.Module):
             for module in (stage.embed, *stage.blocks):
                 x = checkpointed(module, x) if self.grad_checkpointing and self.training else module(x)
         return x
-
-    def _fused_ops(self, x: Tensor) -> ModuleType | None:
-        """What computes this call on the fused path; None where the modules do."""
-        if torch.compiler.is_compiling() or self.residual != "sew" or self.embed != "speds" or is_continued():
-            return None
-        backend = next(module.backend for module in self.modules() if isinstance(module, LIF))
-        if backend == "triton" or (backend == "auto" and x.is_cuda and launches("triton")):
-            from .fused import functions, gpu
-
-            ops = gpu if x.device.type != "cpu" or functions.interpreted() else None
-        elif backend == "auto" and x.device.type == "cpu" and not torch.is_grad_enabled():
-            from .fused import cpu
-
-            ops = None if any(module.training for module in self.modules()) else cpu
-        else:
-            ops = None
-        return ops if ops and network.covers(self, Block, backend) else None
-
-    def _forward_fused(self, x: Tensor, ops: ModuleType) -> Tensor:
-        if x.dim() == 4:
-            x, steps = x[None], self.time_steps  # [1,B,C,H,W]
-        else:
-            x, steps = x.transpose(0, 1), x.shape[1]  # [T,B,C,H,W]
-        x = x.permute(0, 1, 3, 4, 2).contiguous()  # [T,B,H,W,C]
-        run = network.Run(steps, ops, self.spike_packing and self.training)
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            for stage in self.stages:
-                for module in (stage.embed, *stage.blocks):
-                    forward = functools.partial(network.forward, module, run=run)
-                    x = checkpointed(module, x, forward) if self.grad_checkpointing and self.training else forward(x)
-        return x.permute(0, 1, 4, 2, 3)
 
     def forward_head(self, x: Tensor) -> Tensor:
         """[T,B,C,H,W] to logits [B,num_classes]."""

@@ -4,16 +4,18 @@ Activations are channels-last, [T,B,H,W,C], so that a 1x1 convolution is a matri
 [1,B,H,W,C]. `gpu` and `cpu` are the two ways to compute a unit and an attention.
 """
 
+import functools
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from ..embed import SPEDS
-from ..layers import DropPath, SpikingConv, SpikingMLP
-from ..neuron import ATTN_THRESHOLD, LIF, THRESHOLD
+from ..layers import DropPath, SpikingConv, SpikingMLP, checkpointed
+from ..neuron import ATTN_THRESHOLD, LIF, THRESHOLD, is_continued, launches
 
 ATTENTIONS = {TokenQKAttention, ChannelQKAttention, SpikingSelfAttention}
 KNOWN = {SPEDS, SpikingMLP, DropPath}
@@ -26,6 +28,39 @@ class Run(NamedTuple):
     steps: int  # T
     ops: ModuleType  # `gpu` or `cpu`
     pack: bool = False  # keep spikes for the backward pass packed
+
+
+def ops_for(model: nn.Module, block: type[nn.Module], x: Tensor) -> ModuleType | None:
+    """`gpu` or `cpu` if that computes what `model`, of blocks of the type `block`, makes of x; None: the modules do."""
+    if torch.compiler.is_compiling() or model.residual != "sew" or model.embed != "speds" or is_continued():
+        return None
+    ops, backend = None, next(module.backend for module in model.modules() if isinstance(module, LIF))
+    if backend == "triton" or (backend == "auto" and x.is_cuda and launches("triton")):
+        from . import functions, gpu  # which import Triton
+
+        ops = gpu if x.device.type != "cpu" or functions.interpreted() else None
+    elif backend == "auto" and x.device.type == "cpu" and not torch.is_grad_enabled():
+        from . import cpu
+
+        ops = None if any(module.training for module in model.modules()) else cpu
+    return ops if ops and covers(model, block, backend) else None
+
+
+def forward_features(model: nn.Module, x: Tensor, ops: ModuleType) -> Tensor:
+    """That of `HierarchicalSpikingTransformer`: [B,C,H,W] or [B,T,C,H,W] to [T,B,C,H,W]."""
+    if x.dim() == 4:
+        x, steps = x[None], model.time_steps  # [1,B,C,H,W]
+    else:
+        x, steps = x.transpose(0, 1), x.shape[1]  # [T,B,C,H,W]
+    x = x.permute(0, 1, 3, 4, 2).contiguous()  # [T,B,H,W,C]
+    run = Run(steps, ops, model.spike_packing and model.training)
+    recomputes = model.grad_checkpointing and model.training
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        for stage in model.stages:
+            for module in (stage.embed, *stage.blocks):
+                compute = functools.partial(forward, module, run=run)
+                x = checkpointed(module, x, compute) if recomputes else compute(x)
+    return x.permute(0, 1, 4, 2, 3)
 
 
 def covers(model: nn.Module, block: type[nn.Module], backend: str) -> bool:
