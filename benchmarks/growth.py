@@ -194,7 +194,7 @@ def run(argv: Sequence[str]) -> None:
     ours.add_argument("--output", type=Path, default=RESULTS, help=f"folder to write to ({RESULTS})")
     args = ours.parse_args(argv)
     device = choose(args.device)
-    points = todo(args, device)
+    points = chosen(args, device)
     here = machine("growth", PACKAGES, device)
     rows = []
     for at in points:
@@ -216,7 +216,7 @@ def latest(runs: Sequence[dict]) -> list[dict]:
     return list({(row["axis"], row["size"], row["mode"], row["side"]): row for row in rows}.values())
 
 
-def todo(args: argparse.Namespace, device: torch.device) -> list[Point]:
+def chosen(args: argparse.Namespace, device: torch.device) -> list[Point]:
     """The points that the flags ask for, which are completed; raises `UserError` for sizes that cannot be."""
     own = SIZES[device.type]
     args.model = args.model or own["model"]

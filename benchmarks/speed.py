@@ -18,12 +18,9 @@ Results are appended to speed-DATE-DEVICE.json, with a picture beside it: parts 
 """
 
 import argparse
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -31,17 +28,14 @@ from tabulate import tabulate
 from torch import nn
 
 from analysis.common import main, parser, positive
-from engine.config import Config, load
+from engine.config import load
 from engine.errors import UserError
-from models import LIF
 
 from . import roofline
 from .common import (
     RESULTS,
     ROOT,
     STEPS,
-    Step,
-    Timed,
     Turns,
     choose,
     eval_step,
@@ -53,10 +47,10 @@ from .common import (
     result_path,
     runs_in,
     save_picture,
-    spread,
     write,
 )
-from .spikingjelly2 import Remote
+from .gates import verdicts
+from .sides import COMPILED, Case, all_sides
 
 CONFIGURATIONS = {  # model -> recipe, batch size
     "qkformer_10_384": ("imagenet/qkformer_10_384.yml", 128),
@@ -76,146 +70,6 @@ NOTES = {
     "convolution for q, k and v, no leak over the batch; and weights of its own",
     "spikingjelly2-policy": "the same network, neurons stored in half precision and run on Triton",
 }
-
-
-class Gate(NamedTuple):
-    """What this project aims at on an H200 in half precision: by how much a side is better than another.
-
-    `what` "time" is how many times faster, at least; "memory" the fraction of its peak memory, at most.
-    """
-
-    model: str
-    mode: str
-    what: str
-    side: str
-    versus: str
-    bound: float
-    aim: float | None = None
-
-
-BASELINE, COMPILED = "unfused-cupy", "unfused-compiled"
-# model: at least how many times faster than the baseline, and aimed at, in training and in evaluation
-FASTER = {
-    "qkformer_10_384": {"train": (2.0, 3.0), "eval": (2.8, 4.5)},
-    "qkformer_10_768": {"train": (1.6, 2.0), "eval": (2.2, 2.8)},
-    "qkformer_4_384": {"train": (2.5, 3.5)},
-    "qkformer_2_256": {"train": (2.5, 3.5)},
-}
-GATES = [
-    *(
-        Gate(model, mode, "time", side, BASELINE, *bounds)
-        for model, modes in FASTER.items()
-        for mode, bounds in modes.items()
-        for side in (("ours", "ours-graphs") if mode == "train" else ("ours",))
-    ),
-    *(
-        Gate(model, *gate)
-        for model in FASTER
-        for gate in (
-            ("train", "time", "ours", COMPILED, 1.15),
-            ("eval", "time", "ours", COMPILED, 1.3),
-            ("train", "time", "ours-checkpointing", "ours", 1 / 1.4),
-            ("train", "memory", "ours", BASELINE, 0.40),
-            ("train", "memory", "ours-packed", BASELINE, 0.22),
-            ("train", "memory", "ours-checkpointing", BASELINE, 0.12),
-        )
-    ),
-    Gate("qkformer_10_384", "train", "time", "ours", "spikingjelly2", 3.0),
-    Gate("qkformer_10_384", "train", "time", "ours", "spikingjelly2-policy", 1.4),
-]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A recipe at the size that is measured."""
-
-    model: str
-    recipe: Path
-    flags: tuple[str, ...]
-    cfg: Config
-    amp: str
-    device: torch.device
-    is_standard: bool  # what the gates are for: no flag changed anything of it
-
-    def at(self, batch_size: int) -> Config:
-        return dataclasses.replace(self.cfg, batch_size=batch_size)
-
-
-@dataclass(frozen=True)
-class Side:
-    """A network of this project: its `lif_backend`, and what is done to it before it is used."""
-
-    lif_backend: str
-    prepare: Callable[[nn.Module], object] = lambda model: None
-    graph: bool = False  # the step in a CUDA graph
-    modes: tuple[str, ...] = tuple(STEPS)
-
-    def start(self, case: Case, mode: str, state: Mapping, _) -> Timed:
-        """Ready to be timed, from the weights `state`."""
-
-        def make() -> Step:
-            model = network(case.cfg, lif_backend=self.lif_backend)
-            model.load_state_dict(state)
-            self.prepare(model.to(case.device))
-            step = STEPS[mode](model, case.amp, case.device)
-            return captured(step) if self.graph else step
-
-        return Timed(make, random_batch(case.cfg, case.device), case.device)
-
-
-@dataclass(frozen=True)
-class Foreign:
-    """spikingjelly 2's network, with or without its precision policy."""
-
-    precision: bool
-    modes: tuple[str, ...] = tuple(STEPS)
-
-    def start(self, case: Case, mode: str, _, folder: Path | None) -> Remote:
-        """Ready to be timed, in a process of its own, from weights of its own."""
-        if folder is None:
-            raise ValueError("--spikingjelly2 names no folder with it")
-        settings = {"mode": mode, "amp": case.amp, "device": case.device.type, "precision": self.precision}
-        return Remote(folder, case.recipe, case.flags, settings)
-
-
-def captured(step: Step) -> Step:
-    """The step as a CUDA graph."""
-    from engine.graphs import GraphedStep
-
-    return GraphedStep(step)
-
-
-def compiled(model: nn.Module) -> None:
-    """Compile `model` but for the neurons whose membrane runs over the batch: a loop of T*B steps is no graph."""
-    torch._dynamo.config.recompile_limit = 64  # there are that many different blocks and units
-    for module in model.modules():
-        if isinstance(module, LIF) and module.leak_across_batch:
-            module.backend = "auto"
-            module.forward = torch.compiler.disable(module.forward)
-    model.compile(dynamic=False)
-
-
-def all_sides(model: str, mode: str, device: torch.device) -> dict[str, Side | Foreign]:
-    """The sides for a network on a device; the first is the baseline."""
-    is_cuda, train = device.type == "cuda", ("train",)
-    sides = {BASELINE: Side("cupy")} if is_cuda else {"unfused-torch": Side("torch")}
-    sides |= {
-        COMPILED: Side("torch", compiled),
-        "spikingjelly2": Foreign(precision=False),
-        "spikingjelly2-policy": Foreign(precision=True),
-        "ours": Side("triton" if is_cuda else "auto"),
-    }
-    if is_cuda:
-        sides |= {
-            "ours-packed": Side("triton", lambda model: model.set_spike_packing(True), modes=train),
-            "ours-checkpointing": Side("triton", lambda model: model.set_grad_checkpointing(True), modes=train),
-            "ours-graphs": Side("triton", graph=True, modes=train),  # last, for a graph's memory is never given back
-        }
-    return {
-        name: side
-        for name, side in sides.items()
-        if mode in side.modes and (model == "qkformer_10_384" or not isinstance(side, Foreign))
-    }
 
 
 def weights(case: Case) -> dict:
@@ -316,28 +170,6 @@ def table(result: dict) -> str:
     return "\n".join([title, tabulate(rows, headers, disable_numparse=True), *notes])
 
 
-def verdicts(results: Sequence[dict]) -> list[list[str]]:
-    """A row for each gate of what was measured: what is asked for, what there is, and whether that is enough."""
-    found = {(result["model"], result["mode"]): result["sides"] for result in results}
-    rows = []
-    for gate in GATES:
-        if (gate.model, gate.mode) not in found:
-            continue
-        side, versus = (found[gate.model, gate.mode].get(name, {}) for name in (gate.side, gate.versus))
-        if "ms" not in side or "ms" not in versus:
-            value, verdict = "", "not measured"
-        elif gate.what == "time":
-            number = spread(v / s for v, s in zip(versus["ms"]["rounds"], side["ms"]["rounds"], strict=True))["median"]
-            value, verdict = f"{number:.2f}", "met" if number >= gate.bound else "missed"
-        else:
-            number = side["peak_bytes"] / versus["peak_bytes"]
-            value, verdict = f"{number:.3f}", "met" if number <= gate.bound else "missed"
-        sign = "<=" if gate.what == "memory" else ">="
-        asked = f"{sign} {gate.bound:.2f}" + (f" (aim {gate.aim})" if gate.aim else "")
-        rows.append([gate.model, gate.mode, gate.what, f"{gate.side} : {gate.versus}", asked, value, verdict])
-    return rows
-
-
 def draw(runs: Sequence[dict]) -> Figure:
     """The ratio of each side to the baseline, for every case and mode; of what was measured twice, the last."""
     found = {}
@@ -400,14 +232,14 @@ def run(argv: Sequence[str]) -> None:
     device = choose(args.device)
     if device.type == "cpu" and args.amp == "fp16":
         args.amp = "off"  # as in training
-    todo = cases(args, device)
+    chosen = cases(args, device)
     here = machine("speed", PACKAGES, device)
     path = result_path(args.output, "speed", here["device"])
     earlier = runs_in(path)
     rates = roofline.measure(device, DTYPES[args.amp])
     print(f"{rates.bytes_per_s / 1e9:.0f} GB/s copied, {rates.operations_per_s / 1e12:.2f} TFLOP/s", flush=True)
     report = here | {"arguments": vars(args), "rates": rates._asdict(), "results": []}
-    for case in todo:
+    for case in chosen:
         state = weights(case)
         agreement = compare(case, state)
         release(device)
@@ -418,7 +250,7 @@ def run(argv: Sequence[str]) -> None:
             write(path, {"runs": [*earlier, report]})  # whatever becomes of the rest
     save_picture(draw([*earlier, report]), path)
     print(*("\n" + table(result) for result in report["results"]), sep="\n")
-    if device.type == "cuda" and all(case.is_standard for case in todo):
+    if device.type == "cuda" and all(case.is_standard for case in chosen):
         headers = ["model", "mode", "what", "side : versus", "asked for", "measured", ""]
         print("\n" + tabulate(verdicts(report["results"]), headers, disable_numparse=True))
     print(f"\n{path}")

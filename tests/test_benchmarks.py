@@ -11,7 +11,8 @@ from scripts import ROOT, fail, here, succeed
 
 from benchmarks import roofline, speed
 from benchmarks.common import Turns
-from benchmarks.speed import cases, compare, verdicts, weights
+from benchmarks.gates import verdicts
+from benchmarks.speed import cases, compare, weights
 from benchmarks.spikingjelly2 import Remote
 from engine.config import load
 from engine.errors import UserError

@@ -1,0 +1,110 @@
+"""The sides of `benchmarks.speed`: networks of this project as they can be computed, and spikingjelly 2's."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine.config import Config
+from models import LIF
+
+from .common import STEPS, Step, Timed, network, random_batch
+from .spikingjelly2 import Remote
+
+BASELINE, COMPILED = "unfused-cupy", "unfused-compiled"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe at the size that is measured."""
+
+    model: str
+    recipe: Path
+    flags: tuple[str, ...]
+    cfg: Config
+    amp: str
+    device: torch.device
+    is_standard: bool  # what the gates are for: no flag changed anything of it
+
+    def at(self, batch_size: int) -> Config:
+        return dataclasses.replace(self.cfg, batch_size=batch_size)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A network of this project: its `lif_backend`, and what is done to it before it is used."""
+
+    lif_backend: str
+    prepare: Callable[[nn.Module], object] = lambda model: None
+    graph: bool = False  # the step in a CUDA graph
+    modes: tuple[str, ...] = tuple(STEPS)
+
+    def start(self, case: Case, mode: str, state: Mapping, _) -> Timed:
+        """Ready to be timed, from the weights `state`."""
+
+        def make() -> Step:
+            model = network(case.cfg, lif_backend=self.lif_backend)
+            model.load_state_dict(state)
+            self.prepare(model.to(case.device))
+            step = STEPS[mode](model, case.amp, case.device)
+            return captured(step) if self.graph else step
+
+        return Timed(make, random_batch(case.cfg, case.device), case.device)
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """spikingjelly 2's network, with or without its precision policy."""
+
+    precision: bool
+    modes: tuple[str, ...] = tuple(STEPS)
+
+    def start(self, case: Case, mode: str, _, folder: Path | None) -> Remote:
+        """Ready to be timed, in a process of its own, from weights of its own."""
+        if folder is None:
+            raise ValueError("--spikingjelly2 names no folder with it")
+        settings = {"mode": mode, "amp": case.amp, "device": case.device.type, "precision": self.precision}
+        return Remote(folder, case.recipe, case.flags, settings)
+
+
+def captured(step: Step) -> Step:
+    """The step as a CUDA graph."""
+    from engine.graphs import GraphedStep
+
+    return GraphedStep(step)
+
+
+def compiled(model: nn.Module) -> None:
+    """Compile `model` but for the neurons whose membrane runs over the batch: a loop of T*B steps is no graph."""
+    torch._dynamo.config.recompile_limit = 64  # there are that many different blocks and units
+    for module in model.modules():
+        if isinstance(module, LIF) and module.leak_across_batch:
+            module.backend = "auto"
+            module.forward = torch.compiler.disable(module.forward)
+    model.compile(dynamic=False)
+
+
+def all_sides(model: str, mode: str, device: torch.device) -> dict[str, Side | Foreign]:
+    """The sides for a network on a device; the first is the baseline."""
+    is_cuda, train = device.type == "cuda", ("train",)
+    sides = {BASELINE: Side("cupy")} if is_cuda else {"unfused-torch": Side("torch")}
+    sides |= {
+        COMPILED: Side("torch", compiled),
+        "spikingjelly2": Foreign(precision=False),
+        "spikingjelly2-policy": Foreign(precision=True),
+        "ours": Side("triton" if is_cuda else "auto"),
+    }
+    if is_cuda:
+        sides |= {
+            "ours-packed": Side("triton", lambda model: model.set_spike_packing(True), modes=train),
+            "ours-checkpointing": Side("triton", lambda model: model.set_grad_checkpointing(True), modes=train),
+            "ours-graphs": Side("triton", graph=True, modes=train),  # last, for a graph's memory is never given back
+        }
+    return {
+        name: side
+        for name, side in sides.items()
+        if mode in side.modes and (model == "qkformer_10_384" or not isinstance(side, Foreign))
+    }
