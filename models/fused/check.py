@@ -9,7 +9,7 @@ from ..neuron import LIF
 from . import gpu, network
 
 ROUNDING = 1e-6  # largest deviation in float64, relative to the norm
-FLIPS = 0.01  # share of spikes that rounding may decide otherwise in half precision
+FLIPS = 0.2  # share of spikes that rounding may decide otherwise in half precision
 
 
 def problem(device: str) -> str | None:
@@ -55,17 +55,19 @@ def _in_half(device: str) -> str | None:
     """Single blocks, for in whole networks what rounding decides grows from layer to layer."""
     from ..hst import Block
 
-    x = (torch.rand(4, 2, 64, 8, 8) < 0.3).half().to(device)
+    x = (torch.rand(4, 8, 64, 4, 4) < 0.3).half().to(device)
     for kind in ("token", "self"):
-        block = Block(kind, 64, 2, 2, "sew", 0.0, {}).half().to(device)
+        block = Block(kind, 64, 4, 2, "sew", 0.0, {}).half().to(device)
         for module in block.modules():
             if isinstance(module, LIF):
                 module.backend = "torch"
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = 1.0  # the evaluation has the statistics of the training
+                module.weight.fill_(3)  # else hardly a neuron fires, and no attention passes anything on
         for train in (True, False):
             theirs = block.train(train)(x)
             ours = network.forward(block, x.permute(0, 1, 3, 4, 2).contiguous(), run=network.Run(len(x), gpu))
-            if not (ours.permute(0, 1, 4, 2, 3) - theirs).float().abs().mean() <= FLIPS:
+            flipped = (ours.permute(0, 1, 4, 2, 3) - theirs).float().abs().sum()
+            if not flipped <= FLIPS * (theirs - x).float().sum():
                 return f"gives other spikes in half precision than torch here ({kind} attention)"
     return None
