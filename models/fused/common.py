@@ -52,6 +52,24 @@ def normalised(y, norm):
     return (y - norm[0]) * (norm[1] * norm[2]) + norm[3]
 
 
+@triton.jit
+def load_means(total, c, C, M, CENTRE: tl.constexpr, ACC: tl.constexpr):
+    """A tuple: means over M rows of the gradients of beta and gamma, `total` [2,C]; empty without CENTRE."""
+    means = ()
+    if CENTRE:
+        of_beta = tl.load(total + c, c < C, 0.0).to(ACC) / M.to(ACC)
+        means = (of_beta, tl.load(total + C + c, c < C, 0.0).to(ACC) / M.to(ACC))
+    return means
+
+
+@triton.jit
+def through_norm(g, x, norm, means, CENTRE: tl.constexpr):
+    """Gradient of y from that of what BatchNorm makes of it; x is (y - mean) / standard deviation."""
+    if CENTRE:
+        g = g - means[0] - x * means[1]
+    return g * (norm[1] * norm[2])
+
+
 def accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
     """The dtype to compute in, for torch and for Triton."""
     return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)

@@ -12,7 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import CHUNK, accumulator, charge, charge_gradient, load_norm, normalised, per_thread, reset, tiling
+from .common import (
+    CHUNK,
+    accumulator,
+    charge,
+    charge_gradient,
+    load_means,
+    load_norm,
+    normalised,
+    per_thread,
+    reset,
+    through_norm,
+    tiling,
+)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -64,9 +76,7 @@ def _backward_kernel(
     sum_gx = tl.zeros((BR, BC), ACC)
     if NORM:
         bn = load_norm(norm, c, C, ACC)
-    if CENTRE:
-        mean_g = tl.load(total + c, c < C, 0.0).to(ACC) / M.to(ACC)
-        mean_gx = tl.load(total + C + c, c < C, 0.0).to(ACC) / M.to(ACC)
+    means = load_means(total, c, C, M, CENTRE, ACC)
     for tile in range(TILES):
         r = (program * TILES + tile) * BR + tl.arange(0, BR)[:, None]
         inside = (r < R) & (c < C)
@@ -101,10 +111,8 @@ def _backward_kernel(
                     if SUMS:
                         sum_g += g
                         sum_gx += g * x
-                    if CENTRE:
-                        g = g - mean_g - x * mean_gx
                     if GRAD_Y:
-                        g = g * (bn[1] * bn[2])
+                        g = through_norm(g, x, bn, means, CENTRE)
                     if GRAD_U or GRAD_Y:
                         tl.store(grad + at + t * size, g, here)
         if STATIC:
@@ -114,10 +122,8 @@ def _backward_kernel(
             if SUMS:
                 sum_g += g
                 sum_gx += g * x
-            if CENTRE:
-                g = g - mean_g - x * mean_gx
             if GRAD_Y:
-                g = g * (bn[1] * bn[2])
+                g = through_norm(g, x, bn, means, CENTRE)
             if GRAD_U or GRAD_Y:
                 tl.store(grad + at, g, inside)
     if SUMS:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, load_norm, tiling
+from .common import accumulator, load_means, load_norm, through_norm, tiling
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -49,7 +49,7 @@ def _backward_kernel(
     c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
     inside = (r < rows) & (c < C)
     n, h, w = (r // (H * W)).to(tl.int64), r // W % H, r % W
-    mean, rstd, gamma, _ = load_norm(norm, c, C, ACC)
+    bn = load_norm(norm, c, C, ACC)
     g = tl.zeros((BR, BC), ACC)
     for k in tl.static_range(4):  # an odd row or column lies in two windows
         ho, wo = (h + k // 2) // 2, (w + k % 2) // 2
@@ -59,12 +59,10 @@ def _backward_kernel(
         place = (h - ho * 2 + 1) * 3 + w - wo * 2 + 1
         won = tl.load(index + at, there, -1) == place
         g += tl.where(won, tl.load(grad_u + at, there, 0.0).to(ACC), 0.0)
-    if CENTRE:
-        x = (tl.load(y + r.to(tl.int64) * C + c, inside, 0.0).to(ACC) - mean) * rstd
-        mean_g = tl.load(total + c, c < C, 0.0).to(ACC) / M.to(ACC)
-        mean_gx = tl.load(total + C + c, c < C, 0.0).to(ACC) / M.to(ACC)
-        g = g - mean_g - x * mean_gx
-    tl.store(grad + r.to(tl.int64) * C + c, g * (rstd * gamma), inside)
+    at = r.to(tl.int64) * C + c
+    x = (tl.load(y + at, inside, 0.0).to(ACC) - bn[0]) * bn[1]
+    g = through_norm(g, x, bn, load_means(total, c, C, M, CENTRE, ACC), CENTRE)
+    tl.store(grad + at, g, inside)
 
 
 def forward(y: Tensor, norm: Tensor, index: bool) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..neuron import ATTN_THRESHOLD, THRESHOLD
-from .common import accumulator, charge, charge_gradient, load_norm, normalised, per_thread, reset, tiles_for, warps_for
+from .common import (
+    accumulator,
+    charge,
+    charge_gradient,
+    load_means,
+    load_norm,
+    normalised,
+    per_thread,
+    reset,
+    through_norm,
+    tiles_for,
+    warps_for,
+)
 
 
 @triton.jit
@@ -68,11 +80,8 @@ def _backward_kernel(
     sum_qx = tl.zeros((BR, BH, BD), ACC)
     sum_k = tl.zeros((BR, BH, BD), ACC)
     sum_kx = tl.zeros((BR, BH, BD), ACC)
-    if CENTRE:
-        mean_gq = tl.load(total + c, there, 0.0).to(ACC) / M.to(ACC)
-        mean_gk = tl.load(total + C + c, there, 0.0).to(ACC) / M.to(ACC)
-        mean_gqx = tl.load(total + 2 * C + c, there, 0.0).to(ACC) / M.to(ACC)
-        mean_gkx = tl.load(total + 3 * C + c, there, 0.0).to(ACC) / M.to(ACC)
+    means_q = load_means(total, c, 2 * C, M, CENTRE, ACC)
+    means_k = load_means(total, c + C, 2 * C, M, CENTRE, ACC)
     for tile in range(TILES):
         r = ((program * TILES + tile) * BR + tl.arange(0, BR))[:, None, None]
         inside = (r < R) & there
@@ -108,13 +117,8 @@ def _backward_kernel(
                 sum_qx += grad_vq * x_q
                 sum_kx += grad_vk * x_k
             else:
-                g_q = grad_vq
-                g_k = grad_vk
-                if CENTRE:
-                    g_q = g_q - mean_gq - x_q * mean_gqx
-                    g_k = g_k - mean_gk - x_k * mean_gkx
-                tl.store(grad + at, g_q * (norm_q[1] * norm_q[2]), inside)
-                tl.store(grad + at + C, g_k * (norm_k[1] * norm_k[2]), inside)
+                tl.store(grad + at, through_norm(grad_vq, x_q, norm_q, means_q, CENTRE), inside)
+                tl.store(grad + at + C, through_norm(grad_vk, x_k, norm_k, means_k, CENTRE), inside)
     if SUMS:
         out = partial + program * 4 * C + c
         tl.store(out, tl.sum(sum_q, 0, keep_dims=True), there)
