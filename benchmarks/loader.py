@@ -69,7 +69,7 @@ class Case:
 
     def loader(self, data: Data) -> object:
         """The one that is measured: its `loader` gives bytes, and it brings them to the device."""
-        return data.train if self.part == "train" else data.test
+        return data.train.loader if self.part == "train" else data.test
 
 
 def fill(contents: Sequence[bytes], paths: Sequence[Path]) -> None:
@@ -181,6 +181,8 @@ def time_steps(case: Case, cfg: Config, data: Data, device: torch.device, batche
             samples = list(zip(images, labels, strict=True))
         loader.loader = [timed("collate", feed.collate_fn, samples)]
         images, labels = timed(f"on {device.type}", next, iter(loader))
+        if data.augment:
+            images = timed(f"augment on {device.type}", data.augment, images)
         if case.part == "train" and data.mixup and cfg.mixup_in == "step":
             timed(f"mixup on {device.type}", data.mixup, images, labels)
     return {name: 1e3 * statistics.mean(values[1:]) / feed.batch_size for name, values in seconds.items()}
@@ -201,7 +203,7 @@ def measure(case: Case, root: Path, cores: int, repeats: int, batches: int) -> d
                 rates[workers].append(batches * workers * loader.batch_size / seconds)
                 first[workers].append(start)
         cfg = case.config(root, 0)
-        steps = time_steps(case, cfg, create_data(cfg, here), here.device, batches)
+        steps = time_steps(case, cfg, create_data(cfg, here, case.part == "train"), here.device, batches)
     return {
         "recipe": case.recipe,
         "part": case.part,

@@ -1,10 +1,12 @@
 """Checkpoints: ours, written atomically, and the released ones. None is trusted: reading never runs code."""
 
 import argparse
+import itertools
 import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +15,11 @@ import torch
 from .errors import UserError
 
 FORMAT = "qkformer-1"
-ENTRIES = ("state_dict", "optimizer", "scaler", "epoch", "best", "config")
+ENTRIES = ("state_dict", "optimizer", "scaler", "epoch", "position", "best", "config")
+
+
+class Damaged(UserError):
+    """A file that is not what was written: cut, altered, or no checkpoint."""
 
 
 def read(path: str | Path) -> dict:
@@ -27,23 +33,44 @@ def read(path: str | Path) -> dict:
         file of weights alone.
 
     Raises:
-        UserError: the file is missing, damaged, holds no weights, or holds anything but plain data. Objects other
-            than `argparse.Namespace` are refused unread, for unpickling one can run code.
+        Damaged: the file is cut or altered.
+        UserError: it is missing, holds no weights, or holds anything but plain data. Objects other than
+            `argparse.Namespace` are refused unread, for unpickling one can run code.
     """
     if not Path(path).is_file():
         raise UserError(f"checkpoint {path} does not exist")
+    with open(path, "rb"):  # whether it may be read is not a question of what it holds
+        pass
     if Path(path).suffix == ".safetensors":
         return _read_safetensors(path)
+    if zipfile.is_zipfile(path):  # as torch writes since 1.6
+        _verify(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"checkpoint {path}: refused, {_reason(error)}") from None
     except Exception:  # a damaged file makes the reader fail in any way
-        raise UserError(f"checkpoint {path}: truncated, or not a checkpoint; fetch it again") from None
+        raise Damaged(f"checkpoint {path}: truncated, or not a checkpoint; fetch it again") from None
     if not isinstance(content, Mapping):
         raise UserError(f"checkpoint {path}: holds no weights but a {type(content).__name__}")
     return _recognised(dict(content), path)
+
+
+def _verify(path: str | Path) -> None:
+    """Compare each part of the archive that a checkpoint is with its checksum, which torch writes and does not read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            is_plain = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+            is_plain &= sum(part.file_size for part in parts) <= os.path.getsize(path)
+            altered = archive.testzip() if is_plain else None
+    except Exception:  # a damaged archive makes the reader fail in any way
+        raise Damaged(f"checkpoint {path}: truncated or altered; fetch it again") from None
+    if not is_plain:
+        raise UserError(f"checkpoint {path}: refused, it unpacks to more than it is, which torch never writes")
+    if altered:
+        raise Damaged(f"checkpoint {path}: altered, its part {altered} differs from its checksum; fetch it again")
 
 
 def _read_safetensors(path: str | Path) -> dict:
@@ -56,7 +83,7 @@ def _read_safetensors(path: str | Path) -> dict:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except SafetensorError:
-        raise UserError(f"checkpoint {path}: truncated, or not a safetensors file; fetch it again") from None
+        raise Damaged(f"checkpoint {path}: truncated, or not a safetensors file; fetch it again") from None
     if "config" not in metadata:
         return _recognised(weights, path)
     try:
@@ -81,8 +108,9 @@ def _recognised(content: dict, path: str | Path) -> dict:
     if content.get("format") == FORMAT:
         if absent := [key for key in ENTRIES if key not in content]:
             raise UserError(f"checkpoint {path}: damaged, it lacks {', '.join(absent)}")
-        if not all(isinstance(content[key], kind) for key, kind in (("config", dict), ("best", dict), ("epoch", int))):
-            raise UserError(f"checkpoint {path}: damaged, its config, best or epoch is not what it should be")
+        kinds = {"config": dict, "best": dict, "position": dict, "epoch": int}
+        if wrong := [key for key, kind in kinds.items() if not isinstance(content[key], kind)]:
+            raise UserError(f"checkpoint {path}: damaged, its {', '.join(wrong)} is not what it should be")
         if content.get("state_dict_ema") is not None and not _is_weights(content["state_dict_ema"]):
             raise UserError(f"checkpoint {path}: damaged, its state_dict_ema holds no weights")
         kind, state_dict = "qkformer", content["state_dict"]
@@ -100,24 +128,67 @@ def _recognised(content: dict, path: str | Path) -> dict:
 
 def _is_weights(value: object) -> bool:
     is_named = isinstance(value, Mapping) and all(
-        isinstance(key, str) and isinstance(entry, torch.Tensor) for key, entry in value.items()
+        isinstance(key, str) and isinstance(entry, torch.Tensor) and _is_whole(entry) for key, entry in value.items()
     )
     return is_named and len(value) > 0
 
 
-def save(path: str | Path, content: dict) -> None:
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether each element is there: a few bytes can also be shown as an enormous tensor."""
+    is_plain = tensor.layout is torch.strided
+    return is_plain and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def save(path: str | Path, content: dict, keep: int = 0) -> None:
     """Write a checkpoint of plain data atomically: a crash leaves the old file or the new one, never half of it.
+
+    Args:
+        keep: how many of the files before are kept, as last-1.pt (the one before), last-2.pt and so on of last.pt.
 
     Raises:
         UserError: it cannot be written; the old file stays.
     """
+    path = Path(path)
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(content | {"format": FORMAT}, file)
             file.flush()
             os.fsync(file.fileno())
+        _rotate([path, *(path.with_stem(f"{path.stem}-{i}") for i in range(1, keep + 1))])
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write the checkpoint {path}: {error}; what was saved before stays") from None
+
+
+def kept(path: Path) -> list[Path]:
+    """The checkpoint, and those before it that `save` has kept: what there is, the newest first."""
+    pattern = re.compile(rf"{re.escape(path.stem)}-(\d+){re.escape(path.suffix)}")
+    numbers = {int(found[1]): file for file in path.parent.glob("*") if (found := pattern.fullmatch(file.name))}
+    return [path] * path.exists() + [file for _, file in sorted(numbers.items())]
+
+
+def _rotate(files: list[Path]) -> None:
+    """Give each file the name of the next; the first also keeps its own, so that there is always one."""
+    for newer, older in reversed(list(itertools.pairwise(files))):
+        if not newer.exists():
+            continue
+        if newer != files[0]:
+            os.replace(newer, older)
+            continue
+        older.unlink(missing_ok=True)
+        try:
+            os.link(newer, older)
+        except OSError:  # some disks know no links
+            os.replace(newer, older)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the disk keep the names, too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,4 +1,6 @@
-"""The one exception that is the user's to mend."""
+"""The exceptions that end a script in one line."""
+
+import signal
 
 
 class UserError(Exception):
@@ -7,3 +9,16 @@ class UserError(Exception):
     def __init__(self, message: str):
         # a loader's worker hands its exception on with the traceback in front
         super().__init__(" ".join(message.split(f"{type(self).__name__}: ")[-1].split()))
+
+
+class Stopped(Exception):
+    """A signal asked the run to end, and it is saved.
+
+    Args:
+        number: the signal, SIGTERM or SIGINT; the script's exit code is 128 + `number`, as the shell's.
+        where: how far the run has come.
+    """
+
+    def __init__(self, number: int, where: str):
+        self.code = 128 + number
+        super().__init__(f"stopped by {signal.Signals(number).name} {where}; --resume auto goes on from there")

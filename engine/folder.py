@@ -1,8 +1,10 @@
 """The folder of a run: which one to go on with, which checkpoint to take, and what is recorded in it."""
 
 import contextlib
+import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,11 +19,15 @@ from .log import RunLog, logger
 from .loop import Trainer
 
 SPLIT = "split.json"
+LOCK = ".lock"
+_held = {}  # folder -> its locked file, for as long as this process lives
 
 
 def find_run(cfg: Config, here: Dist) -> tuple[Path | None, Path | None, dict | None]:
     """The folder to write to (None: a new one), and the checkpoint to go on from and its content (None: a start)."""
     folder = Path(cfg.output_dir) if cfg.output_dir else None
+    if here.is_main and folder and folder.exists():
+        claim(folder)
     path = dist.from_main(_checkpoint_to_resume(cfg, folder) if here.is_main else None)  # others may not see its disk
     state = checkpoint.read(path) if path else None
     if state and state["format"] == "qkformer" and "optimizer" not in state:
@@ -36,10 +42,51 @@ def find_run(cfg: Config, here: Dist) -> tuple[Path | None, Path | None, dict | 
             f"--resume {path}: neither a checkpoint of this project nor one of the released ImageNet training, so "
             "there is no run to go on with; --finetune starts a new one from its weights"
         )
-    last = folder and folder / "last.pt"
-    if last and last.exists() and not (path and path.samefile(last)):
+    newest = next(iter(checkpoint.kept(folder / "last.pt")), None) if folder else None
+    if newest and not (path and path.samefile(newest)):
         raise UserError(f"{folder} holds a run already: go on with --resume auto, or choose another --output-dir")
     return folder, path, state
+
+
+def claim(folder: Path) -> None:
+    """Lock a run's folder for this process until it ends; raises `UserError` if another run writes to it."""
+    if folder.resolve() in _held:
+        return
+    file = open(folder / LOCK, "a+")  # noqa: SIM115, closing it would unlock it
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no child inherits it, as `flock`'s, and it works over NFS
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"another run is writing to {folder} ({file.read(200).strip() or 'its process is not known'}): choose "
+            "another --output-dir, or end that one first"
+        ) from None
+    except OSError as error:
+        logger.warning(f"warning: {folder} cannot be locked ({error.strerror}): let no second run write to it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _held[folder.resolve()] = file
+    for half in folder.glob("*.pt.tmp"):  # of a save that was killed
+        half.unlink()
+
+
+def _whole_checkpoint(folder: Path) -> Path | None:
+    """The newest that can be read; what is damaged is put aside."""
+    best = folder / "best.pt"
+    candidates = [*checkpoint.kept(folder / "last.pt"), *([best] if best.exists() else [])]
+    for path in candidates:
+        try:
+            checkpoint.read(path)
+        except checkpoint.Damaged as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            path.replace(aside)
+            logger.warning(f"warning: {error}; it is kept as {aside.name}, and the one before is taken")
+            continue
+        return path
+    if candidates:
+        raise UserError(f"{folder}: no checkpoint can be read; the run can only start anew, with --output-dir NEW")
+    return None
 
 
 def _checkpoint_to_resume(cfg: Config, folder: Path | None) -> Path | None:
@@ -47,10 +94,10 @@ def _checkpoint_to_resume(cfg: Config, folder: Path | None) -> Path | None:
         raise UserError("--resume auto needs --output-dir, the folder of the run to go on with")
     if not folder and dist.may_restart():
         raise UserError("torchrun --max-restarts needs --output-dir, so that a restart finds the run it goes on with")
-    if (cfg.resume == "auto" or dist.may_restart()) and (folder / "last.pt").exists():
+    if (cfg.resume == "auto" or dist.may_restart()) and folder.is_dir() and (path := _whole_checkpoint(folder)):
         if cfg.resume not in (None, "auto"):
             logger.info(f"--resume {cfg.resume} is left aside, for {folder} holds a run to go on with (--max-restarts)")
-        return folder / "last.pt"
+        return path
     return Path(cfg.resume) if cfg.resume not in (None, "auto") else None
 
 
@@ -123,6 +170,7 @@ def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int)
         yield None
         return
     folder.mkdir(parents=True, exist_ok=True)
+    claim(folder)
     if first_epoch and recorded_split(folder) not in (None, data.split):
         raise UserError(
             f"{folder / SPLIT} is not how the data are split now: --split-seed or the data are others than when the "
@@ -135,8 +183,11 @@ def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int)
     about = folder / "run.json"
     try:
         starts = json.loads(about.read_text()) if about.exists() else []
-    except ValueError:
-        raise UserError(f"{about}: damaged; move it away to go on without the record of earlier starts") from None
+        is_valid = isinstance(starts, list)
+    except (ValueError, RecursionError):
+        is_valid = False
+    if not is_valid:
+        raise UserError(f"{about}: damaged; move it away to go on without the record of earlier starts")
     starts.append({**log.provenance(), "first_epoch": first_epoch, "config": plain(cfg)})
     log.write_whole(about, json.dumps(starts, indent=2) + "\n")
     settings = plain(cfg, without=("config", "variant", "output_dir", "resume", "checkpoint"))
@@ -149,8 +200,10 @@ def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int)
 
 
 def save(cfg: Config, here: Dist, folder: Path, trainer: Trainer, is_best: bool) -> None:
-    """Write `last.pt`, and `best.pt` if it is, from the main process."""
-    if here.is_main:
-        content = trainer.state() | {"config": plain(cfg, without=LOCAL_FIELDS)}
-        for name in ("best.pt", "last.pt") if is_best else ("last.pt",):  # killed in between, the epoch is run again
-            checkpoint.save(folder / name, content)
+    """Write `last.pt`, and `best.pt` if it is, from the main process; all of them call it."""
+    content = trainer.state() | {"config": plain(cfg, without=LOCAL_FIELDS)}
+    if not here.is_main:
+        return
+    if is_best:  # first: killed in between, the epoch is evaluated again
+        checkpoint.save(folder / "best.pt", content)
+    checkpoint.save(folder / "last.pt", content, cfg.keep)

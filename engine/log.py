@@ -29,22 +29,24 @@ def setup_console(is_main: bool) -> None:
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
 
 
-def progress(loader: Iterable, what: str, interval: int, show: bool, status=dict, total: int | None = None) -> Iterator:
+def progress(
+    loader: Iterable, what: str, interval: int, show: bool, status=dict, total: int | None = None, done: int = 0
+) -> Iterator:
     """Yield from `loader` with a bar on a terminal, else with a plain line every `interval` steps.
 
     `status()` gives the values to show; it is called only when they are shown. `total` is needed where `loader` has
-    no length.
+    no length, and `done` where it gives only the steps behind the first ones.
     """
     total = len(loader) if total is None else total
-    bar = tqdm(loader, desc=what, total=total, leave=False, disable=not show or not sys.stderr.isatty())
+    bar = tqdm(loader, desc=what, total=total, initial=done, leave=False, disable=not show or not sys.stderr.isatty())
     start = time.monotonic()
-    for step, batch in enumerate(bar, 1):
+    for step, batch in enumerate(bar, done + 1):
         yield batch
         if show and step % interval == 0:
             if not bar.disable:
                 bar.set_postfix(status())
             elif step < total:
-                left = (time.monotonic() - start) / step * (total - step)
+                left = (time.monotonic() - start) / (step - done) * (total - step)
                 values = "".join(f", {key} {value}" for key, value in status().items())
                 logger.info(f"{what}: step {step}/{total}{values}, {left:.0f} s left")
 
@@ -69,9 +71,13 @@ class RunLog:
     def _read(self) -> list[dict]:
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         try:
-            return [json.loads(line) for line in lines if line.endswith("\n")]  # a crash may leave half a line
-        except ValueError:
-            raise UserError(f"{self.path}: damaged; move it away to go on without the history") from None
+            rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a crash may leave half a line
+            is_valid = all(isinstance(row, dict) and isinstance(row.get("epoch"), int) for row in rows)
+        except (ValueError, RecursionError):
+            is_valid = False
+        if not is_valid:
+            raise UserError(f"{self.path}: damaged; move it away to go on without the history")
+        return rows
 
     def epoch(self, row: dict) -> None:
         """Record the figures of one epoch."""

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Iterable
 
-import numpy as np
 import timm.utils
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -14,21 +13,23 @@ from torch import Tensor, nn
 
 from . import dist as distributed
 from .config import Config, mixes
-from .data.loaders import Data
-from .dist import Dist
-from .errors import UserError
+from .data.loaders import Data, reseed
+from .dist import Agreement, Dist
+from .errors import Stopped, UserError
 from .graphs import GraphedStep
 from .log import RunLog, logger, progress
 from .optim import lr_at, set_lr, total_epochs
+from .stop import StopRequest
 
 NO_BEST = {"epoch": None, "test_top1": -1.0}
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+LOWEST_SCALE = 2.0**-10  # of the loss; it starts at 2^16 and is halved by each update whose gradient overflows
 
 
 class Trainer:
-    """A network with all that its training carries from epoch to epoch; `state` and `restore` are what resumes it.
+    """A network with all that its training carries from step to step; `state` and `restore` are what resumes it.
 
-    The randomness of an epoch depends on the seed, the epoch and the rank alone, so none of it needs saving.
+    The randomness of a step depends on the seed, the epoch, the rank and the step alone, so none of it needs saving.
     """
 
     def __init__(self, cfg: Config, dist: Dist, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data):
@@ -39,15 +40,20 @@ class Trainer:
         self.parallel = model
         if dist.world_size > 1:
             ids = [dist.device] if dist.device.type == "cuda" else None
-            self.parallel = nn.parallel.DistributedDataParallel(
-                model, device_ids=ids, static_graph=True, broadcast_buffers=False
-            )
+            self.parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
         self.criterion = SoftTargetCrossEntropy() if mixes(cfg) else LabelSmoothingCrossEntropy(cfg.smoothing)
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=cfg.amp == "fp16" and dist.device.type == "cuda")
         self.step = GraphedStep(self._step) if cfg.cuda_graphs else self._step
-        self.can_skip_sync = False
+        self.agreement = Agreement()
         self.epoch = 0  # epochs done
+        self.steps = len(data.train)  # of an epoch
+        self.begin_epoch()
         self.best = dict(NO_BEST)
+
+    def begin_epoch(self) -> None:
+        """Nothing is done yet of the epoch that `epoch` names."""
+        self.steps_done = 0
+        self.loss_sum, self.seen = torch.zeros((), dtype=torch.float64, device=self.dist.device), 0
 
     @property
     def evaluated(self) -> nn.Module:
@@ -55,14 +61,34 @@ class Trainer:
         return self.ema.module if self.ema else self.model
 
     def state(self) -> dict:
-        """Plain data from which `restore` goes on as if nothing had happened."""
+        """Plain data from which `restore` goes on as if nothing had happened; within an epoch all processes call it."""
+        own = {"loss_sum": self.loss_sum.item(), "seen": self.seen}
+        is_within = 0 < self.steps_done < self.steps
+        if is_within and self.dist.world_size > 1:  # then each has its own running statistics, see `train_epoch`
+            own["buffers"] = [{k: v.cpu() for k, v in model.named_buffers()} for model in self._models()]
         return {
             "state_dict": self.model.state_dict(),
             "state_dict_ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
+            "position": {
+                "steps_done": self.steps_done,
+                "order": self._order(),
+                "processes": distributed.gather([own]) if is_within else [own],
+            },
             "best": self.best,
+        }
+
+    def _models(self) -> list[nn.Module]:
+        return [self.model, self.ema.module] if self.ema else [self.model]
+
+    def _order(self) -> dict[str, int]:
+        """What decides which samples a step sees."""
+        return {
+            "steps": self.steps,
+            "world_size": self.dist.world_size,
+            **{key: getattr(self.cfg, key) for key in ("batch_size", "accum_iter", "seed")},
         }
 
     def restore(self, state: dict) -> None:
@@ -77,78 +103,150 @@ class Trainer:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best = state["epoch"], state["best"]
+        self._restore_position(**state["position"])
 
-    def fit(self, log: RunLog | None, save: Callable[[bool], None]) -> None:
-        """Train to the last epoch; after each, evaluate, record (`log` in the main process) and `save(is_best)`."""
-        epochs = total_epochs(self.cfg)
-        while self.epoch < epochs:
-            start = time.monotonic()
-            name = f"epoch {self.epoch + 1}/{epochs}"
-            train_loss = self.train_epoch(name)
-            if self.dist.world_size > 1:  # each process has its own running statistics; their mean is what is saved
-                for model in [self.model, self.ema.module] if self.ema else [self.model]:
-                    timm.utils.distribute_bn(model, self.dist.world_size, reduce=True)
-            result = evaluate(self.cfg, self.dist, self.evaluated, self.data.test, f"{name} test")
-            self._refuse_not_finite(result["loss"])
-            is_best = result["top1"] > self.best["test_top1"]
-            if is_best:
-                self.best = {"epoch": self.epoch, "test_top1": result["top1"]}
-            row = {
-                "epoch": self.epoch,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "train_loss": train_loss,
-                **{f"test_{key}": result[key] for key in ("loss", "top1", "top5")},
-                "seconds": round(time.monotonic() - start, 2),
-            }
-            if log:
-                log.epoch(row)
-            self.epoch += 1
-            save(is_best)
-            logger.info(
-                f"{name}: lr {row['lr']:.2e}, train loss {train_loss:.4f}, test loss {row['test_loss']:.4f}, "
-                f"top-1 {row['test_top1']:.2f} %, best {self.best['test_top1']:.2f} % "
-                f"(epoch {self.best['epoch'] + 1}), {row['seconds']:.1f} s"
+    def _restore_position(self, steps_done: int, order: dict, processes: list[dict]) -> None:
+        is_trained = steps_done == order["steps"]  # and only to be evaluated
+        if steps_done and not is_trained and order != self._order():
+            changed = ", ".join(f"{k} was {order.get(k)} and is {v}" for k, v in self._order().items() if order[k] != v)
+            logger.warning(
+                f"warning: saved after step {steps_done} of epoch {self.epoch + 1}, which cannot go on there "
+                f"({changed}): the epoch begins anew, from the weights of that step"
             )
+            return
+        own = processes[self.dist.rank if len(processes) == self.dist.world_size else 0]
+        self.steps_done = self.steps if is_trained else steps_done
+        self.loss_sum.fill_(own["loss_sum"])
+        self.seen = own["seen"]
+        for model, buffers in zip(self._models(), own.get("buffers", ()), strict=False):
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
 
-    def train_epoch(self, name: str) -> float:
-        """One pass over the training set; returns the mean loss over all processes."""
-        cfg, device = self.cfg, self.dist.device
-        seed = np.random.SeedSequence([cfg.seed, self.epoch, self.dist.rank]).generate_state(1)[0]
-        timm.utils.random_seed(int(seed))
-        loader, mixup = self.data.train, self.data.mixup
-        order = loader.sampler if hasattr(loader.sampler, "set_epoch") else loader.dataset  # a stream orders itself
-        if hasattr(order, "set_epoch"):
-            order.set_epoch(self.epoch)
+    def fit(
+        self,
+        log: RunLog | None,
+        save: Callable[[bool], None],
+        watch: Callable[[nn.Module, Tensor], None] = lambda model, images: None,
+    ) -> None:
+        """Train to the last epoch; after each, evaluate, record (`log` in the main process) and `save(is_best)`.
+
+        Args:
+            save: called by all processes.
+            watch: called after each evaluation with the network and some of the test set's samples.
+
+        Raises:
+            Stopped: SIGTERM or SIGINT asked for it; all is saved.
+        """
+        epochs = total_epochs(self.cfg)
+        with StopRequest() as stop:
+            while self.epoch < epochs:
+                self._fit_epoch(f"epoch {self.epoch + 1}/{epochs}", stop, log, save, watch)
+
+    def _fit_epoch(self, name: str, stop: StopRequest, log: RunLog | None, save: Callable, watch: Callable) -> None:
+        def after_update():
+            number = self.agreement.largest(stop.signal or 0)
+            updates = self.steps_done // self.cfg.accum_iter
+            if number or (self.cfg.save_steps and updates % self.cfg.save_steps == 0):
+                save(False)
+            if number:
+                raise Stopped(number, f"after step {self.steps_done} of epoch {self.epoch + 1}")
+
+        some = []
+
+        def while_evaluating(images: Tensor, labels: Tensor, logits: Tensor):
+            if stop.signal:  # no process needs another one to save from here
+                save(False)
+                raise Stopped(stop.signal, f"in the evaluation of epoch {self.epoch + 1}")
+            if not some:
+                some.append(images[:32])
+
+        start = time.monotonic()
+        train_loss = self.train_epoch(name, after_update)
+        result = evaluate(self.cfg, self.dist, self.evaluated, self.data.test, f"{name} test", while_evaluating)
+        self._refuse_not_finite(result["loss"])
+        if some and self.dist.is_main:
+            watch(self.evaluated, some[0])
+        is_best = result["top1"] > self.best["test_top1"]
+        if is_best:
+            self.best = {"epoch": self.epoch, "test_top1": result["top1"]}
+        row = {
+            "epoch": self.epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": train_loss,
+            **{f"test_{key}": result[key] for key in ("loss", "top1", "top5")},
+            "seconds": round(time.monotonic() - start, 2),
+        }
+        if log:
+            log.epoch(row)
+        self.epoch += 1
+        self.begin_epoch()
+        save(is_best)
+        logger.info(
+            f"{name}: lr {row['lr']:.2e}, train loss {train_loss:.4f}, test loss {row['test_loss']:.4f}, "
+            f"top-1 {row['test_top1']:.2f} %, best {self.best['test_top1']:.2f} % "
+            f"(epoch {self.best['epoch'] + 1}), {row['seconds']:.1f} s"
+        )
+
+    def train_epoch(self, name: str, after_update: Callable[[], None] = lambda: None) -> float:
+        """One pass over the training set, or what is left of it; returns the mean loss over all processes.
+
+        Each process has its own running statistics up to the end; then all have their mean.
+        """
+        if self.steps_done < self.steps:
+            self._train_steps(name, after_update)
+            totals = torch.stack([self.loss_sum, self.loss_sum.new_tensor(self.seen)])
+            self.loss_sum, self.seen = distributed.sum_over_ranks(totals)
+            self._refuse_not_finite(self.loss_sum.item())
+            self._refuse_collapsed_scale()
+            if self.dist.world_size > 1:
+                for model in self._models():
+                    timm.utils.distribute_bn(model, self.dist.world_size, reduce=True)
+            self.seen = int(self.seen)
+        return self.loss_sum.item() / self.seen
+
+    def _train_steps(self, name: str, after_update: Callable[[], None]) -> None:
+        cfg, mixup, key = self.cfg, self.data.mixup, (self.cfg.seed, self.epoch, self.dist.rank)
+        reseed(*key)  # the order of the samples hangs on this one
         if mixup:
             mixup.mixup_enabled = cfg.mixup_off_epoch is None or self.epoch < cfg.mixup_off_epoch
         self.parallel.train()
-        steps, loss_sum, seen = len(loader), torch.zeros((), dtype=torch.float64, device=device), 0
 
         def status() -> dict:
-            self._refuse_not_finite(loss_sum.item())
-            return {"loss": f"{loss_sum.item() / seen:.4f}", "lr": f"{self.optimizer.param_groups[0]['lr']:.2e}"}
+            self._refuse_not_finite(self.loss_sum.item())
+            self._refuse_collapsed_scale()
+            return {
+                "loss": f"{self.loss_sum.item() / self.seen:.4f}",
+                "lr": f"{self.optimizer.param_groups[0]['lr']:.2e}",
+            }
 
-        for step, (images, labels) in enumerate(progress(loader, name, cfg.log_interval, self.dist.is_main, status)):
+        batches = self.data.train.batches(self.epoch, self.steps_done)
+        shown = progress(batches, name, cfg.log_interval, self.dist.is_main, status, self.steps, self.steps_done)
+        for step, (images, labels) in enumerate(shown, self.steps_done):
+            reseed(*key, step)
             first = step // cfg.accum_iter * cfg.accum_iter  # step at which this update's accumulation starts
-            group = min(cfg.accum_iter, steps - first)
+            group = min(cfg.accum_iter, self.steps - first)
             is_update = step == first + group - 1
             if step == first:
-                set_lr(self.optimizer, lr_at(cfg, self.epoch + (first / steps if cfg.lr_step == "iteration" else 0)))
+                part = first / self.steps if cfg.lr_step == "iteration" else 0
+                set_lr(self.optimizer, lr_at(cfg, self.epoch + part))
+            if self.data.augment:
+                images = self.data.augment(images)
             if mixup and cfg.mixup_in == "step":
                 images, labels = mixup(images, labels)
             images = in_memory_format(cfg, images)
-            with contextlib.nullcontext() if is_update or not self.can_skip_sync else self.parallel.no_sync():
+            with contextlib.nullcontext() if is_update or self.dist.world_size == 1 else self.parallel.no_sync():
                 loss = self.step(images, labels, images.new_full((), group))
-            self.can_skip_sync = self.dist.world_size > 1  # DDP learns its static graph from a backward pass that syncs
             if is_update:
                 self._update()
-            loss_sum += loss * len(images)
-            seen += len(images)
-        if step + 1 != steps:  # only a stream can end before; its processes would no longer be in step
-            raise UserError(f"epoch {self.epoch + 1}: the training set ended after {step + 1} of {steps} batches")
-        loss_sum, seen = distributed.sum_over_ranks(torch.stack([loss_sum, loss_sum.new_tensor(seen)])).tolist()
-        self._refuse_not_finite(loss_sum)
-        return loss_sum / seen
+            self.loss_sum += loss * len(images)
+            self.seen += len(images)
+            self.steps_done = step + 1
+            if is_update and self.steps_done < self.steps:
+                after_update()
+        if self.steps_done != self.steps:  # only a stream can end before; its processes would no longer be in step
+            raise UserError(
+                f"epoch {self.epoch + 1}: the training set ended after {self.steps_done} of {self.steps} batches"
+            )
 
     def _step(self, images: Tensor, labels: Tensor, group: Tensor) -> Tensor:
         """The loss of one of the `group` batches of an update, and its gradient added to the others'."""
@@ -169,6 +267,13 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=not self.cfg.cuda_graphs)
         if self.ema:
             self.ema.update(self.model)
+
+    def _refuse_collapsed_scale(self) -> None:
+        if self.scaler.is_enabled() and (scale := self.scaler.get_scale()) < LOWEST_SCALE:
+            raise UserError(
+                f"fp16 gradients overflow again and again in epoch {self.epoch + 1} (loss scale {scale:.1e}): use "
+                "--amp bf16, --clip-grad 1 or a lower lr; what was saved before stays"
+            )
 
     def _refuse_not_finite(self, loss: float) -> None:
         if not math.isfinite(loss):

@@ -12,18 +12,18 @@ from pathlib import Path
 import timm.utils
 import torch
 from timm.layers import trunc_normal_
-from torch import nn
+from torch import Tensor, nn
 
 from models import create_model
-from models.neuron import triton_problem
+from models.neuron import silent_layers, triton_problem
 from models.released import identify, load_released
 
 from . import checkpoint, dist, log, published, results
-from .config import EVENT_DATASETS, FIELDS, MODEL_FIELDS, Config, load
+from .config import EVENT_DATASETS, FIELDS, MODEL_FIELDS, Config, load, plain
 from .data import event, image
 from .data.loaders import Data
 from .dist import Dist
-from .errors import UserError
+from .errors import Stopped, UserError
 from .folder import checkpoint_to_test, differences, find_run, recorded_settings, records, runs_of, save, warn_of_seen
 from .log import logger
 from .loop import NO_BEST, Trainer, evaluate
@@ -74,6 +74,9 @@ def guard(body: Callable[[], None]) -> None:
         body()
     except UserError as error:
         _exit(str(error))
+    except Stopped as error:
+        logger.info(str(error))
+        sys.exit(error.code)
     except KeyboardInterrupt:
         print(
             "interrupted; what was done stays: start again, or go on with a run by --resume auto",
@@ -81,18 +84,34 @@ def guard(body: Callable[[], None]) -> None:
             flush=True,
         )
         sys.exit(130)
-    except OSError as error:
-        if error.filename is None:
+    except (OSError, MemoryError, RuntimeError) as error:
+        message = _explained(error)
+        if message is None:
             raise
-        _exit(f"{error.filename}: {error.strerror}")
-    except RuntimeError as error:
-        if not dist.is_lost_peer(error):
-            raise
-        _exit(
-            f"lost the other processes ({str(error).splitlines()[0]}); if one of them has ended, see its own message; "
-            "--resume auto goes on from the last epoch"
-        )
+        _exit(message)
     dist.teardown()
+
+
+def _explained(error: OSError | MemoryError | RuntimeError) -> str | None:
+    """What happened to the machine, and what to do; None if `error` is a mistake of ours."""
+    first_line = (str(error).splitlines() or [""])[0]
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU's memory is full: use a smaller --batch-size, or --grad-checkpointing ({first_line})"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return f"the memory is full: use a smaller --batch-size, or fewer --workers ({first_line or 'MemoryError'})"
+    if "DataLoader worker" in str(error):
+        return (
+            f"a loader's process has ended ({first_line}): killed for want of memory, or of shared memory? Use fewer "
+            "--workers; --resume auto goes on from what was saved last"
+        )
+    if dist.is_lost_peer(error):
+        return (
+            f"lost the other processes ({first_line}); if one of them has ended, see its own message; "
+            "--resume auto goes on from what was saved last"
+        )
+    return None
 
 
 def _exit(message: str) -> None:
@@ -127,7 +146,9 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
     if state and not is_ours:
         load_weights(cfg, model, state, path)
     elif cfg.finetune and not state:
-        load_weights(cfg, model, checkpoint.read(cfg.finetune), cfg.finetune, new_head=True)
+        weights = checkpoint.read(cfg.finetune)
+        load_weights(cfg, model, weights, cfg.finetune, new_head=True)
+        _warn_of_other_network(cfg, weights, cfg.finetune)
     if cfg.sync_bn:
         model = dist.sync_batchnorm(model, here.device)
     trainer = Trainer(cfg, here, model, create_optimizer(cfg, model), data)
@@ -137,8 +158,9 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
             trainer.best = dict(NO_BEST)  # of the run in the other folder
     folder = folder or Path(dist.from_main(str(runs_of(cfg) / time.strftime("%Y%m%d-%H%M%S"))))
     _announce(cfg, here, trainer, folder)
+    watch = () if cfg.compile else (warn_of_silence,)  # which would compile the network once more
     with records(cfg, here, folder, data, trainer.epoch) as run_log:
-        trainer.fit(run_log, lambda is_best: save(cfg, here, folder, trainer, is_best))
+        trainer.fit(run_log, lambda is_best: save(cfg, here, folder, trainer, is_best), *watch)
     logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {folder}")
 
 
@@ -173,12 +195,39 @@ def _restore(cfg: Config, trainer: Trainer, state: dict, path: Path) -> None:
     if state["format"] == "qkformer":
         try:
             trainer.restore(state)
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise UserError(f"--resume {path}: {error}") from None
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(f"--resume {path}: cannot be taken up ({type(error).__name__}: {error})") from None
     else:
         trainer.epoch = state["epoch"] + 1
         logger.warning(f"{path}: weights and epoch are taken over, and {cfg.opt} starts anew")
-    logger.info(f"resumed {path} after epoch {trainer.epoch}")
+    step = f" and step {trainer.steps_done} of the next" if trainer.steps_done else ""
+    logger.info(f"resumed {path} after epoch {trainer.epoch}{step}")
+
+
+def _warn_of_other_network(cfg: Config, state: dict, path: str) -> None:
+    """Weights fit into networks that compute something else with them."""
+    if state["format"] == "qkformer":
+        theirs = state["config"]
+    else:
+        theirs = {"ssa_membrane": "released" if cfg.residual == "sew" else "per_sample"}
+        theirs |= {"time_steps": getattr(state.get("args"), "time_step", cfg.time_steps)}
+    for key in ("ssa_membrane", "residual", "time_steps", "attention"):
+        if key in theirs and theirs[key] != plain(cfg)[key]:
+            logger.warning(
+                f"warning: {path} was trained with {key} = {theirs[key]!r}, and {key} is {plain(cfg)[key]!r} here"
+            )
+
+
+@torch.inference_mode()
+def warn_of_silence(model: nn.Module, images: Tensor) -> None:
+    """Say so if whole layers do not spike on any of the images: nothing passes them, and nothing behind them learns."""
+    model.eval()
+    if names := silent_layers(model, images):
+        more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
+        logger.warning(
+            f"warning: no neuron of {', '.join(names[:3])}{more} spiked on {len(images)} test samples; if this does "
+            "not pass, lower lr or start from other weights"
+        )
 
 
 def setup(cfg: Config) -> Dist:

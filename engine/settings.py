@@ -143,4 +143,8 @@ class Config:
     both_membranes: bool = option(False, "test.py: evaluate with either kind of ssa_membrane")
     energy: bool = option(False, "test.py: also measure MACs, synaptic operations, firing rates and energy")
     use_ema: bool = option(True, "test.py and finetune: take the averaged weights where the checkpoint has them")
+    save_steps: int | None = option(
+        None, "updates within an epoch from one saving to the next (default: save after each epoch)", low=1
+    )
+    keep: int = option(1, "checkpoints before last.pt that are kept, as last-1.pt and so on", low=0, high=1000)
     log_interval: int = option(50, "steps between two lines of progress where there is no terminal", low=1)

@@ -260,6 +260,22 @@ class LIF(nn.Module):
         return f"threshold={self.threshold}, backend={self.backend!r}{leak}"
 
 
+def silent_layers(model: nn.Module, x: Tensor) -> list[str]:
+    """Names of the `LIF`s of `model` of which not one neuron fires at any time when it is given `x`."""
+    silent = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, spikes, name=name: None if spikes.any() else silent.append(name))
+        for name, module in model.named_modules()
+        if isinstance(module, LIF)
+    ]
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return silent
+
+
 def set_lif_backend(model: nn.Module, backend: str) -> None:
     """Choose what computes every LIF of `model`.
 

@@ -22,7 +22,8 @@ RECIPE = Path(__file__).resolve().parents[1] / "digits/digits.yml"
 class Batches(list):
     """Loads batches of (images, labels) in order."""
 
-    sampler = dataset = None
+    def batches(self, epoch, first=0):
+        return iter(self[first:])
 
 
 def main(result, *flags):

@@ -132,11 +132,11 @@ def _truncated(path):
         (lambda path: torch.save({}, path), "holds no weights; its entries are none"),
         (
             lambda path: checkpoint.save(path, {"state_dict": {}, "epoch": 1}),
-            "damaged, it lacks optimizer, scaler, best",
+            "damaged, it lacks optimizer, scaler, position, best",
         ),
         (
             lambda path: checkpoint.save(path, {key: [1] for key in checkpoint.ENTRIES}),
-            "damaged, its config, best or epoch is not what it should be",
+            "damaged, its config, best, position, epoch is not what it should be",
         ),
     ],
 )

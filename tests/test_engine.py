@@ -40,13 +40,22 @@ class FirstBatches:
 
     def __init__(self, loader, count, dtype):
         self.loader, self.count, self.dtype = loader, count, dtype
-        self.sampler, self.dataset = loader.sampler, loader.dataset
+        self.dataset = loader.dataset.dataset
 
     def __len__(self):
         return self.count
 
-    def __iter__(self):
-        return ((images.to(self.dtype), labels) for images, labels in itertools.islice(self.loader, self.count))
+    def batches(self, epoch, first=0):
+        batches = itertools.islice(self.loader.batches(epoch, first), self.count - first)
+        return ((images.to(self.dtype), labels) for images, labels in batches)
+
+
+def train_epochs(run, count=2):
+    losses = []
+    for run.epoch in range(count):
+        run.begin_epoch()
+        losses.append(run.train_epoch("test"))
+    return losses
 
 
 def test_lr_of_a_schedule_per_epoch_runs_underneath_the_warmup():
@@ -103,8 +112,7 @@ def test_mixup_ends_at_its_epoch_in_the_workers_too(where):
     run, mixed = trainer(cfg), []
     criterion = run.criterion
     run.criterion = lambda logits, target: mixed.append((target.max(1).values < 1).any()) or criterion(logits, target)
-    for run.epoch in (0, 1):
-        run.train_epoch("test")
+    train_epochs(run)
     first, second = mixed[:11], mixed[11:]
     assert sum(first) >= 9
     assert not any(second)
@@ -138,7 +146,7 @@ def test_mixed_precision_trains():
 
 def test_a_test_loss_that_is_not_finite_is_not_saved():
     run, saved = trainer(configure("--lr", "1", "--epochs", "1"), batches=1), []
-    run.train_epoch = lambda name: 1.0
+    run.train_epoch = lambda *_: 1.0
     run.model.head.bias.data[0] = float("inf")
     with pytest.raises(UserError, match="no longer finite in epoch 1"):
         run.fit(None, saved.append)
@@ -181,7 +189,7 @@ def test_evaluation_shares_whole_batches_among_processes():
 
 def test_the_digits_split_is_fixed_and_disjoint():
     data = create_data(configure(), dist.setup("cpu"))
-    train, test = data.train.dataset, data.test.dataset.dataset
+    train, test = data.train.dataset.dataset, data.test.dataset.dataset
     assert (len(train), len(test)) == (1437, 360)
     seen = {image.tobytes() for image in train.images}
     assert sum(image.tobytes() in seen for image in test.images) == 0
@@ -270,8 +278,7 @@ def test_a_step_can_be_replayed(accum_iter, monkeypatch):
     flags = ["--accum-iter", accum_iter, "--lr-step", "iteration", "--time-steps", "1", "--warmup-epochs", "0"]
     eager, replayed = (trainer(configure(*flags, *more), batches=4) for more in ([], ["--cuda-graphs"]))
     for run in (eager, replayed):
-        for run.epoch in (0, 1):
-            run.train_epoch("test")
+        train_epochs(run)
     assert replayed.step.captured
     for ours, expected in zip(replayed.model.parameters(), eager.model.parameters(), strict=True):
         assert torch.equal(ours, expected)
@@ -305,8 +312,7 @@ def test_cuda_graphs_train_to_the_same_weights(flags, monkeypatch):
     for more in ([], ["--cuda-graphs"]):
         cfg = configure(*settings, *more)
         run = trainer(cfg, batches=9, dtype=torch.float64 if is_exact else torch.float32, device="cuda")
-        for run.epoch in (0, 1):
-            losses.append(run.train_epoch("test"))
+        losses += train_epochs(run)
         runs.append(run)
     eager, graphed = runs
     assert graphed.step.graph

@@ -454,6 +454,11 @@ def test_an_incomplete_data_set_is_told_every_time(tmp_path, one_core, monkeypat
             assert f"train samples where {name} has {size}" in told[0]
 
 
+def augmented(data):
+    """The batches of the first epoch, as the network sees them."""
+    return [(data.augment(x) if data.augment else x, labels) for x, labels in data.train.batches(0)]
+
+
 def test_what_training_sees_is_augmented_and_mixed_as_the_recipe_says(tmp_path, one_core, monkeypatch):
     root = cifar10_dvs(tmp_path, per_class=3, count=50)
     plain = ["--hflip", "0", "--auto-augment", "none", "--batch-size", "8"]
@@ -464,7 +469,7 @@ def test_what_training_sees_is_augmented_and_mixed_as_the_recipe_says(tmp_path, 
         torch.manual_seed(0)
         data = load("cifar10-dvs", root, *plain, *flags)
         assert len(data.train) == 2  # of 20, the rest is dropped
-        return data, [sample for batch in data.train for sample in zip(*batch, strict=True)]
+        return data, [sample for batch in augmented(data) for sample in zip(*batch, strict=True)]
 
     _, samples = epoch()
     assert all(known[frames.numpy().tobytes()] == label for frames, label in samples)
@@ -499,12 +504,12 @@ def test_counts_of_more_than_a_byte_reach_the_network(tmp_path, one_core):
     crowd = Events(*(np.full(2000, value) for value in (0, 5, 6, 1)))
     rewrite(path, replace("airplane_0.aedat", aedat2(*crowd)))
     data = load("cifar10-dvs", root, "--hflip", "0", "--auto-augment", "none", "--batch-size", "10")
-    ((batch, _),) = data.train
+    ((batch, _),) = data.train.batches(0)
     assert batch.max() == 125  # 2000 / 16
     data = load(
         "cifar10-dvs", root, "--hflip", "0", "--auto-augment", "none", "--batch-size", "10", "--time-steps", "2"
     )
-    ((batch, _),) = data.train
+    ((batch, _),) = data.train.batches(0)
     assert batch.max() == 1000
 
 
@@ -560,7 +565,7 @@ def test_a_frames_folder_is_not_trusted(tmp_path, one_core):
     for content in (whole[:-5], b"", b"PK\x03\x04garbage", *(file.getvalue() for file in files)):
         damaged.write_bytes(content)
         with pytest.raises(UserError, match=r"cifar10_cat_0.npy: damaged; delete .*frames_16"):
-            list(data.train)
+            list(data.train.batches(0))
     damaged.unlink()
     with pytest.raises(UserError, match=r"lacks 1 of its 20 files, such as cat/cifar10_cat_0.npy; delete"):
         again()

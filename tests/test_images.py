@@ -245,7 +245,7 @@ def test_batches_equal_those_of_timms_own_tensors(name, data, monkeypatch):
         monkeypatch.setattr(image, "ToNumpy", last)
         loaded = create_data(cfg, dist.setup("cpu"))
         timm.utils.random_seed(0)
-        return [tensor for loader in (loaded.train, loaded.test) for batch in loader for tensor in batch]
+        return [tensor for loader in (loaded.train.batches(0), loaded.test) for batch in loader for tensor in batch]
 
     pairs = list(zip(batches(ToNumpy), batches(MaybePILToTensor), strict=True))
     assert len(pairs) > 8

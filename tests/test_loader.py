@@ -34,11 +34,11 @@ def test_an_epoch_of_events_does_not_depend_on_who_serves_it(tmp_path, one_core)
         data, found = load("cifar10-dvs/cifar10-dvs.yml", *flags, "--workers", workers), []
         for seed in seeds:
             timm.utils.random_seed(seed)
-            found.append(list(data.train))
+            found.append(list(data.train.batches(0)))
         return data, found
 
     data, (first, uninterrupted) = epochs(1, 1, 2)
-    assert data.train.loader.persistent_workers
+    assert data.train.source.persistent_workers
     assert not same(first, uninterrupted)
     assert same(uninterrupted, epochs(1, 2)[1][0])
     assert same(uninterrupted, epochs(0, 2)[1][0])
@@ -51,7 +51,7 @@ def test_a_kept_worker_starts_each_evaluation_anew(data):
     flags = ["--data-path", data / "imagenet", "--num-classes", 4, "--input-size", 32, "--eval-batch-size", 8]
     loaded = load("imagenet/qkformer_10_384.yml", *flags, "--workers", 1)
     assert loaded.test.loader.persistent_workers
-    assert not loaded.train.loader.persistent_workers  # it has to hear of the epoch's seed
+    assert not loaded.train.source.persistent_workers  # it has to hear of the epoch's seed
     next(iter(loaded.test))  # and no further, as analyses do
     expected = list(load("imagenet/qkformer_10_384.yml", *flags, "--workers", 0).test)
     for _ in range(2):

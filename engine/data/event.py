@@ -27,7 +27,7 @@ from .aedat import SIDE
 from .augment import SNNWideAugment
 from .datasets import Digits
 from .frames import integrate
-from .loaders import Data, Shard, create_mixup, require_batches, worker_settings
+from .loaders import Data, Shard, TrainLoader, create_mixup, leave_process_group, require_batches, worker_settings
 from .prepare import contents, prepare
 
 TRAIN_PART = 0.9  # of each class of CIFAR10-DVS
@@ -120,6 +120,7 @@ def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
         test=_test_loader(cfg, dist, test_set),
         classes=names,
         mixup=create_mixup(cfg) if train else None,
+        augment=_augmentation(cfg) if train else None,
         split=split,
         show=pictures.of_events,
         preview=functools.partial(_preview, train_set, names) if train else None,
@@ -172,11 +173,10 @@ def split_by_class(files: Sequence[str], seed: int | None) -> dict[str, list[str
 
 
 class _Loader:
-    """A DataLoader whose batches come on the device, augmented there."""
+    """A DataLoader whose batches come on the device."""
 
-    def __init__(self, loader: DataLoader, device: torch.device, augment: SNNWideAugment | None = None):
-        self.loader, self.device, self.augment = loader, device, augment
-        self.sampler, self.dataset = loader.sampler, loader.dataset
+    def __init__(self, loader: DataLoader, device: torch.device):
+        self.loader, self.device, self.dataset = loader, device, loader.dataset
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -185,7 +185,7 @@ class _Loader:
         torch.empty((), dtype=torch.int64).random_()  # as much as new workers draw: an epoch is the same with old ones
         for frames, labels in self.loader:
             frames = frames.to(self.device, non_blocking=True).float()
-            yield self.augment(frames) if self.augment else frames, labels.to(self.device, non_blocking=True)
+            yield frames, labels.to(self.device, non_blocking=True)
 
 
 def _collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
@@ -193,22 +193,29 @@ def _collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]
     return torch.from_numpy(np.stack(frames)), torch.tensor(labels)  # numpy finds the type that holds all counts
 
 
-def _train_loader(cfg: Config, dist: Dist, dataset: Dataset) -> _Loader:
+def _train_loader(cfg: Config, dist: Dist, dataset: Dataset) -> TrainLoader:
     require_batches(cfg, dist, len(dataset))
     sampler = RandomSampler(dataset)
     if dist.world_size > 1:
         sampler = DistributedSampler(dataset, dist.world_size, dist.rank, seed=cfg.seed)
-    settings = {"sampler": sampler, "drop_last": True, "collate_fn": _collate, **worker_settings(cfg, dist)}
-    loader = DataLoader(dataset, cfg.batch_size, generator=torch.Generator(), **settings)  # its workers draw nothing
-    augment = SNNWideAugment(cfg.hflip, cfg.auto_augment is not None)
-    return _Loader(loader, dist.device, augment if cfg.hflip or cfg.auto_augment else None)
+    generator = torch.Generator()  # of the workers' seeds, and they draw nothing
+    return TrainLoader(
+        _loader(cfg, dist, dataset, cfg.batch_size, sampler=sampler, drop_last=True, generator=generator)
+    )
 
 
 def _test_loader(cfg: Config, dist: Dist, dataset: Dataset) -> _Loader:
     batch_size = cfg.eval_batch_size or cfg.batch_size
-    shard = Shard(dataset, batch_size, dist.rank, dist.world_size)
-    loader = DataLoader(shard, batch_size, collate_fn=_collate, **worker_settings(cfg, dist))
-    return _Loader(loader, dist.device)
+    return _loader(cfg, dist, Shard(dataset, batch_size, dist.rank, dist.world_size), batch_size)
+
+
+def _loader(cfg: Config, dist: Dist, dataset: Dataset, batch_size: int, **settings) -> _Loader:
+    settings |= {"collate_fn": _collate, "worker_init_fn": leave_process_group, **worker_settings(cfg, dist)}
+    return _Loader(DataLoader(dataset, batch_size, **settings), dist.device)
+
+
+def _augmentation(cfg: Config) -> SNNWideAugment | None:
+    return SNNWideAugment(cfg.hflip, wide=cfg.auto_augment is not None) if cfg.hflip or cfg.auto_augment else None
 
 
 def _preview(dataset: Dataset, names: Sequence[str], path: Path, most: int = 6) -> None:

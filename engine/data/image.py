@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterable, Iterator
 
 import timm.data
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import ToNumpy
 from torch.utils.data import Dataset, IterableDataset
 
@@ -15,7 +16,16 @@ from ..config import Config
 from ..dist import Dist
 from ..errors import UserError
 from .datasets import class_names, create_dataset, is_imagenet
-from .loaders import Data, Shard, create_mixup, require_batches, worker_settings
+from .loaders import (
+    Data,
+    Seeded,
+    Shard,
+    TrainLoader,
+    create_mixup,
+    leave_process_group,
+    require_batches,
+    worker_settings,
+)
 
 
 class _Turns:
@@ -64,6 +74,7 @@ def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
         test=_test_loader(cfg, dist, test_set, common),
         classes=_readable(names) or [str(i) for i in range(cfg.num_classes)],
         mixup=mixup,
+        augment=_erasing(cfg, dist) if train else None,
         show=functools.partial(pictures.of_image, mean, std),
     )
 
@@ -86,17 +97,23 @@ def _test_loader(cfg: Config, dist: Dist, dataset: Dataset, common: dict) -> Ite
     return _Turns(loader, dist.rank, dist.world_size) if is_stream else loader
 
 
-def _train_loader(cfg: Config, dist: Dist, test_classes: list[str], mixup: object, common: dict) -> Iterable:
+def _erasing(cfg: Config, dist: Dist) -> RandomErasing | None:
+    if not cfg.reprob:
+        return None
+    return RandomErasing(cfg.reprob, mode=cfg.remode, max_count=cfg.recount, device=dist.device)
+
+
+def _train_loader(cfg: Config, dist: Dist, test_classes: list[str], mixup: object, common: dict) -> TrainLoader:
     dataset = create_dataset(cfg, train=True)
     if different := set(class_names(dataset)) ^ set(test_classes):
         raise UserError(f"{cfg.dataset}: only one of training and test set has the class {min(different)}")
     require_batches(cfg, dist, len(dataset))
     common["num_workers"] = _feedable(dataset, common["num_workers"], dist.world_size)
-    # started anew each epoch, so that they hear of the end of mixup and draw from the epoch's seed
-    common["persistent_workers"] = False
+    common["persistent_workers"] = False  # started anew each epoch, they hear of its number and of the end of mixup
+    is_stream = isinstance(dataset, IterableDataset)
     try:
         loader = _create_loader(
-            dataset,
+            dataset if is_stream else Seeded(dataset, cfg.seed),
             batch_size=cfg.batch_size,
             is_training=True,
             scale=cfg.scale,
@@ -104,9 +121,6 @@ def _train_loader(cfg: Config, dist: Dist, test_classes: list[str], mixup: objec
             hflip=cfg.hflip,
             color_jitter=cfg.color_jitter,
             auto_augment=cfg.auto_augment,
-            re_prob=cfg.reprob,
-            re_mode=cfg.remode,
-            re_count=cfg.recount,
             collate_fn=mixup if cfg.mixup_in == "loader" else None,
             distributed=dist.world_size > 1,
             **common,
@@ -115,16 +129,22 @@ def _train_loader(cfg: Config, dist: Dist, test_classes: list[str], mixup: objec
         if not cfg.auto_augment:
             raise
         raise UserError(f"auto_augment = {cfg.auto_augment!r}: timm has no such policy") from None
-    if dist.world_size > 1 and not isinstance(dataset, IterableDataset):
+    if dist.world_size > 1 and not is_stream:
         loader.sampler.seed = cfg.seed  # timm leaves it at 0
-    return loader
+    return TrainLoader(loader)
 
 
 def _create_loader(dataset: Dataset, **settings) -> Iterable:
     """timm's, whose batches are made of numpy's arrays: the same bytes as of tensors, which take longer to handle."""
-    loader = timm.data.create_loader(dataset, **settings)
+    loader = timm.data.create_loader(dataset, **settings, worker_seeding=_start_worker)
     dataset.transform.transforms[-1] = ToNumpy()
     return loader
+
+
+def _start_worker(info) -> int:
+    """What timm's loader calls in each of its processes, for the seed."""
+    leave_process_group(info.id)
+    return info.seed
 
 
 def _feedable(dataset: Dataset, workers: int, world_size: int) -> int:

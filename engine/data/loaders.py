@@ -1,13 +1,16 @@
 """What loaders of images and of event frames have in common."""
 
+import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import timm.data
+import timm.utils
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from ..config import Config, mixes
 from ..dist import Dist
@@ -21,19 +24,99 @@ class Data:
     Attributes:
         train, test: give batches (samples, labels) on the device.
         classes: names in the order of the labels.
+        augment: what is done to the samples of a training batch on the device.
         mixup: timm's object, wherever it mixes; its `mixup_enabled` is the switch.
         show: makes a picture [H,W,C] of a sample as the network sees it.
         split: the files of training and test set, where they are parts of one set.
         preview: draws some training samples to a file.
     """
 
-    train: Iterable | None
+    train: "TrainLoader | None"
     test: Iterable
     classes: list[str]
     mixup: object | None
     show: Callable[[Tensor], Tensor]
+    augment: Callable[[Tensor], Tensor] | None = None
     split: dict[str, list[str]] | None = None
     preview: Callable[[Path], None] | None = None
+
+
+class TrainLoader:
+    """The training batches, epoch by epoch, from any of them on.
+
+    Args:
+        loader: gives batches on the device; its `loader` is the DataLoader underneath.
+    """
+
+    def __init__(self, loader: Iterable):
+        self.loader, self.source = loader, loader.loader
+        self.dataset, self.sampler = self.source.dataset, self.source.sampler
+        self.is_stream = isinstance(self.dataset, IterableDataset)
+        if not self.is_stream:
+            self.order = self.source.batch_sampler.sampler = _Rest(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of an epoch without the `first` ones, which a stream has to read all the same."""
+        for part in (self.sampler, self.dataset):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        if self.is_stream:
+            return itertools.islice(self.loader, first, None)
+        self.order.skip = first * self.source.batch_size
+        return iter(self.loader)
+
+
+class _Rest(Sampler):
+    """What a sampler gives behind its first `skip` samples; the length is that of all."""
+
+    def __init__(self, sampler: Sampler):
+        self.sampler, self.skip = sampler, 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.islice(self.sampler, self.skip, None)
+
+
+def reseed(*numbers: int) -> None:
+    """Seed Python, numpy and torch, CUDA included, by all of the numbers together."""
+    timm.utils.random_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+class Seeded(Dataset):
+    """A training set whose augmentation hangs on the seed, the epoch and the batch's first sample alone.
+
+    So a batch is the same whatever was loaded before it, and by whichever process.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed, self.epoch = dataset, seed, 0
+
+    @property
+    def transform(self) -> Callable | None:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, value: Callable) -> None:  # timm's loader does
+        self.dataset.transform = value
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[object, int]]:
+        """What a DataLoader calls for a batch, which it then mixes and collates."""
+        reseed(self.seed, self.epoch, indices[0])
+        return [self.dataset[index] for index in indices]
 
 
 class Shard(Dataset):
@@ -74,6 +157,11 @@ def worker_settings(cfg: Config, dist: Dist) -> dict:
     """How a DataLoader is fed: at most one process a core, kept from pass to pass; pinned memory for a GPU."""
     workers = min(cfg.workers, os.cpu_count() or 1)
     return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": dist.device.type == "cuda"}
+
+
+def leave_process_group(worker: int) -> None:
+    """For a loader's process: what is sent to all of a terminal or a launcher is for the training process to answer."""
+    os.setpgrp()
 
 
 def create_mixup(cfg: Config) -> object | None:
