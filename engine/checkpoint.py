@@ -51,7 +51,9 @@ def read(path: str | Path) -> dict:
     except pickle.UnpicklingError as error:
         raise UserError(f"checkpoint {path}: refused, {_reason(error)}") from None
     except Exception:  # a damaged file makes the reader fail in any way
-        raise Damaged(f"checkpoint {path}: truncated, or not a checkpoint; fetch it again") from None
+        raise Damaged(
+            f"checkpoint {path}: truncated, or not a checkpoint; fetch it again, or take an older one"
+        ) from None
     if not isinstance(content, Mapping):
         raise UserError(f"checkpoint {path}: holds no weights but a {type(content).__name__}")
     return _recognised(dict(content), path)
@@ -66,11 +68,13 @@ def _verify(path: str | Path) -> None:
             is_plain &= sum(part.file_size for part in parts) <= os.path.getsize(path)
             altered = archive.testzip() if is_plain else None
     except Exception:  # a damaged archive makes the reader fail in any way
-        raise Damaged(f"checkpoint {path}: truncated or altered; fetch it again") from None
+        raise Damaged(f"checkpoint {path}: truncated or altered; fetch it again, or take an older one") from None
     if not is_plain:
         raise UserError(f"checkpoint {path}: refused, it unpacks to more than it is, which torch never writes")
     if altered:
-        raise Damaged(f"checkpoint {path}: altered, its part {altered} differs from its checksum; fetch it again")
+        raise Damaged(
+            f"checkpoint {path}: altered, {altered} in it is not what was written; fetch it again, or take an older one"
+        )
 
 
 def _read_safetensors(path: str | Path) -> dict:
@@ -160,7 +164,9 @@ def save(path: str | Path, content: dict, keep: int = 0) -> None:
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write the checkpoint {path}: {error}; what was saved before stays") from None
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch's writer hides it
+        reason = getattr(cause, "strerror", None) or cause
+        raise UserError(f"cannot write the checkpoint {path}: {reason}; what was saved before stays") from None
 
 
 def kept(path: Path) -> list[Path]:

@@ -164,6 +164,17 @@ def warn_of_seen(data: Data, checkpoint: Path) -> None:
 
 
 @contextlib.contextmanager
+def named_if_full(folder: Path) -> Iterator[None]:
+    """Tell which folder it is that cannot be written to, where the error does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename:
+            raise
+        raise UserError(f"{folder}: {error.strerror or error}; what was saved before stays") from None
+
+
+@contextlib.contextmanager
 def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int) -> Iterator[RunLog | None]:
     """Write what the run is, and is trained on, to its folder, and give the main process its log."""
     if not here.is_main:
@@ -195,8 +206,11 @@ def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int)
     run_log = RunLog(folder, first_epoch)
     try:
         yield run_log
-    finally:
-        run_log.close()
+    except BaseException:
+        with contextlib.suppress(OSError):  # a full disk, say, of which more is to be told
+            run_log.close()
+        raise
+    run_log.close()
 
 
 def save(cfg: Config, here: Dist, folder: Path, trainer: Trainer, is_best: bool) -> None:

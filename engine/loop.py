@@ -98,7 +98,7 @@ class Trainer:
             self.ema.module.load_state_dict(state.get("state_dict_ema") or state["state_dict"])
         groups = zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False)
         for saved, group in groups:  # before loading, for they decide on which device what is loaded lies
-            saved.update({k: v for k, v in group.items() if k != "params"})
+            saved.update({k: v for k, v in group.items() if k not in ("params", "lr")})  # the rate is set at each step
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

@@ -24,7 +24,17 @@ from .data import event, image
 from .data.loaders import Data
 from .dist import Dist
 from .errors import Stopped, UserError
-from .folder import checkpoint_to_test, differences, find_run, recorded_settings, records, runs_of, save, warn_of_seen
+from .folder import (
+    checkpoint_to_test,
+    differences,
+    find_run,
+    named_if_full,
+    recorded_settings,
+    records,
+    runs_of,
+    save,
+    warn_of_seen,
+)
 from .log import logger
 from .loop import NO_BEST, Trainer, evaluate
 from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs
@@ -145,6 +155,7 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
     model = build_model(cfg).to(here.device)
     if state and not is_ours:
         load_weights(cfg, model, state, path)
+        _warn_of_other_network(cfg, state, path)
     elif cfg.finetune and not state:
         weights = checkpoint.read(cfg.finetune)
         load_weights(cfg, model, weights, cfg.finetune, new_head=True)
@@ -159,7 +170,7 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
     folder = folder or Path(dist.from_main(str(runs_of(cfg) / time.strftime("%Y%m%d-%H%M%S"))))
     _announce(cfg, here, trainer, folder)
     watch = () if cfg.compile else (warn_of_silence,)  # which would compile the network once more
-    with records(cfg, here, folder, data, trainer.epoch) as run_log:
+    with named_if_full(folder), records(cfg, here, folder, data, trainer.epoch) as run_log:
         trainer.fit(run_log, lambda is_best: save(cfg, here, folder, trainer, is_best), *watch)
     logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {folder}")
 
@@ -204,7 +215,7 @@ def _restore(cfg: Config, trainer: Trainer, state: dict, path: Path) -> None:
     logger.info(f"resumed {path} after epoch {trainer.epoch}{step}")
 
 
-def _warn_of_other_network(cfg: Config, state: dict, path: str) -> None:
+def _warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:
     """Weights fit into networks that compute something else with them."""
     if state["format"] == "qkformer":
         theirs = state["config"]
@@ -253,7 +264,7 @@ def _test(recipe: Path, argv: Sequence[str], meter: Callable[[nn.Module], Abstra
     cfg = settings_of(state, path, recipe, argv)
     folder = Path(cfg.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):  # better known now than behind the evaluation
+    with named_if_full(folder), tempfile.TemporaryFile(dir=folder):  # better known now than behind the evaluation
         pass
     data = create_data(cfg, here, train=False)
     warn_of_seen(data, path)
@@ -277,7 +288,9 @@ def _test(recipe: Path, argv: Sequence[str], meter: Callable[[nn.Module], Abstra
             logger.info(energy.totals())
             if paper := published.energy_mj(cfg, recipe.parent):
                 logger.info(f"published: {paper:.2f} mJ (paper)")
-    if here.is_main:
+    if not here.is_main:
+        return
+    with named_if_full(folder):
         results.write(cfg, folder, found, figures, gallery, energy)
 
 

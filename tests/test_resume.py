@@ -1,0 +1,293 @@
+"""A run that was stopped, cut or damaged goes on as if nothing had happened, and says what did."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm.utils
+import torch
+from scripts import CPU, ROOT, fail, here
+
+from engine import checkpoint, config, dist, folder, run
+from engine.data.loaders import TrainLoader
+from engine.errors import Stopped, UserError
+from engine.loop import Trainer
+from engine.optim import create_optimizer
+from engine.stop import StopRequest
+from models.neuron import silent_layers
+
+IMAGES = (
+    "digits/train.py --batch-size 240 --epochs 2 --time-steps 1 --drop-path 0.3 --ema-decay 0.9 --accum-iter 2 --mixup "
+    "0.5 --reprob 0.5 --remode pixel --auto-augment rand-m9-mstd0.5-inc1 --hflip 0.5 --warmup-epochs 0"
+).split()
+EVENTS = (
+    "digits-dvs/train.py --batch-size 280 --epochs 1 --time-steps 1 --drop-path 0.3 --mixup 0.5 --mixup-in step "
+    "--auto-augment snn-wide --hflip 0.5 --warmup-epochs 0"
+).split()  # 5 steps an epoch
+
+
+def same(a, b):
+    """Bitwise, through all that a checkpoint nests."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def figures(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def stopped_at(monkeypatch, capfd, method, call, number, *arguments):
+    """Run a script that sends itself a signal when `Trainer`'s `method` is called for the `call`-th time."""
+    calls, original = [], getattr(Trainer, method)
+
+    def counted(self, *args):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, method, counted)
+        with pytest.raises(SystemExit) as end:
+            here(monkeypatch, capfd, *arguments)
+    return end.value.code, capfd.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("arguments", [IMAGES, EVENTS], ids=["images", "events"])
+def test_a_run_goes_on_at_the_step_where_it_was_stopped(arguments, tmp_path, monkeypatch, capfd):
+    """With all that is random, whatever number of workers, within an epoch and within its evaluation."""
+    here(monkeypatch, capfd, *arguments, "--workers", "0", "--output-dir", tmp_path / "whole")
+    cut = [*arguments, "--output-dir", tmp_path / "cut", "--resume", "auto"]
+    code, line = stopped_at(monkeypatch, capfd, "_update", 2, signal.SIGTERM, *cut, "--workers", "0")
+    assert code == 143
+    assert line.startswith(
+        f"stopped by SIGTERM after step {4 if '--accum-iter' in cut else 2} of epoch 1; --resume auto"
+    )
+    code, line = stopped_at(monkeypatch, capfd, "_refuse_collapsed_scale", 1, signal.SIGINT, *cut, "--workers", "2")
+    assert (code, line) == (130, "stopped by SIGINT in the evaluation of epoch 1; --resume auto goes on from there")
+    output = here(monkeypatch, capfd, *cut, "--workers", "1")
+    assert "after epoch 0 and step" in output
+    states = [checkpoint.read(tmp_path / name / "last.pt") for name in ("whole", "cut")]
+    assert same(*({key: state[key] for key in checkpoint.ENTRIES[:-1]} for state in states))
+    assert same(*(state["state_dict_ema"] for state in states))
+    assert figures(tmp_path / "whole") == figures(tmp_path / "cut")
+
+
+def trainer(*flags):
+    cfg = config.load(ROOT / "digits/digits.yml", ["--batch-size", "240", "--time-steps", "1", *flags])
+    timm.utils.random_seed(0)
+    here = dist.setup("cpu")
+    model = run.build_model(cfg)
+    return Trainer(cfg, here, model, create_optimizer(cfg, model), run.create_data(cfg, here))
+
+
+def test_an_epoch_of_another_order_begins_anew(capfd):
+    first, other = trainer(), trainer("--batch-size", "120")
+    stop = StopRequest()
+    stop.signal = signal.SIGTERM
+    first.train_epoch = lambda name, after: (setattr(first, "steps_done", 3), after())
+    with pytest.raises(Stopped):
+        first._fit_epoch("epoch 1", stop, None, lambda is_best: None, None)
+    state = first.state()
+    run.log.setup_console(True)
+    other.restore(state)
+    assert other.steps_done == 0
+    output = capfd.readouterr().out
+    assert "saved after step 3 of epoch 1, which cannot go on there (steps was 5 and is 11, batch_size was" in output
+    first.steps_done = first.steps  # only to be evaluated, which other batches do as well
+    other.restore(first.state())
+    assert other.steps_done == other.steps == 11
+
+
+def test_an_update_is_never_cut_in_two(monkeypatch):
+    """What is saved every two updates is where no gradient is left over."""
+    saved = []
+    one = trainer("--save-steps", "1", "--accum-iter", "2", "--epochs", "1")
+    one.fit(None, lambda is_best: saved.append(one.steps_done))
+    assert saved == [2, 4, 0]
+
+
+def test_a_second_signal_is_not_held_up():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def content(epoch):
+    kinds = {"optimizer": {}, "scaler": {}, "position": {}, "best": {}, "config": {}}
+    return kinds | {"state_dict": {"w": torch.arange(1000.0) + epoch}, "epoch": epoch}
+
+
+def test_the_checkpoints_before_are_kept(tmp_path):
+    path = tmp_path / "last.pt"
+    for epoch in range(5):
+        checkpoint.save(path, content(epoch), keep=2)
+    assert [(file.name, checkpoint.read(file)["epoch"]) for file in checkpoint.kept(path)] == [
+        ("last.pt", 4),
+        ("last-1.pt", 3),
+        ("last-2.pt", 2),
+    ]
+    checkpoint.save(path, content(5), keep=0)
+    assert sorted(os.listdir(tmp_path)) == ["last-1.pt", "last-2.pt", "last.pt"]
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_killed_between_any_two_steps_of_a_save_there_is_a_whole_checkpoint(call, tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    for epoch in range(3):
+        checkpoint.save(path, content(epoch), keep=2)
+    calls = []
+
+    def dying(function):
+        def call_or_die(*args, **kwargs):
+            calls.append(function)
+            if len(calls) >= call:
+                raise KeyboardInterrupt  # which nothing catches, as it would SIGKILL
+            return function(*args, **kwargs)
+
+        return call_or_die
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "link", "fsync"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        patch.setattr(torch, "save", dying(torch.save))
+        try:
+            checkpoint.save(path, content(3), keep=2)
+            assert call > 6
+        except KeyboardInterrupt:
+            assert call <= 6
+    epochs = [checkpoint.read(file)["epoch"] for file in checkpoint.kept(path)]
+    assert epochs[0] in (2, 3)
+    assert epochs == sorted(epochs, reverse=True)
+    checkpoint.save(path, content(4), keep=2)
+    assert checkpoint.read(checkpoint.kept(path)[0])["epoch"] == 4
+    assert checkpoint.read(checkpoint.kept(path)[1])["epoch"] == epochs[0]
+
+
+def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(tmp_path, capfd):
+    run.log.setup_console(True)
+    for name, epoch in (("best.pt", 0), ("last.pt", 1), ("last.pt", 2)):
+        checkpoint.save(tmp_path / name, content(epoch), keep=1)
+    for name, expected in (("last.pt", "last-1.pt"), ("last-1.pt", "best.pt")):
+        damaged = bytearray((tmp_path / name).read_bytes())
+        damaged[len(damaged) // 2] ^= 4
+        (tmp_path / name).write_bytes(damaged)
+        assert folder._whole_checkpoint(tmp_path) == tmp_path / expected
+        assert f"{name}: altered, archive/data/0 in it is not what was written" in capfd.readouterr().out
+        assert (tmp_path / f"{name}.damaged").read_bytes() == damaged
+    (tmp_path / "best.pt").write_bytes(b"")
+    with pytest.raises(
+        UserError, match="no checkpoint can be read; the run can only start anew, with --output-dir NEW"
+    ):
+        folder._whole_checkpoint(tmp_path)
+    assert folder._whole_checkpoint(tmp_path / "none") is None
+
+
+def test_one_run_a_folder(tmp_path, monkeypatch, capfd):
+    lock = (
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('process 7 on x', file=f)"
+    )
+    words = [sys.executable, "-c", f"{lock}; f.flush(); print('held', flush=True); input()", tmp_path / folder.LOCK]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=CPU) as other:
+        assert other.stdout.readline() == b"held\n"
+        line = fail(monkeypatch, capfd, "digits/train.py", "--output-dir", tmp_path)
+        assert f"another run is writing to {tmp_path} (process 7 on x): choose another --output-dir" in line
+        other.communicate(b"\n")
+    (tmp_path / "last.pt.tmp").write_bytes(b"half")
+    folder.claim(tmp_path)
+    assert os.listdir(tmp_path) == [folder.LOCK]
+    assert str(os.getpid()) in (tmp_path / folder.LOCK).read_text()
+
+
+def test_a_layer_without_spikes_is_named(capfd):
+    run.log.setup_console(True)
+    model = trainer().model.eval()
+    layers = [name for name, module in model.named_modules() if name.endswith("mlp.fc2.lif")]
+    for name in layers[:2]:
+        torch.nn.init.zeros_(model.get_submodule(name.removesuffix(".lif")).bn.weight)
+    images = torch.rand(4, 1, 8, 8)
+    assert set(layers[:2]) <= set(silent_layers(model, images))
+    run.warn_of_silence(model, images)
+    assert "warning: no neuron of " in capfd.readouterr().out
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_collapsed_loss_scale_ends_the_run():
+    one = trainer("--epochs", "1")
+    one.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-11)
+    with pytest.raises(UserError, match=r"fp16 gradients overflow .* epoch 1 .*--amp bf16"):
+        one.train_epoch("test")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "the memory is full: use a smaller --batch-size, or fewer --workers (MemoryError)"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "the GPU's memory is full: use a smaller"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "the memory is full"),
+        (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), "a loader's process has ended (Data"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (OSError(5, "Input/output error", "/data/a.jpg"), "/data/a.jpg: Input/output error"),
+    ],
+)
+def test_what_happens_to_the_machine_is_told_in_one_line(error, line, capfd):
+    def body():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run.guard(body)
+    assert end.value.code == 2
+    assert capfd.readouterr().err.startswith(f"error: {line}")
+
+
+def test_mistakes_of_ours_are_not_hidden():
+    def body():
+        raise RuntimeError("a shape is wrong")
+
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        run.guard(body)
+
+
+def test_weights_of_another_network_are_told(tmp_path, monkeypatch, capfd):
+    quick = "--batch-size 480 --epochs 1 --time-steps 1 --warmup-epochs 0".split()
+    here(monkeypatch, capfd, "digits/train.py", *quick, "--ssa-membrane", "released", "--output-dir", tmp_path / "a")
+    more = ["--time-steps", "2", "--finetune", tmp_path / "a/last.pt", "--output-dir", tmp_path / "b"]
+    output = here(monkeypatch, capfd, "digits/train.py", *quick, *more)
+    assert "last.pt was trained with ssa_membrane = 'released', and ssa_membrane is 'per_sample' here" in output
+    assert "last.pt was trained with time_steps = 1, and time_steps is 2 here" in output
+    assert "residual" not in output
+
+
+def test_skipped_samples_are_not_loaded():
+    seen = []
+
+    class Noting(torch.utils.data.Dataset):
+        def __len__(self):
+            return 9
+
+        def __getitem__(self, index):
+            seen.append(index)
+            return np.float32(index)
+
+    feed = torch.utils.data.DataLoader(Noting(), 2, shuffle=True, drop_last=True)
+    loader = TrainLoader(type("Device", (list,), {"loader": feed, "__iter__": lambda _: iter(feed)})(range(4)))
+    torch.manual_seed(3)
+    whole = [batch.tolist() for batch in loader.batches(0)]
+    seen.clear()
+    torch.manual_seed(3)
+    assert [batch.tolist() for batch in loader.batches(0, 3)] == whole[3:]
+    assert len(seen) == 2
+    assert len(loader) == 4
