@@ -2,13 +2,16 @@
 
 import signal
 
+LONGEST = 1000  # characters of a message; what the user gave may have any length
+
 
 class UserError(Exception):
     """Bad input. Its message is one line that names the thing and the remedy; scripts print it and exit with 2."""
 
     def __init__(self, message: str):
         # a loader's worker hands its exception on with the traceback in front
-        super().__init__(" ".join(message.split(f"{type(self).__name__}: ")[-1].split()))
+        line = " ".join(message.split(f"{type(self).__name__}: ")[-1].split())
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 + 5 :]}")
 
 
 class Stopped(Exception):
