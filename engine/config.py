@@ -10,6 +10,7 @@ import difflib
 import math
 import os
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ IMAGE_FIELDS = (
     "mean std interpolation scale ratio color_jitter reprob remode recount crop_pct cutmix cutmix_minmax "
     "mixup_switch_prob train_split val_split"
 ).split()
+LONGEST_RECIPE = 100_000  # characters; ours have 2,000
 # flags of the released scripts and of launchers that change nothing here, and how many values each takes
 IGNORED = {
     "--local-rank": 1,  # of torch.distributed.launch; the environment variable LOCAL_RANK is what counts
@@ -113,21 +115,31 @@ def plain(config: Config, without: Sequence[str] = ()) -> dict[str, object]:
 
 def _recipe_path(own: Path, named: str | None) -> Path:
     """The recipe beside the script, or the one that `--config` names: a file, or the name of one beside the script."""
-    if named is None or Path(named).is_file():
+    if named is None or os.path.isfile(named):
         return Path(named or own)
-    beside = own.parent / named
-    beside = beside if beside.suffix else beside.with_suffix(".yml")
-    return beside if beside.exists() else Path(named)
+    beside = own.parent / (named if Path(named).suffix else f"{named}.yml")
+    return beside if os.path.isfile(beside) else Path(named)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which lets the last of two equal keys win, made to refuse them."""
+    """PyYAML's safe loader, made to refuse what a recipe does not need.
+
+    That is two equal keys, the last of which would win, and aliases and merge keys, with which a few lines can unfold
+    to more than any memory holds.
+    """
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            name = _short(self.peek_event().anchor)
+            raise yaml.composer.ComposerError(None, None, f"alias {name}, write it out", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         keys = set()
         for key, _ in node.value:
-            if key.value in keys:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands there twice", key.start_mark)
+            if key.value in keys or key.tag == "tag:yaml.org,2002:merge":
+                reason = "merge key, write it out" if key.value == "<<" else f"{_short(key.value)} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, reason, key.start_mark)
             keys.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -135,11 +147,18 @@ class _StrictLoader(yaml.SafeLoader):
 def _read_yaml(path: Path) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
     """The settings of a recipe, and what each of its variants changes."""
     try:
-        content = yaml.load(path.read_text(), _StrictLoader)
-    except (OSError, UnicodeDecodeError) as error:
+        if not os.path.isfile(path) and os.path.exists(path):  # others may have no end, or wait for one who writes
+            raise UserError(f"cannot read the recipe {path}: not a file")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST_RECIPE + 1)
+    except (OSError, ValueError) as error:  # the latter: not UTF-8, or a name with a zero byte
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"cannot read the recipe {path}: {reason}") from None
-    except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
+    if len(text) > LONGEST_RECIPE:
+        raise UserError(f"cannot read the recipe {path}: longer than {LONGEST_RECIPE:,} characters")
+    try:
+        content = yaml.load(text, _StrictLoader)
+    except Exception as error:  # PyYAML raises whatever its parts do
         line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         reason = getattr(error, "problem", None) or "cannot be parsed"
         raise UserError(f"{path}{line}: not valid YAML ({reason})") from None
@@ -157,10 +176,10 @@ def _settings(content: object, path: Path, where: str) -> dict[str, object]:
         raise UserError(f"{where}: expected `key: value` lines, found {type(content).__name__}")
     for key in content:
         if key not in FIELDS or key in ("config", "variant"):
-            raise UserError(f"{where}: unknown key {key!r}{_nearest(str(key), FIELDS)}")
+            raise UserError(f"{where}: unknown key {_short(key)}{_nearest(str(key), FIELDS)}")
     values = {key: _coerce(key, value, f"{where}: {key}") for key, value in content.items()}
     if values.get("data_path") and ":" not in values["data_path"]:  # not the address of shards
-        values["data_path"] = os.path.abspath(path.parent / Path(values["data_path"]).expanduser())
+        values["data_path"] = os.path.abspath(path.parent / os.path.expanduser(values["data_path"]))
     return values
 
 
@@ -191,7 +210,7 @@ def _read_flags(argv: Sequence[str]) -> dict[str, object]:
         flag = unknown[0].split("=")[0]
         if flag.startswith("-"):
             raise UserError(f"unknown flag {flag}{_nearest(flag, [f'--{key}'.replace('_', '-') for key in FIELDS])}")
-        raise UserError(f"unexpected argument {flag!r} (--help lists the flags)")
+        raise UserError(f"unexpected argument {_short(flag)} (--help lists the flags)")
     raw = {key: value for key, value in vars(parsed).items() if key in FIELDS}
     return {key: _coerce(key, value, f"--{key.replace('_', '-')}") for key, value in raw.items()}
 
@@ -226,7 +245,7 @@ def _scalar(kind: type, value: object, where: str) -> object:
     except (ValueError, OverflowError):
         pass
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    raise UserError(f"{where}: {value!r} is not {names[kind]}")
+    raise UserError(f"{where}: {_short(value)} is not {names[kind]}")
 
 
 def _check_each(config: Config) -> None:
@@ -298,9 +317,21 @@ def _check_events(config: Config) -> None:
 
 
 def _bad(config: Config, key: str, why: str) -> UserError:
-    return UserError(f"{key} = {getattr(config, key)!r}: {why} (recipe {config.config} and flags)")
+    return UserError(f"{key} = {_short(getattr(config, key))}: {why} (recipe {config.config} and flags)")
 
 
 def _nearest(word: str, valid: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, valid, n=1)
     return f", did you mean {close[0]!r}?" if close else " (--help lists them)"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 100, 100
+
+
+def _short(value: object) -> str:
+    """All of an ordinary value, and the beginning of one that would fill the screen, or the memory."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
