@@ -1,0 +1,35 @@
+"""The table of what the fault tests counted, and with the full version a file of it."""
+
+import dataclasses
+import json
+
+import pytest
+from harness import PARTS, QUICK, ROOT, part
+from tabulate import tabulate
+
+COLUMNS = ("trials", "kills", "lost", "tracebacks", "wrong", "hangs", "seconds")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a finished run of two epochs on the digits; not to be written to."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with part("setup") as counts:
+        flags = [*QUICK, "--epochs", 2, "--ema-decay", 0.9, "--output-dir", folder]
+        counts.script("digits/train.py", *flags, expected={0})
+    return folder
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not PARTS:
+        return
+    rows = [[name, *(getattr(counts, key) for key in COLUMNS)] for name, counts in PARTS.items()]
+    terminalreporter.section("faults")
+    terminalreporter.write_line(tabulate(rows, ["part", *COLUMNS], floatfmt=".0f"))
+
+
+def pytest_sessionfinish(session):
+    if PARTS and any("slow" in item.keywords for item in session.items):
+        path = ROOT / "output" / "faults.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({name: dataclasses.asdict(counts) for name, counts in PARTS.items()}, indent=2))

@@ -1,0 +1,176 @@
+"""Recipes and command lines that nobody would write: a Config, or one line that says why not.
+
+Hypothesis makes them, always the same ones; its failures are counted and not shrunk, for each is a short text anyway.
+"""
+
+import contextlib
+import math
+import os
+import resource
+import shlex
+
+import pytest
+import torch
+import yaml
+from harness import ROOT, part
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine import config, run
+from engine.errors import UserError
+
+MOST_MEMORY = 300  # MiB more than before
+SECONDS = 5
+
+KEYS = st.one_of(
+    st.sampled_from(list(config.FIELDS)), st.sampled_from(["variants", "<<", "1", ""]), st.text(max_size=9)
+)
+NUMBERS = st.one_of(
+    st.integers(-3, 300),
+    st.floats(),
+    st.sampled_from([2**31, 2**63, -(2**63), 10**400, 1e308, 5e-324, math.inf, math.nan]),
+)
+CHOICES = sorted({str(c) for field in config.FIELDS.values() for c in field.metadata["choices"]})
+TEXTS = st.one_of(
+    st.sampled_from([*CHOICES, "1e-3", "none", "auto", "true", "qkformer_3_64", "qkformer_10_384", "1,2,3"]),
+    st.sampled_from(
+        ["~nobody/x", "/dev/zero", "/", "..", "\0", "x" * 5000, "9" * 5000, "\ud800", "١٢", "a:b", "rand-m9"]
+    ),
+    st.text(max_size=20),
+)
+SCALARS = st.one_of(NUMBERS, TEXTS, st.booleans(), st.none(), st.dates(), st.binary(max_size=9))
+VALUES = st.recursive(
+    SCALARS, lambda v: st.one_of(st.lists(v, max_size=9), st.dictionaries(SCALARS, v, max_size=4)), max_leaves=20
+)
+LAUGHS = "a: &a0 [x, x]\n" + "".join(f"b{i}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12))
+FRAGMENTS = [
+    "lr: 1\n", "epochs: 2\n", "lr: 1\nlr: 2\n", LAUGHS, "lr: &x [1]\nmean: *x\n", "<<: {lr: 1}\n",
+    "&self lr: [*self]\n", "? [lr, 1]\n: 2\n", "? {a: b}\n: 2\n", "!!python/object/apply:os.system [ls]\n",
+    "lr: !!python/name:os.system\n", "lr: !!binary aGk=\n", "lr: !!set {1, 2}\n", "lr: !!float x\n", "lr: !!int ''\n",
+    "lr: !!timestamp x\n", "lr: !<x> 1\n", "lr: !!omap [1]\n", "lr: !!null x\n", "lr: !!bool x\n", "%YAML 9.9\n---\n",
+    "---\nlr: 1\n---\nlr: 2\n", "...\n", "\t", "\0", "\ufeff", "\ufeff\ufeff", "lr: .nan\n", "lr: -.inf\n",
+    "epochs: 0x" + "f" * 5000 + "\n", "epochs: " + "9" * 5000 + "\n", "seed: 1" + ":59" * 3000 + "\n",
+    "seed: 0b" + "1" * 70000 + "\n", "mean: " + "[" * 2000 + "\n", "{" * 2000, "- " * 3000,
+    "mean: " + "[" * 90 + "]" * 90 + "\n", "mean: [" + "1, " * 20000 + "1]\n", "lr: |\n  " + "x" * 50000 + "\n",
+    "#" * 99999, "k" * 2000 + ": 1\n", "variants: {a: {lr: 1}, a: {}}\n", "variants: {a: {variants: {}}}\n",
+    "x" * 200_000, "'", '"\\', "|", ">9", '"\\ud800": 1\n', 'model: "\\udcff"\n', 'data_path: "\\0"\n',
+    "data_path: ~nobody/x\n", "model: \U0001f600\n",
+]  # fmt: skip
+
+
+def as_yaml(value: dict) -> bytes:
+    return yaml.dump(value, allow_unicode=True).encode(errors="surrogatepass")
+
+
+FILES = st.one_of(
+    st.dictionaries(KEYS, VALUES, max_size=8).map(as_yaml),
+    st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=30)), max_size=4).map(
+        lambda parts: "".join(parts).encode(errors="surrogatepass")
+    ),
+    st.binary(max_size=200),
+)
+FLAGS = st.one_of(
+    st.sampled_from([f"--{key.replace('_', '-')}" for key in config.FIELDS]),
+    st.sampled_from([f"--no-{key}" for key in config.FIELDS]),
+    st.sampled_from(
+        ["--local-rank", "-b", "-j", "--", "-", "--=", "--=1", "---", "@x", "--lr=", "--lr=1", "--dist-eval"]
+    ),
+    st.text(max_size=6).map(lambda text: f"--{text}"),
+)
+WORDS = st.one_of(TEXTS, st.text("0123456789.e-,", max_size=6))
+LINES = st.lists(st.tuples(FLAGS, st.lists(WORDS, max_size=2)), max_size=4).map(
+    lambda pairs: [word for flag, words in pairs for word in (flag, *words) if not word.startswith(("-h", "--help"))]
+)
+
+
+def examples(count):
+    return settings(
+        max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+
+
+def full(short, full):
+    return pytest.mark.parametrize("count", [short, pytest.param(full, marks=pytest.mark.slow)])
+
+
+@contextlib.contextmanager
+def frugal(counts):
+    """Counts it as wrong if this process has grown by more than `MOST_MEMORY`."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    counts.require(grown < MOST_MEMORY, f"{grown} MiB more memory")
+
+
+def check(cfg):
+    """A network is built from the settings that were let in, without memory for its weights, or refused."""
+    with torch.device("meta"):
+        run.build_model(cfg)
+
+
+@full(150, 2000)
+def test_recipes(count, tmp_path):
+    path = tmp_path / "recipe.yml"
+
+    @examples(count)
+    @given(FILES)
+    def fuzz(content):
+        path.write_bytes(content)
+        with counts.trial(f"recipe {content[:500]!r}", SECONDS):
+            check(config.load(path))
+
+    with part("fuzzed recipes") as counts, frugal(counts):
+        fuzz()
+        for fragment in FRAGMENTS:
+            path.write_bytes(fragment.encode(errors="surrogatepass"))
+            with counts.trial(f"recipe {fragment[:500]!r}", SECONDS):
+                check(config.load(path))
+
+
+@full(150, 2000)
+def test_command_lines(count):
+    @examples(count)
+    @given(LINES)
+    def fuzz(words):
+        with counts.trial(f"flags {shlex.join(words)[:500]!r}", SECONDS):
+            check(config.load(ROOT / "digits/digits.yml", words))
+
+    with part("fuzzed flags") as counts, frugal(counts):
+        fuzz()
+
+
+@full(40, 500)
+def test_scripts_up_to_the_data(count, finished, tmp_path, monkeypatch):
+    """train.py and test.py in this process; the data would come next."""
+
+    def no_data(*_, **__):
+        raise UserError("the data would be loaded")
+
+    @examples(count)
+    @given(st.sampled_from(["digits/train.py", "digits/test.py", "cifar10/train.py", "imagenet/test.py"]), LINES)
+    def fuzz(script, words):
+        if "test.py" in script:
+            words = [*words, "--checkpoint", finished / "last.pt"]
+        counts.script(script, *words, expected={0, 2}, limit=SECONDS)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "create_data", no_data)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    with part("fuzzed scripts") as counts, frugal(counts):
+        fuzz()
+
+
+@pytest.mark.parametrize("kind", ["endless", "pipe", "folder", "long name", "zero byte", "root", "huge"])
+def test_recipes_that_are_no_files(kind, tmp_path):
+    """Named by `--config`; a pipe without a writer would be waited for, and /dev/zero has no end."""
+    path = {"endless": "/dev/zero", "long name": "x" * 5000, "zero byte": "a\0b", "root": "/"}.get(kind, tmp_path / "x")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "huge":
+        with path.open("wb") as file:
+            file.truncate(2**40)
+    with part("fuzzed recipes") as counts, frugal(counts), counts.trial(kind, SECONDS):
+        config.load(ROOT / "digits/digits.yml", ["--config", str(path)])
+        counts.count("wrong", f"{kind}: no error")
