@@ -43,7 +43,7 @@ def read(path: str | Path) -> dict:
         pass
     if Path(path).suffix == ".safetensors":
         return _read_safetensors(path)
-    if zipfile.is_zipfile(path):  # as torch writes since 1.6
+    if _is_archive(path):
         _verify(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -59,18 +59,25 @@ def read(path: str | Path) -> dict:
     return _recognised(dict(content), path)
 
 
+def _is_archive(path: str | Path) -> bool:
+    """Whether torch takes the file for the archive that it writes since 1.6: by its first bytes alone."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def _verify(path: str | Path) -> None:
     """Compare each part of the archive that a checkpoint is with its checksum, which torch writes and does not read."""
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
             is_plain = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+            is_plain &= not any(part.external_attr & 16 for part in parts)  # of folders torch reads what was in memory
             is_plain &= sum(part.file_size for part in parts) <= os.path.getsize(path)
             altered = archive.testzip() if is_plain else None
     except Exception:  # a damaged archive makes the reader fail in any way
         raise Damaged(f"checkpoint {path}: truncated or altered; fetch it again, or take an older one") from None
     if not is_plain:
-        raise UserError(f"checkpoint {path}: refused, it unpacks to more than it is, which torch never writes")
+        raise Damaged(f"checkpoint {path}: refused, its parts are packed or marked as torch never does; fetch it again")
     if altered:
         raise Damaged(
             f"checkpoint {path}: altered, {altered} in it is not what was written; fetch it again, or take an older one"

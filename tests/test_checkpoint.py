@@ -125,7 +125,7 @@ def _truncated(path):
         (lambda path: path.mkdir(), "does not exist"),
         (lambda path: path.write_bytes(b""), "truncated, or not a checkpoint"),
         (lambda path: path.write_text("<html>quota exceeded</html>"), "truncated, or not a checkpoint|refused"),
-        (_truncated, "truncated, or not a checkpoint"),
+        (_truncated, "truncated or altered"),
         (lambda path: torch.save([1, 2], path), "holds no weights but a list"),
         (lambda path: torch.save({"epoch": 3, "note": "x"}, path), "holds no weights; its entries are epoch, note"),
         (lambda path: torch.save({"model": {}}, path), "holds no weights; its entries are model"),
