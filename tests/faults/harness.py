@@ -13,6 +13,7 @@ import os
 import resource
 import runpy
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -174,8 +175,9 @@ class Child:
         self.process.start()
 
     def signal(self, number: int) -> None:
+        """To the process and those of its group, as a terminal does."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, number)
+            os.killpg(self.process.pid, number)
 
     def wait(self, limit: float = PATIENCE) -> int | None:
         """The exit code (negative: the signal that killed it), None after `limit` seconds. Nothing is left behind."""
@@ -198,6 +200,20 @@ class Child:
                 return sign()
             time.sleep(0.01)
         return True
+
+
+def ranks(count: int, *words: object, log: Path, death: Death | None = None) -> list[Child]:
+    """A script in `count` processes, as a launcher starts them; the first of them is the one to die."""
+    if count == 1:
+        return [Child(*words, log=log, death=death)]
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port = str(server.getsockname()[1])
+    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    return [
+        Child(*words, log=log.with_suffix(f".{i}"), death=None if i else death, RANK=str(i), LOCAL_RANK=str(i), **world)
+        for i in range(count)
+    ]
 
 
 def _server():
@@ -227,6 +243,7 @@ def _run(words: list[str], log: Path, death: Death | None, environment: dict[str
     os.dup2(file, 2)
     os.environ.update(environment)
     os.chdir(ROOT)
+    multiprocessing.set_start_method("fork", force=True)  # of the loaders, as it is where there is no server
     torch.set_num_threads(1)
     if death:
         _await(death)
@@ -249,7 +266,9 @@ def _await(death: Death) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (death.size, resource.RLIM_INFINITY))
 
     def hook(event: str, arguments: tuple) -> None:
-        if event not in ("open", "os.rename", "os.link", "os.remove") or ".pt" not in str(arguments[0]):
+        if event not in ("open", "os.rename", "os.link", "os.remove"):
+            return
+        if ".pt" not in os.path.basename(str(arguments[0])):
             return
         writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax")
         if writes or (event != "open" and death.size is None):
