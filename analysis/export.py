@@ -16,6 +16,7 @@ from pathlib import Path
 
 import timm.data
 
+from engine.checkpoint import fingerprint
 from engine.config import EVENT_DATASETS, LOCAL_FIELDS, Config, plain
 from engine.errors import UserError
 from engine.log import logger, write_whole
@@ -84,7 +85,8 @@ def _write_safetensors(subject: common.Subject, output: Path) -> None:
     if card.exists() and not card.read_text(errors="replace").startswith(CARD_START):
         raise UserError(f"{card} is no model card and would be replaced by one: choose another --output")
     weights = {name: value.contiguous() for name, value in subject.model.state_dict().items()}
-    metadata = {"format": "pt", "config": _settings(subject.cfg)}  # Hugging Face asks for the former
+    config = _settings(subject.cfg)
+    metadata = {"format": "pt", "config": config, "sha256": fingerprint(weights, config)}  # Hugging Face asks for "pt"
     _write(output, save(weights, metadata))
     _write(card, model_card(subject, output.name))
 

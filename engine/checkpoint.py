@@ -1,6 +1,7 @@
 """Checkpoints: ours, written atomically, and the released ones. None is trusted: reading never runs code."""
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -103,7 +104,18 @@ def _read_safetensors(path: str | Path) -> dict:
         config = None
     if not isinstance(config, dict) or not weights:
         raise UserError(f"checkpoint {path}: damaged, its config is not what it should be, or it holds no weights")
+    if metadata.get("sha256", digest := fingerprint(weights, metadata["config"])) != digest:
+        raise Damaged(f"checkpoint {path}: altered, it differs from its checksum; fetch it again")
     return {"format": "qkformer", "state_dict": weights, "config": config}
+
+
+def fingerprint(weights: Mapping[str, torch.Tensor], config: str) -> str:
+    """SHA-256 of weights and settings, for safetensors' format has no checksum of its own."""
+    digest = hashlib.sha256(config.encode())
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _reason(error: pickle.UnpicklingError) -> str:
