@@ -76,7 +76,11 @@ class Counts:
         with mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             try:
                 with time_limit(limit):
-                    runpy.run_path(str(ROOT / name), run_name="__main__")
+                    if name.endswith(".py"):
+                        runpy.run_path(str(ROOT / name), run_name="__main__")
+                    else:
+                        sys.modules.pop(name, None)  # runpy warns of a module that is imported already
+                        runpy.run_module(name, run_name="__main__")
                 code = 0
             except SystemExit as end:
                 code = end.code

@@ -2,6 +2,7 @@
 
 import argparse
 import random
+import shutil
 
 import pytest
 import torch
@@ -30,6 +31,16 @@ def released(kind):
 
 
 @pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory):
+    """A sound safetensors file."""
+    path = tmp_path_factory.mktemp("sound") / "ours.safetensors"
+    with part("setup") as counts:
+        flags = ["--checkpoint", finished / "last.pt", "--format", "safetensors", "--output", path]
+        counts.script("analysis.export", *flags, expected={0})
+    return path
+
+
+@pytest.fixture(scope="module")
 def files(finished, tmp_path_factory):
     """Name -> path of a sound file of each format."""
     folder = tmp_path_factory.mktemp("sound")
@@ -40,10 +51,13 @@ def files(finished, tmp_path_factory):
     return found
 
 
-def flip(content, rng, count=1):
-    for _ in range(count):
-        at = rng.randrange(len(content))
-        content[at] ^= 1 << rng.randrange(8)
+def flip(content, rng):
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+
+
+def flip_many(content, rng):
+    for _ in range(20):
+        flip(content, rng)
 
 
 def flip_in_directory(content, rng):
@@ -85,22 +99,52 @@ def remove(content, rng):
     del content[at : at + rng.choice([1, 64, 4096])]
 
 
-MUTATIONS = [
-    flip, lambda content, rng: flip(content, rng, 20), flip_in_directory, flip_in_header, zero, swap, truncate, append,
-    repeat, remove,
-]  # fmt: skip
+MUTATIONS = [flip, flip_many, flip_in_directory, flip_in_header, zero, swap, truncate, append, repeat, remove]
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(400, marks=pytest.mark.slow)])
+def mutated(content, rng, count):
+    """(what was done, the content after it) of `count` mutations of all kinds."""
+    for i in range(count):
+        result, mutate = bytearray(content), MUTATIONS[i % len(MUTATIONS)]
+        mutate(result, rng)
+        yield f"mutation {i} ({mutate.__name__})", result
+
+
+def full(short, full):
+    return pytest.mark.parametrize("count", [short, pytest.param(full, marks=pytest.mark.slow)])
+
+
+def read_all(path, name, count, tmp_path):
+    sound = checkpoint.read(path)
+    with part("mutated checkpoints") as counts:
+        for what, content in mutated(path.read_bytes(), random.Random(name), count):
+            (tmp_path / name).write_bytes(content)
+            with counts.trial(f"{name}, {what}"):
+                read = checkpoint.read(tmp_path / name)
+                counts.require(same(read, sound), f"{name}, {what}: other content was read")
+
+
+@full(40, 400)
 @pytest.mark.parametrize("kind", ["ours", "imagenet", "cifar", "dvs", "weights"])
 def test_zip_files(files, kind, count, tmp_path):
-    sound, content, rng = checkpoint.read(files[kind]), files[kind].read_bytes(), random.Random(kind)
-    with part("mutated checkpoints") as counts:
-        for i in range(count):
-            mutated = bytearray(content)
-            mutate = MUTATIONS[i % len(MUTATIONS)]
-            mutate(mutated, rng)
-            (tmp_path / "file.pt").write_bytes(mutated)
-            what = f"{kind}, mutation {i} ({mutate.__name__})"
-            with counts.trial(what):
-                counts.require(same(checkpoint.read(tmp_path / "file.pt"), sound), f"{what}: other content was read")
+    read_all(files[kind], f"{kind}.pt", count, tmp_path)
+
+
+@full(40, 400)
+def test_safetensors(exported, count, tmp_path):
+    read_all(exported, "ours.safetensors", count, tmp_path)
+
+
+@full(2, 40)
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, count, tmp_path):
+    whole = checkpoint.read(finished / "last.pt")
+    with part("runs with a damaged last.pt") as counts:
+        for what, content in mutated((finished / "last.pt").read_bytes(), random.Random(1), count):
+            folder = tmp_path / what
+            shutil.copytree(finished, folder)
+            (folder / "last.pt").write_bytes(content)
+            said = counts.script("digits/train.py", "--output-dir", folder, "--resume", "auto", expected={0})
+            read = checkpoint.read(folder / "last.pt")
+            is_same = all(same(read[key], whole[key]) for key in ("state_dict", "state_dict_ema", "optimizer", "best"))
+            counts.require(is_same, f"{what}: the weights are others than without the damage")
+            counts.require((folder / "last.pt.damaged").exists() or "nothing is left" in said, f"{what}: {said}")
