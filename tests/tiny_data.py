@@ -60,7 +60,7 @@ def cifar(root, classes, train=150, test=33):
     folder.mkdir(parents=True)
     parts[meta[0]] = {meta[1]: [f"class {i}" for i in range(classes)]}
     for name, content in parts.items():
-        (folder / name).write_bytes(pickle.dumps(content))
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))  # as published
     return Path(root)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import timm.data
 import timm.data.readers.reader_wds
 import torchvision.datasets
+import torchvision.datasets.cifar
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import DatasetFolder, ImageFolder
@@ -21,6 +22,9 @@ from .. import dist
 from ..config import EVENT_DATASETS, Config
 from ..errors import UserError
 from ..log import logger
+from . import pickles
+
+torchvision.datasets.cifar.pickle = pickles
 
 IMAGENET_SIZES = {"train": 1_281_167, "val": 50_000}
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "test")}
@@ -164,6 +168,15 @@ def _damaged_file(cfg: Config) -> str | None:
     return None
 
 
+def _require_sound(dataset: Dataset) -> None:
+    """Raise `ValueError` where what torchvision has read into memory is not what it is taken for."""
+    if hasattr(dataset, "data"):
+        images = np.asarray(dataset.data)
+        is_sound = images.dtype == np.uint8 and images.size and len(images) == len(dataset.targets)
+        if not is_sound or not all(isinstance(name, str) for name in dataset.classes):
+            raise ValueError("its images, labels or names are damaged")
+
+
 class _HuggingFace(timm.data.ImageDataset):
     """timm's, which replaces an image that cannot be read by the next one, made to name it."""
 
@@ -201,7 +214,9 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
 
     def attempt() -> Dataset:
         try:
-            return make()
+            dataset = make()
+            _require_sound(dataset)
+            return dataset
         except Exception as error:  # what is not there, packages and files, in as many ways as there are libraries
             damaged = kind == "torch" and not cfg.download and _damaged_file(cfg)
             reason = damaged or str(error) or type(error).__name__
