@@ -4,17 +4,18 @@ import functools
 import glob
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import timm.data
-import timm.data.readers.reader_wds
 import torchvision.datasets
 import torchvision.datasets.cifar
 from PIL import Image
+from timm.data.readers import reader_wds
 from torch.utils.data import Dataset
-from torchvision.datasets import DatasetFolder, ImageFolder
+from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
@@ -24,6 +25,9 @@ from ..errors import UserError
 from ..log import logger
 from . import pickles
 
+# Pillow goes by the content of a file, whatever its name, and hands PostScript to Ghostscript, which runs it. All who
+# read images in this process, timm and Hugging Face too, read these formats alone.
+Image.open = functools.partial(Image.open, formats=("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"))
 torchvision.datasets.cifar.pickle = pickles
 
 IMAGENET_SIZES = {"train": 1_281_167, "val": 50_000}
@@ -53,7 +57,20 @@ def create_dataset(cfg: Config, train: bool) -> Dataset:
             f"num_classes = {cfg.num_classes}: {where} has {len(names)} classes; "
             "complete the data set, or choose --num-classes"
         )
+    dataset.target_transform = functools.partial(_require_label, cfg)
     return dataset
+
+
+def _require_label(cfg: Config, label: object) -> object:
+    """The label, if the network has an output for it."""
+    is_number = isinstance(label, (int, np.integer)) and abs(label) < 2**63
+    if not is_number or not 0 <= label < cfg.num_classes:
+        what = label if is_number else f"of type {type(label).__name__}"
+        raise UserError(
+            f"{cfg.dataset}: a label {what}, where num_classes = {cfg.num_classes} wants 0 to {cfg.num_classes - 1}; "
+            "choose --num-classes or a split that has labels, or correct the data set"
+        )
+    return label
 
 
 def class_names(dataset: Dataset) -> list[str]:
@@ -152,11 +169,6 @@ def _first(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _refuse_sample(error: Exception) -> None:
-    """In place of timm's handler, with which shards leave out what cannot be read."""
-    raise UserError(f"a sample of the shards cannot be read ({error}); make the shard anew")
-
-
 def _damaged_file(cfg: Config) -> str | None:
     """The first file of CIFAR that is missing or not as published, and what to do."""
     kind = getattr(torchvision.datasets, cfg.dataset.split("/")[1].upper(), None)
@@ -183,7 +195,43 @@ class _HuggingFace(timm.data.ImageDataset):
     def __getitem__(self, index: int) -> tuple[object, int]:
         file, label = self.reader[index]
         image = read_image(file, self.input_img_mode, f"image {index} of {self.reader.split}")
-        return (self.transform(image) if self.transform else image), label
+        return (self.transform(image) if self.transform else image), self.target_transform(label)
+
+
+class _Stream(timm.data.IterableImageDataset):
+    """timm's, which leaves out what cannot be read in shards, made to end there."""
+
+    def __iter__(self) -> Iterator[tuple[object, int]]:
+        try:
+            yield from super().__iter__()
+        except UserError:
+            raise
+        except Exception as error:  # libraries and decoders fail in any way
+            raise UserError(f"a sample of the shards cannot be read ({error}); make the shard anew") from None
+
+
+def _decode_shard(sample: dict, **settings) -> dict | None:
+    try:
+        return _decode(sample, **settings)
+    except Exception as error:
+        raise ValueError(f"{sample['__key__']} in {sample['__url__']}: {error}") from None
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
+_decode = reader_wds._decode
+reader_wds._decode, reader_wds.log_and_continue = _decode_shard, _raise
+
+
+def _require_shards(split: reader_wds.SplitInfo) -> None:
+    """Raise `ValueError` for names that are no mere files: under an address that runs a command they are part of it."""
+    for name in split.filenames:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.+=@,-][\w.+=@,/ -]*", name) or ".." in Path(name).parts:
+            raise ValueError(f"{name!r} is no shard of the folder")
+    if not isinstance(split.num_samples, int) or not 0 <= split.num_samples < 2**40:
+        raise ValueError("_info.json has no num_samples")
 
 
 def _of_timm(cfg: Config, train: bool) -> Dataset:
@@ -196,35 +244,41 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
         )
     if kind == "torch":
         _data_path(cfg)
-    arguments = {
-        "name": cfg.dataset,
-        "root": cfg.data_path,
-        "split": cfg.train_split if train else cfg.val_split,
-        "is_training": train,
-        "batch_size": cfg.batch_size,
-        "seed": cfg.seed,
-        "input_img_mode": "L" if cfg.in_channels == 1 else "RGB",
-    }
-    make = functools.partial(timm.data.create_dataset, **arguments, download=cfg.download)
-    if kind == "wds":
-        timm.data.readers.reader_wds.log_and_continue = _refuse_sample
-    if kind == "hfds":
-        mode = {"input_img_mode": arguments["input_img_mode"]}
-        make = functools.partial(_HuggingFace, cfg.data_path, cfg.dataset, split=arguments["split"], **mode)
+    split = cfg.train_split if train else cfg.val_split
+    mode = "L" if cfg.in_channels == 1 else "RGB"
+    if kind == "torch":
+        make = functools.partial(timm.data.create_dataset, cfg.dataset, cfg.data_path, split, download=cfg.download)
+    elif kind == "hfds":
+        make = functools.partial(_HuggingFace, cfg.data_path, cfg.dataset, split, input_img_mode=mode)
+    else:
+        make = functools.partial(
+            _Stream,
+            cfg.data_path,
+            cfg.dataset,
+            split,
+            is_training=train,
+            batch_size=cfg.batch_size,
+            seed=cfg.seed,
+            download=cfg.download,
+            input_img_mode=mode,
+        )
 
     def attempt() -> Dataset:
         try:
             dataset = make()
             _require_sound(dataset)
+            if kind == "wds":
+                _require_shards(dataset.reader.split_info)
             return dataset
         except Exception as error:  # what is not there, packages and files, in as many ways as there are libraries
             damaged = kind == "torch" and not cfg.download and _damaged_file(cfg)
-            reason = damaged or str(error) or type(error).__name__
+            is_plain = str(error) and not isinstance(error, (LookupError, TypeError, AttributeError))
+            reason = damaged or (str(error) if is_plain else f"is a file damaged? {error!r}")
             raise UserError(f"dataset {cfg.dataset} in {cfg.data_path}: {reason}") from None
 
     dataset = dist.in_turns(attempt) if cfg.download else attempt()
-    if isinstance(dataset, DatasetFolder):  # of torchvision: torch/imagenet, torch/folder
-        dataset.loader = functools.partial(read_image, mode=arguments["input_img_mode"])
+    if hasattr(dataset, "loader"):
+        dataset.loader = functools.partial(read_image, mode=mode)
     elif kind == "torch" and len(dataset[0][0].getbands()) != cfg.in_channels:
         raise UserError(f"in_channels = {cfg.in_channels}: {cfg.dataset} has {len(dataset[0][0].getbands())}")
     reader = getattr(dataset, "reader", None)
