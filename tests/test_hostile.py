@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 import zlib
@@ -20,6 +21,7 @@ from engine import config, dist
 from engine.data import datasets
 from engine.data.datasets import create_dataset
 from engine.errors import UserError
+from engine.log import logger
 from engine.run import create_data
 
 
@@ -282,3 +284,39 @@ def test_a_label_in_a_file_is_named(tmp_path, cifar10, monkeypatch, capfd):
     where = [*IMAGENET[1:], tmp_path / "data", "--output-dir", tmp_path / "run"]
     line = fail(monkeypatch, capfd, "imagenet/train.py", *small, *where)
     assert line.startswith("error: wds/tiny: a label 9, where num_classes = 4 wants 0 to 3; ")
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "how"),
+    [
+        ("val", "train", "are one folder"),
+        ("val", "train/n00000001", "lie one in the other"),
+        ("train", "val/n00000001", "lie one in the other"),
+    ],
+)
+def test_training_and_testing_share_no_folder(inner, outer, how, tmp_path):
+    root = image_folder(tmp_path / "data", train=2, test=1)
+    shutil.rmtree(root / inner)
+    (root / inner).symlink_to(root / outer)
+    for train in (True, False):
+        line = refusal(*IMAGENET, root, train=train)
+        assert f"{root}/train and {root}/val {how}: keep the images to test with apart" in line
+
+
+def test_timm_does_not_train_on_the_whole(tmp_path):
+    root = image_folder(tmp_path / "data", train=2, test=1) / "train"
+    line = refusal(*IMAGENET, root, "--dataset", "torch/folder")
+    assert f"{root} holds no folder train; it should hold one for training and one for testing" in line
+
+
+def test_copies_of_training_images_are_counted(tmp_path, monkeypatch):
+    root, told = image_folder(tmp_path / "data", train=40, test=40), []
+    monkeypatch.setattr(logger, "warning", told.append)
+    dataset(*IMAGENET, root)
+    assert not told  # names alone are equal
+    for path in (root / "val/n00000002").iterdir():
+        shutil.copy(path, root / "train/n00000002")
+    (root / "val/n00000003/3_0.JPEG").unlink()
+    (root / "val/n00000003/3_0.JPEG").hardlink_to(root / "train/n00000003/3_0.JPEG")
+    dataset(*IMAGENET, root)
+    assert f"warning: 14 of 54 images of {root}/val that were looked at are training images too, such as " in told[0]

@@ -1,7 +1,9 @@
 """Image data sets by name: the embedded digits, folders of images, and whatever timm's `create_dataset` knows."""
 
+import filecmp
 import functools
 import glob
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,7 @@ from PIL import Image
 from timm.data.readers import reader_wds
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.utils import check_integrity
 
 from .. import dist
@@ -135,12 +137,18 @@ def _image_folder(cfg: Config, split: str) -> ImageFolder:
     mode = {1: "L", 3: "RGB"}.get(cfg.in_channels)
     if mode is None:
         raise UserError(f"in_channels = {cfg.in_channels}: images of a folder have 3, or 1 when read as grey")
-    folder = next((root / name for name in SPLIT_FOLDERS[split] if (root / name).is_dir()), None)
+    folders = {
+        part: next((root / name for name in names if (root / name).is_dir()), None)
+        for part, names in SPLIT_FOLDERS.items()
+    }
+    folder = folders[split]
     if folder is None:
         if glob.glob("ILSVRC2012_*.tar", root_dir=root):
             extract = f"python -c \"from torchvision.datasets import ImageNet as I; I('{root}', '{split}')\""
             raise UserError(f"{root} holds archives of ImageNet and no folder {split}; extract them: {extract}")
         raise UserError(f"{root} holds no folder {split}; it should hold train and val, each with a folder per class")
+    if all(folders.values()):
+        _require_apart(**folders)
     try:
         dataset = ImageFolder(str(folder), loader=functools.partial(read_image, mode=mode))
     except FileNotFoundError as error:
@@ -153,7 +161,33 @@ def _image_folder(cfg: Config, split: str) -> ImageFolder:
         logger.warning(
             f"{folder}: {len(dataset):,} images where ImageNet-1k has {IMAGENET_SIZES[split]:,}; fully extracted?"
         )
+    if split == "train" and folders["val"]:
+        _warn_of_copies(dataset, folders["val"])
     return dataset
+
+
+def _require_apart(train: Path, val: Path) -> None:
+    real, other = train.resolve(), val.resolve()
+    if real.is_relative_to(other) or other.is_relative_to(real):
+        how = "are one folder" if real == other else "lie one in the other"
+        raise UserError(f"{train} and {val} {how}: keep the images to test with apart from those to train with")
+
+
+def _warn_of_copies(train: ImageFolder, val: Path, most: int = 64) -> None:
+    """Look for some images of the folder `val` in the same class of the training set, by their names and bytes."""
+    images = make_dataset(str(val), train.class_to_idx, IMG_EXTENSIONS, allow_empty=True)
+    images = images[:: -(-len(images) // most) or 1]
+    wanted = {(Path(path).name, label): path for path, label in images}
+    copies = [
+        path
+        for path, label in train.samples
+        if (other := wanted.get((path.rpartition(os.sep)[2], label))) and filecmp.cmp(path, other, shallow=False)
+    ]
+    if copies:
+        logger.warning(
+            f"warning: {len(copies)} of {len(images)} images of {val} that were looked at are training images too, "
+            f"such as {copies[0]}; what is measured with them is too good"
+        )
 
 
 def _data_path(cfg: Config) -> Path:
@@ -277,6 +311,8 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
             raise UserError(f"dataset {cfg.dataset} in {cfg.data_path}: {reason}") from None
 
     dataset = dist.in_turns(attempt) if cfg.download else attempt()
+    if train and type(dataset) is ImageFolder and Path(dataset.root) == Path(cfg.data_path):  # what timm falls back to
+        raise UserError(f"{dataset.root} holds no folder {split}; it should hold one for training and one for testing")
     if hasattr(dataset, "loader"):
         dataset.loader = functools.partial(read_image, mode=mode)
     elif kind == "torch" and len(dataset[0][0].getbands()) != cfg.in_channels:
