@@ -20,7 +20,7 @@ from engine.run import build_model
 from models import LIF
 from models.attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 
-EMPTY = {"optimizer": {}, "scaler": {}, "epoch": 1, "best": {}}
+EMPTY = {"optimizer": {}, "scaler": {}, "epoch": 1, "position": {}, "best": {}}
 
 
 @pytest.fixture(scope="module")
