@@ -1,5 +1,6 @@
 """No data file runs code, is written outside its place or takes the machine; a broken one ends in one clear line."""
 
+import gzip
 import io
 import json
 import os
@@ -7,7 +8,10 @@ import pickle
 import shutil
 import struct
 import tarfile
+import tracemalloc
+import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,14 +19,20 @@ import timm.data.dataset
 import torchvision.datasets.cifar
 from PIL import EpsImagePlugin, Image
 from scripts import ROOT, fail
-from tiny_data import cifar, image_folder, shards
+from tiny_data import cifar, cifar10_dvs, dvs128_gesture, image_folder, shards
 
 from engine import config, dist
 from engine.data import datasets
 from engine.data.datasets import create_dataset
+from engine.data.frames import open_zip
 from engine.errors import UserError
 from engine.log import logger
 from engine.run import create_data
+
+
+@pytest.fixture(autouse=True)
+def no_lines():
+    logger.handlers.clear()  # a script that ran in this process has left its own
 
 
 @pytest.fixture
@@ -122,7 +132,7 @@ def encoded(image, kind):
 
 
 def tar(path, files, mode="w"):
-    """Write an archive of members, name -> content."""
+    """Write an archive of files, name -> content."""
     with tarfile.open(path, mode) as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
@@ -320,3 +330,184 @@ def test_copies_of_training_images_are_counted(tmp_path, monkeypatch):
     (root / "val/n00000003/3_0.JPEG").hardlink_to(root / "train/n00000003/3_0.JPEG")
     dataset(*IMAGENET, root)
     assert f"warning: 14 of 54 images of {root}/val that were looked at are training images too, such as " in told[0]
+
+
+GESTURE, CIFAR = "dvs128-gesture/dvs128-gesture.yml", "cifar10-dvs/cifar10-dvs.yml"
+
+
+def events(recipe, root):
+    """The training set of event frames in `root`; or the line in which it is refused."""
+    open_zip.cache_clear()
+    cfg = config.load(ROOT / recipe, ["--data-path", str(root), "--workers", "0", "--batch-size", "2"])
+    try:
+        return create_data(cfg, dist.setup("cpu")).train.dataset
+    except UserError as error:
+        return str(error)
+
+
+def header(name, size, kind=tarfile.REGTYPE):
+    """Of a file in a tar archive, without its content."""
+    member = tarfile.TarInfo(name)
+    member.size, member.type, member.linkname = size, kind, "/etc/passwd"
+    return bytearray(member.tobuf(tarfile.GNU_FORMAT))
+
+
+def sparse(name, size):
+    """The same of a file that is one hole."""
+    content = header(name, 0, tarfile.GNUTYPE_SPARSE)
+    content[483:495] = b"%011o\0" % size
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (header("x.aedat", 2**40), "it holds more files than it should, or larger ones"),
+        (header("x.csv", 2**21), "it holds more files than it should, or larger ones"),
+        (sparse("x.aedat", 2**40), "it holds more files than it should, or larger ones"),
+        (header("x", 2**40, tarfile.XHDTYPE), "a part of 1,099,511,627,776 bytes"),
+        (header("x", 2**40, tarfile.GNUTYPE_LONGNAME), "a part of 1,099,511,627,776 bytes"),
+        (header("x", 0) + header("x", -512), ""),  # older Pythons read the second for ever
+        (20_000 * header("x", 0), "it holds more files than it should, or larger ones"),
+        (header("user01_led.aedat", 0, tarfile.SYMTYPE), None),
+        (header("user01_led.aedat", 0, tarfile.LNKTYPE), None),
+        (header("user01_led.aedat", 0, tarfile.FIFOTYPE), None),
+    ],
+    ids="giant giant-table sparse pax longname backwards many symlink hardlink pipe".split(),
+)
+def test_a_hostile_tar(member, message, tmp_path, one_core):
+    path = dvs128_gesture(tmp_path, train=1, test=1, count=50) / "download/DvsGesture.tar.gz"
+    path.write_bytes(gzip.compress(member + gzip.decompress(path.read_bytes())))
+    found = events(GESTURE, tmp_path)
+    if message is None:
+        assert len(found) == 12  # the true file of that name
+    else:
+        assert f"{path}: a damaged archive ({message}" in found
+
+
+@pytest.mark.parametrize(
+    ("content", "how", "message"),
+    [
+        (b"", {"file_size": 2**31}, "has 2,147,483,648 bytes, more than a recording can have"),
+        (bytes(2**26), {"file_size": 100}, "Bad CRC-32 for file 'cat/x.aedat'"),
+        (bytes(2**26), {"file_size": 100, "method": zipfile.ZIP_BZIP2}, "packed in a way that this does not read"),
+        (bytes(2**26), {"file_size": 100, "method": zipfile.ZIP_LZMA}, "packed in a way that this does not read"),
+    ],
+    ids=["giant", "deflate", "bzip2", "lzma"],
+)
+def test_a_zip_bomb(content, how, message, tmp_path, one_core):
+    path = cifar10_dvs(tmp_path, per_class=2, count=50) / "download/cat.zip"
+    with zipfile.ZipFile(path, "a", how.get("method", zipfile.ZIP_DEFLATED)) as archive:
+        archive.writestr("cat/x.aedat", content)
+        archive.filelist[-1].file_size = how["file_size"]
+    del content
+    tracemalloc.start()
+    found, (_, most) = events(CIFAR, tmp_path), tracemalloc.get_traced_memory()
+    assert f"{path}: x.aedat: {message}" in found
+    assert most < 2**25
+    if len(how) == 1 and how["file_size"] == 100:  # as it is unpacked otherwise
+        with pytest.raises(zipfile.BadZipFile):
+            zipfile.ZipFile(path).read("cat/x.aedat")
+        assert tracemalloc.get_traced_memory()[1] > 2**26
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "is_plain"),
+    [
+        ("../../x", True),
+        ("/x", True),
+        ("a\nb", False),
+        ("\x1b[2J", False),
+        ("{0.__class__}", False),
+        ("y" * 200, False),
+    ],
+)
+def test_names_of_recordings_lead_nowhere_else(name, is_plain, tmp_path, one_core):
+    zipped = cifar10_dvs(tmp_path / "a", per_class=2, count=50)
+    with zipfile.ZipFile(zipped / "download/cat.zip", "a") as archive:
+        archive.writestr(f"{name}.aedat", archive.read("cat/cifar10_cat_0.aedat"))
+    folder = dvs128_gesture(tmp_path / "b", train=1, test=1, count=50, extracted=True) / "extract/DvsGesture"
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files |= {f"{name}{end}": files[f"user01_led{end}"] for end in (".aedat", "_labels.csv")}
+    files["trials_to_train.txt"] += f"{Path(name).name}.aedat\n".encode()
+    shutil.rmtree(folder)
+    (tmp_path / "b/download").mkdir()
+    tar(tmp_path / "b/download/DvsGesture.tar.gz", files, "w:gz")
+    before = set(tmp_path.rglob("*"))
+    for recipe, root in ((CIFAR, tmp_path / "a"), (GESTURE, tmp_path / "b")):
+        found = events(recipe, root)
+        if is_plain:
+            assert len(found) in (11, 24)
+        else:
+            refused = f"{f'{name}.aedat'[:50]!r} is no name of a recording"
+            assert refused in found or "lacks 2 of 4 recordings" in found  # lists of names are split at blanks
+    new = {path.relative_to(tmp_path).parts[1] for path in set(tmp_path.rglob("*")) - before}
+    assert new <= {"frames_16", "frames_16.lock"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        (b"1,0," + 30 * b"9", 2),
+        (b"1,-9,9", 2),
+        (b"1,0," + 9999 * b"9", 2),
+        (200_000 * b"x", 2),
+        (b'"' + 200_000 * b"x", 2),
+        (b"1,0,9\r1,0,9\r\n\0", 4),
+    ],
+)
+def test_a_hostile_table_of_labels(rows, line, tmp_path, one_core):
+    root = dvs128_gesture(tmp_path, train=1, test=1, count=50, extracted=True)
+    path = root / "extract/DvsGesture/user01_led_labels.csv"
+    path.write_bytes(b"class\n" + rows)
+    found = events(GESTURE, root)
+    assert found.startswith(f"{path.parent}: {path.name}, line {line}: '")
+    assert len(found) < 400
+
+
+def test_giant_files_of_a_folder(tmp_path, one_core):
+    root = dvs128_gesture(tmp_path, train=1, test=1, count=50, extracted=True)
+    folder = root / "extract/DvsGesture"
+    os.truncate(folder / "user01_led.aedat", 2**40)  # a hole
+    assert "user01_led.aedat: has 1,099,511,627,776 bytes, more than a recording can have" in events(GESTURE, root)
+    os.truncate(folder / "trials_to_train.txt", 2**40)
+    assert f"{folder}/trials_to_train.txt: too large for a list" in events(GESTURE, root)
+
+
+def npy(shape, dtype="|u1"):
+    """The head of an array that claims to be large."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": dtype})
+    return file.getvalue() + bytes(99)
+
+
+@pytest.mark.parametrize(
+    "content", [npy((2**50,)), npy((2**62, 2**62)), npy((-1, 5)), npy((16, 2, 128, 128), "|O"), None]
+)
+def test_a_hostile_file_of_frames(content, tmp_path, one_core, mark):
+    frames = events(CIFAR, cifar10_dvs(tmp_path / "data", per_class=2, count=50))
+    path = tmp_path / "data/frames_16/airplane/cifar10_airplane_0.npy"
+    if content is None:
+        np.save(path, np.array([Payload()] * 2, object), allow_pickle=True)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"airplane_0.npy: damaged; delete .*frames_16, and it is made anew"):
+        frames[0]
+    assert not mark.exists()
+    if content is None:
+        np.load(path, allow_pickle=True)
+        assert mark.exists()
+
+
+@pytest.mark.parametrize("content", ['["../a/cat/x.npy"]', '["/cat/x.npy"]', '{"cat/a.npy": 1}', "[" + 2**24 * " "])
+def test_a_hostile_index_of_frames(content, tmp_path, one_core):
+    root = cifar10_dvs(tmp_path / "data", per_class=2, count=50)
+    events(CIFAR, root)
+    outside = tmp_path / "data/a/cat/x.npy"
+    outside.parent.mkdir(parents=True)
+    outside.touch()
+    (root / "frames_16/index.json").write_text(content)
+    assert "made anew from the recordings" in events(CIFAR, root)

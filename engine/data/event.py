@@ -6,7 +6,6 @@ bytes, a quarter of that.
 
 import functools
 import math
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -72,12 +71,14 @@ class Frames(Dataset):
         label, file = self.samples[index]
         try:
             frames = np.load(self.folder / file, allow_pickle=False)
-            is_valid = frames.shape == self.shape and frames.dtype.kind == "u"
-        except (ValueError, EOFError, AttributeError, zipfile.BadZipFile):
-            is_valid = False
-        if not is_valid:
+            state = None if frames.shape == self.shape and frames.dtype.kind == "u" else "damaged"
+        except OSError as error:
+            state = f"cannot be read ({error.strerror})"
+        except Exception:  # a damaged file makes numpy fail in any way
+            state = "damaged"
+        if state:
             remedy = f"delete {self.folder}, and it is made anew from the recordings"
-            raise UserError(f"{self.folder / file}: damaged; {remedy}")
+            raise UserError(f"{self.folder / file}: {state}; {remedy}")
         return frames, label
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from ..errors import UserError
 from .aedat import SIDE, DamagedRecording, Events
 
+LARGEST = 2**30  # bytes of a recording; no real one has as many
+
 
 def integrate(events: Events, frames: int, side: int = SIDE) -> np.ndarray:
     """Count the events of each pixel and polarity in parts of N // frames events, the last of which takes the rest.
@@ -66,9 +68,25 @@ def convert(
     return None
 
 
+def read_file(path: Path) -> bytes:
+    """The content of a recording."""
+    _require_size(path.stat().st_size)
+    return path.read_bytes()
+
+
 def read_member(archive: Path, member: str) -> bytes:
-    """The content of a file in a zip archive."""
-    return open_zip(archive).read(member)
+    """The content of a recording in a zip archive."""
+    info = open_zip(archive).getinfo(member)
+    _require_size(info.file_size)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a limit
+        raise DamagedRecording("packed in a way that this does not read; extract it")
+    with open_zip(archive).open(info) as file:
+        return file.read(info.file_size)
+
+
+def _require_size(size: int) -> None:
+    if size > LARGEST:
+        raise DamagedRecording(f"has {size:,} bytes, more than a recording can have")
 
 
 @functools.lru_cache(maxsize=16)

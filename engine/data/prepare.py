@@ -17,6 +17,7 @@ from .frames import convert
 from .recordings import Recording
 
 INDEX = "index.json"  # in a frames folder: the names of its files
+LARGEST_INDEX = 2**24  # bytes
 
 
 def prepare(root: Path, frames: int, find: Callable[[], list[Recording]], show: bool) -> Path:
@@ -102,7 +103,8 @@ def contents(folder: Path, classes: Collection[str]) -> list[str]:
     """
     remedy = f"delete {folder}, and it is made anew from the recordings"
     try:
-        names = json.loads((folder / INDEX).read_text())
+        with (folder / INDEX).open() as file:
+            names = json.loads(file.read(LARGEST_INDEX))
         is_valid = len(set(names)) == len(names) > 0
         is_valid &= all(name.endswith(".npy") and Path(name).parent.name in classes for name in names)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):

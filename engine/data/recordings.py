@@ -3,14 +3,12 @@
 Archives are read where they lie and never extracted, changed or deleted.
 """
 
-import csv
+import contextlib
 import functools
 import gzip
-import io
+import re
 import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from torchvision.datasets.utils import download_url
 from ..errors import UserError
 from ..log import logger
 from .aedat import Events, read_aedat2, read_aedat31
-from .frames import open_zip, read_member
+from .frames import LARGEST, open_zip, read_file, read_member
 
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CIFAR10_RECORDINGS = 1000  # per class
@@ -40,6 +38,8 @@ GESTURES = {
     "9": "air guitar",
 }
 TEXTS = (".txt", ".csv")  # lists of trials and tables of labels
+LARGEST_TEXT = 2**20  # bytes
+MOST_FILES = 10_000  # in the archive of DVS128 Gesture, which has some 250
 
 Opener = Callable[[], Callable[[], bytes]]  # in this process it opens a file, in any process the result reads it
 
@@ -90,13 +90,31 @@ def _first_of(root: Path, *names: str) -> Path | None:
 def _aedat_files(source: Path) -> dict[str, Callable[[], bytes]]:
     """stem -> what reads it, of the *.aedat in a folder or a zip archive."""
     if source.is_dir():
-        return {path.stem: path.read_bytes for path in sorted(source.glob("*.aedat"))}
-    try:
+        files = sorted(path for path in source.glob("*.aedat") if path.is_file())
+        return {_stem(path.name, source): functools.partial(read_file, path) for path in files}
+    with _intact(source):
         members = open_zip(source).namelist()
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise UserError(f"{source}: a damaged archive ({error}); fetch it again") from None
     members = [name for name in members if name.endswith(".aedat") and not Path(name).name.startswith(".")]
-    return {Path(name).stem: functools.partial(read_member, source, name) for name in members}
+    return {_stem(name, source): functools.partial(read_member, source, name) for name in members}
+
+
+def _stem(name: str, source: Path) -> str:
+    """The name of a recording without folders and suffix: plain, for it names files, and is printed."""
+    stem = Path(name).stem
+    if not re.fullmatch(r"[\w.+-]{1,100}", stem):
+        raise UserError(f"{source}: {name[:50]!r} is no name of a recording; fetch it again")
+    return stem
+
+
+@contextlib.contextmanager
+def _intact(archive: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a damaged archive makes its reader fail in any way
+        if isinstance(error, OSError) and error.filename:
+            raise
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{archive}: a damaged archive ({reason}); fetch it again") from None
 
 
 def _refuse_gaps(files: Mapping[str, Iterable[str]], sources: Mapping[str, Path]) -> None:
@@ -163,26 +181,27 @@ def dvs128_gesture(root: Path, download: bool) -> list[Recording]:
     found = []
     for name, open_file in opens.items():  # in the order of the archive, which can only be read from end to end
         if name in places:
-            labels = f"{Path(name).stem}_labels.csv"
-            samples = _gestures(text(labels), f"{places[name]}/{{}}/{Path(name).stem}_{{}}.npy", f"{source}: {labels}")
+            stem = _stem(name, source)
+            labels = f"{stem}_labels.csv"
+            samples = _gestures(text(labels), places[name], stem, f"{source}: {labels}")
             found.append(Recording(f"{source}: {name}", open_file, read_aedat31, samples))
     return found
 
 
-def _gestures(table: str, pattern: str, where: str) -> dict[str, tuple[int, int]]:
-    """File (`pattern` with class and count in it) -> time span, of each line of a recording's table of labels."""
+def _gestures(table: str, place: str, stem: str, where: str) -> dict[str, tuple[int, int]]:
+    """File -> time span, of each line of a recording's table of labels."""
     samples, counts = {}, {}
-    for number, row in enumerate(csv.reader(io.StringIO(table)), 1):
+    for number, row in enumerate(table.splitlines(), 1):
         if number == 1 or not row:
             continue
         try:
-            gesture, start, end = map(int, row)
+            gesture, start, end = map(int, row.split(","))
         except ValueError:
             gesture = start = end = 0
-        if not 1 <= gesture <= len(GESTURES) or start >= end:
-            raise UserError(f"{where}, line {number}: {','.join(row)!r} is not a class of 1 to 11, a start and an end")
+        if not 1 <= gesture <= len(GESTURES) or not 0 <= start < end < 2**63:
+            raise UserError(f"{where}, line {number}: {row[:50]!r} is not a class of 1 to 11, a start and an end")
         count = counts[gesture] = counts.get(gesture, -1) + 1
-        samples[pattern.format(gesture - 1, count)] = (start, end)
+        samples[f"{place}/{gesture - 1}/{stem}_{count}.npy"] = (start, end)
     if not samples:
         raise UserError(f"{where}: no labels; fetch it again")
     return samples
@@ -190,25 +209,39 @@ def _gestures(table: str, pattern: str, where: str) -> dict[str, tuple[int, int]
 
 def _folder_files(folder: Path) -> tuple[dict[str, bytes], dict[str, Opener]]:
     """Lists and tables by name, and what opens each recording."""
-    paths = sorted(folder.iterdir())
-    texts = {path.name: path.read_bytes() for path in paths if path.suffix in TEXTS}
-    return texts, {path.name: lambda path=path: path.read_bytes for path in paths if path.suffix == ".aedat"}
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    texts = [path for path in paths if path.suffix in TEXTS]
+    if giant := next((path for path in texts if path.stat().st_size > LARGEST_TEXT), None):
+        raise UserError(f"{giant}: too large for a list or a table of labels; fetch it again")
+    opens = {
+        path.name: lambda path=path: functools.partial(read_file, path) for path in paths if path.suffix == ".aedat"
+    }
+    return {path.name: path.read_bytes() for path in texts}, opens
+
+
+class _Gzip(gzip.GzipFile):
+    """A compressed file of which no single read gives more than a recording can have, whatever a tar's headers say."""
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= LARGEST:
+            raise tarfile.ReadError(f"a part of {size:,} bytes")
+        return super().read(size)
 
 
 def _tar_files(path: Path) -> tuple[dict[str, bytes], dict[str, Opener]]:
     """The same of a compressed tar archive. It has no index: this process reads it once now, and once more later."""
     logger.info(f"reading {path} for its contents")
     texts, opens = {}, {}
-    try:
-        archive = tarfile.open(path)  # noqa: SIM115, it stays open as long as what is returned
-        for member in archive:
+    with _intact(path):
+        archive = tarfile.open(fileobj=_Gzip(path), mode="r:")  # noqa: SIM115, it stays open as long as what is returned
+        for number, member in enumerate(archive):
             name = Path(member.name).name
+            if number == MOST_FILES or member.size > (LARGEST_TEXT if name.endswith(TEXTS) else LARGEST):
+                raise tarfile.ReadError("it holds more files than it should, or larger ones")
             if member.isfile() and name.endswith(TEXTS):
                 texts[name] = archive.extractfile(member).read()
             elif member.isfile() and name.endswith(".aedat"):
                 opens[name] = lambda m=member: functools.partial(bytes, archive.extractfile(m).read())
         while archive.fileobj.read(2**20):
             pass  # the checksum of the whole stands at its end
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path}: a damaged archive ({error}); fetch it again") from None
     return texts, opens
