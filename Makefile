@@ -1,10 +1,10 @@
-# `make demo`, `make tables` and `make test` set up .venv on first use, with the interpreter PYTHON.
+# `make demo`, `make tables`, `make test` and `make audit` set up .venv on first use, with the interpreter PYTHON.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := output/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo tables test
+.PHONY: demo tables test audit
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -25,6 +25,10 @@ test: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(RUN) -m pytest $(PYTEST_ARGS)
+
+audit: $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	$(VENV)/bin/pip-audit --strict --disable-pip --no-deps -r requirements.txt -r requirements-dev.txt
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
