@@ -281,6 +281,29 @@ def test_a_label_without_an_output_is_named(kind, label, message, monkeypatch):
             next(iter(samples))
 
 
+def test_hugging_faces_scripts_do_not_run(monkeypatch):
+    monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: Samples([(RED, 1)]))
+    monkeypatch.setattr("importlib.metadata.version", {"datasets": "3.6.0"}.get)
+    assert "datasets 3.6.0 runs code that comes with the data" in refusal(*IMAGENET[:3], "--dataset", "hfids/x")
+    monkeypatch.setattr("importlib.metadata.version", {"datasets": "4.0.0"}.get)
+    assert next(iter(dataset(*IMAGENET[:3], "--dataset", "hfids/x")))[1] == 1
+
+
+@pytest.mark.parametrize("kind", ["hfds", "hfids"])
+def test_a_sample_of_hugging_face_is_named(kind, monkeypatch):
+    def samples():
+        yield RED, 1
+        raise OSError("broken data stream")
+
+    reader = samples() if kind == "hfids" else Samples([(RED, 1), (io.BytesIO(b"no image"), 1)])
+    monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: reader)
+    stream = dataset(*IMAGENET[:3], "--dataset", f"{kind}/x")
+    with pytest.raises(
+        UserError, match=r"shards cannot be read \(broken data stream\)|image 1 of train: cannot be read"
+    ):
+        list(stream) if kind == "hfids" else stream[1]
+
+
 def test_a_label_in_a_file_is_named(tmp_path, cifar10, monkeypatch, capfd):
     flags, rewrite = cifar10
     rewrite("data_batch_1", labels=[10, 0])

@@ -3,6 +3,7 @@
 import filecmp
 import functools
 import glob
+import importlib.metadata
 import os
 import re
 import warnings
@@ -41,7 +42,8 @@ def create_dataset(cfg: Config, train: bool) -> Dataset:
 
     Raises:
         UserError: it is unknown, missing or incomplete, a package for it is not installed, or it has not
-            `num_classes` classes or `in_channels` channels.
+            `num_classes` classes or `in_channels` channels, or its training images are those to test with. Its samples
+            raise it where one cannot be read, or the network has no output for a label.
     """
     if cfg.dataset == "digits":
         dataset = Digits(train)
@@ -268,6 +270,16 @@ def _require_shards(split: reader_wds.SplitInfo) -> None:
         raise ValueError("_info.json has no num_samples")
 
 
+def _require_no_scripts() -> None:
+    """Raise `ValueError` where Hugging Face's package is one that runs the scripts of data sets."""
+    try:
+        version = importlib.metadata.version("datasets")
+    except importlib.metadata.PackageNotFoundError:
+        return  # timm says what to install
+    if int(version.split(".")[0]) < 4:
+        raise ValueError(f"datasets {version} runs code that comes with the data; pip install -U datasets")
+
+
 def _of_timm(cfg: Config, train: bool) -> Dataset:
     """torchvision's data sets (`torch/`), WebDataset shards (`wds/`), Hugging Face (`hfds/`), TFDS (`tfds/`)."""
     kind = cfg.dataset.split("/")[0].lower()
@@ -299,6 +311,8 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
 
     def attempt() -> Dataset:
         try:
+            if kind in ("hfds", "hfids"):
+                _require_no_scripts()
             dataset = make()
             _require_sound(dataset)
             if kind == "wds":
