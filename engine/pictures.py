@@ -70,7 +70,8 @@ class Gallery:
 
 
 def _short(name: str, most: int = 15) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    name = name if len(name) <= most else f"{name[: most - 1]}…"
+    return name.replace("$", r"\$")  # it is no formula
 
 
 def of_image(mean: Sequence[float], std: Sequence[float], image: Tensor) -> Tensor:

@@ -127,7 +127,8 @@ def _explained(error: OSError | MemoryError | RuntimeError) -> str | None:
 def _exit(message: str) -> None:
     if dist.local_rank():
         time.sleep(3)  # most mistakes are every process's: the launcher ends the others once the first has told
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    line = "".join(sign if sign.isprintable() else "?" for sign in " ".join(message.split()))  # names of files hold any
+    print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
