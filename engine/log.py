@@ -17,6 +17,7 @@ from .pictures import learning_curve
 
 logger = logging.getLogger("qkformer")
 ROOT = Path(__file__).resolve().parents[1]
+DRAWN = ("lr", "train_loss", "test_loss", "test_top1")  # figures of an epoch that the learning curve shows
 PACKAGES = ("torch", "torchvision", "timm", "spikingjelly", "numpy")
 
 
@@ -64,16 +65,18 @@ class RunLog:
     def __init__(self, folder: Path, first_epoch: int):
         self.folder = folder
         self.path = folder / "metrics.jsonl"
-        self.history = [row for row in self._read() if row["epoch"] < first_epoch]
+        self.history = self._read(first_epoch)
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.history))
         self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_epoch)
 
-    def _read(self) -> list[dict]:
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+    def _read(self, first_epoch: int) -> list[dict]:
+        """What is recorded of the epochs before `first_epoch`."""
         try:
+            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
             rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a crash may leave half a line
-            is_valid = all(isinstance(row, dict) and isinstance(row.get("epoch"), int) for row in rows)
-        except (ValueError, RecursionError):
+            rows = [row for row in rows if row["epoch"] < first_epoch]
+            is_valid = all(isinstance(row[key], int | float) for row in rows for key in DRAWN)
+        except (ValueError, TypeError, KeyError, RecursionError):
             is_valid = False
         if not is_valid:
             raise UserError(f"{self.path}: damaged; move it away to go on without the history")
