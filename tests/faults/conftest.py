@@ -1,10 +1,12 @@
 """The table of what the fault tests counted, and with the full version a file of it."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
-from harness import PARTS, QUICK, ROOT, part
+from chains import run_whole
+from harness import PARTS, QUICK, ROOT, Child, part
 from tabulate import tabulate
 
 COLUMNS = ("trials", "kills", "lost", "tracebacks", "wrong", "hangs", "seconds")
@@ -18,6 +20,15 @@ def finished(tmp_path_factory):
         flags = [*QUICK, "--epochs", 2, "--ema-decay", 0.9, "--output-dir", folder]
         counts.script("digits/train.py", *flags, expected={0})
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """Number of processes -> a run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    Child("digits/train.py", "--epochs", "0", log=folder / "warm").wait()  # the server has started
+
+    return functools.cache(lambda count: run_whole(folder / str(count), count))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -107,19 +107,24 @@ class Counts:
             code in expected and said, f"{what}: exit code {code}, expected {expected}: {output[-1500:]}"
         )
 
+    def __add__(self, other: "Counts") -> "Counts":
+        names = [field.name for field in dataclasses.fields(self)]
+        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
 
 PARTS: dict[str, Counts] = {}  # of this session, for the table
 
 
 @contextlib.contextmanager
 def part(name: str) -> Iterator[Counts]:
-    """Counts of one part, which must hold nothing but trials in the end."""
-    counts, start = PARTS.setdefault(name, Counts()), time.monotonic()
-    known = len(counts.notes)
-    yield counts
-    counts.seconds += time.monotonic() - start
-    faults = counts.notes[known:]
-    assert not faults, f"{len(faults)} faults\n" + "\n".join(faults[:10])
+    """Counts of a test of one part, which must hold nothing but trials in the end."""
+    counts, start = Counts(), time.monotonic()
+    try:
+        yield counts
+    finally:
+        counts.seconds = time.monotonic() - start
+        PARTS[name] = PARTS.get(name, Counts()) + counts
+    assert not counts.notes, f"{len(counts.notes)} faults\n" + "\n".join(counts.notes[:10])
 
 
 class Hang(BaseException):

@@ -1,0 +1,266 @@
+"""Data sets and records of runs that are broken in every way: one line says what is wrong, or nothing is lost by it."""
+
+import io
+import itertools
+import json
+import os
+import pickle
+import shutil
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import tiny_data
+import torchvision.datasets
+from harness import part, same
+from PIL import Image
+
+from engine import checkpoint
+
+SMALL = "--epochs 1 --warmup-epochs 0 --batch-size 4 --time-steps 2 --mlp-ratio 1 --device cpu --threads 1".split()
+IMAGES = [*SMALL, *"--in-channels 3 --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --input-size 16".split()]
+EVENTS = [*SMALL, *"--workers 0 --cooldown-epochs 0 --no-download".split()]
+
+
+def some(cases, of=4):
+    """A few of the cases in the normal run, all in the full version."""
+    few = dict(itertools.islice(cases.items(), 0, None, of))
+    return pytest.mark.parametrize("cases", [few, pytest.param(cases, marks=pytest.mark.slow)], ids=["some", "all"])
+
+
+def first(folder, pattern):
+    return min(folder.glob(pattern))
+
+
+def replaced(pattern, change):
+    """Damage to the first file of a pattern: `change` makes other content of its content."""
+
+    def damage(root):
+        path = first(root, pattern)
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+def end(what):
+    """The exit codes that are right: 0 where nothing is broken, so that the others can fail for no other reason."""
+    return {0} if what == "sound" else {2}
+
+
+def removed(pattern):
+    def damage(root):
+        path = first(root, pattern)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+    return damage
+
+
+def dangling(root):
+    path = first(root, "train/*/*.JPEG")
+    path.unlink()
+    path.symlink_to(root / "nowhere")
+
+
+def png_header(width, height):
+    """A picture that says it is enormous."""
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "PNG")
+    content = file.getvalue()
+    header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + content[24:29]
+    return content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:]
+
+
+OTHER_BYTES = {
+    "zero bytes": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "text": lambda content: b"<html>quota exceeded</html>",
+    "noise": lambda content: np.random.default_rng(0).bytes(len(content)),
+    "zeros": lambda content: bytes(len(content)),
+}
+IMAGE_DAMAGES = {
+    "sound": lambda root: None,
+    **{f"{split}: {what}": replaced(f"{split}/*/*.JPEG", change)
+       for what, change in OTHER_BYTES.items() for split in ("train", "val")},
+    "no class in train": removed("train/n*"),
+    "no class in val": removed("val/n*"),
+    "no val": removed("val"),
+    "no train": removed("train"),
+    "an empty class": lambda root: (root / "train/n99999999").mkdir(),
+    "a dangling link": dangling,
+    "an enormous picture": replaced("train/*/*.JPEG", lambda content: png_header(2**31 - 1, 2**31 - 1)),
+}  # fmt: skip
+
+
+@some(IMAGE_DAMAGES)
+def test_folders_of_images(cases, tmp_path):
+    with part("broken data") as counts:
+        for number, (what, damage) in enumerate(cases.items()):
+            root = tiny_data.image_folder(tmp_path / what, train=4, test=3, size=16)
+            damage(root)
+            flags = ["--dataset", "imagefolder", "--data-path", root, "--num-classes", 4, "--workers", number % 2]
+            said = counts.script("digits/train.py", *IMAGES, *flags, "--output-dir", root / "run", expected=end(what))
+            counts.require(
+                what == "sound" or str(root) in said.splitlines()[-1], f"{what}: the file is not named: {said[-300:]}"
+            )
+
+
+CIFAR_DAMAGES = {
+    "sound": lambda root: None,
+    **{what: replaced("*/data_batch_1", change) for what, change in OTHER_BYTES.items()},
+    "no batch": removed("*/data_batch_3"),
+    "no test batch": removed("*/test_batch"),
+    "no folder": removed("*"),
+    "test cut": replaced("*/test_batch", OTHER_BYTES["cut"]),
+    "another pickle": replaced("*/data_batch_2", lambda content: pickle.dumps([1, 2])),
+    "other shapes": replaced(
+        "*/data_batch_2", lambda content: pickle.dumps({"data": np.zeros((3, 7), np.uint8), "labels": [0, 1, 2]})
+    ),
+    "labels out of range": replaced(
+        "*/data_batch_2", lambda content: pickle.dumps(pickle.loads(content) | {"labels": [77] * 6})
+    ),
+}
+
+
+@some(CIFAR_DAMAGES)
+def test_batches_of_cifar(cases, tmp_path, monkeypatch):
+    """With torchvision's md5 check, which tiny files cannot pass, switched off for what is there."""
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: os.path.exists(path))
+    with part("broken data") as counts:
+        for what, damage in cases.items():
+            root = tiny_data.cifar(tmp_path / what, 10, train=30, test=10)
+            damage(root)
+            flags = ["--dataset", "torch/cifar10", "--data-path", root, "--workers", 0]
+            counts.script("digits/train.py", *IMAGES, *flags, "--output-dir", root / "run", expected=end(what))
+
+
+def array(content, shape=None, dtype=None):
+    file, frames = io.BytesIO(), np.load(io.BytesIO(content))
+    np.save(file, np.zeros(shape or frames.shape, dtype or frames.dtype))
+    return file.getvalue()
+
+
+def objects(content):
+    file = io.BytesIO()
+    np.save(file, np.array([{"x": 1}], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+NOT_THESE_WORDS = {
+    "nothing": b"", "half": b"{", "an empty list": b"[]", "an empty object": b"{}", "null": b"null", "a number": b"3",
+    "a text": b'"x"', "numbers": b"[1, 2]", "not UTF-8": b"\xff\xfe\x00", "zeros": bytes(500), "deep": b"[" * 100_000,
+    "enormous": b"9" * 5000, "infinite": b"[1e999]", "nan": b"NaN", "lists": b"[[], []]", "objects": b"[{}, {}]",
+    "other types": b'{"train": 1, "test": {"a": []}}', "other entries": b'{"train": [1], "test": [null]}',
+    "a row of texts": b'{"epoch": "x", "test_top1": "y", "lr": null}\n', "an empty row": b"{}\n", "a list": b"[]\n",
+    "an infinite row": b'{"epoch": 0, "lr": 1e999, "train_loss": NaN, "test_loss": 1, "test_top1": -Infinity}\n',
+    "a nested row": b'{"epoch": 0, "lr": [], "train_loss": {}, "test_loss": 1, "test_top1": true}\n',
+    "a row without figures": b'{"epoch": 0}\n',
+    "a huge epoch": b'{"epoch": -1e300, "lr": 1, "train_loss": 1, "test_loss": 1, "test_top1": 1}\n',
+}  # fmt: skip
+FRAMES_DAMAGES = {
+    "sound": lambda root: None,
+    **{f"frames: {what}": replaced("frames_2/airplane/*_0.npy", change) for what, change in OTHER_BYTES.items()},
+    "another shape": replaced("frames_2/*/*_0.npy", lambda content: array(content, shape=(2, 2, 7, 9))),
+    "another size": replaced("frames_2/*/*_0.npy", lambda content: array(content, shape=(3, 2, 128, 128))),
+    "another type": replaced("frames_2/*/*_0.npy", lambda content: array(content, dtype=np.float64)),
+    "objects": replaced("frames_2/*/*_0.npy", objects),
+    "no file": removed("frames_2/*/*_0.npy"),
+    "no index": removed("frames_2/index.json"),
+    **{f"index: {what}": replaced("frames_2/index.json", lambda _, words=words: words)
+       for what, words in NOT_THESE_WORDS.items()},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """CIFAR10-DVS with its frames made; not to be written to."""
+    root = tiny_data.cifar10_dvs(tmp_path_factory.mktemp("events") / "sound", per_class=2, count=60)
+    with pytest.MonkeyPatch.context() as patch, part("setup") as counts:
+        patch.setattr("joblib.cpu_count", lambda: 1)
+        flags = [*EVENTS, "--data-path", root, "--output-dir", root / "run"]
+        counts.script("cifar10-dvs/train.py", *flags, "--batch-size", 2, expected={0})
+    return root
+
+
+@some(FRAMES_DAMAGES, of=6)
+def test_frames_of_events(cases, recordings, tmp_path):
+    with part("broken data") as counts:
+        for what, damage in cases.items():
+            shutil.copytree(recordings, tmp_path / what)
+            damage(tmp_path / what)
+            flags = [*EVENTS, "--data-path", tmp_path / what, "--output-dir", tmp_path / what / "other"]
+            said = counts.script("cifar10-dvs/train.py", *flags, "--batch-size", 2, expected=end(what))
+            counts.require(
+                what == "sound" or "frames_2" in said.splitlines()[-1], f"{what}: the file is not named: {said[-300:]}"
+            )
+
+
+def zipped(change):
+    """Damage to one recording in the archive of a class."""
+
+    def damage(root):
+        path = root / "download/cat.zip"
+        with zipfile.ZipFile(path) as archive:
+            files = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for i, (name, content) in enumerate(files.items()):
+                archive.writestr(name, content if i else change(content))
+
+    return damage
+
+
+RECORDING_DAMAGES = {
+    "sound": lambda root: None,
+    "a cut tail": zipped(lambda content: content[:-3]),
+    "half an event": zipped(lambda content: content + b"\0\0\0"),
+    "too few events": zipped(lambda content: content[:48]),
+    **{f"a recording: {what}": zipped(change) for what, change in OTHER_BYTES.items()},
+    **{f"an archive: {what}": replaced("download/dog.zip", change) for what, change in OTHER_BYTES.items()},
+    "no archive": removed("download/bird.zip"),
+}
+
+
+@some(RECORDING_DAMAGES, of=6)
+def test_recordings(cases, recordings, tmp_path, monkeypatch):
+    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
+    with part("broken data") as counts:
+        for what, damage in cases.items():
+            shutil.copytree(recordings / "download", tmp_path / what / "download")
+            damage(tmp_path / what)
+            flags = [*EVENTS, "--data-path", tmp_path / what, "--output-dir", tmp_path / what / "run"]
+            counts.script("cifar10-dvs/train.py", *flags, "--batch-size", 2, expected=end(what))
+
+
+@pytest.mark.parametrize("of", [12, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["split.json", "run.json", "metrics.jsonl", "config.yml"])
+def test_records_of_a_run(name, of, finished, tmp_path):
+    """A run whose records are damaged is resumed and tested, or it is said which record is in the way."""
+    weights = checkpoint.read(finished / "last.pt")
+    with part("broken records") as counts:
+        for what, words in itertools.islice(NOT_THESE_WORDS.items(), 0, None, of):
+            folder = tmp_path / what
+            shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("tensorboard"))
+            (folder / name).write_bytes(words)
+            own = ["--config", folder / name] if name == "config.yml" else []
+            resume = ["--output-dir", folder, "--resume", "auto", *own]
+            said = counts.script("digits/train.py", *resume, expected={0, 2})
+            mentioned = "error: " not in said or str(folder / name) in said.splitlines()[-1]
+            counts.require(mentioned, f"{name}, {what}: not named: {said[-300:]}")
+            counts.script("digits/test.py", "--checkpoint", folder / "last.pt", *own, expected={0, 2})
+            counts.require(same(checkpoint.read(folder / "last.pt"), weights), f"{name}, {what}: other weights", "lost")
+
+
+def test_a_loss_that_is_no_number(finished, tmp_path):
+    """It ends the run, and what was saved before stays."""
+    shutil.copytree(finished, tmp_path / "run")
+    with part("broken data") as counts:
+        flags = ["--epochs", 3, "--weight-decay", 1e38, "--lr", 1000, "--resume", "auto", "--output-dir"]
+        said = counts.script("digits/train.py", *flags, tmp_path / "run", expected={2})
+        counts.require("loss is no longer finite in epoch 3" in said, said)
+        before, after = (checkpoint.read(folder / "last.pt") for folder in (finished, tmp_path / "run"))
+        counts.require(same(before, after), "the weights before are gone", "lost")
+        rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+        counts.require([row["epoch"] for row in rows] == [0, 1], f"{rows}")
