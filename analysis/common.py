@@ -17,7 +17,8 @@ from engine.config import Config, Parser, load
 from engine.data.loaders import Data
 from engine.dist import Dist
 from engine.errors import UserError
-from engine.run import build_model, create_data, guard, load_weights, settings_of, setup
+from engine.guard import guard
+from engine.run import build_model, create_data, load_weights, settings_of, setup
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "digits/digits.yml"

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ def read(path: str | Path) -> dict:
             `argparse.Namespace` are refused unread, for unpickling one can run code.
     """
     if not Path(path).is_file():
-        raise UserError(f"checkpoint {path} does not exist")
+        raise UserError(f"checkpoint {path} {'is no file' if os.path.lexists(path) else 'does not exist'}")
     with open(path, "rb"):  # whether it may be read is not a question of what it holds
         pass
     if Path(path).suffix == ".safetensors":
@@ -47,7 +48,8 @@ def read(path: str | Path) -> dict:
     if _is_archive(path):
         _verify(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # torch's about pickles of other kinds, which it then refuses
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"checkpoint {path}: refused, {_reason(error)}") from None

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import sys
 import tempfile
 import time
@@ -23,7 +24,7 @@ from .config import EVENT_DATASETS, FIELDS, MODEL_FIELDS, Config, load, plain
 from .data import event, image
 from .data.loaders import Data
 from .dist import Dist
-from .errors import Stopped, UserError
+from .errors import UserError
 from .folder import (
     checkpoint_to_test,
     differences,
@@ -35,6 +36,7 @@ from .folder import (
     save,
     warn_of_seen,
 )
+from .guard import guard
 from .log import logger
 from .loop import NO_BEST, Trainer, evaluate
 from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs
@@ -76,60 +78,6 @@ def build_model(cfg: Config) -> nn.Module:
 def create_data(cfg: Config, here: Dist, train: bool = True) -> Data:
     """The loaders of images or of event frames; raises `UserError` as they do."""
     return (event if cfg.dataset in EVENT_DATASETS else image).create_data(cfg, here, train)
-
-
-def guard(body: Callable[[], None]) -> None:
-    """Run a script's body: what the user can mend ends in one line and exit code 2."""
-    try:
-        body()
-    except UserError as error:
-        _exit(str(error))
-    except Stopped as error:
-        logger.info(str(error))
-        sys.exit(error.code)
-    except KeyboardInterrupt:
-        print(
-            "interrupted; what was done stays: start again, or go on with a run by --resume auto",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.exit(130)
-    except (OSError, MemoryError, RuntimeError) as error:
-        message = _explained(error)
-        if message is None:
-            raise
-        _exit(message)
-    dist.teardown()
-
-
-def _explained(error: OSError | MemoryError | RuntimeError) -> str | None:
-    """What happened to the machine, and what to do; None if `error` is a mistake of ours."""
-    first_line = (str(error).splitlines() or [""])[0]
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"the GPU's memory is full: use a smaller --batch-size, or --grad-checkpointing ({first_line})"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return f"the memory is full: use a smaller --batch-size, or fewer --workers ({first_line or 'MemoryError'})"
-    if "DataLoader worker" in str(error):
-        return (
-            f"a loader's process has ended ({first_line}): killed for want of memory, or of shared memory? Use fewer "
-            "--workers; --resume auto goes on from what was saved last"
-        )
-    if dist.is_lost_peer(error):
-        return (
-            f"lost the other processes ({first_line}); if one of them has ended, see its own message; "
-            "--resume auto goes on from what was saved last"
-        )
-    return None
-
-
-def _exit(message: str) -> None:
-    if dist.local_rank():
-        time.sleep(3)  # most mistakes are every process's: the launcher ends the others once the first has told
-    line = "".join(sign if sign.isprintable() else "?" for sign in " ".join(message.split()))  # names of files hold any
-    print(f"error: {line}", file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 def _train(recipe: Path, argv: Sequence[str]) -> None:
@@ -283,6 +231,10 @@ def _test(recipe: Path, argv: Sequence[str], meter: Callable[[nn.Module], Abstra
         is_first = not found
         with meter(model) if cfg.energy and is_first else contextlib.nullcontext() as measured:
             found[membrane] = evaluate(cfg, here, model, data.test, on_batch=gallery.add if is_first else None)
+        if not math.isfinite(found[membrane]["loss"]):
+            raise UserError(
+                f"{path}: its answers are not finite; if they are in float32 (--eval-amp off), take another"
+            )
         results.tell(cfg, membrane, found[membrane], figures)
         if measured:
             energy = measured.report(dist.gather)
@@ -347,6 +299,9 @@ def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, n
         logger.info(f"{path}: a new head for {model.num_classes} classes in place of {len(head)}")
         trunc_normal_(model.head.weight, std=2e-5)  # as the released fine-tuning
         weights |= {"head.weight": model.head.weight, "head.bias": model.head.bias}
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(f"checkpoint {path}: {name} holds values that are not finite; take an older one")
     try:
         if any(name.startswith("stages.") for name in weights):
             model.load_state_dict(weights)

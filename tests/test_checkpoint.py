@@ -4,6 +4,7 @@ import argparse
 import collections
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,7 +123,9 @@ def _truncated(path):
     ("write", "message"),
     [
         (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "does not exist"),
+        (lambda path: path.mkdir(), "is no file"),
+        (lambda path: path.symlink_to(path), "is no file"),
+        (lambda path: path.write_bytes(pickle.dumps({"model": Path()}, 4)), "refused"),
         (lambda path: path.write_bytes(b""), "truncated, or not a checkpoint"),
         (lambda path: path.write_text("<html>quota exceeded</html>"), "truncated, or not a checkpoint|refused"),
         (_truncated, "truncated or altered"),

@@ -15,6 +15,7 @@ from scripts import CPU, ROOT, fail, here
 from engine import checkpoint, config, dist, folder, run
 from engine.data.loaders import TrainLoader
 from engine.errors import Stopped, UserError
+from engine.guard import guard
 from engine.loop import Trainer
 from engine.optim import create_optimizer
 from engine.stop import StopRequest
@@ -248,7 +249,7 @@ def test_what_happens_to_the_machine_is_told_in_one_line(error, line, capfd):
         raise error
 
     with pytest.raises(SystemExit) as end:
-        run.guard(body)
+        guard(body)
     assert end.value.code == 2
     assert capfd.readouterr().err.startswith(f"error: {line}")
 
@@ -258,7 +259,7 @@ def test_mistakes_of_ours_are_not_hidden():
         raise RuntimeError("a shape is wrong")
 
     with pytest.raises(RuntimeError, match="a shape is wrong"):
-        run.guard(body)
+        guard(body)
 
 
 def test_weights_of_another_network_are_told(tmp_path, monkeypatch, capfd):
@@ -269,6 +270,14 @@ def test_weights_of_another_network_are_told(tmp_path, monkeypatch, capfd):
     assert "last.pt was trained with ssa_membrane = 'released', and ssa_membrane is 'per_sample' here" in output
     assert "last.pt was trained with time_steps = 1, and time_steps is 2 here" in output
     assert "residual" not in output
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, monkeypatch, capfd):
+    weights = trainer().model.state_dict()
+    weights["stages.1.blocks.0.mlp.fc1.conv.weight"][0, 0] = float("inf")
+    torch.save({"state_dict": weights}, tmp_path / "weights.pt")
+    line = fail(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "weights.pt")
+    assert "stages.1.blocks.0.mlp.fc1.conv.weight holds values that are not finite; take an older one" in line
 
 
 def test_skipped_samples_are_not_loaded():
