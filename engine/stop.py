@@ -5,7 +5,7 @@ from types import FrameType
 
 
 class StopRequest:
-    """As a context, notes the first SIGTERM or SIGINT in `signal`; a second one acts as if there were no context."""
+    """As a context, notes the first SIGTERM or SIGINT in `signal`; a SIGINT after it ends the program at once."""
 
     def __init__(self):
         self.signal: int | None = None
@@ -20,5 +20,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self.__exit__()
+        if self.signal is None:
+            self.signal = number
+        elif number == signal.SIGINT:  # somebody is in a hurry; SIGTERM comes twice from some launchers
+            raise KeyboardInterrupt

@@ -118,10 +118,11 @@ def test_an_update_is_never_cut_in_two(monkeypatch):
     assert saved == [2, 4, 0]
 
 
-def test_a_second_signal_is_not_held_up():
+def test_a_second_interrupt_is_not_held_up():
     with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal == signal.SIGINT
+        for number in (signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert stop.signal == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
