@@ -3,6 +3,7 @@
 import datetime
 import os
 import re
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,11 +49,16 @@ def setup(device: str) -> Dist:
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
     is_slurm = _translate_slurm()
     try:
-        local_rank, world_size = (
-            int(os.environ.get(key, default)) for key, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+        rank, local_rank, world_size = (
+            int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
         )
+        if not 0 <= rank < world_size or local_rank < 0:
+            raise ValueError
     except ValueError:
-        raise UserError("LOCAL_RANK and WORLD_SIZE in the environment must be numbers; start with torchrun") from None
+        raise UserError(
+            "RANK, LOCAL_RANK and WORLD_SIZE in the environment must be whole numbers, RANK below WORLD_SIZE; start "
+            "with torchrun"
+        ) from None
     where = torch.device(device)
     if device == "cuda":
         gpus = torch.cuda.device_count()
@@ -64,6 +70,7 @@ def setup(device: str) -> Dist:
     if world_size == 1:
         return Dist(0, 1, where)
     try:
+        socket.getaddrinfo(os.environ.get("MASTER_ADDR", "localhost"), None)  # torch would ask for half an hour
         store, rank, world_size = next(rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun's restarted processes get the store of those that died, with their addresses in it; on several
@@ -71,8 +78,9 @@ def setup(device: str) -> Dist:
             store = td.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend, device_id = ("nccl", where) if device == "cuda" else ("gloo", None)
         td.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"cannot join the other processes, start with torchrun: {error}") from None
+    except (ValueError, RuntimeError, socket.gaierror) as error:
+        where = os.environ.get("MASTER_ADDR", "MASTER_ADDR, which is not set")
+        raise UserError(f"cannot join the other processes at {where}, start with torchrun: {error}") from None
     return Dist(td.get_rank(), td.get_world_size(), where)
 
 

@@ -27,7 +27,8 @@ def find_run(cfg: Config, here: Dist) -> tuple[Path | None, Path | None, dict | 
     """The folder to write to (None: a new one), and the checkpoint to go on from and its content (None: a start)."""
     folder = Path(cfg.output_dir) if cfg.output_dir else None
     if here.is_main and folder and folder.exists():
-        claim(folder)
+        with writing_to(folder):
+            claim(folder)
     path = dist.from_main(_checkpoint_to_resume(cfg, folder) if here.is_main else None)  # others may not see its disk
     state = checkpoint.read(path) if path else None
     if state and state["format"] == "qkformer" and "optimizer" not in state:
@@ -164,14 +165,18 @@ def warn_of_seen(data: Data, checkpoint: Path) -> None:
 
 
 @contextlib.contextmanager
-def named_if_full(folder: Path) -> Iterator[None]:
-    """Tell which folder it is that cannot be written to, where the error does not."""
+def writing_to(folder: Path) -> Iterator[None]:
+    """Raise `UserError` where the run's folder cannot be made or written to; a full disk does not say what was."""
     try:
         yield
     except OSError as error:
-        if error.filename:
+        ours, theirs = folder.absolute(), Path(error.filename or folder).absolute()
+        if not theirs.is_relative_to(ours) and not ours.is_relative_to(theirs):
             raise
-        raise UserError(f"{folder}: {error.strerror or error}; what was saved before stays") from None
+        raise UserError(
+            f"{folder} cannot be written to ({error.filename or 'a file in it'}: {error.strerror or error}): make room "
+            "or choose another --output-dir; what was saved before stays"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -29,12 +29,12 @@ from .folder import (
     checkpoint_to_test,
     differences,
     find_run,
-    named_if_full,
     recorded_settings,
     records,
     runs_of,
     save,
     warn_of_seen,
+    writing_to,
 )
 from .guard import guard
 from .log import logger
@@ -119,7 +119,7 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
     folder = folder or Path(dist.from_main(str(runs_of(cfg) / time.strftime("%Y%m%d-%H%M%S"))))
     _announce(cfg, here, trainer, folder)
     watch = () if cfg.compile else (warn_of_silence,)  # which would compile the network once more
-    with named_if_full(folder), records(cfg, here, folder, data, trainer.epoch) as run_log:
+    with writing_to(folder), records(cfg, here, folder, data, trainer.epoch) as run_log:
         trainer.fit(run_log, lambda is_best: save(cfg, here, folder, trainer, is_best), *watch)
     logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {folder}")
 
@@ -212,9 +212,9 @@ def _test(recipe: Path, argv: Sequence[str], meter: Callable[[nn.Module], Abstra
     state = checkpoint.read(path)
     cfg = settings_of(state, path, recipe, argv)
     folder = Path(cfg.output_dir or path.parent)
-    folder.mkdir(parents=True, exist_ok=True)
-    with named_if_full(folder), tempfile.TemporaryFile(dir=folder):  # better known now than behind the evaluation
-        pass
+    with writing_to(folder):  # better known now than behind the evaluation
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     data = create_data(cfg, here, train=False)
     warn_of_seen(data, path)
     membranes, figures = results.membranes(cfg), published.accuracies(cfg, recipe.parent)
@@ -243,7 +243,7 @@ def _test(recipe: Path, argv: Sequence[str], meter: Callable[[nn.Module], Abstra
                 logger.info(f"published: {paper:.2f} mJ (paper)")
     if not here.is_main:
         return
-    with named_if_full(folder):
+    with writing_to(folder):
         results.write(cfg, folder, found, figures, gallery, energy)
 
 
