@@ -58,12 +58,28 @@ FRAGMENTS = [
 ]  # fmt: skip
 
 
+def fitting(key):
+    """Values that a field may well have, so that settings are let in and networks built."""
+    field = config.FIELDS[key]
+    low, high = (field.metadata[bound] for bound in ("low", "high"))
+    numbers = st.floats(low or 0, min(high or 9, 9)) | st.integers(int(low or 0), int(min(high or 70, 70)))
+    texts = st.sampled_from(field.metadata["choices"] or ["qkformer_3_64", "token", "self", "adamw", "digits", "none"])
+    default = st.just(list(field.default) if isinstance(field.default, tuple) else field.default)
+    return default | default | (st.booleans() if isinstance(field.default, bool) else numbers | texts | st.lists(texts))
+
+
+FITTING = st.lists(st.sampled_from(list(config.FIELDS)[2:]), max_size=8, unique=True).flatmap(
+    lambda keys: st.fixed_dictionaries({key: fitting(key) for key in keys} | {"lr": st.just(1e-3)})
+)
+
+
 def as_yaml(value: dict) -> bytes:
     return yaml.dump(value, allow_unicode=True).encode(errors="surrogatepass")
 
 
 FILES = st.one_of(
     st.dictionaries(KEYS, VALUES, max_size=8).map(as_yaml),
+    FITTING.map(as_yaml),
     st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=30)), max_size=4).map(
         lambda parts: "".join(parts).encode(errors="surrogatepass")
     ),
