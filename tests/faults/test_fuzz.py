@@ -124,7 +124,7 @@ def check(cfg):
         run.build_model(cfg)
 
 
-@full(150, 2000)
+@full(60, 2000)
 def test_recipes(count, tmp_path):
     path = tmp_path / "recipe.yml"
 
@@ -143,7 +143,7 @@ def test_recipes(count, tmp_path):
                 check(config.load(path))
 
 
-@full(150, 2000)
+@full(100, 2000)
 def test_command_lines(count):
     @examples(count)
     @given(LINES)
@@ -155,7 +155,7 @@ def test_command_lines(count):
         fuzz()
 
 
-@full(40, 500)
+@full(20, 500)
 def test_scripts_up_to_the_data(count, finished, tmp_path, monkeypatch):
     """train.py and test.py in this process; the data would come next."""
 

@@ -86,7 +86,7 @@ def test_killed_under_two_ranks(which, kills, tmp_path, whole):
 @pytest.mark.parametrize(
     ("count", "workers", "stops"),
     [
-        (1, 1, 2),
+        (1, 1, 1),
         pytest.param(1, 0, 10, marks=FULL),
         pytest.param(1, 1, 10, marks=FULL),
         pytest.param(2, 0, 6, marks=FULL),

@@ -1,0 +1,91 @@
+"""What the other tests count is noticed where it happens."""
+
+import signal
+import time
+
+import pytest
+import torch
+from chains import Chain
+from harness import Child, Counts, Death, same
+
+from engine import checkpoint, run
+from engine.errors import UserError
+
+
+def refuse(message):
+    raise UserError(message)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (lambda: 1 / 0, "tracebacks"),
+        (lambda: time.sleep(9), "hangs"),
+        (lambda: refuse(""), "wrong"),
+        (lambda: refuse("no"), None),
+    ],
+)
+def test_trials(body, kind):
+    counts = Counts()
+    with counts.trial("this", limit=0.05):
+        body()
+    assert (counts.trials, [note.split(":")[0] for note in counts.notes]) == (1, [kind] if kind else [])
+
+
+@pytest.mark.parametrize(
+    ("save", "expected", "kind"),
+    [
+        (lambda *_: 1 / 0, {0}, "tracebacks"),
+        (lambda *_: time.sleep(99), {0}, "hangs"),
+        (lambda *_: refuse("no"), {0}, "wrong"),
+        (lambda *_: refuse("no"), {2}, None),
+    ],
+)
+def test_scripts(save, expected, kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "create_data", save)
+    counts = Counts()
+    counts.script("digits/train.py", "--output-dir", tmp_path, expected=expected, limit=1)
+    assert [note.split(":")[0] for note in counts.notes][:1] == ([kind] if kind else [])
+
+
+def test_contents_are_compared_to_the_bit():
+    ours = {"a": [torch.zeros(2), 1.0, float("nan")], "b": None}
+    assert same(ours, {"a": [torch.zeros(2), 1.0, float("nan")], "b": None})
+    for other in (-torch.zeros(2), torch.zeros(2, dtype=torch.float64), torch.zeros(1, 2), torch.tensor([0, 1e-45])):
+        assert not same(ours, {"a": [other, 1.0, float("nan")], "b": None})
+    assert not same(ours, {"a": ours["a"]})
+
+
+@pytest.mark.parametrize(
+    ("death", "left"),
+    [
+        (Death(1), []),
+        (Death(2), ["last.pt.tmp"]),  # before it is synced
+        (Death(3), ["last.pt.tmp"]),  # before it is renamed
+        (Death(4), ["last.pt"]),  # before the folder is synced
+        (Death(1, size=100_000), ["last.pt.tmp"]),
+        (Death(2, size=100_000), ["last.pt", "last.pt.tmp"]),
+    ],
+)
+def test_deaths_in_a_save(death, left, tmp_path, whole):
+    """Each is where it is said to be; a second save keeps the first."""
+    folder = tmp_path / "run"
+    counts = Counts()
+    chain = Chain(counts, folder, whole(1))
+    chain.life(death=death)
+    assert counts.notes == []
+    assert counts.kills == 1
+    assert sorted(path.name for path in folder.glob("*.pt*")) == left
+    if death.size:
+        assert (folder / "last.pt.tmp").stat().st_size == death.size
+    if "last.pt" in left:
+        assert checkpoint.read(folder / "last.pt")["epoch"] == 0
+
+
+def test_a_child_that_hangs_is_ended(tmp_path):
+    script = tmp_path / "sleep.py"
+    script.write_text("import time\nprint('here', flush=True)\ntime.sleep(99)\n")
+    child = Child(str(script), log=tmp_path / "log")
+    assert child.wait_for(lambda: "here" in child.output)
+    assert child.wait(limit=0.2) is None
+    assert child.process.exitcode == -signal.SIGKILL
