@@ -13,6 +13,7 @@ from pathlib import Path
 from harness import Child, Counts, Death, ranks, same
 
 from engine import checkpoint
+from engine.errors import UserError
 
 TRAIN = "digits/train.py --device cpu --epochs 2 --save-steps 2 --time-steps 1 --mlp-ratio 1 --log-interval 1".split()
 TRAIN += "--batch-size 64 --accum-iter 2 --ema-decay 0.9 --drop-path 0.1 --reprob 0.2 --color-jitter 0.4".split()
@@ -96,7 +97,11 @@ class Chain:
             else:
                 self.counts.judge(self.name, code, child.output, {0, 2} if any(killed) else set(expected))
         self.done = set(codes) == {0}
-        before, self.saved = self.saved, position(self.folder)
+        before = self.saved
+        try:
+            self.saved = position(self.folder)
+        except UserError as error:
+            self.counts.count("lost", f"{self.name}: {error}")
         self.counts.require(self.saved >= before, f"{self.name}: {before} was saved, now {self.saved}", "lost")
         return children[0].output
 

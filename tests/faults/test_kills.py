@@ -23,11 +23,11 @@ def chains(counts, tmp_path, whole, count, workers, kills, pick):
         number += 1
         chain = Chain(counts, tmp_path / f"chain{number}", whole, count, workers)
         while counts.kills < most and not chain.done and not counts.notes:
-            chain.life(*pick(rng, whole))
+            chain.life(*pick(rng, whole, chain.lives))
         chain.finish()
 
 
-def at_random_time(rng, whole, only=None):
+def at_random_time(rng, whole, lives, only=None):
     """SIGKILL for all processes, or for one of them, once they have found each other."""
 
     def end(children):
@@ -42,11 +42,10 @@ def at_random_time(rng, whole, only=None):
     return end, None
 
 
-def in_a_save(rng, whole):
-    """Before or behind each step of a save, or at any byte of the file."""
-    half = rng.random() < 0.4
-    death = Death(rng.randint(1, 4), size=rng.randrange(SIZE)) if half else Death(rng.randint(1, STEPS_OF_SAVING))
-    return lambda children: None, death
+def in_a_save(rng, whole, lives):
+    """In turns at any byte of the file, and before any step of a save."""
+    half = Death(rng.randint(1, 4), size=rng.randrange(SIZE))
+    return lambda children: None, Death(rng.randint(1, STEPS_OF_SAVING)) if lives % 2 else half
 
 
 FULL = pytest.mark.slow
@@ -75,7 +74,7 @@ def test_killed_in_a_save(workers, kills, tmp_path, whole):
 def test_killed_under_two_ranks(which, kills, tmp_path, whole):
     """One of them, after which the other ends by itself, or both, or the first in a save."""
     ways = {
-        "any": lambda rng, whole: at_random_time(rng, whole, only=rng.randrange(2)),
+        "any": lambda rng, whole, lives: at_random_time(rng, whole, lives, only=rng.randrange(2)),
         "all": at_random_time,
         "save": in_a_save,
     }
