@@ -52,7 +52,7 @@ FULL = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("workers", "kills"), [(0, 2), pytest.param(0, 20, marks=FULL), pytest.param(1, 15, marks=FULL)]
+    ("workers", "kills"), [(1, 2), pytest.param(0, 20, marks=FULL), pytest.param(1, 15, marks=FULL)]
 )
 def test_killed_at_random_times(workers, kills, tmp_path, whole):
     with part("kills at random times") as counts:
