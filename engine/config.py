@@ -236,7 +236,7 @@ def _coerce(key: str, value: object, where: str) -> object:
 def _scalar(kind: type, value: object, where: str) -> object:
     try:
         if kind in (bool, str):
-            if isinstance(value, kind) and value != "":
+            if isinstance(value, kind) and value != "" and b"\0" not in str(value).encode():  # UTF-8, as the records
                 return value
         elif isinstance(value, int | float | str) and not isinstance(value, bool):
             number = kind(value)
