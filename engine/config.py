@@ -130,7 +130,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
-            name = _short(self.peek_event().anchor)
+            name = short(self.peek_event().anchor)
             raise yaml.composer.ComposerError(None, None, f"alias {name}, write it out", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
@@ -138,7 +138,7 @@ class _StrictLoader(yaml.SafeLoader):
         keys = set()
         for key, _ in node.value:
             if key.value in keys or key.tag == "tag:yaml.org,2002:merge":
-                reason = "merge key, write it out" if key.value == "<<" else f"{_short(key.value)} stands there twice"
+                reason = "merge key, write it out" if key.value == "<<" else f"{short(key.value)} stands there twice"
                 raise yaml.constructor.ConstructorError(None, None, reason, key.start_mark)
             keys.add(key.value)
         return super().construct_mapping(node, deep)
@@ -176,7 +176,7 @@ def _settings(content: object, path: Path, where: str) -> dict[str, object]:
         raise UserError(f"{where}: expected `key: value` lines, found {type(content).__name__}")
     for key in content:
         if key not in FIELDS or key in ("config", "variant"):
-            raise UserError(f"{where}: unknown key {_short(key)}{_nearest(str(key), FIELDS)}")
+            raise UserError(f"{where}: unknown key {short(key)}{_nearest(str(key), FIELDS)}")
     values = {key: _coerce(key, value, f"{where}: {key}") for key, value in content.items()}
     if values.get("data_path") and ":" not in values["data_path"]:  # not the address of shards
         values["data_path"] = os.path.abspath(path.parent / os.path.expanduser(values["data_path"]))
@@ -210,7 +210,7 @@ def _read_flags(argv: Sequence[str]) -> dict[str, object]:
         flag = unknown[0].split("=")[0]
         if flag.startswith("-"):
             raise UserError(f"unknown flag {flag}{_nearest(flag, [f'--{key}'.replace('_', '-') for key in FIELDS])}")
-        raise UserError(f"unexpected argument {_short(flag)} (--help lists the flags)")
+        raise UserError(f"unexpected argument {short(flag)} (--help lists the flags)")
     raw = {key: value for key, value in vars(parsed).items() if key in FIELDS}
     return {key: _coerce(key, value, f"--{key.replace('_', '-')}") for key, value in raw.items()}
 
@@ -245,7 +245,7 @@ def _scalar(kind: type, value: object, where: str) -> object:
     except (ValueError, OverflowError):
         pass
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    raise UserError(f"{where}: {_short(value)} is not {names[kind]}")
+    raise UserError(f"{where}: {short(value)} is not {names[kind]}")
 
 
 def _check_each(config: Config) -> None:
@@ -317,7 +317,7 @@ def _check_events(config: Config) -> None:
 
 
 def _bad(config: Config, key: str, why: str) -> UserError:
-    return UserError(f"{key} = {_short(getattr(config, key))}: {why} (recipe {config.config} and flags)")
+    return UserError(f"{key} = {short(getattr(config, key))}: {why} (recipe {config.config} and flags)")
 
 
 def _nearest(word: str, valid: Sequence[str]) -> str:
@@ -329,7 +329,7 @@ _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 100, 100
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """All of an ordinary value, and the beginning of one that would fill the screen, or the memory."""
     try:
         return _REPR.repr(value)

@@ -20,7 +20,7 @@ from models.neuron import silent_layers, triton_problem
 from models.released import identify, load_released
 
 from . import checkpoint, dist, log, published, results
-from .config import EVENT_DATASETS, FIELDS, MODEL_FIELDS, Config, load, plain
+from .config import EVENT_DATASETS, FIELDS, MODEL_FIELDS, Config, load, plain, short
 from .data import event, image
 from .data.loaders import Data
 from .dist import Dist
@@ -96,7 +96,7 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
     continues = is_ours and folder.resolve() == path.parent.resolve()
     cfg = recorded_settings(cfg, recipe, argv, path, state) if continues else load(recipe, argv)
     for key, ours, theirs in differences(cfg, state, (*MODEL_FIELDS, "opt")) if is_ours else ():
-        raise UserError(f"--resume {path}: {key} is {theirs!r} there and {ours!r} here")
+        raise UserError(f"--resume {path}: {key} is {short(theirs)} there and {ours!r} here")
     timm.utils.random_seed(cfg.seed)
     data = create_data(cfg, here)
     if path or cfg.finetune:
@@ -174,7 +174,7 @@ def _warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:
     for key in ("ssa_membrane", "residual", "time_steps", "attention"):
         if key in theirs and theirs[key] != plain(cfg)[key]:
             logger.warning(
-                f"warning: {path} was trained with {key} = {theirs[key]!r}, and {key} is {plain(cfg)[key]!r} here"
+                f"warning: {path} was trained with {key} = {short(theirs[key])}, and {key} is {plain(cfg)[key]!r} here"
             )
 
 
@@ -257,7 +257,7 @@ def settings_of(state: dict, path: Path, recipe: Path, argv: Sequence[str]) -> C
                 f"{path} was trained on {cfg.dataset}, and this is for {own}: use the scripts of the former"
             )
         for key, ours, theirs in differences(cfg, state, MODEL_FIELDS):
-            logger.warning(f"{key} is {ours!r}, where the checkpoint recorded {theirs!r}")
+            logger.warning(f"{key} is {ours!r}, where the checkpoint recorded {short(theirs)}")
     elif known := published.recipe_of(path, recipe.parent):
         cfg = load(known, argv)
         logger.info(f"{path}: the released checkpoint of {known.stem}, known by its md5")
