@@ -12,11 +12,11 @@ import shlex
 import pytest
 import torch
 import yaml
-from harness import ROOT, part
+from harness import QUICK, ROOT, part
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine import config, run
+from engine import checkpoint, config, run
 from engine.errors import UserError
 
 MOST_MEMORY = 300  # MiB more than before
@@ -182,6 +182,19 @@ def test_names_that_cannot_be_written_down(key, name):
     """TensorBoard, among others, fails at them late."""
     with pytest.raises(UserError, match="is not a text"):
         config.load(ROOT / "digits/digits.yml", [f"--{key}", name])
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--finetune"])
+def test_settings_of_a_checkpoint_that_unfold(flag, finished, tmp_path):
+    """A list that shares its parts takes few bytes in a file; written out this one would have 4^18 words."""
+    state, bomb = checkpoint.read(finished / "last.pt"), ["x"]
+    for _ in range(18):
+        bomb = [bomb] * 4
+    checkpoint.save(tmp_path / "bomb.pt", state | {"config": state["config"] | {"attention": bomb}})
+    with part("fuzzed recipes") as counts, frugal(counts):
+        words = [*QUICK, "--epochs", 1, flag, tmp_path / "bomb.pt", "--output-dir", tmp_path / "new"]
+        said = counts.script("digits/train.py", *words, expected={2} if flag == "--resume" else {0}, limit=30)
+        counts.require("attention" in said, said)
 
 
 @pytest.mark.parametrize("kind", ["endless", "pipe", "folder", "long name", "zero byte", "root", "huge"])
