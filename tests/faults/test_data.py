@@ -95,7 +95,7 @@ IMAGE_DAMAGES = {
 }  # fmt: skip
 
 
-@some(IMAGE_DAMAGES)
+@some(IMAGE_DAMAGES, of=8)
 def test_folders_of_images(cases, tmp_path):
     with part("broken data") as counts:
         for number, (what, damage) in enumerate(cases.items()):
@@ -234,7 +234,7 @@ def test_recordings(cases, recordings, tmp_path, monkeypatch):
             counts.script("cifar10-dvs/train.py", *flags, "--batch-size", 2, expected=end(what))
 
 
-@pytest.mark.parametrize("of", [12, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("of", [13, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["split.json", "run.json", "metrics.jsonl", "config.yml"])
 def test_records_of_a_run(name, of, finished, tmp_path):
     """A run whose records are damaged is resumed and tested, or it is said which record is in the way."""

@@ -59,11 +59,9 @@ def test_contents_are_compared_to_the_bit():
 @pytest.mark.parametrize(
     ("death", "left"),
     [
-        (Death(1), []),
         (Death(2), ["last.pt.tmp"]),  # before it is synced
         (Death(3), ["last.pt.tmp"]),  # before it is renamed
         (Death(4), ["last.pt"]),  # before the folder is synced
-        (Death(1, size=100_000), ["last.pt.tmp"]),
         (Death(2, size=100_000), ["last.pt", "last.pt.tmp"]),
     ],
 )

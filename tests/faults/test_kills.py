@@ -52,7 +52,7 @@ FULL = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("workers", "kills"), [(1, 2), pytest.param(0, 20, marks=FULL), pytest.param(1, 15, marks=FULL)]
+    ("workers", "kills"), [(1, 1), pytest.param(0, 20, marks=FULL), pytest.param(1, 15, marks=FULL)]
 )
 def test_killed_at_random_times(workers, kills, tmp_path, whole):
     with part("kills at random times") as counts:
@@ -60,7 +60,7 @@ def test_killed_at_random_times(workers, kills, tmp_path, whole):
 
 
 @pytest.mark.parametrize(
-    ("workers", "kills"), [(0, 4), pytest.param(0, 30, marks=FULL), pytest.param(1, 10, marks=FULL)]
+    ("workers", "kills"), [(0, 2), pytest.param(0, 30, marks=FULL), pytest.param(1, 10, marks=FULL)]
 )
 def test_killed_in_a_save(workers, kills, tmp_path, whole):
     with part("kills in a save") as counts:
@@ -99,7 +99,7 @@ def test_stopped_by_a_signal(count, workers, stops, tmp_path, whole):
         while done < stops and not counts.notes:
             done += 1
             chain = Chain(counts, tmp_path / f"chain{done}", whole(count), count, workers)
-            while not chain.done and not counts.notes and chain.lives < 3:
+            while not chain.done and not counts.notes and chain.lives < 2:
                 number = rng.choice([signal.SIGTERM, signal.SIGINT])
                 before = chain.saved
                 said = chain.life(stop_with(number, rng, whole(count)), expected=(0, 128 + number, -number))
