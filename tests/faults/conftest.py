@@ -6,7 +6,7 @@ import json
 
 import pytest
 from chains import run_whole
-from harness import PARTS, QUICK, ROOT, Child, part
+from harness import PARTS, QUICK, ROOT, Child, Counts, part
 from tabulate import tabulate
 
 COLUMNS = ("trials", "kills", "lost", "tracebacks", "wrong", "hangs", "seconds")
@@ -31,16 +31,26 @@ def whole(tmp_path_factory):
     return functools.cache(lambda count: run_whole(folder / str(count), count))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Take over what a process of pytest-xdist has counted."""
+    for name, counts in getattr(node, "workeroutput", {}).get("faults", {}).items():
+        PARTS.setdefault(name, Counts()).add(Counts(**counts))
+
+
 def pytest_terminal_summary(terminalreporter):
     if not PARTS:
         return
-    rows = [[name, *(getattr(counts, key) for key in COLUMNS)] for name, counts in PARTS.items()]
+    rows = [[name, *(getattr(counts, key) for key in COLUMNS)] for name, counts in sorted(PARTS.items())]
     terminalreporter.section("faults")
     terminalreporter.write_line(tabulate(rows, ["part", *COLUMNS], floatfmt=".0f"))
 
 
 def pytest_sessionfinish(session):
-    if PARTS and any("slow" in item.keywords for item in session.items):
+    counts = {name: dataclasses.asdict(counts) for name, counts in PARTS.items()}
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = counts
+    elif counts and session.config.option.markexpr == "slow":
         path = ROOT / "output" / "faults.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({name: dataclasses.asdict(counts) for name, counts in PARTS.items()}, indent=2))
+        path.write_text(json.dumps(counts, indent=2))

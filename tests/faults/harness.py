@@ -50,6 +50,10 @@ class Counts:
         setattr(self, kind, getattr(self, kind) + 1)
         self.notes.append(f"{kind}: {note}"[:3000])
 
+    def add(self, other: "Counts") -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
     def require(self, truth: bool, note: str, kind: str = "wrong") -> None:
         if not truth:
             self.count(kind, note)
