@@ -218,7 +218,7 @@ def cut(path):
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(monkeypatch, capfd, flags, message):
     monkeypatch.setattr(sys, "argv", ["export.py", *flags])
-    monkeypatch.delitem(sys.modules, "analysis.export")
+    monkeypatch.delitem(sys.modules, "analysis.export", raising=False)  # runpy warns of what is imported
     with pytest.raises(SystemExit) as end:
         runpy.run_module("analysis.export", run_name="__main__")
     assert end.value.code == 2
