@@ -15,6 +15,7 @@ def guard(body: Callable[[], None]) -> None:
     """Run a script's body: what the user can mend ends in one line and exit code 2."""
     try:
         body()
+        dist.teardown()
     except UserError as error:
         _exit(str(error))
     except Stopped as error:
@@ -32,7 +33,6 @@ def guard(body: Callable[[], None]) -> None:
         if message is None:
             raise
         _exit(message)
-    dist.teardown()
 
 
 def _explained(error: OSError | MemoryError | RuntimeError) -> str | None:
