@@ -81,7 +81,8 @@ def positive(text: str) -> int:
 
 def main(body: Callable[[Sequence[str]], None]) -> None:
     """Run a script: mistakes that the user can mend end in one line and exit code 2."""
-    guard(lambda: body(sys.argv[1:]))
+    with guard():
+        body(sys.argv[1:])
 
 
 def subjects(args: argparse.Namespace, flags: Sequence[str]) -> list[Subject]:

@@ -5,8 +5,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.energy import EnergyMeter
-from engine.run import test
+from engine.guard import guard
 
 if __name__ == "__main__":
-    test(Path(__file__).resolve().with_name("cifar100.yml"), EnergyMeter)
+    with guard():
+        from analysis.energy import EnergyMeter
+        from engine.run import test
+
+        test(Path(__file__).resolve().with_name("cifar100.yml"), EnergyMeter)

@@ -5,7 +5,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.run import train
+from engine.guard import guard
 
 if __name__ == "__main__":
-    train(Path(__file__).resolve().with_name("digits.yml"))
+    with guard():
+        from engine.run import train
+
+        train(Path(__file__).resolve().with_name("digits.yml"))

@@ -133,7 +133,7 @@ def _recognised(content: dict, path: str | Path) -> dict:
     if content.get("format") == FORMAT:
         if absent := [key for key in ENTRIES if key not in content]:
             raise UserError(f"checkpoint {path}: damaged, it lacks {', '.join(absent)}")
-        kinds = {"config": dict, "best": dict, "position": dict, "epoch": int}
+        kinds = dict.fromkeys(("optimizer", "scaler", "position", "best", "config"), dict) | {"epoch": int}
         if wrong := [key for key, kind in kinds.items() if not isinstance(content[key], kind)]:
             raise UserError(f"checkpoint {path}: damaged, its {', '.join(wrong)} is not what it should be")
         if content.get("state_dict_ema") is not None and not _is_weights(content["state_dict_ema"]):

@@ -18,7 +18,7 @@ class Stopped(Exception):
     """A signal asked the run to end, and it is saved.
 
     Args:
-        number: the signal, SIGTERM or SIGINT; the script's exit code is 128 + `number`, as the shell's.
+        number: the signal; the script's exit code is 128 + `number`, as the shell's.
         where: how far the run has come.
     """
 

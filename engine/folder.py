@@ -1,6 +1,7 @@
 """The folder of a run: which one to go on with, which checkpoint to take, and what is recorded in it."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -171,7 +172,9 @@ def writing_to(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         ours, theirs = folder.absolute(), Path(error.filename or folder).absolute()
-        if not theirs.is_relative_to(ours) and not ours.is_relative_to(theirs):
+        if error.errno in (errno.EMFILE, errno.ENFILE) or (
+            not theirs.is_relative_to(ours) and not ours.is_relative_to(theirs)
+        ):
             raise
         raise UserError(
             f"{folder} cannot be written to ({error.filename or 'a file in it'}: {error.strerror or error}): make room "

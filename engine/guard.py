@@ -1,46 +1,69 @@
-"""How a script ends: what the user can mend is told in one line."""
+"""How a script ends: what the user can mend is told in one line. Light to import, so that it watches the rest load."""
 
+import contextlib
+import errno
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 
-import torch
-
-from . import dist
 from .errors import Stopped, UserError
-from .log import logger
 
 
-def guard(body: Callable[[], None]) -> None:
-    """Run a script's body: what the user can mend ends in one line and exit code 2."""
+@contextlib.contextmanager
+def guard() -> Iterator[None]:
+    """Around a script's body, its imports included: what the user can mend ends in one line and exit code 2."""
+    _open_closed_streams()
     try:
-        body()
-        dist.teardown()
+        yield
+        _teardown()
     except UserError as error:
         _exit(str(error))
     except Stopped as error:
-        logger.info(str(error))
-        sys.exit(error.code)
+        _exit(str(error), error.code)
     except KeyboardInterrupt:
-        print(
-            "interrupted; what was done stays: start again, or go on with a run by --resume auto",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.exit(130)
-    except (OSError, MemoryError, RuntimeError) as error:
+        _exit("interrupted; what was done stays: start again, or go on with a run by --resume auto", 130)
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
         message = _explained(error)
         if message is None:
             raise
         _exit(message)
+    finally:
+        _flush()
 
 
-def _explained(error: OSError | MemoryError | RuntimeError) -> str | None:
+def _open_closed_streams() -> None:
+    """What is printed shall not end up in a file that has got the number of a closed stream."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, it stays open
+
+
+def _flush() -> None:
+    """Nobody may be reading any more, as behind `| head`: Python would complain of it when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _teardown() -> None:
+    from . import dist
+
+    dist.teardown()
+
+
+def _explained(error: Exception) -> str | None:
     """What happened to the machine, and what to do; None if `error` is a mistake of ours."""
     first_line = (str(error).splitlines() or [""])[0]
+    if isinstance(error, ImportError):
+        is_ours = (error.name or "").split(".")[0] in ("engine", "models", "analysis", "benchmarks")
+        return None if is_ours else f"a package cannot be loaded ({first_line}): pip install -r requirements.txt"
     if isinstance(error, OSError):
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return f"{error.strerror}: raise the limit (ulimit -n), or use fewer --workers"
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if type(error).__name__ == "OutOfMemoryError":
         return f"the GPU's memory is full: use a smaller --batch-size, or --grad-checkpointing ({first_line})"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return f"the memory is full: use a smaller --batch-size, or fewer --workers ({first_line or 'MemoryError'})"
@@ -49,6 +72,8 @@ def _explained(error: OSError | MemoryError | RuntimeError) -> str | None:
             f"a loader's process has ended ({first_line}): killed for want of memory, or of shared memory? Use fewer "
             "--workers; --resume auto goes on from what was saved last"
         )
+    from . import dist
+
     if dist.is_lost_peer(error):
         return (
             f"lost the other processes ({first_line}); if one of them has ended, see its own message; "
@@ -57,8 +82,13 @@ def _explained(error: OSError | MemoryError | RuntimeError) -> str | None:
     return None
 
 
-def _exit(message: str) -> None:
-    if dist.local_rank():
+def _exit(message: str, code: int = 2) -> None:
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    if code != 2:  # a signal's, and all processes got it
+        if local_rank == "0":
+            print(message, file=sys.stderr, flush=True)
+        sys.exit(code)
+    if local_rank != "0":
         time.sleep(3)  # most mistakes are every process's: the launcher ends the others once the first has told
     line = "".join(sign if sign.isprintable() else "?" for sign in " ".join(message.split()))  # names of files hold any
     print(f"error: {line}", file=sys.stderr, flush=True)

@@ -25,6 +25,7 @@ def setup_console(is_main: bool) -> None:
     """Lines on standard output, from the main process only."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.handleError = lambda record: None  # a run goes on when nobody reads what it says any more
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main else logging.ERROR)

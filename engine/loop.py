@@ -135,7 +135,7 @@ class Trainer:
             watch: called after each evaluation with the network and some of the test set's samples.
 
         Raises:
-            Stopped: SIGTERM or SIGINT asked for it; all is saved.
+            Stopped: SIGTERM, SIGINT or SIGHUP asked for it; all is saved.
         """
         epochs = total_epochs(self.cfg)
         with StopRequest() as stop:

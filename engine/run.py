@@ -20,7 +20,7 @@ from models.neuron import silent_layers, triton_problem
 from models.released import identify, load_released
 
 from . import checkpoint, dist, log, published, results
-from .config import EVENT_DATASETS, FIELDS, MODEL_FIELDS, Config, load, plain, short
+from .config import EVENT_DATASETS, FIELDS, LOCAL_FIELDS, MODEL_FIELDS, Config, load, plain, short
 from .data import event, image
 from .data.loaders import Data
 from .dist import Dist
@@ -36,7 +36,6 @@ from .folder import (
     warn_of_seen,
     writing_to,
 )
-from .guard import guard
 from .log import logger
 from .loop import NO_BEST, Trainer, evaluate
 from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs
@@ -45,7 +44,7 @@ from .pictures import Gallery
 
 def train(recipe: Path) -> None:
     """Train as the recipe and the command line say; the script's whole body."""
-    guard(lambda: _train(recipe, sys.argv[1:]))
+    _train(recipe, sys.argv[1:])
 
 
 def test(recipe: Path, meter: Callable[[nn.Module], AbstractContextManager]) -> None:
@@ -55,7 +54,7 @@ def test(recipe: Path, meter: Callable[[nn.Module], AbstractContextManager]) -> 
         recipe: the script's own.
         meter: what `--energy` measures a network with while it is evaluated (`analysis.energy.EnergyMeter`).
     """
-    guard(lambda: _test(recipe, sys.argv[1:], meter))
+    _test(recipe, sys.argv[1:], meter)
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -89,6 +88,8 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
         raise UserError("--checkpoint is for test.py; to go on with a run give --resume")
     if cfg.energy:
         raise UserError("--energy is for test.py")
+    if cfg.finetune and cfg.resume not in (None, "auto"):
+        raise UserError("--finetune starts a run from weights, and --resume goes on with one: choose one")
     here = setup(cfg)
     _require_gpu(cfg, here)
     folder, path, state = find_run(cfg, here)
@@ -97,6 +98,7 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
     cfg = recorded_settings(cfg, recipe, argv, path, state) if continues else load(recipe, argv)
     for key, ours, theirs in differences(cfg, state, (*MODEL_FIELDS, "opt")) if is_ours else ():
         raise UserError(f"--resume {path}: {key} is {short(theirs)} there and {ours!r} here")
+    _require_equal_settings(cfg)
     timm.utils.random_seed(cfg.seed)
     data = create_data(cfg, here)
     if path or cfg.finetune:
@@ -122,6 +124,14 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
     with writing_to(folder), records(cfg, here, folder, data, trainer.epoch) as run_log:
         trainer.fit(run_log, lambda is_best: save(cfg, here, folder, trainer, is_best), *watch)
     logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {folder}")
+
+
+def _require_equal_settings(cfg: Config) -> None:
+    """Raises `UserError` if the processes were started with different settings: they would wait for each other."""
+    first, *others = dist.gather([plain(cfg, without=LOCAL_FIELDS)])
+    for other in others:
+        for key in (key for key in first if first[key] != other[key]):
+            raise UserError(f"{key} is {first[key]!r} in one process and {other[key]!r} in another: start all alike")
 
 
 def _require_gpu(cfg: Config, here: Dist) -> None:
@@ -256,6 +266,8 @@ def settings_of(state: dict, path: Path, recipe: Path, argv: Sequence[str]) -> C
             raise UserError(
                 f"{path} was trained on {cfg.dataset}, and this is for {own}: use the scripts of the former"
             )
+        if own != cfg.dataset:
+            logger.warning(f"warning: {path} was trained on {cfg.dataset}, and that is what is evaluated, not {own}")
         for key, ours, theirs in differences(cfg, state, MODEL_FIELDS):
             logger.warning(f"{key} is {ours!r}, where the checkpoint recorded {short(theirs)}")
     elif known := published.recipe_of(path, recipe.parent):
@@ -302,10 +314,12 @@ def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, n
     for name, value in weights.items():
         if not value.isfinite().all():
             raise UserError(f"checkpoint {path}: {name} holds values that are not finite; take an older one")
+    theirs = state.get("config", {}).get("model", cfg.model)
     try:
         if any(name.startswith("stages.") for name in weights):
             model.load_state_dict(weights)
         else:
             load_released(model, weights)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"checkpoint {path}: {error}") from None
+        of = f" of {short(theirs)}, not {cfg.model!r}" if theirs != cfg.model else ""
+        raise UserError(f"checkpoint {path}{of}: {error}") from None

@@ -1,18 +1,23 @@
-"""What SIGTERM and SIGINT ask for: the run shall end where it can be gone on with."""
+"""What SIGTERM, SIGINT and SIGHUP ask for: the run shall end where it can be gone on with."""
 
 import signal
 from types import FrameType
 
 
 class StopRequest:
-    """As a context, notes the first SIGTERM or SIGINT in `signal`; a SIGINT after it ends the program at once."""
+    """As a context, notes the first of these in `signal`; a SIGINT after it ends the program at once.
+
+    What is ignored when the context begins, as SIGHUP under nohup, stays so.
+    """
 
     def __init__(self):
         self.signal: int | None = None
         self._before = {}
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:

@@ -139,7 +139,7 @@ def _truncated(path):
         ),
         (
             lambda path: checkpoint.save(path, {key: [1] for key in checkpoint.ENTRIES}),
-            "damaged, its config, best, position, epoch is not what it should be",
+            "damaged, its optimizer, scaler, position, best, config, epoch is not what it should be",
         ),
     ],
 )

@@ -593,7 +593,7 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     size = 10 * 16 * 2 * 128 * 128
     find = functools.partial(recordings.cifar10_dvs, root, False)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": size - 1}))
-    with pytest.raises(UserError, match=r"frames_16 needs 0.0 GB more on its disk"):
+    with pytest.raises(UserError, match=r"frames_16 needs [0-9]+ MB more on its disk"):
         prepare(root, 16, find, False)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": size}))
     monkeypatch.setattr("joblib.cpu_count", lambda: 1)

@@ -61,7 +61,7 @@ def stopped_at(monkeypatch, capfd, method, call, number, *arguments):
         patch.setattr(Trainer, method, counted)
         with pytest.raises(SystemExit) as end:
             here(monkeypatch, capfd, *arguments)
-    return end.value.code, capfd.readouterr().out.splitlines()[-1]
+    return end.value.code, capfd.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("arguments", [IMAGES, EVENTS], ids=["images", "events"])
@@ -246,21 +246,15 @@ def test_a_collapsed_loss_scale_ends_the_run():
     ],
 )
 def test_what_happens_to_the_machine_is_told_in_one_line(error, line, capfd):
-    def body():
+    with pytest.raises(SystemExit) as end, guard():
         raise error
-
-    with pytest.raises(SystemExit) as end:
-        guard(body)
     assert end.value.code == 2
     assert capfd.readouterr().err.startswith(f"error: {line}")
 
 
 def test_mistakes_of_ours_are_not_hidden():
-    def body():
+    with pytest.raises(RuntimeError, match="a shape is wrong"), guard():
         raise RuntimeError("a shape is wrong")
-
-    with pytest.raises(RuntimeError, match="a shape is wrong"):
-        guard(body)
 
 
 def test_weights_of_another_network_are_told(tmp_path, monkeypatch, capfd):
@@ -301,3 +295,22 @@ def test_skipped_samples_are_not_loaded():
     assert [batch.tolist() for batch in loader.batches(0, 3)] == whole[3:]
     assert len(seen) == 2
     assert len(loader) == 4
+
+
+def test_processes_with_other_settings_are_told(monkeypatch):
+    cfg = trainer().cfg
+    monkeypatch.setattr(dist, "gather", lambda values: [*values, values[0] | {"batch_size": 32}])
+    with pytest.raises(UserError, match="batch_size is 240 in one process and 32 in another: start all alike"):
+        run._require_equal_settings(cfg)
+    monkeypatch.setattr(dist, "gather", lambda values: values * 2)
+    run._require_equal_settings(cfg)
+
+
+def test_output_that_nobody_reads_ends_no_run():
+    """Closed, or a pipe whose reader has gone."""
+    words = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from engine.guard import guard; from engine import log"
+    words += "\nwith guard():\n    log.setup_console(True)\n    for _ in range(9999): log.logger.info('x' * 99)"
+    for end in ("2>&1 | head -n 1; exit ${PIPESTATUS[0]}", ">&- 2>&-"):
+        told = subprocess.run(["bash", "-c", f'{sys.executable} -c "$0" {end}', words], capture_output=True, env=CPU)
+        assert told.returncode == 0
+        assert b"Error" not in told.stdout + told.stderr

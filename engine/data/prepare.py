@@ -60,7 +60,7 @@ def _make(folder: Path, frames: int, recordings: list[Recording], show: bool) ->
     left = [r for r in recordings if not all((partial / name).exists() for name in r.samples)]
     size = sum(len(r.samples) for r in left) * frames * 2 * SIDE**2
     if shutil.disk_usage(folder.parent).free < size:
-        raise UserError(f"{folder} needs {size / 1e9:.1f} GB more on its disk; make room, or move the data set")
+        raise UserError(f"{folder} needs {size / 1e6:,.0f} MB more on its disk; make room, or move the data set")
     cores = joblib.cpu_count()
     logger.info(
         f"preparing {folder}, once: {len(names):,} samples of {frames} frames from {len(recordings):,} recordings, "
