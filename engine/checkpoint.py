@@ -1,6 +1,8 @@
 """Checkpoints: ours, written atomically, and the released ones. None is trusted: reading never runs code."""
 
 import argparse
+import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -20,10 +22,6 @@ FORMAT = "qkformer-1"
 ENTRIES = ("state_dict", "optimizer", "scaler", "epoch", "position", "best", "config")
 
 
-class Damaged(UserError):
-    """A file that is not what was written: cut, altered, or no checkpoint."""
-
-
 def read(path: str | Path) -> dict:
     """Read a checkpoint of ours, or a released one of ImageNet, CIFAR, DVS or MS-QKFormer, onto the CPU.
 
@@ -35,8 +33,7 @@ def read(path: str | Path) -> dict:
         file of weights alone.
 
     Raises:
-        Damaged: the file is cut or altered.
-        UserError: it is missing, holds no weights, or holds anything but plain data. Objects other than
+        UserError: it is missing, cut or altered, holds no weights, or holds anything but plain data. Objects other than
             `argparse.Namespace` are refused unread, for unpickling one can run code.
     """
     if not Path(path).is_file():
@@ -53,8 +50,9 @@ def read(path: str | Path) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"checkpoint {path}: refused, {_reason(error)}") from None
-    except Exception:  # a damaged file makes the reader fail in any way
-        raise Damaged(
+    except Exception as error:  # a damaged file makes the reader fail in any way
+        _raise_if_of_the_machine(error)
+        raise UserError(
             f"checkpoint {path}: truncated, or not a checkpoint; fetch it again, or take an older one"
         ) from None
     if not isinstance(content, Mapping):
@@ -77,14 +75,24 @@ def _verify(path: str | Path) -> None:
             is_plain &= not any(part.external_attr & 16 for part in parts)  # of folders torch reads what was in memory
             is_plain &= sum(part.file_size for part in parts) <= os.path.getsize(path)
             altered = archive.testzip() if is_plain else None
-    except Exception:  # a damaged archive makes the reader fail in any way
-        raise Damaged(f"checkpoint {path}: truncated or altered; fetch it again, or take an older one") from None
+    except Exception as error:  # a damaged archive makes the reader fail in any way
+        _raise_if_of_the_machine(error)
+        raise UserError(f"checkpoint {path}: truncated or altered; fetch it again, or take an older one") from None
     if not is_plain:
-        raise Damaged(f"checkpoint {path}: refused, its parts are packed or marked as torch never does; fetch it again")
+        raise UserError(
+            f"checkpoint {path}: refused, its parts are packed or marked as torch never does; fetch it again"
+        )
     if altered:
-        raise Damaged(
+        raise UserError(
             f"checkpoint {path}: altered, {altered} in it is not what was written; fetch it again, or take an older one"
         )
+
+
+def _raise_if_of_the_machine(error: Exception) -> None:
+    """Raise what says nothing about the file: the memory is full, or the disk fails."""
+    is_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    if is_memory or getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOMEM):
+        raise error
 
 
 def _read_safetensors(path: str | Path) -> dict:
@@ -97,7 +105,7 @@ def _read_safetensors(path: str | Path) -> dict:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except SafetensorError:
-        raise Damaged(f"checkpoint {path}: truncated, or not a safetensors file; fetch it again") from None
+        raise UserError(f"checkpoint {path}: truncated, or not a safetensors file; fetch it again") from None
     if "config" not in metadata:
         return _recognised(weights, path)
     try:
@@ -107,7 +115,7 @@ def _read_safetensors(path: str | Path) -> dict:
     if not isinstance(config, dict) or not weights:
         raise UserError(f"checkpoint {path}: damaged, its config is not what it should be, or it holds no weights")
     if metadata.get("sha256", digest := fingerprint(weights, metadata["config"])) != digest:
-        raise Damaged(f"checkpoint {path}: altered, it differs from its checksum; fetch it again")
+        raise UserError(f"checkpoint {path}: altered, it differs from its checksum; fetch it again")
     return {"format": "qkformer", "state_dict": weights, "config": config}
 
 
@@ -131,6 +139,7 @@ def _reason(error: pickle.UnpicklingError) -> str:
 def _recognised(content: dict, path: str | Path) -> dict:
     found = list(content)
     if content.get("format") == FORMAT:
+        content = {"position": {"steps_done": 0, "order": {}, "processes": [{"loss_sum": 0, "seen": 0}]}} | content
         if absent := [key for key in ENTRIES if key not in content]:
             raise UserError(f"checkpoint {path}: damaged, it lacks {', '.join(absent)}")
         kinds = dict.fromkeys(("optimizer", "scaler", "position", "best", "config"), dict) | {"epoch": int}
@@ -215,7 +224,6 @@ def _rotate(files: list[Path]) -> None:
 def _sync_folder(folder: Path) -> None:
     """Have the disk keep the names, too."""
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with contextlib.suppress(OSError):  # some file systems cannot, and the file is there
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.close(descriptor)

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 import yaml
 
 from . import checkpoint, dist, log
@@ -21,6 +22,7 @@ from .loop import Trainer
 
 SPLIT = "split.json"
 LOCK = ".lock"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of writing, where they name no file
 _held = {}  # folder -> its locked file, for as long as this process lives
 
 
@@ -39,6 +41,9 @@ def find_run(cfg: Config, here: Dist) -> tuple[Path | None, Path | None, dict | 
         )
     if state and state["format"] == "qkformer":
         folder = folder or path.parent
+        if here.is_main and folder.exists():
+            with writing_to(folder):
+                claim(folder)
     elif state and (state["format"] != "imagenet" or not isinstance(state.get("epoch"), int)):
         raise UserError(
             f"--resume {path}: neither a checkpoint of this project nor one of the released ImageNet training, so "
@@ -69,8 +74,8 @@ def claim(folder: Path) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _held[folder.resolve()] = file
-    for half in folder.glob("*.pt.tmp"):  # of a save that was killed
-        half.unlink()
+    for name in ("last.pt.tmp", "best.pt.tmp"):  # of a save that was killed
+        (folder / name).unlink(missing_ok=True)
 
 
 def _whole_checkpoint(folder: Path) -> Path | None:
@@ -80,7 +85,7 @@ def _whole_checkpoint(folder: Path) -> Path | None:
     for path in candidates:
         try:
             checkpoint.read(path)
-        except checkpoint.Damaged as error:
+        except UserError as error:
             aside = path.with_name(f"{path.name}.damaged")
             path.replace(aside)
             logger.warning(f"warning: {error}; it is kept as {aside.name}, and the one before is taken")
@@ -172,9 +177,8 @@ def writing_to(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         ours, theirs = folder.absolute(), Path(error.filename or folder).absolute()
-        if error.errno in (errno.EMFILE, errno.ENFILE) or (
-            not theirs.is_relative_to(ours) and not ours.is_relative_to(theirs)
-        ):
+        is_ours = theirs.is_relative_to(ours) or ours.is_relative_to(theirs)
+        if not is_ours or not (error.filename or error.errno in FULL):
             raise
         raise UserError(
             f"{folder} cannot be written to ({error.filename or 'a file in it'}: {error.strerror or error}): make room "
@@ -222,10 +226,20 @@ def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int)
 
 
 def save(cfg: Config, here: Dist, folder: Path, trainer: Trainer, is_best: bool) -> None:
-    """Write `last.pt`, and `best.pt` if it is, from the main process; all of them call it."""
+    """Write `last.pt`, and `best.pt` if it is, from the main process; all of them call it.
+
+    Raises:
+        UserError: weights are not finite, which no loss need show (a membrane that is not, never fires).
+    """
     content = trainer.state() | {"config": plain(cfg, without=LOCAL_FIELDS)}
     if not here.is_main:
         return
+    weights = [*content["state_dict"].values(), *(content["state_dict_ema"] or {}).values()]
+    if not torch.stack([value.isfinite().all() for value in weights]).all():
+        raise UserError(
+            f"the weights are no longer finite in epoch {trainer.epoch + 1}: lower lr, or use --clip-grad 1 or bf16; "
+            "what was saved before stays"
+        )
     if is_best:  # first: killed in between, the epoch is evaluated again
         checkpoint.save(folder / "best.pt", content)
     checkpoint.save(folder / "last.pt", content, cfg.keep)

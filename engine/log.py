@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -56,7 +57,10 @@ def progress(
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that a crash leaves the old file or the new one, never half of it."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

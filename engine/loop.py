@@ -88,6 +88,7 @@ class Trainer:
         return {
             "steps": self.steps,
             "world_size": self.dist.world_size,
+            "workers": getattr(self.data.train, "workers", 0),
             **{key: getattr(self.cfg, key) for key in ("batch_size", "accum_iter", "seed")},
         }
 
@@ -106,9 +107,11 @@ class Trainer:
         self._restore_position(**state["position"])
 
     def _restore_position(self, steps_done: int, order: dict, processes: list[dict]) -> None:
-        is_trained = steps_done == order["steps"]  # and only to be evaluated
+        is_trained = steps_done == order.get("steps")  # and only to be evaluated
         if steps_done and not is_trained and order != self._order():
-            changed = ", ".join(f"{k} was {order.get(k)} and is {v}" for k, v in self._order().items() if order[k] != v)
+            changed = ", ".join(
+                f"{k} was {order.get(k)} and is {v}" for k, v in self._order().items() if order.get(k) != v
+            )
             logger.warning(
                 f"warning: saved after step {steps_done} of epoch {self.epoch + 1}, which cannot go on there "
                 f"({changed}): the epoch begins anew, from the weights of that step"
@@ -126,21 +129,22 @@ class Trainer:
         self,
         log: RunLog | None,
         save: Callable[[bool], None],
+        stop: StopRequest | None = None,
         watch: Callable[[nn.Module, Tensor], None] = lambda model, images: None,
     ) -> None:
         """Train to the last epoch; after each, evaluate, record (`log` in the main process) and `save(is_best)`.
 
         Args:
             save: called by all processes.
+            stop: what is asked after each update and each batch of an evaluation.
             watch: called after each evaluation with the network and some of the test set's samples.
 
         Raises:
-            Stopped: SIGTERM, SIGINT or SIGHUP asked for it; all is saved.
+            Stopped: `stop` asked for it; all is saved.
         """
         epochs = total_epochs(self.cfg)
-        with StopRequest() as stop:
-            while self.epoch < epochs:
-                self._fit_epoch(f"epoch {self.epoch + 1}/{epochs}", stop, log, save, watch)
+        while self.epoch < epochs:
+            self._fit_epoch(f"epoch {self.epoch + 1}/{epochs}", stop or StopRequest(), log, save, watch)
 
     def _fit_epoch(self, name: str, stop: StopRequest, log: RunLog | None, save: Callable, watch: Callable) -> None:
         def after_update():
@@ -149,20 +153,29 @@ class Trainer:
             if number or (self.cfg.save_steps and updates % self.cfg.save_steps == 0):
                 save(False)
             if number:
-                raise Stopped(number, f"after step {self.steps_done} of epoch {self.epoch + 1}")
+                end(number, f"after step {self.steps_done} of epoch {self.epoch + 1}")
 
         some = []
 
-        def while_evaluating(images: Tensor, labels: Tensor, logits: Tensor):
-            if stop.signal:  # no process needs another one to save from here
-                save(False)
-                raise Stopped(stop.signal, f"in the evaluation of epoch {self.epoch + 1}")
+        def while_evaluating(images: Tensor, labels: Tensor, logits: Tensor) -> bool:
             if not some:
                 some.append(images[:32])
+            return bool(stop.signal)
+
+        def after_evaluating():
+            if number := self.agreement.largest(stop.signal or 0):
+                save(False)
+                end(number, f"in the evaluation of epoch {self.epoch + 1}")
+
+        def end(number: int, where: str):
+            self.agreement.largest(0)  # a launcher that sees one process end may not wait for the one that saves
+            raise Stopped(number, where)
 
         start = time.monotonic()
         train_loss = self.train_epoch(name, after_update)
-        result = evaluate(self.cfg, self.dist, self.evaluated, self.data.test, f"{name} test", while_evaluating)
+        result = evaluate(
+            self.cfg, self.dist, self.evaluated, self.data.test, f"{name} test", while_evaluating, after_evaluating
+        )
         self._refuse_not_finite(result["loss"])
         if some and self.dist.is_main:
             watch(self.evaluated, some[0])
@@ -222,7 +235,7 @@ class Trainer:
         batches = self.data.train.batches(self.epoch, self.steps_done)
         shown = progress(batches, name, cfg.log_interval, self.dist.is_main, status, self.steps, self.steps_done)
         for step, (images, labels) in enumerate(shown, self.steps_done):
-            reseed(*key, step)
+            reseed(*key, step + 1)
             first = step // cfg.accum_iter * cfg.accum_iter  # step at which this update's accumulation starts
             group = min(cfg.accum_iter, self.steps - first)
             is_update = step == first + group - 1
@@ -306,12 +319,14 @@ def evaluate(
     model: nn.Module,
     loader: Iterable,
     name: str = "test",
-    on_batch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    on_batch: Callable[[Tensor, Tensor, Tensor], bool | None] | None = None,
+    on_end: Callable[[], None] | None = None,
 ) -> dict:
     """Accuracy over the whole test set, each sample counted once, however many processes share it.
 
     Args:
-        on_batch: called with the images, labels and logits of every batch of this process.
+        on_batch: called with the images, labels and logits of every batch of this process; what is true ends them.
+        on_end: called by all processes behind their last batch.
 
     Returns:
         `loss` (mean cross-entropy), `top1` and `top5` (percent), `count` (samples).
@@ -321,12 +336,14 @@ def evaluate(
     for images, labels in progress(loader, name, cfg.log_interval, dist.is_main):
         with autocast(cfg.eval_amp or cfg.amp, dist.device):
             logits = model(in_memory_format(cfg, images))
-        if on_batch:
-            on_batch(images, labels, logits)
         losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         samples = [losses, hits[:, 0], hits.sum(1), torch.ones_like(losses)]
         batches.append(torch.stack([value.double() for value in samples]).sum(1))
+        if on_batch and on_batch(images, labels, logits):
+            break
+    if on_end:
+        on_end()
     rows = distributed.gather(torch.stack(batches).tolist() if batches else [])
     if not rows:
         raise UserError("the test set holds no images")

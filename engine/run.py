@@ -5,6 +5,7 @@ import dataclasses
 import math
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -40,6 +41,7 @@ from .log import logger
 from .loop import NO_BEST, Trainer, evaluate
 from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs
 from .pictures import Gallery
+from .stop import StopRequest, spare_children
 
 
 def train(recipe: Path) -> None:
@@ -121,8 +123,8 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
     folder = folder or Path(dist.from_main(str(runs_of(cfg) / time.strftime("%Y%m%d-%H%M%S"))))
     _announce(cfg, here, trainer, folder)
     watch = () if cfg.compile else (warn_of_silence,)  # which would compile the network once more
-    with writing_to(folder), records(cfg, here, folder, data, trainer.epoch) as run_log:
-        trainer.fit(run_log, lambda is_best: save(cfg, here, folder, trainer, is_best), *watch)
+    with StopRequest() as stop, writing_to(folder), records(cfg, here, folder, data, trainer.epoch) as run_log:
+        trainer.fit(run_log, lambda is_best: save(cfg, here, folder, trainer, is_best), stop, *watch)
     logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {folder}")
 
 
@@ -202,6 +204,7 @@ def warn_of_silence(model: nn.Module, images: Tensor) -> None:
 
 def setup(cfg: Config) -> Dist:
     """Threads, processes, device and console as `cfg` says."""
+    spare_children()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     here = dist.setup(cfg.device)
@@ -322,4 +325,4 @@ def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, n
             load_released(model, weights)
     except (ValueError, RuntimeError) as error:
         of = f" of {short(theirs)}, not {cfg.model!r}" if theirs != cfg.model else ""
-        raise UserError(f"checkpoint {path}{of}: {error}") from None
+        raise UserError(f"checkpoint {path}{of}: {textwrap.shorten(str(error), 400)}") from None

@@ -1,5 +1,7 @@
 """What SIGTERM, SIGINT and SIGHUP ask for: the run shall end where it can be gone on with."""
 
+import functools
+import os
 import signal
 from types import FrameType
 
@@ -29,3 +31,12 @@ class StopRequest:
             self.signal = number
         elif number == signal.SIGINT:  # somebody is in a hurry; SIGTERM comes twice from some launchers
             raise KeyboardInterrupt
+
+
+@functools.cache
+def spare_children() -> None:
+    """Processes that are forked from now on, loaders', leave the group that a terminal or a launcher sends signals to.
+
+    From their first moment: one that got such a signal while it starts would end, and the run with it.
+    """
+    os.register_at_fork(after_in_child=os.setpgrp)

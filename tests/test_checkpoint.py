@@ -135,7 +135,7 @@ def _truncated(path):
         (lambda path: torch.save({}, path), "holds no weights; its entries are none"),
         (
             lambda path: checkpoint.save(path, {"state_dict": {}, "epoch": 1}),
-            "damaged, it lacks optimizer, scaler, position, best",
+            "damaged, it lacks optimizer, scaler, best, config",
         ),
         (
             lambda path: checkpoint.save(path, {key: [1] for key in checkpoint.ENTRIES}),

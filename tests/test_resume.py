@@ -217,14 +217,43 @@ def test_one_run_a_folder(tmp_path, monkeypatch, capfd):
 def test_a_layer_without_spikes_is_named(capfd):
     run.log.setup_console(True)
     model = trainer().model.eval()
-    layers = [name for name, module in model.named_modules() if name.endswith("mlp.fc2.lif")]
-    for name in layers[:2]:
-        torch.nn.init.zeros_(model.get_submodule(name.removesuffix(".lif")).bn.weight)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            torch.nn.init.constant_(module.bias, 3)
     images = torch.rand(4, 1, 8, 8)
-    assert set(layers[:2]) <= set(silent_layers(model, images))
+    assert silent_layers(model, images) == []
+    layers = ["stages.1.blocks.0.mlp.fc2.lif", "stages.2.blocks.0.mlp.fc1.lif"]
+    for name in layers:
+        bn = model.get_submodule(name.removesuffix(".lif")).bn
+        torch.nn.init.zeros_(bn.weight), torch.nn.init.zeros_(bn.bias)
+    assert silent_layers(model, images) == layers
     run.warn_of_silence(model, images)
-    assert "warning: no neuron of " in capfd.readouterr().out
+    assert f"warning: no neuron of {', '.join(layers)} spiked on 4 test samples" in capfd.readouterr().out
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The loss need not tell: a membrane that is not a number never fires."""
+    one = trainer("--epochs", "1")
+    folder.save(one.cfg, one.dist, tmp_path, one, True)
+    before = (tmp_path / "last.pt").read_bytes()
+    with torch.no_grad():
+        one.model.get_submodule("stages.1.blocks.0.mlp.fc1.conv").weight[0] = float("nan")
+    with pytest.raises(UserError, match="the weights are no longer finite in epoch 1: lower lr"):
+        folder.save(one.cfg, one.dist, tmp_path, one, True)
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(5, "Input/output error"), RuntimeError("can't allocate memory")]
+)
+def test_what_ails_the_machine_damages_no_checkpoint(error, tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "last.pt", content(1))
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error)):
+        folder._whole_checkpoint(tmp_path)
+    assert os.listdir(tmp_path) == ["last.pt"]
 
 
 def test_a_collapsed_loss_scale_ends_the_run():

@@ -26,7 +26,7 @@ from .aedat import SIDE
 from .augment import SNNWideAugment
 from .datasets import Digits
 from .frames import integrate
-from .loaders import Data, Shard, TrainLoader, create_mixup, leave_process_group, require_batches, worker_settings
+from .loaders import Data, Shard, TrainLoader, create_mixup, require_batches, worker_settings
 from .prepare import contents, prepare
 
 TRAIN_PART = 0.9  # of each class of CIFAR10-DVS
@@ -211,7 +211,7 @@ def _test_loader(cfg: Config, dist: Dist, dataset: Dataset) -> _Loader:
 
 
 def _loader(cfg: Config, dist: Dist, dataset: Dataset, batch_size: int, **settings) -> _Loader:
-    settings |= {"collate_fn": _collate, "worker_init_fn": leave_process_group, **worker_settings(cfg, dist)}
+    settings |= {"collate_fn": _collate, **worker_settings(cfg, dist)}
     return _Loader(DataLoader(dataset, batch_size, **settings), dist.device)
 
 

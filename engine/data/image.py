@@ -22,7 +22,6 @@ from .loaders import (
     Shard,
     TrainLoader,
     create_mixup,
-    leave_process_group,
     require_batches,
     worker_settings,
 )
@@ -136,15 +135,9 @@ def _train_loader(cfg: Config, dist: Dist, test_classes: list[str], mixup: objec
 
 def _create_loader(dataset: Dataset, **settings) -> Iterable:
     """timm's, whose batches are made of numpy's arrays: the same bytes as of tensors, which take longer to handle."""
-    loader = timm.data.create_loader(dataset, **settings, worker_seeding=_start_worker)
+    loader = timm.data.create_loader(dataset, **settings)
     dataset.transform.transforms[-1] = ToNumpy()
     return loader
-
-
-def _start_worker(info) -> int:
-    """What timm's loader calls in each of its processes, for the seed."""
-    leave_process_group(info.id)
-    return info.seed
 
 
 def _feedable(dataset: Dataset, workers: int, world_size: int) -> int:

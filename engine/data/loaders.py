@@ -2,13 +2,14 @@
 
 import itertools
 import os
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import timm.data
-import timm.utils
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
@@ -52,6 +53,7 @@ class TrainLoader:
         self.loader, self.source = loader, loader.loader
         self.dataset, self.sampler = self.source.dataset, self.source.sampler
         self.is_stream = isinstance(self.dataset, IterableDataset)
+        self.workers = self.source.num_workers if self.is_stream else 0  # that the order of the samples hangs on
         if not self.is_stream:
             self.order = self.source.batch_sampler.sampler = _Rest(self.sampler)
 
@@ -83,8 +85,19 @@ class _Rest(Sampler):
 
 
 def reseed(*numbers: int) -> None:
-    """Seed Python, numpy and torch, CUDA included, by all of the numbers together."""
-    timm.utils.random_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+    """Seed Python, numpy and torch, CUDA included, by all of the numbers together.
+
+    Not by `torch.manual_seed`, which takes ten times as long where there is no CUDA, and this is called at every step.
+    """
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002, timm's augmentation draws from it
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
+
+
+BATCH = 2**32 - 1  # tells the seed of a batch from those of steps
 
 
 class Seeded(Dataset):
@@ -115,7 +128,7 @@ class Seeded(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[object, int]]:
         """What a DataLoader calls for a batch, which it then mixes and collates."""
-        reseed(self.seed, self.epoch, indices[0])
+        reseed(self.seed, self.epoch, indices[0], BATCH)
         return [self.dataset[index] for index in indices]
 
 
@@ -157,11 +170,6 @@ def worker_settings(cfg: Config, dist: Dist) -> dict:
     """How a DataLoader is fed: at most one process a core, kept from pass to pass; pinned memory for a GPU."""
     workers = min(cfg.workers, os.cpu_count() or 1)
     return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": dist.device.type == "cuda"}
-
-
-def leave_process_group(worker: int) -> None:
-    """For a loader's process: what is sent to all of a terminal or a launcher is for the training process to answer."""
-    os.setpgrp()
 
 
 def create_mixup(cfg: Config) -> object | None:
