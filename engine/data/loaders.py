@@ -100,14 +100,11 @@ def reseed(*numbers: int) -> None:
 BATCH = 2**32 - 1  # tells the seed of a batch from those of steps
 
 
-class Seeded(Dataset):
-    """A training set whose augmentation hangs on the seed, the epoch and the batch's first sample alone.
+class _Over(Dataset):
+    """A data set over another one, whose transform it passes on."""
 
-    So a batch is the same whatever was loaded before it, and by whichever process.
-    """
-
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed, self.epoch = dataset, seed, 0
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
 
     @property
     def transform(self) -> Callable | None:
@@ -116,6 +113,17 @@ class Seeded(Dataset):
     @transform.setter
     def transform(self, value: Callable) -> None:  # timm's loader does
         self.dataset.transform = value
+
+
+class Seeded(_Over):
+    """A training set whose augmentation hangs on the seed, the epoch and the batch's first sample alone.
+
+    So a batch is the same whatever was loaded before it, and by whichever process.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int):
+        super().__init__(dataset)
+        self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -132,23 +140,15 @@ class Seeded(Dataset):
         return [self.dataset[index] for index in indices]
 
 
-class Shard(Dataset):
+class Shard(_Over):
     """The share of one process of an evaluation: whole batches in turn, each the same as in a single process.
 
     So nothing is counted twice, and a membrane that leaks over the batch meets the same neighbours.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, rank: int, world_size: int):
-        self.dataset = dataset
+        super().__init__(dataset)
         self.indices = [i for i in range(len(dataset)) if i // batch_size % world_size == rank]
-
-    @property
-    def transform(self) -> Callable | None:
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, value: Callable) -> None:  # timm's loader does
-        self.dataset.transform = value
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -116,7 +116,7 @@ class Counts:
         return Counts(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
-PARTS: dict[str, Counts] = {}  # of this session, for the table
+PARTS: dict[str, Counts] = {}  # for the table
 
 
 @contextlib.contextmanager
