@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from .errors import Stopped, UserError
 def guard() -> Iterator[None]:
     """Around a script's body, its imports included: what the user can mend ends in one line and exit code 2."""
     _open_closed_streams()
+    threading.excepthook = _in_a_thread
     try:
         yield
         _teardown()
@@ -37,6 +39,12 @@ def _open_closed_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, it stays open
+
+
+def _in_a_thread(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread raises what it cannot write, and TensorBoard again where it is called: once is enough."""
+    if not issubclass(error.exc_type, OSError):
+        threading.__excepthook__(error)
 
 
 def _flush() -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -279,6 +280,18 @@ def test_what_happens_to_the_machine_is_told_in_one_line(error, line, capfd):
         raise error
     assert end.value.code == 2
     assert capfd.readouterr().err.startswith(f"error: {line}")
+
+
+def test_a_thread_that_cannot_write_is_told_once(monkeypatch, capfd):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    with guard():
+        for error in (OSError(28, "No space left on device"), ValueError("ours")):
+            thread = threading.Thread(target=lambda error=error: (_ for _ in ()).throw(error))
+            thread.start()
+            thread.join()
+    told = capfd.readouterr().err
+    assert "ValueError: ours" in told
+    assert "No space" not in told
 
 
 def test_mistakes_of_ours_are_not_hidden():
