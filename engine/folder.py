@@ -74,8 +74,9 @@ def claim(folder: Path) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _held[folder.resolve()] = file
-    for name in ("last.pt.tmp", "best.pt.tmp"):  # of a save that was killed
-        (folder / name).unlink(missing_ok=True)
+    for half in folder.glob("*.pt.tmp"):  # of a save that was killed
+        if half.name in ("last.pt.tmp", "best.pt.tmp"):
+            half.unlink()
 
 
 def _whole_checkpoint(folder: Path) -> Path | None:
