@@ -1,5 +1,6 @@
-"""What the kernels share: the neuron's equations, and how the work is cut into programs."""
+"""Functions shared by the kernels: the neuron's equations, loads over time, and the division of work into programs."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 CHUNK = 16  # steps whose membranes the backward pass holds in registers; longer runs go from chunk to chunk
 WARPS = 4  # of a program, at most
 PROGRAMS = 1024  # tiles shrink until there are about so many programs, and so many share a reduction
+COLUMNS_FIRST = False  # neighbouring programs take the columns of the same rows where a piece of a row is 64 bytes
+PTX = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter does not know inline assembly
 
 
 @triton.jit
@@ -25,15 +28,47 @@ def reset(h, THRESHOLD: tl.constexpr):
 
 
 @triton.jit
+def surrogate(u):
+    """Derivative of sigmoid(4 u): e / (1/2 + e/2)^2 with e = exp(-4 |u|), on either side of 0."""
+    if PTX and u.dtype == tl.float32:  # exp and division would spend two thirds of their instructions on denormals
+        x = tl.abs(u) * -5.770780163555854  # 4 / log(2)
+        e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        x = 0.5 + 0.5 * e
+        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        e = tl.exp(tl.abs(u) * -4.0)
+        r = 1.0 / (0.5 + 0.5 * e)
+    return e * (r * r)
+
+
+@triton.jit
 def charge_gradient(grad_spike, over_threshold, grad_v):
     """Gradient of the charged membrane; half of it goes to the current, half to the membrane of the step before.
 
     Args:
-        grad_v: of the membrane behind the reset, which passes where there was no spike.
+        grad_v: of the membrane after the reset, which passes where there was no spike.
     """
-    e = tl.exp(tl.abs(over_threshold) * -4.0)  # alpha is 4; sigmoid' is e / (1 + e)^2 on either side
-    r = 1.0 / (1.0 + e)
-    return grad_spike * (4.0 * e * r * r) + tl.where(over_threshold < 0, grad_v, 0.0)
+    return grad_spike * surrogate(over_threshold) + tl.where(over_threshold < 0, grad_v, 0.0)
+
+
+@triton.jit
+def until(T: tl.constexpr, t, inside, STEPS: tl.constexpr):
+    """The mask `inside` at step t; False from step T on, which groups of STEPS reach where they do not divide T."""
+    if T % STEPS != 0:
+        inside = inside & (t < T)
+    return inside
+
+
+@triton.jit
+def load_steps(x, at, size, first, inside, T: tl.constexpr, STEPS: tl.constexpr):
+    """Tiles of STEPS time steps from `first` on, as a tuple; zeros from step T on.
+
+    The compiler keeps loads behind earlier stores. Loading several steps before the first store overlaps their latency.
+    """
+    tiles = ()
+    for step in tl.static_range(STEPS):
+        tiles = tiles + (tl.load(x + at + (first + step) * size, until(T, first + step, inside, STEPS), 0.0),)
+    return tiles
 
 
 @triton.jit
@@ -76,41 +111,52 @@ def accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
 
 
 class Tiling(NamedTuple):
-    """How R rows of C channels are cut: tiles of BR x BC, `tiles` of them one after the other in each program."""
+    """R rows of C channels in tiles of BR x BC, of which each program takes `tiles`, one after the other."""
 
-    BR: int
-    BC: int
+    blocks: dict[str, int]  # keyword arguments of a launch: BR, BC, the grid's axis ROWS along the rows, num_warps
+    grid: tuple[int, int]
     tiles: int
     programs: int  # along the rows
-    columns: int  # programs along the channels
-    warps: int
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.programs, self.columns
 
 
 def tiling(rows: int, channels: int, per_thread: int, reduce: bool = False) -> Tiling:
     """Tiles of `per_thread` elements a thread; in a reduction a program takes several, so that few results are left."""
+    return _tiling(rows, channels, per_thread, reduce, PROGRAMS, WARPS, COLUMNS_FIRST)
+
+
+@functools.cache  # one entry for each shape; a launch would spend most of its time here
+def _tiling(rows: int, channels: int, per_thread: int, reduce: bool, *constants: int) -> Tiling:
     warps = warps_for(rows * channels, per_thread)
     tile = warps * 32 * per_thread
-    columns = min((min(tile, 128), 64, 32), key=lambda block: triton.cdiv(channels, block) * block)
-    block = max(1, tile // columns)
-    tiles = tiles_for(rows, block) if reduce else 1
-    programs = triton.cdiv(rows, block * tiles)
-    return Tiling(block, columns, tiles, programs, triton.cdiv(channels, columns), warps)
+    BC = min((min(tile, 128), 64, 32), key=lambda block: cdiv(channels, block) * block)
+    BR = max(1, tile // BC)
+    tiles = tiles_for(rows, BR) if reduce else 1
+    programs, columns = cdiv(rows, BR * tiles), cdiv(channels, BC)
+    columns_first = COLUMNS_FIRST and BC == 32 and programs < 2**16  # the limit of a grid's second axis
+    grid = (columns, programs) if columns_first else (programs, columns)
+    return Tiling({"BR": BR, "BC": BC, "ROWS": int(columns_first), "num_warps": warps}, grid, tiles, programs)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv` takes 5 us on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, and at least 1. `triton.next_power_of_2` takes 5 us on the host."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 def warps_for(elements: int, per_thread: int) -> int:
     """At most `WARPS`, and fewer where there would not be enough programs."""
-    return max(1, min(WARPS, triton.next_power_of_2(elements // (PROGRAMS * 32 * per_thread))))
+    return min(WARPS, next_power_of_2(elements // (PROGRAMS * 32 * per_thread)))
 
 
 def tiles_for(rows: int, block: int) -> int:
-    """How many blocks of rows each of about `PROGRAMS` programs takes."""
-    return triton.next_power_of_2(max(1, triton.cdiv(rows, block * PROGRAMS)))
+    """Blocks of rows for each of about `PROGRAMS` programs."""
+    return next_power_of_2(cdiv(rows, block * PROGRAMS))
 
 
 def per_thread(steps: int, values: int = 1) -> int:
     """Elements a thread can take of which it holds `values` membranes in registers for each of the steps."""
-    return max(2, min(16, 32 // (values * triton.next_power_of_2(steps))))
+    return max(2, min(16, 32 // (values * next_power_of_2(steps))))

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..neuron import THRESHOLD
-from . import norm_lif, pool, self_attention, token_attention
-from .statistics import Norm, norm_of, synchronised
+from . import norm_lif, pool, self_attention, statistics, token_attention
+from .statistics import Norm
 
 
 def interpreted() -> bool:
@@ -29,26 +29,26 @@ class Unit(NamedTuple):
         """gamma, beta and the convolution's bias of each norm."""
         return [p for bn, bias in self.norms for p in (bn.weight, bn.bias, bias)]
 
-    def gradients(self, total: Tensor, norm: Tensor, centred: bool) -> list[Tensor | None]:
-        """Of `parameters`, from the gradients of all betas and gammas [2,C]."""
+    def gradients(self, total: Tensor, norm: Tensor, in_training: bool) -> list[Tensor | None]:
+        """Gradients of `parameters`, from those of all betas and gammas [2,C]."""
         found, start = [], 0
         for bn, bias in self.norms:
             columns = slice(start, start + bn.num_features)
             beta, gamma = total[:, columns]
             of_bias = None  # BatchNorm takes the mean, and with it any bias
             if bias is not None:
-                of_bias = torch.zeros_like(bias) if centred else (beta * norm[1, columns] * norm[2, columns])
+                of_bias = torch.zeros_like(bias) if in_training else (beta * norm[1, columns] * norm[2, columns])
             found += [gamma.to(bn.weight.dtype), beta.to(bn.bias.dtype), of_bias]
             start += bn.num_features
         return found
 
-    def over_processes(self, total: Tensor) -> Tensor:
-        """The sum of `total` over the processes that share the statistics."""
-        bn = self.norms[0].bn
-        if synchronised(bn) > 1:
-            total = total.clone()
-            torch.distributed.all_reduce(total, group=bn.process_group)
-        return total
+    def over_ranks(self, total: Tensor, count: int | Tensor | None) -> tuple[Tensor | None, int]:
+        """`total` of all ranks that share the statistics of `count` rows, and the number that divides it to means."""
+        if not isinstance(count, Tensor):
+            return (None, 0) if count is None else (total, count)
+        total = total.clone()
+        torch.distributed.all_reduce(total, group=self.norms[0].bn.process_group)
+        return total / count, 1
 
 
 class _NormLIF(torch.autograd.Function):
@@ -56,7 +56,7 @@ class _NormLIF(torch.autograd.Function):
     def forward(ctx, y: Tensor, add: Tensor | None, unit: Unit, *parameters: Tensor | None) -> Tensor:
         keep = any(ctx.needs_input_grad)
         y = y.contiguous()
-        norm, count = norm_of(y, unit.norms, unit.steps // len(y))
+        norm, count = statistics.norm_of(y, unit.norms, unit.steps // len(y))
         z, index = y, None
         if unit.pool:
             z, index = pool.forward(y.flatten(0, 1), norm, keep)
@@ -74,25 +74,27 @@ class _NormLIF(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         y, rows, index, norm, starts = ctx.saved_tensors
-        unit, count = ctx.unit, ctx.count
-        grad_out = grad.contiguous().view(-1, *rows.shape[1:])
+        unit = ctx.unit
+        grad = grad.contiguous()  # once: the residual's gradient goes on through all blocks of the stage
+        grad_out = grad.view(-1, *rows.shape[1:])
         total, grad_u = norm_lif.backward(
             rows, norm, grad_out, starts, THRESHOLD, sums=True, of="u" if unit.pool else None
         )
-        shared = unit.over_processes(total) if count else None
+        shared, count = unit.over_ranks(total, ctx.count)
         if unit.pool:
             grad_y = pool.backward(y.flatten(0, 1), norm, index, grad_u.view(index.shape), shared, count).view_as(y)
         else:
             _, grad_y = norm_lif.backward(rows, norm, grad_out, starts, THRESHOLD, of="y", total=shared, count=count)
             grad_y = grad_y.view_as(y)
-        return grad_y, grad if ctx.needs_input_grad[1] else None, None, *unit.gradients(total, norm, count > 0)
+        grad_add = grad if ctx.needs_input_grad[1] else None
+        return grad_y, grad_add, None, *unit.gradients(total, norm, shared is not None)
 
 
 class _TokenAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, unit: Unit, heads: int, *parameters: Tensor | None) -> Tensor:
         y = y.contiguous()
-        norm, count = norm_of(y, unit.norms, 1)
+        norm, count = statistics.norm_of(y, unit.norms, 1)
         out = token_attention.forward(y.flatten(1, 3), norm, heads)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(y, norm)
@@ -105,16 +107,16 @@ class _TokenAttention(torch.autograd.Function):
         y, norm = ctx.saved_tensors
         rows, grad_out = y.flatten(1, 3), grad.contiguous().flatten(1, 3)
         total = token_attention.backward(rows, norm, grad_out, ctx.heads, sums=True)
-        shared = ctx.unit.over_processes(total) if ctx.count else None
-        grad_y = token_attention.backward(rows, norm, grad_out, ctx.heads, sums=False, total=shared, count=ctx.count)
-        return grad_y.view_as(y), None, None, *ctx.unit.gradients(total, norm, ctx.count > 0)
+        shared, count = ctx.unit.over_ranks(total, ctx.count)
+        grad_y = token_attention.backward(rows, norm, grad_out, ctx.heads, sums=False, total=shared, count=count)
+        return grad_y.view_as(y), None, None, *ctx.unit.gradients(total, norm, shared is not None)
 
 
 class _SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, s: Tensor, heads: int, scale: float) -> Tensor:
         out, kv = self_attention.forward(s.flatten(2, 3), heads, scale)
-        if ctx.needs_input_grad[0]:
+        if any(ctx.needs_input_grad):
             ctx.save_for_backward(s, kv)
             ctx.scale = scale
         return out.view(*s.shape[:-1], -1)
@@ -132,8 +134,8 @@ class _LIF(torch.autograd.Function):
     def forward(ctx, x: Tensor, threshold: float) -> Tensor:
         x = x.contiguous()
         rows = x.view(len(x), -1, _columns(x[0].numel()))
-        out, starts = norm_lif.forward(rows, None, None, len(x), threshold, ctx.needs_input_grad[0])
-        if ctx.needs_input_grad[0]:
+        out, starts = norm_lif.forward(rows, None, None, len(x), threshold, any(ctx.needs_input_grad))
+        if any(ctx.needs_input_grad):
             ctx.save_for_backward(rows, starts)
             ctx.threshold = threshold
         return out.view_as(x)
@@ -146,6 +148,19 @@ class _LIF(torch.autograd.Function):
         return grad_x.view_as(grad), None
 
 
+class _NoGradient:
+    """The context of a forward pass without gradients."""
+
+    needs_input_grad = ()
+
+
+def _call(function: type[torch.autograd.Function], *arguments) -> Tensor:
+    """`function.apply`; where gradients are off, its forward pass alone, which keeps less and costs the host less."""
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)
+    return function.forward(_NoGradient, *arguments)
+
+
 def _columns(numel: int) -> int:
     """The largest power of two up to 128 that divides `numel`."""
     return min(128, numel & -numel)
@@ -153,19 +168,19 @@ def _columns(numel: int) -> int:
 
 def lif(x: Tensor, threshold: float) -> Tensor:
     """Multi-step LIF neurons: currents [T, ...] of any shape to spikes."""
-    return _LIF.apply(x, threshold)
+    return _call(_LIF, x, threshold)
 
 
 def norm_lif_of(y: Tensor, unit: Unit, add: Tensor | None = None) -> Tensor:
     """BatchNorm, max pooling if the unit has it, LIF neurons; `add` [T,B,H',W',C] is added to the spikes."""
-    return _NormLIF.apply(y, add, unit, *unit.parameters())
+    return _call(_NormLIF, y, add, unit, *unit.parameters())
 
 
 def token_attention_of(y: Tensor, unit: Unit, heads: int) -> Tensor:
     """Query and key before BatchNorm, [T,B,H,W,2C], to the keys that pass [T,B,H,W,C]."""
-    return _TokenAttention.apply(y, unit, heads, *unit.parameters())
+    return _call(_TokenAttention, y, unit, heads, *unit.parameters())
 
 
 def self_attention_of(s: Tensor, heads: int, scale: float) -> Tensor:
     """Spikes of query, key and value [T,B,H,W,3C] to what the attention passes on, [T,B,H,W,C]."""
-    return _SelfAttention.apply(s, heads, scale)
+    return _call(_SelfAttention, s, heads, scale)

@@ -4,7 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, charge, load_norm, normalised, reset
+from .common import accumulator, cdiv, charge, load_norm, normalised, reset
+
+ROWS = 128  # of a program, with a warp for every 16
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -39,9 +41,9 @@ def forward(x: Tensor, weight: Tensor, norm: Tensor, add: Tensor | None, thresho
     steps, rows, width = x.shape
     channels = len(weight)
     out = x.new_empty((steps, rows, channels))
-    BR, BC, BK = 128, 64, 64 if width % 64 == 0 else 32  # larger tiles spill registers
-    _kernel[(triton.cdiv(channels, BC) * triton.cdiv(rows, BR),)](
+    BR, BC, BK = ROWS, 64, 64 if width % 64 == 0 else 32  # larger tiles spill registers
+    _kernel[(cdiv(channels, BC) * cdiv(rows, BR),)](
         x, weight, norm, add, out, rows, channels, threshold, steps, width, ADD=add is not None,
-        BR=BR, BC=BC, BK=BK, ACC=accumulator(x)[1], num_warps=8, num_stages=3,
+        BR=BR, BC=BC, BK=BK, ACC=accumulator(x)[1], num_warps=ROWS // 16, num_stages=3,
     )  # fmt: skip
     return out

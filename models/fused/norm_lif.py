@@ -15,62 +15,73 @@ from torch import Tensor
 from .common import (
     CHUNK,
     accumulator,
+    cdiv,
     charge,
     charge_gradient,
     load_means,
     load_norm,
+    load_steps,
     normalised,
     per_thread,
     reset,
     through_norm,
     tiling,
+    until,
 )
 
 
 @triton.jit(do_not_specialize=["R"])
 def _forward_kernel(
     y, norm, add, out, starts, R, C, THRESHOLD: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr,
-    STATIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
+    GROUP: tl.constexpr, STATIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
-    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    """Spikes, step by step; the loads of GROUP steps come before their stores."""
+    r = tl.program_id(ROWS).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
+    c = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)[None, :]
     inside = (r < R) & (c < C)
     at = r * C + c
     size = R.to(tl.int64) * C  # of a step
     if NORM:
         bn = load_norm(norm, c, C, ACC)
+    if STATIC:
+        ys = load_steps(y, at, 0, 0, inside, 1, 1)
     v = tl.zeros((BR, BC), ACC)
     for first in range(0, T, CHUNK):
         if KEEP:
             tl.store(starts + first // CHUNK * size + at, v, inside)
-        for step in tl.static_range(CHUNK):
-            t = first + step
-            here = inside & (t < T)
-            u = tl.load(y + at + (0 if STATIC else t * size), here, 0.0).to(ACC)
-            if NORM:
-                u = normalised(u, bn)
-            h = charge(u, v)
-            v = reset(h, THRESHOLD)
-            s = tl.where(h >= THRESHOLD, 1.0, 0.0)
+        for group in tl.static_range(0, CHUNK, GROUP):
+            if not STATIC:
+                ys = load_steps(y, at, size, first + group, inside, T, GROUP)
             if ADD:
-                s += tl.load(add + at + t * size, here, 0.0).to(ACC)
-            tl.store(out + at + t * size, s, here)
+                adds = load_steps(add, at, size, first + group, inside, T, GROUP)
+            for step in tl.static_range(GROUP):
+                t = first + group + step
+                u = ys[0 if STATIC else step].to(ACC)
+                if NORM:
+                    u = normalised(u, bn)
+                h = charge(u, v)
+                v = reset(h, THRESHOLD)
+                s = tl.where(h >= THRESHOLD, 1.0, 0.0)
+                if ADD:
+                    s += adds[step].to(ACC)
+                tl.store(out + at + t * size, s, until(T, t, inside, GROUP))
 
 
 @triton.jit(do_not_specialize=["R", "M"])
 def _backward_kernel(
     y, norm, grad_out, starts, total, partial, grad, R, C, M, THRESHOLD: tl.constexpr, T: tl.constexpr,
     CHUNK: tl.constexpr, STATIC: tl.constexpr, NORM: tl.constexpr, CENTRE: tl.constexpr, SUMS: tl.constexpr,
-    GRAD_U: tl.constexpr, GRAD_Y: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr, ACC: tl.constexpr,
+    GRAD_U: tl.constexpr, GRAD_Y: tl.constexpr, TILES: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums over the rows to `partial` [programs,2,C]; to `grad` the gradient of the current u, or of the input y.
 
-    With CENTRE the gradient of y is that through the statistics of the M rows, too, whose sums are `total` [2,C].
+    With CENTRE the gradient of y includes that through the statistics of the M rows, whose sums are `total` [2,C].
+    The loads of a chunk come before its stores.
     """
-    program = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    program = tl.program_id(ROWS).to(tl.int64)
+    c = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)[None, :]
     size = R.to(tl.int64) * C
     sum_g = tl.zeros((BR, BC), ACC)
     sum_gx = tl.zeros((BR, BC), ACC)
@@ -81,6 +92,8 @@ def _backward_kernel(
         r = (program * TILES + tile) * BR + tl.arange(0, BR)[:, None]
         inside = (r < R) & (c < C)
         at = r * C + c
+        if STATIC:
+            ys = load_steps(y, at, 0, 0, inside, 1, 1)
         grad_v = tl.zeros((BR, BC), ACC)
         grad_static = tl.zeros((BR, BC), ACC)
         for back in range(0, T, CHUNK):
@@ -88,37 +101,36 @@ def _backward_kernel(
             v = tl.zeros((BR, BC), ACC)
             if T > CHUNK:
                 v = tl.load(starts + first // CHUNK * size + at, inside, 0.0).to(ACC)
+            if not STATIC:
+                ys = load_steps(y, at, size, first, inside, T, CHUNK)
+            grads = load_steps(grad_out, at, size, first, inside, T, CHUNK)
             charges = ()
             for step in tl.static_range(CHUNK):
-                t = first + step
-                u = tl.load(y + at + (0 if STATIC else t * size), inside & (t < T), 0.0).to(ACC)
+                u = ys[0 if STATIC else step].to(ACC)
                 if NORM:
                     u = normalised(u, bn)
                 h = charge(u, v)
                 v = reset(h, THRESHOLD)
                 charges = charges + (h,)
-            for step in tl.static_range(CHUNK):
-                t = first + CHUNK - 1 - step
-                here = inside & (t < T)
-                grad_s = tl.load(grad_out + at + t * size, here, 0.0).to(ACC)
-                grad_v = charge_gradient(grad_s, charges[CHUNK - 1 - step] - THRESHOLD, grad_v) * 0.5
+            for step in tl.static_range(CHUNK - 1, -1, -1):
+                grad_v = charge_gradient(grads[step].to(ACC), charges[step] - THRESHOLD, grad_v) * 0.5
                 g = grad_v  # of the current, too: half of the charge's
                 if STATIC:
                     grad_static += g
                 else:
                     if SUMS or GRAD_Y:
-                        x = (tl.load(y + at + t * size, here, 0.0).to(ACC) - bn[0]) * bn[1]
+                        x = (ys[step].to(ACC) - bn[0]) * bn[1]
                     if SUMS:
                         sum_g += g
                         sum_gx += g * x
                     if GRAD_Y:
                         g = through_norm(g, x, bn, means, CENTRE)
                     if GRAD_U or GRAD_Y:
-                        tl.store(grad + at + t * size, g, here)
+                        tl.store(grad + at + (first + step) * size, g, until(T, first + step, inside, CHUNK))
         if STATIC:
             g = grad_static
             if SUMS or GRAD_Y:
-                x = (tl.load(y + at, inside, 0.0).to(ACC) - bn[0]) * bn[1]
+                x = (ys[0].to(ACC) - bn[0]) * bn[1]
             if SUMS:
                 sum_g += g
                 sum_gx += g * x
@@ -127,7 +139,7 @@ def _backward_kernel(
             if GRAD_U or GRAD_Y:
                 tl.store(grad + at, g, inside)
     if SUMS:
-        columns = tl.program_id(1) * BC + tl.arange(0, BC)
+        columns = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)
         tl.store(partial + program * 2 * C + columns, tl.sum(sum_g, 0), columns < C)
         tl.store(partial + program * 2 * C + C + columns, tl.sum(sum_gx, 0), columns < C)
 
@@ -140,12 +152,12 @@ def forward(
     dtype, acc = accumulator(y)
     out = torch.empty((steps, rows, channels), dtype=y.dtype, device=y.device)
     keep = keep and steps > CHUNK
-    starts = y.new_empty((triton.cdiv(steps, CHUNK), rows, channels), dtype=dtype) if keep else None
+    starts = y.new_empty((cdiv(steps, CHUNK), rows, channels), dtype=dtype) if keep else None
     tiles = tiling(rows, channels, 16 if steps <= CHUNK else 4)
+    chunk = min(steps, CHUNK)
     _forward_kernel[tiles.grid](
-        y, norm, add, out, starts, rows, channels, threshold, steps, min(steps, CHUNK),
-        STATIC=len(y) < steps, NORM=norm is not None, ADD=add is not None, KEEP=keep,
-        BR=tiles.BR, BC=tiles.BC, ACC=acc, num_warps=tiles.warps,
+        y, norm, add, out, starts, rows, channels, threshold, steps, chunk, chunk if steps > CHUNK else min(steps, 4),
+        STATIC=len(y) < steps, NORM=norm is not None, ADD=add is not None, KEEP=keep, ACC=acc, **tiles.blocks,
     )  # fmt: skip
     return out, starts
 
@@ -168,7 +180,6 @@ def backward(
     _backward_kernel[tiles.grid](
         y, norm, grad_out, starts, total, partial, grad, rows, channels, count, threshold, steps, chunk,
         STATIC=len(y) < steps, NORM=norm is not None, CENTRE=total is not None, SUMS=sums,
-        GRAD_U=of == "u", GRAD_Y=of == "y",
-        BR=tiles.BR, BC=tiles.BC, TILES=tiles.tiles, ACC=acc, num_warps=tiles.warps,
+        GRAD_U=of == "u", GRAD_Y=of == "y", TILES=tiles.tiles, ACC=acc, **tiles.blocks,
     )  # fmt: skip
     return partial.sum(0) if sums else None, grad

@@ -6,6 +6,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from .common import cdiv
+
 BLOCK = 1024  # bytes that a program writes or reads
 
 
@@ -28,15 +30,15 @@ def _unpack_kernel(bits, x, SIZE, BLOCK: tl.constexpr):
 
 def pack(x: Tensor) -> Tensor:
     """Bits [ceil(numel / 8)] of dense spikes, in the order of memory."""
-    bits = torch.empty(triton.cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device)
-    _pack_kernel[(triton.cdiv(len(bits), BLOCK),)](x, bits, x.numel(), BLOCK)
+    bits = torch.empty(cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device)
+    _pack_kernel[(cdiv(len(bits), BLOCK),)](x, bits, x.numel(), BLOCK)
     return bits
 
 
 def unpack(bits: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """The first `size` spikes of `bits`."""
     x = torch.empty(size, dtype=dtype, device=bits.device)
-    _unpack_kernel[(triton.cdiv(len(bits), BLOCK),)](bits, x, size, BLOCK)
+    _unpack_kernel[(cdiv(len(bits), BLOCK),)](bits, x, size, BLOCK)
     return x
 
 

@@ -15,10 +15,10 @@ from .common import accumulator, load_means, load_norm, through_norm, tiling
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     y, norm, out, index, rows, H, W, HO, WO, C, INDEX: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-    ACC: tl.constexpr,
+    ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0) * BR + tl.arange(0, BR)[:, None]  # divisions of 64 bits would cost more than the memory
-    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    r = tl.program_id(ROWS) * BR + tl.arange(0, BR)[:, None]  # divisions of 64 bits would cost more than the memory
+    c = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)[None, :]
     inside = (r < rows) & (c < C)
     n, ho, wo = (r // (HO * WO)).to(tl.int64), r // WO % HO, r % WO
     gamma = tl.load(norm + 2 * C + c, c < C, 0.0).to(ACC)
@@ -43,26 +43,37 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["rows", "M"])
 def _backward_kernel(
     y, norm, index, grad_u, total, grad, rows, H, W, HO, WO, C, M, CENTRE: tl.constexpr, BR: tl.constexpr,
-    BC: tl.constexpr, ACC: tl.constexpr,
+    BC: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0) * BR + tl.arange(0, BR)[:, None]  # divisions of 64 bits would cost more than the memory
-    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    """Gradient of y. A row is a window [i,j] with the 2x2 block [2i:2i+2,2j:2j+2] of y, which lies in four windows."""
+    r = tl.program_id(ROWS) * BR + tl.arange(0, BR)[:, None]  # divisions of 64 bits would cost more than the memory
+    c = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)[None, :]
     inside = (r < rows) & (c < C)
-    n, h, w = (r // (H * W)).to(tl.int64), r // W % H, r % W
+    n, i, j = (r // (HO * WO)).to(tl.int64), r // WO % HO, r % WO
     bn = load_norm(norm, c, C, ACC)
-    g = tl.zeros((BR, BC), ACC)
-    for k in tl.static_range(4):  # an odd row or column lies in two windows
-        ho, wo = (h + k // 2) // 2, (w + k % 2) // 2
-        there = inside & (ho < HO) & (wo < WO)
-        there = there & ((k // 2 == 0) | (h % 2 == 1)) & ((k % 2 == 0) | (w % 2 == 1))
+    means = load_means(total, c, C, M, CENTRE, ACC)
+    places = ()
+    grads = ()
+    for window in tl.static_range(4):
+        ho, wo = i + window // 2, j + window % 2
         at = ((n * HO + ho) * WO + wo) * C + c
-        place = (h - ho * 2 + 1) * 3 + w - wo * 2 + 1
-        won = tl.load(index + at, there, -1) == place
-        g += tl.where(won, tl.load(grad_u + at, there, 0.0).to(ACC), 0.0)
-    at = r.to(tl.int64) * C + c
-    x = (tl.load(y + at, inside, 0.0).to(ACC) - bn[0]) * bn[1]
-    g = through_norm(g, x, bn, load_means(total, c, C, M, CENTRE, ACC), CENTRE)
-    tl.store(grad + at, g, inside)
+        there = inside & (ho < HO) & (wo < WO)
+        places = places + (tl.load(index + at, there, -1),)
+        grads = grads + (tl.load(grad_u + at, there, 0.0).to(ACC),)
+    ys = ()
+    for k in tl.static_range(4):
+        h, w = i * 2 + k // 2, j * 2 + k % 2
+        ys = ys + (tl.load(y + ((n * H + h) * W + w) * C + c, inside & (h < H) & (w < W), 0.0),)
+    for k in tl.static_range(4):
+        h, w = i * 2 + k // 2, j * 2 + k % 2
+        g = tl.zeros((BR, BC), ACC)
+        for window in tl.static_range(4):
+            if window // 2 <= k // 2 and window % 2 <= k % 2:  # an even row or column lies in one window alone
+                place = (k // 2 - window // 2 * 2 + 1) * 3 + k % 2 - window % 2 * 2 + 1
+                g += tl.where(places[window] == place, grads[window], 0.0)
+        x = (ys[k].to(ACC) - bn[0]) * bn[1]
+        g = through_norm(g, x, bn, means, CENTRE)
+        tl.store(grad + ((n * H + h) * W + w) * C + c, g, inside & (h < H) & (w < W))
 
 
 def forward(y: Tensor, norm: Tensor, index: bool) -> tuple[Tensor, Tensor | None]:
@@ -73,9 +84,8 @@ def forward(y: Tensor, norm: Tensor, index: bool) -> tuple[Tensor, Tensor | None
     rows = out.numel() // channels
     tiles = tiling(rows, channels, 8)
     _forward_kernel[tiles.grid](
-        y, norm, out, which, rows, h, w, *out.shape[1:3], channels, INDEX=index,
-        BR=tiles.BR, BC=tiles.BC, ACC=accumulator(y)[1], num_warps=tiles.warps,
-    )  # fmt: skip
+        y, norm, out, which, rows, h, w, *out.shape[1:3], channels, INDEX=index, ACC=accumulator(y)[1], **tiles.blocks
+    )
     return out, which
 
 
@@ -84,12 +94,12 @@ def backward(y: Tensor, norm: Tensor, index: Tensor, grad_u: Tensor, total: Tens
 
     `total` and `count` are as in `norm_lif.backward`.
     """
-    n, h, w, channels = y.shape
+    h, w, channels = y.shape[1:]
     grad = torch.empty_like(y)
-    rows = n * h * w
+    rows = index.numel() // channels
     tiles = tiling(rows, channels, 8)
     _backward_kernel[tiles.grid](
         y, norm, index, grad_u, total, grad, rows, h, w, *index.shape[1:3], channels, count,
-        CENTRE=total is not None, BR=tiles.BR, BC=tiles.BC, ACC=accumulator(y)[1], num_warps=tiles.warps,
+        CENTRE=total is not None, ACC=accumulator(y)[1], **tiles.blocks,
     )  # fmt: skip
     return grad

@@ -4,13 +4,15 @@ Shapes: s [T,B,N,3C] holds query, key and value side by side, each of h heads of
 and the result [T,B,N,C]. T is at most `CHUNK`.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..neuron import ATTN_THRESHOLD
-from .common import accumulator, charge, charge_gradient, reset
+from .common import accumulator, cdiv, charge, charge_gradient, next_power_of_2, reset
 
 
 @triton.jit
@@ -121,12 +123,16 @@ def _key_value_gradient_kernel(
         _store(out + 2 * C, _dot(k, grad_kv.to(k.dtype), ACC), row, N, 3 * C, d, D)
 
 
-def _blocks(s: Tensor, heads: int) -> dict[str, int]:
-    """Tokens and channels of a head that a program has in hand; the membranes of all steps must fit into registers."""
-    D = s.shape[3] // 3 // heads
-    BD = max(16, triton.next_power_of_2(D))
-    BN = max(16, min(64, 2**15 // (s.element_size() * BD * triton.next_power_of_2(len(s)))))
-    return {"N": s.shape[2], "D": D, "BN": BN, "BD": BD}
+def _blocks(s: Tensor, heads: int, capacity: int = 2**15) -> dict[str, int]:
+    """Tokens and channels of a head that a program has in hand: `capacity` bytes of `s` over all steps."""
+    return _blocks_of(len(s), s.shape[2], s.shape[3] // 3 // heads, capacity // s.element_size())
+
+
+@functools.cache
+def _blocks_of(steps: int, tokens: int, width: int, elements: int) -> dict[str, int]:
+    BD = max(16, next_power_of_2(width))
+    BN = max(16, min(64, elements // (BD * next_power_of_2(steps))))
+    return {"N": tokens, "D": width, "BN": BN, "BD": BD}
 
 
 def forward(s: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -137,7 +143,7 @@ def forward(s: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
     out = s.new_empty((steps, batch, tokens, channels))
     acc = accumulator(s)[1]
     _kv_kernel[steps * batch, heads](s, kv, channels, **blocks, ACC=acc)
-    _forward_kernel[batch, heads, triton.cdiv(tokens, blocks["BN"])](
+    _forward_kernel[batch, heads, cdiv(tokens, blocks["BN"])](
         s, kv, out, batch, channels, scale, ATTN_THRESHOLD, steps, **blocks, ACC=acc
     )
     return out, kv
@@ -149,8 +155,9 @@ def backward(s: Tensor, kv: Tensor, grad_out: Tensor, scale: float) -> Tensor:
     heads = kv.shape[1]
     blocks, acc = _blocks(s, heads), accumulator(s)[1]
     grad, grad_u = torch.empty_like(s), torch.empty_like(grad_out)
-    _query_gradient_kernel[batch, heads, triton.cdiv(tokens, blocks["BN"])](
-        s, kv, grad_out, grad, grad_u, batch, channels, scale, ATTN_THRESHOLD, steps, **blocks, ACC=acc
+    smaller = _blocks(s, heads, capacity=2**14)  # gradients take registers, too
+    _query_gradient_kernel[batch, heads, cdiv(tokens, smaller["BN"])](
+        s, kv, grad_out, grad, grad_u, batch, channels, scale, ATTN_THRESHOLD, steps, **smaller, ACC=acc
     )
     _key_value_gradient_kernel[steps * batch, heads](s, grad_u, grad, channels, **blocks, ACC=acc)
     return grad

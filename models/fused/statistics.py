@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from .common import accumulator, tiling
+from .common import accumulator, cdiv, next_power_of_2, tiling
 
 
 class Norm(NamedTuple):
@@ -24,11 +24,16 @@ class Norm(NamedTuple):
 
 @triton.jit(do_not_specialize=["M"])
 def _moments_kernel(
-    y, means, squares, M, C, BR: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr, ACC: tl.constexpr
-):
-    """Mean of each program's rows, and the sum of squared deviations from it; sums are relative to the first row."""
-    first = tl.program_id(0).to(tl.int64) * TILES * BR
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    y, moments, M, C, TILES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Mean of each program's rows, and the sum of squared deviations from it, to `moments` [2,programs,C].
+
+    Sums are relative to the first row.
+    """
+    program = tl.program_id(ROWS).to(tl.int64)
+    first = program * TILES * BR
+    c = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)
     origin = tl.load(y + first * C + c, c < C, 0.0).to(ACC)
     total = tl.zeros((BR, BC), ACC)
     square = tl.zeros((BR, BC), ACC)
@@ -41,68 +46,77 @@ def _moments_kernel(
         square += x * x
     n = tl.minimum(M - first, TILES * BR).to(ACC)
     offset = tl.sum(total, 0) / n
-    out = tl.program_id(0).to(tl.int64) * C + c
-    tl.store(means + out, origin + offset, c < C)
-    tl.store(squares + out, tl.sum(square, 0) - offset * offset * n, c < C)
+    out = moments + program * C + c
+    tl.store(out, origin + offset, c < C)
+    tl.store(out + tl.num_programs(ROWS) * C, tl.sum(square, 0) - offset * offset * n, c < C)
 
 
-@triton.jit(do_not_specialize=["rows", "P", "per_rank"])
+@triton.jit(do_not_specialize=["rows", "P"])
 def _norm_kernel(
-    means, squares, running_mean, running_var, batches, gamma, beta, bias, norm, rows, P, per_rank, start, width, C,
-    PART: tl.constexpr, T: tl.constexpr, EPS: tl.constexpr, MOMENTUM: tl.constexpr, TRAIN: tl.constexpr,
-    BIAS: tl.constexpr, BLOCKS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
+    moments, counts, norms, norm, rows, P, width, C, PART: tl.constexpr, T: tl.constexpr, EPS: tl.constexpr,
+    MOMENTUM: tl.constexpr, TRAIN: tl.constexpr, BIAS: tl.constexpr, BLOCKS: tl.constexpr, BP: tl.constexpr,
+    BC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One BatchNorm's columns of `norm` [4,width], from `start` on; in training from P partial moments.
+    """`norm` [4,width] of several BatchNorms of C channels each; in training from `moments` [2,P,width].
 
-    Each part has PART rows, but for the last of each rank's `per_rank` parts: a rank has `rows` in all.
+    Each part has PART of the `rows` rows, the last one less; or `counts` [P] says how many. Sums over the parts are
+    relative to the first part's mean.
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
-    shift = tl.zeros((BC,), ACC)
-    if BIAS:
-        shift = tl.load(bias + c, inside, 0.0).to(ACC)
-    old_mean = tl.load(running_mean + c, inside, 0.0).to(ACC)
-    mean = old_mean - shift
-    var = tl.load(running_var + c, inside, 1.0).to(ACC)
-    if TRAIN:
-        count = tl.zeros((BC,), ACC)
-        new_mean = tl.zeros((BC,), ACC)
-        for block in range(BLOCKS):
-            p = block * BP + tl.arange(0, BP)[:, None]
-            n = tl.where(p < P, tl.minimum(rows - p % per_rank * PART, PART), 0).to(ACC)
-            at = p * width + start + c[None, :]
-            count += tl.sum(n, 0)
-            new_mean += tl.sum(n * tl.load(means + at, (p < P) & inside[None, :], 0.0), 0)
-        new_mean /= count
-        square = tl.zeros((BC,), ACC)
-        for block in range(BLOCKS):
-            p = block * BP + tl.arange(0, BP)[:, None]
-            n = tl.where(p < P, tl.minimum(rows - p % per_rank * PART, PART), 0).to(ACC)
-            at = p * width + start + c[None, :]
-            there = (p < P) & inside[None, :]
-            far = tl.load(means + at, there, 0.0) - new_mean[None, :]
-            square += tl.sum(tl.load(squares + at, there, 0.0) + n * far * far, 0)
-        unbiased = square / (count - 1.0 / T)
-        tl.store(batches, tl.load(batches) + 1, tl.program_id(0) == 0)
-        tl.store(running_mean + c, old_mean + (new_mean + shift - old_mean) * MOMENTUM, inside)
-        tl.store(running_var + c, var + (unbiased - var) * MOMENTUM, inside)
-        mean = new_mean
-        var = square / count
-    out = norm + start + c
-    tl.store(out, mean, inside)
-    tl.store(out + width, 1.0 / tl.sqrt(var + EPS), inside)
-    tl.store(out + 2 * width, tl.load(gamma + c, inside, 0.0).to(ACC), inside)
-    tl.store(out + 3 * width, tl.load(beta + c, inside, 0.0).to(ACC), inside)
+    for i in tl.static_range(len(norms)):
+        if tl.program_id(1) == i:
+            running_mean, running_var, batches, gamma, beta, bias = norms[i]
+            column = i * C + c
+            shift = tl.zeros((BC,), ACC)
+            if BIAS[i]:
+                shift = tl.load(bias + c, inside, 0.0).to(ACC)
+            mean = tl.load(running_mean + c, inside, 0.0).to(ACC)
+            var = tl.load(running_var + c, inside, 1.0).to(ACC)
+            if TRAIN:
+                origin = tl.load(moments + column, inside, 0.0)[None, :]
+                numbers = tl.zeros((BP, 1), ACC)
+                sums = tl.zeros((BP, BC), ACC)
+                deviations = tl.zeros((BP, BC), ACC)
+                for block in range(BLOCKS):
+                    p = block * BP + tl.arange(0, BP)[:, None]
+                    there = (p < P) & inside[None, :]
+                    at = p * width + column[None, :]
+                    if counts is None:
+                        n = tl.where(p < P, tl.minimum(rows - p * PART, PART), 0).to(ACC)
+                    else:
+                        n = tl.load(counts + p, p < P, 0.0)
+                    far = tl.load(moments + at, there, 0.0) - origin
+                    numbers += n
+                    sums += n * far
+                    deviations += tl.load(moments + P * width + at, there, 0.0) + n * far * far
+                count = tl.sum(tl.sum(numbers, 1), 0)
+                offset = tl.sum(sums, 0) / count
+                square = tl.sum(deviations, 0) - offset * offset * count
+                batch_mean = tl.load(moments + column, inside, 0.0) + offset
+                tl.store(batches, tl.load(batches) + 1, tl.program_id(0) == 0)
+                tl.store(running_mean + c, mean + (batch_mean + shift - mean) * MOMENTUM[i], inside)
+                tl.store(running_var + c, var + (square / (count - 1.0 / T) - var) * MOMENTUM[i], inside)
+                mean = batch_mean
+                var = square / count
+            else:
+                mean -= shift
+            out = norm + column
+            tl.store(out, mean, inside)
+            tl.store(out + width, 1.0 / tl.sqrt(var + EPS[i]), inside)
+            tl.store(out + 2 * width, tl.load(gamma + c, inside, 0.0).to(ACC), inside)
+            tl.store(out + 3 * width, tl.load(beta + c, inside, 0.0).to(ACC), inside)
 
 
-def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int]:
+def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int | Tensor | None]:
     """`norm` [4,C] for y [..., C], whose channels are those of `norms` one after the other; updates running statistics.
 
     Args:
         shown: at how many time steps y is shown, where it holds them once for all.
 
     Returns:
-        `norm`, and how many rows its statistics come from (over all processes under SyncBatchNorm); 0 in evaluation.
+        `norm`, and the rows that its statistics come from: a number, a tensor [] under SyncBatchNorm, whose ranks may
+        have different numbers of rows, or None in evaluation.
 
     Raises:
         ValueError: a single value per channel in training.
@@ -111,46 +125,58 @@ def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int]:
     width = y.shape[-1]
     rows = y.numel() // width
     first = norms[0].bn
-    means = squares = None
-    count, parts, part, ranks = 0, 0, 1, 1
+    moments = counts = count = None
+    parts, part = 0, 1
     if first.training:
         if rows * shown == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(y.shape)}")
         tiles = tiling(rows, width, 16, reduce=True)
-        parts, part = tiles.programs, tiles.BR * tiles.tiles
+        parts, part = tiles.programs, tiles.blocks["BR"] * tiles.tiles
         moments = y.new_empty((2, parts, width), dtype=dtype)
         _moments_kernel[tiles.grid](
-            y, moments[0], moments[1], rows, width, BR=tiles.BR, BC=tiles.BC, TILES=tiles.tiles, ACC=acc,
-            num_warps=tiles.warps,
+            y, moments, rows, width, TILES=tiles.tiles, ACC=acc, **tiles.blocks
         )  # fmt: skip
-        ranks = synchronised(first)
-        if ranks > 1:
-            moments = torch.cat(all_gather(moments, first.process_group), 1)
-        means, squares = moments
-        count = rows * ranks
+        count = rows
+        if is_synchronised(first):
+            moments, counts = _gathered(moments, part, rows, first.process_group)
+            parts, count = len(counts), counts.sum()
     norm = y.new_empty((4, width), dtype=dtype)
-    start, BP, BC = 0, 128, 16
-    for bn, bias in norms:
-        channels = bn.num_features
-        _norm_kernel[(triton.cdiv(channels, BC),)](
-            means, squares, bn.running_mean, bn.running_var, bn.num_batches_tracked, bn.weight, bn.bias, bias, norm,
-            rows, parts * ranks, parts, start, width, channels,
-            PART=part, T=shown, EPS=bn.eps, MOMENTUM=bn.momentum, TRAIN=bn.training, BIAS=bias is not None,
-            BLOCKS=triton.next_power_of_2(triton.cdiv(max(1, parts * ranks), BP)), BP=BP, BC=BC, ACC=acc,
-        )  # fmt: skip
-        start += channels
+    channels = first.num_features
+    BP, BC = min(1024, next_power_of_2(parts)), 8
+    _norm_kernel[cdiv(channels, BC), len(norms)](
+        moments, counts, tuple(map(_tensors, norms)), norm, rows, parts, width, channels,
+        PART=part, T=shown, EPS=tuple(bn.eps for bn, _ in norms), MOMENTUM=tuple(bn.momentum for bn, _ in norms),
+        TRAIN=first.training, BIAS=tuple(bias is not None for _, bias in norms),
+        BLOCKS=cdiv(parts, BP), BP=BP, BC=BC, ACC=acc, num_warps=8 if BP >= 512 else 4,
+    )  # fmt: skip
     return norm, count
 
 
-def synchronised(bn: nn.Module) -> int:
-    """Over how many processes the BatchNorm takes its statistics, as one with a `process_group` does."""
-    if not hasattr(bn, "process_group") or not torch.distributed.is_initialized():
-        return 1
-    return torch.distributed.get_world_size(bn.process_group)
+def _tensors(norm: Norm) -> tuple[Tensor, ...]:
+    bn, bias = norm
+    bias = bn.bias if bias is None else bias  # a kernel's tuple cannot hold None; it is not read
+    return bn.running_mean, bn.running_var, bn.num_batches_tracked, bn.weight, bn.bias, bias
 
 
-def all_gather(x: Tensor, group: torch.distributed.ProcessGroup | None) -> list[Tensor]:
-    """x of every process."""
-    received = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(received, x, group)
-    return received
+def is_synchronised(bn: nn.Module) -> bool:
+    """Whether the BatchNorm shares its statistics with other ranks, as one with a `process_group` does."""
+    return (
+        hasattr(bn, "process_group")
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size(bn.process_group) > 1
+    )
+
+
+def _gathered(
+    moments: Tensor, part: int, rows: int, group: torch.distributed.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Moments [2,ranks,C] and numbers of rows [ranks] of all ranks; this one has `rows`, in parts of `part`."""
+    means, squares = moments
+    n = (rows - part * torch.arange(len(means), device=moments.device)).clamp(max=part)[:, None]
+    mean = (n * means).sum(0) / rows
+    square = squares.sum(0) + (n * (means - mean).square()).sum(0)
+    mine = torch.stack([mean, square, torch.full_like(mean, rows)])
+    received = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(received, mine, group)
+    means, squares, counts = torch.stack(received, 1)  # each [ranks,C]
+    return torch.stack([means, squares]), counts[:, 0].contiguous()

@@ -4,6 +4,8 @@ Shapes: y [T,R,2C] holds query and key before BatchNorm side by side, R = B*H*W 
 T is at most `CHUNK`.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -12,10 +14,12 @@ from torch import Tensor
 from ..neuron import ATTN_THRESHOLD, THRESHOLD
 from .common import (
     accumulator,
+    cdiv,
     charge,
     charge_gradient,
     load_means,
     load_norm,
+    next_power_of_2,
     normalised,
     per_thread,
     reset,
@@ -127,10 +131,11 @@ def _backward_kernel(
         tl.store(out + 3 * C, tl.sum(sum_kx, 0, keep_dims=True), there)
 
 
+@functools.cache
 def _blocks(rows: int, heads: int, width: int, elements: int) -> dict[str, int]:
     """Rows, heads and channels of a head that a program has in hand, with `elements` a thread."""
-    BD = triton.next_power_of_2(width)
-    BH = min(triton.next_power_of_2(heads), max(1, 64 // BD))
+    BD = next_power_of_2(width)
+    BH = min(next_power_of_2(heads), max(1, 64 // BD))
     warps = warps_for(rows * heads * BD, elements)
     return {"BR": max(1, warps * 32 * elements // (BH * BD)), "BH": BH, "BD": BD, "num_warps": warps}
 
@@ -140,7 +145,7 @@ def forward(y: Tensor, norm: Tensor, heads: int) -> Tensor:
     steps, rows, channels = y.shape[0], y.shape[1], y.shape[2] // 2
     out = y.new_empty((steps, rows, channels))
     blocks = _blocks(rows, heads, channels // heads, 8)
-    _forward_kernel[triton.cdiv(rows, blocks["BR"]), triton.cdiv(heads, blocks["BH"])](
+    _forward_kernel[cdiv(rows, blocks["BR"]), cdiv(heads, blocks["BH"])](
         y, norm, out, rows, channels, heads, channels // heads, THRESHOLD, ATTN_THRESHOLD, steps,
         ACC=accumulator(y)[1], **blocks,
     )  # fmt: skip
@@ -155,10 +160,10 @@ def backward(
     dtype, acc = accumulator(y)
     blocks = _blocks(rows, heads, channels // heads, per_thread(steps, 2))
     tiles = tiles_for(rows, blocks["BR"]) if sums else 1
-    programs = triton.cdiv(rows, blocks["BR"] * tiles)
+    programs = cdiv(rows, blocks["BR"] * tiles)
     partial = y.new_empty((programs, 2, 2 * channels), dtype=dtype) if sums else None
     grad = None if sums else torch.empty_like(y)
-    _backward_kernel[programs, triton.cdiv(heads, blocks["BH"])](
+    _backward_kernel[programs, cdiv(heads, blocks["BH"])](
         y, norm, grad_out, total, partial, grad, rows, channels, heads, count, channels // heads, THRESHOLD,
         ATTN_THRESHOLD, steps, CENTRE=total is not None, SUMS=sums, TILES=tiles, ACC=acc, **blocks,
     )  # fmt: skip

@@ -1,0 +1,248 @@
+"""Figures of the compiled kernels, for a GPU that need not be present: registers, spills, instructions, host time.
+
+The networks of the recipes run a training step and an evaluation on the meta device, at the sizes of
+`benchmarks.speed`; every Triton launch stops after the compiler. A row of the table is a kernel with its switches:
+
+    launches      in the step or the evaluation
+    registers     a thread, the most of all compiled variants, and the warps that a multiprocessor can hold with them
+    spill         bytes a thread keeps outside registers
+    instructions  an element, in the innermost loop with loads (else in the whole kernel); the elements are those of the
+                  current, of the pooled map (forward), of the map before pooling (backward), of the query
+    accesses      loads (L) and stores (S) of global memory there, in the order of the machine code
+
+The last table is the host time: microseconds of Python for a launch, from the call of the wrapper to the driver.
+"""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from tabulate import tabulate
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from analysis.common import main, parser
+from engine.config import EVENT_DATASETS, Config, load
+from models import LIF
+from models.fused import linear_lif, norm_lif, pool, self_attention, statistics, token_attention
+
+from .common import ROOT, network
+from .speed import CONFIGURATIONS, PUBLISHED
+
+WRAPPERS = [
+    *(
+        (module, name)
+        for module in (norm_lif, pool, token_attention, self_attention)
+        for name in ("forward", "backward")
+    ),
+    (linear_lif, "forward"),
+    (statistics, "norm_of"),
+]
+KERNELS = sorted({module.__name__.split(".")[-1] for module, _ in WRAPPERS})
+WARPS, REGISTERS, SHARED = 64, 65536, 233472  # of a multiprocessor of sm_90
+TILE = ("BR", "BC", "BN", "BD", "BH")  # constexprs whose product is the elements of a tile
+REPEATS = 30  # of a timed step; the fastest counts
+
+
+class Driver:
+    """The part of a Triton driver that the compiler asks for."""
+
+    def __init__(self, architecture: int):
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Launch(NamedTuple):
+    """A launch that stopped after the compiler."""
+
+    kernel: triton.compiler.CompiledKernel
+    name: str  # file, function and the switches that are on
+    elements: int  # of a thread in one pass of its innermost loop
+
+
+def launch_of(function: jit.JITFunction, kernel: triton.compiler.CompiledKernel, arguments: dict) -> Launch:
+    steps = arguments.get("T", 1)
+    chunk = min(steps, arguments.get("CHUNK", steps))
+    switches = [key.lower() for key, value in arguments.items() if value is True] + ["long"] * (steps > chunk)
+    elements = chunk
+    for key in TILE:
+        elements *= arguments.get(key, 1)
+    name = " ".join([module_of(function), function.fn.__name__.strip("_").removesuffix("_kernel"), *switches])
+    return Launch(kernel, name, max(1, elements // (32 * kernel.metadata.num_warps)))
+
+
+def module_of(function: jit.JITFunction) -> str:
+    return function.fn.__module__.split(".")[-1]
+
+
+def steps_of(cfg: Config, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """A training step and an evaluation of a recipe's network on the meta device, with the Triton kernels."""
+    with torch.device("meta"):
+        model = network(cfg, lif_backend="auto").to(dtype)
+        frames = (cfg.time_steps,) if cfg.dataset in EVENT_DATASETS else ()
+        x = torch.empty(cfg.batch_size, *frames, cfg.in_channels, cfg.input_size, cfg.input_size, dtype=dtype)
+    for module in model.modules():
+        if isinstance(module, LIF):
+            module.backend = "triton"  # set_lif_backend asks for a device
+    return {"train": lambda: model.train()(x).mean().backward(), "eval": torch.no_grad()(lambda: model.eval()(x))}
+
+
+def compiled(
+    step: Callable[[], object], architecture: int, kernels: Sequence[str] = KERNELS, timed: bool = False
+) -> tuple[list[Launch], dict[str, tuple[int, float]]]:
+    """Every launch of `kernels` in a step and, if `timed`, what `host_time` returns."""
+    driver.set_active(Driver(architecture))
+    run, found = jit.JITFunction.run, []
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        if module_of(self) in kernels:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+            found.append(launch_of(self, kernel, dict(zip(self.arg_names, args, strict=False)) | kwargs))
+
+    with mock.patch.object(jit.JITFunction, "run", compile_only):
+        step()
+    return found, host_time(step) if timed else {}
+
+
+def host_time(step: Callable[[], object]) -> dict[str, tuple[int, float]]:
+    """Launches and microseconds a launch of each wrapper, from its call to the driver, in the fastest of some steps.
+
+    Every kernel of `step` must have been compiled.
+    """
+    run, seconds, counts = jit.JITFunction.run, {}, {}
+    launched = 0
+
+    def stop_before_driver(self, *args, grid, warmup, **kwargs):
+        nonlocal launched
+        launched += 1
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    def timed(name, wrapper):
+        def call(*args, **kwargs):
+            before, start = launched, time.thread_time()
+            result = wrapper(*args, **kwargs)
+            seconds[name] = seconds.get(name, 0) + time.thread_time() - start
+            counts[name] = counts.get(name, 0) + launched - before
+            return result
+
+        return call
+
+    fastest = None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(jit.JITFunction, "run", stop_before_driver))
+        # slow on the meta device alone, where torch implements them in Python
+        stack.enter_context(mock.patch.object(torch.Tensor, "sum", lambda partial, *_: partial[0]))
+        stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", new_empty))
+        stack.enter_context(mock.patch.object(torch, "empty_like", lambda x, **more: new_empty(x, x.shape, **more)))
+        for module, name in WRAPPERS:
+            label = f"{module.__name__.split('.')[-1]} {name}"
+            stack.enter_context(mock.patch.object(module, name, timed(label, getattr(module, name))))
+        for _ in range(REPEATS):
+            seconds.clear()
+            counts.clear()
+            step()
+            fastest = min(fastest or seconds, dict(seconds), key=lambda times: sum(times.values()))
+    each = {name: (counts[name], 1e6 * seconds / counts[name]) for name, seconds in fastest.items()}
+    total = sum(counts.values())
+    return each | {"all": (total, 1e6 * sum(fastest.values()) / total)}
+
+
+def new_empty(x: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`x.new_empty`, for the meta device."""
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def resources(kernel: triton.compiler.CompiledKernel) -> tuple[int, int]:
+    """Registers of a thread, and the bytes that it spills."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return tuple(int(re.search(rf"{key}:(\d+)", output)[1]) for key in ("REG", "STACK"))
+
+
+def innermost(sass: str) -> list[str]:
+    """Machine instructions of the longest loop without another in it that loads from memory; else of the whole."""
+    lines = [line.split("\t")[-1] for line in sass.splitlines() if line and not line.startswith("Function")]
+    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.endswith(":")}
+    loops = []
+    for end, line in enumerate(lines):
+        if (target := re.search(r"BRA\S* .*?(LBB\d+)", line)) and labels[target[1]] < end:
+            body = lines[labels[target[1]] : end]
+            if any("LDG" in step for step in body) and not any(start >= labels[target[1]] for start, _ in loops):
+                loops.append((labels[target[1]], body))
+    body = max((body for _, body in loops), key=len, default=lines)
+    return [line for line in body if not line.endswith(":") and not line.startswith("NOP")]
+
+
+def accesses(instructions: Iterable[str]) -> str:
+    """Loads and stores of global memory in their order, as in "L8 S4"."""
+    order = [found[1][0] for line in instructions if (found := re.search(r"\b(LDG|STG)\b", line))]
+    runs = re.findall(r"((.)\2*)", "".join(order))
+    return " ".join(f"{kind}{len(run)}" for run, kind in runs)
+
+
+def figures(launches: Sequence[Launch]) -> list[dict]:
+    """One row a name: the largest figures of its variants, and the accesses of that with most instructions."""
+    variants = {launch.kernel.hash: launch for launch in launches}
+    rows = {}
+    for launch in variants.values():
+        registers, spill = resources(launch.kernel)
+        body = innermost(launch.kernel.asm["sass"])
+        row = rows.setdefault(launch.name, {"kernel": launch.name, "launches": 0, "registers": 0, "warps": WARPS})
+        row["registers"] = max(row["registers"], registers)
+        row["warps"] = min(row["warps"], resident_warps(launch.kernel, registers))
+        row["spill"] = max(row.get("spill", 0), spill)
+        row["shared"] = max(row.get("shared", 0), launch.kernel.metadata.shared)
+        if (each := len(body) / launch.elements) > row.get("instructions", 0):
+            row |= {"instructions": each, "accesses": accesses(body)}
+    for launch in launches:
+        rows[launch.name]["launches"] += 1
+    return list(rows.values())
+
+
+def resident_warps(kernel: triton.compiler.CompiledKernel, registers: int) -> int:
+    """Warps of this kernel that a multiprocessor holds, as registers and shared memory allow."""
+    warps = kernel.metadata.num_warps
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32) // warps
+    by_shared = SHARED // (kernel.metadata.shared + 1024)
+    return min(WARPS // warps, by_registers, by_shared) * warps
+
+
+def run(argv: Sequence[str]) -> None:
+    ours = parser(__doc__)
+    ours.add_argument("--models", nargs="+", choices=CONFIGURATIONS, default=PUBLISHED, help="(the four published)")
+    ours.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="(all)")
+    ours.add_argument("--architecture", type=int, default=90, help="compute capability without its point (90)")
+    ours.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="float16")
+    args = ours.parse_args(argv)
+    dtype, host = getattr(torch, args.dtype), []
+    for model in args.models:
+        recipe, batch_size = CONFIGURATIONS[model]
+        cfg = load(ROOT / recipe, ["--batch-size", str(batch_size)])
+        for mode, step in steps_of(cfg, dtype).items():
+            found, times = compiled(step, args.architecture, args.kernels, timed=args.kernels == KERNELS)
+            print(f"\n{model} {mode}: batch {cfg.batch_size}, {args.dtype}, sm_{args.architecture}")
+            print(tabulate(figures(found), headers="keys", floatfmt=".1f"), flush=True)
+            host += [[f"{model} {mode}", wrapper, *values] for wrapper, values in times.items()]
+    print("\n" + tabulate(host, headers=["", "wrapper", "launches", "us a launch"], floatfmt=".1f"))
+
+
+if __name__ == "__main__":
+    main(run)
