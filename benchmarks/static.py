@@ -83,6 +83,7 @@ def launch_of(function: jit.JITFunction, kernel: triton.compiler.CompiledKernel,
     for key in TILE:
         elements *= arguments.get(key, 1)
     name = " ".join([module_of(function), function.fn.__name__.strip("_").removesuffix("_kernel"), *switches])
+    elements *= 4 if name.startswith("pool backward") else 1  # its tiles are of 2x2 blocks
     return Launch(kernel, name, max(1, elements // (32 * kernel.metadata.num_warps)))
 
 

@@ -66,8 +66,10 @@ def load_steps(x, at, size, first, inside, T: tl.constexpr, STEPS: tl.constexpr)
     The compiler keeps loads behind earlier stores. Loading several steps before the first store overlaps their latency.
     """
     tiles = ()
+    pointer = x + at + first * size
     for step in tl.static_range(STEPS):
-        tiles = tiles + (tl.load(x + at + (first + step) * size, until(T, first + step, inside, STEPS), 0.0),)
+        tiles = tiles + (tl.load(pointer, until(T, first + step, inside, STEPS), 0.0),)
+        pointer += size
     return tiles
 
 
@@ -98,11 +100,13 @@ def load_means(total, c, C, M, CENTRE: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def through_norm(g, x, norm, means, CENTRE: tl.constexpr):
-    """Gradient of y from that of what BatchNorm makes of it; x is (y - mean) / standard deviation."""
+def through_norm(g, centred, norm, means, CENTRE: tl.constexpr):
+    """Gradient of y from that of BatchNorm's output; `centred` is y - mean."""
+    scale = norm[1] * norm[2]
+    g = g * scale
     if CENTRE:
-        g = g - means[0] - x * means[1]
-    return g * (norm[1] * norm[2])
+        g -= centred * (norm[1] * means[1] * scale) + means[0] * scale
+    return g
 
 
 def accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
@@ -113,7 +117,7 @@ def accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
 class Tiling(NamedTuple):
     """R rows of C channels in tiles of BR x BC, of which each program takes `tiles`, one after the other."""
 
-    blocks: dict[str, int]  # keyword arguments of a launch: BR, BC, the grid's axis ROWS along the rows, num_warps
+    blocks: dict[str, int]  # arguments of a launch: BR, BC, the grid's axis ROWS along the rows, num_warps
     grid: tuple[int, int]
     tiles: int
     programs: int  # along the rows

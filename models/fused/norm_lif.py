@@ -119,29 +119,29 @@ def _backward_kernel(
                     grad_static += g
                 else:
                     if SUMS or GRAD_Y:
-                        x = (ys[step].to(ACC) - bn[0]) * bn[1]
+                        centred = ys[step].to(ACC) - bn[0]
                     if SUMS:
                         sum_g += g
-                        sum_gx += g * x
+                        sum_gx += g * centred
                     if GRAD_Y:
-                        g = through_norm(g, x, bn, means, CENTRE)
+                        g = through_norm(g, centred, bn, means, CENTRE)
                     if GRAD_U or GRAD_Y:
                         tl.store(grad + at + (first + step) * size, g, until(T, first + step, inside, CHUNK))
         if STATIC:
             g = grad_static
             if SUMS or GRAD_Y:
-                x = (ys[0].to(ACC) - bn[0]) * bn[1]
+                centred = ys[0].to(ACC) - bn[0]
             if SUMS:
                 sum_g += g
-                sum_gx += g * x
+                sum_gx += g * centred
             if GRAD_Y:
-                g = through_norm(g, x, bn, means, CENTRE)
+                g = through_norm(g, centred, bn, means, CENTRE)
             if GRAD_U or GRAD_Y:
                 tl.store(grad + at, g, inside)
     if SUMS:
-        columns = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)
-        tl.store(partial + program * 2 * C + columns, tl.sum(sum_g, 0), columns < C)
-        tl.store(partial + program * 2 * C + C + columns, tl.sum(sum_gx, 0), columns < C)
+        out = partial + program * 2 * C + c
+        tl.store(out, tl.sum(sum_g, 0, keep_dims=True), c < C)
+        tl.store(out + C, tl.sum(sum_gx, 0, keep_dims=True) * bn[1], c < C)
 
 
 def forward(

@@ -123,22 +123,18 @@ def _key_value_gradient_kernel(
         _store(out + 2 * C, _dot(k, grad_kv.to(k.dtype), ACC), row, N, 3 * C, d, D)
 
 
-def _blocks(s: Tensor, heads: int, capacity: int = 2**15) -> dict[str, int]:
-    """Tokens and channels of a head that a program has in hand: `capacity` bytes of `s` over all steps."""
-    return _blocks_of(len(s), s.shape[2], s.shape[3] // 3 // heads, capacity // s.element_size())
-
-
 @functools.cache
-def _blocks_of(steps: int, tokens: int, width: int, elements: int) -> dict[str, int]:
+def _blocks(steps: int, tokens: int, width: int, element_size: int) -> dict[str, int]:
+    """Tokens and channels of a head that a program has in hand; the membranes of all steps must fit into registers."""
     BD = max(16, next_power_of_2(width))
-    BN = max(16, min(64, elements // (BD * next_power_of_2(steps))))
+    BN = max(16, min(64, 2**15 // (element_size * BD * next_power_of_2(steps))))
     return {"N": tokens, "D": width, "BN": BN, "BD": BD}
 
 
 def forward(s: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
     """Spikes [T,B,N,C], and kv for `backward`."""
     steps, batch, tokens, channels = *s.shape[:3], s.shape[3] // 3
-    blocks = _blocks(s, heads)
+    blocks = _blocks(steps, tokens, channels // heads, s.element_size())
     kv = s.new_empty((steps * batch, heads, blocks["D"], blocks["D"]))
     out = s.new_empty((steps, batch, tokens, channels))
     acc = accumulator(s)[1]
@@ -153,9 +149,9 @@ def backward(s: Tensor, kv: Tensor, grad_out: Tensor, scale: float) -> Tensor:
     """Gradient of s."""
     steps, batch, tokens, channels = grad_out.shape
     heads = kv.shape[1]
-    blocks, acc = _blocks(s, heads), accumulator(s)[1]
+    blocks, acc = _blocks(steps, tokens, channels // heads, s.element_size()), accumulator(s)[1]
     grad, grad_u = torch.empty_like(s), torch.empty_like(grad_out)
-    smaller = _blocks(s, heads, capacity=2**14)  # gradients take registers, too
+    smaller = blocks | {"BN": min(blocks["BN"], max(16, 2**11 // blocks["BD"]))}  # gradients take registers, too
     _query_gradient_kernel[batch, heads, cdiv(tokens, smaller["BN"])](
         s, kv, grad_out, grad, grad_u, batch, channels, scale, ATTN_THRESHOLD, steps, **smaller, ACC=acc
     )

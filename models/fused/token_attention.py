@@ -19,21 +19,23 @@ from .common import (
     charge_gradient,
     load_means,
     load_norm,
+    load_steps,
     next_power_of_2,
     normalised,
     per_thread,
     reset,
     through_norm,
     tiles_for,
+    until,
     warps_for,
 )
 
 
 @triton.jit
-def _charges(at, C, inside, norm_q, norm_k, v_q, v_k, v_a, THRESHOLD: tl.constexpr, ACC: tl.constexpr):
+def _charges(y_q, y_k, inside, norm_q, norm_k, v_q, v_k, v_a, THRESHOLD: tl.constexpr, ACC: tl.constexpr):
     """The charged membranes of query, key and head at a step."""
-    h_q = charge(normalised(tl.load(at, inside, 0.0).to(ACC), norm_q), v_q)
-    h_k = charge(normalised(tl.load(at + C, inside, 0.0).to(ACC), norm_k), v_k)
+    h_q = charge(normalised(y_q.to(ACC), norm_q), v_q)
+    h_k = charge(normalised(y_k.to(ACC), norm_k), v_k)
     fired = tl.where(inside & (h_q >= THRESHOLD), 1.0, 0.0).to(ACC)
     return h_q, h_k, charge(tl.sum(fired, 2, keep_dims=True), v_a)
 
@@ -41,7 +43,7 @@ def _charges(at, C, inside, norm_q, norm_k, v_q, v_k, v_a, THRESHOLD: tl.constex
 @triton.jit(do_not_specialize=["R"])
 def _forward_kernel(
     y, norm, out, R, C, HEADS, D: tl.constexpr, THRESHOLD: tl.constexpr, ATTN: tl.constexpr, T: tl.constexpr,
-    BR: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+    GROUP: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     r = (tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR))[:, None, None]
     head = (tl.program_id(1) * BH + tl.arange(0, BH))[None, :, None]
@@ -55,14 +57,19 @@ def _forward_kernel(
     v_q = tl.zeros((BR, BH, BD), ACC)
     v_k = tl.zeros((BR, BH, BD), ACC)
     v_a = tl.zeros((BR, BH, 1), ACC)
-    for t in tl.static_range(T):
-        at = y + 2 * t * size + r * (2 * C) + c
-        h_q, h_k, h_a = _charges(at, C, inside, norm_q, norm_k, v_q, v_k, v_a, THRESHOLD, ACC)
-        v_q = reset(h_q, THRESHOLD)
-        v_k = reset(h_k, THRESHOLD)
-        v_a = reset(h_a, ATTN)
-        passes = (h_a >= ATTN) & (h_k >= THRESHOLD)
-        tl.store(out + t * size + r * C + c, tl.where(passes, 1.0, 0.0), inside)
+    at = r * (2 * C) + c
+    for first in tl.static_range(0, T, GROUP):
+        y_q = load_steps(y, at, 2 * size, first, inside, T, GROUP)
+        y_k = load_steps(y, at + C, 2 * size, first, inside, T, GROUP)
+        for t in tl.static_range(first, first + GROUP):
+            h_q, h_k, h_a = _charges(
+                y_q[t - first], y_k[t - first], inside, norm_q, norm_k, v_q, v_k, v_a, THRESHOLD, ACC
+            )
+            v_q = reset(h_q, THRESHOLD)
+            v_k = reset(h_k, THRESHOLD)
+            v_a = reset(h_a, ATTN)
+            passes = (h_a >= ATTN) & (h_k >= THRESHOLD)
+            tl.store(out + t * size + r * C + c, tl.where(passes, 1.0, 0.0), until(T, t, inside, GROUP))
 
 
 @triton.jit(do_not_specialize=["R", "M"])
@@ -93,9 +100,11 @@ def _backward_kernel(
         v_k = tl.zeros((BR, BH, BD), ACC)
         v_a = tl.zeros((BR, BH, 1), ACC)
         charges = ()
+        at = r * (2 * C) + c
         for t in tl.static_range(T):
-            at = y + 2 * t * size + r * (2 * C) + c
-            h_q, h_k, h_a = _charges(at, C, inside, norm_q, norm_k, v_q, v_k, v_a, THRESHOLD, ACC)
+            y_q = tl.load(y + 2 * t * size + at, inside, 0.0)
+            y_k = tl.load(y + 2 * t * size + at + C, inside, 0.0)
+            h_q, h_k, h_a = _charges(y_q, y_k, inside, norm_q, norm_k, v_q, v_k, v_a, THRESHOLD, ACC)
             v_q = reset(h_q, THRESHOLD)
             v_k = reset(h_k, THRESHOLD)
             v_a = reset(h_a, ATTN)
@@ -103,32 +112,33 @@ def _backward_kernel(
         grad_vq = tl.zeros((BR, BH, BD), ACC)
         grad_vk = tl.zeros((BR, BH, BD), ACC)
         grad_va = tl.zeros((BR, BH, 1), ACC)
-        for back in tl.static_range(T):
-            h_q = charges[3 * (T - 1 - back)]
-            h_k = charges[3 * (T - 1 - back) + 1]
-            h_a = charges[3 * (T - 1 - back) + 2]
-            g = tl.load(grad_out + (T - 1 - back) * size + r * C + c, inside, 0.0).to(ACC)
+        for t in tl.static_range(T - 1, -1, -1):
+            h_q = charges[3 * t]
+            h_k = charges[3 * t + 1]
+            h_a = charges[3 * t + 2]
+            g = tl.load(grad_out + t * size + r * C + c, inside, 0.0).to(ACC)
             grad_mask = tl.sum(tl.where(h_k >= THRESHOLD, g, 0.0), 2, keep_dims=True)
             grad_va = charge_gradient(grad_mask, h_a - ATTN, grad_va) * 0.5
             grad_vk = charge_gradient(tl.where(h_a >= ATTN, g, 0.0), h_k - THRESHOLD, grad_vk) * 0.5
             grad_vq = charge_gradient(grad_va, h_q - THRESHOLD, grad_vq) * 0.5
-            at = 2 * (T - 1 - back) * size + r * (2 * C) + c
-            x_q = (tl.load(y + at, inside, 0.0).to(ACC) - norm_q[0]) * norm_q[1]
-            x_k = (tl.load(y + at + C, inside, 0.0).to(ACC) - norm_k[0]) * norm_k[1]
+            centred_q = tl.load(y + 2 * t * size + at, inside, 0.0).to(ACC) - norm_q[0]
+            centred_k = tl.load(y + 2 * t * size + at + C, inside, 0.0).to(ACC) - norm_k[0]
             if SUMS:
                 sum_q += grad_vq
                 sum_k += grad_vk
-                sum_qx += grad_vq * x_q
-                sum_kx += grad_vk * x_k
+                sum_qx += grad_vq * centred_q
+                sum_kx += grad_vk * centred_k
             else:
-                tl.store(grad + at, through_norm(grad_vq, x_q, norm_q, means_q, CENTRE), inside)
-                tl.store(grad + at + C, through_norm(grad_vk, x_k, norm_k, means_k, CENTRE), inside)
+                tl.store(grad + 2 * t * size + at, through_norm(grad_vq, centred_q, norm_q, means_q, CENTRE), inside)
+                tl.store(
+                    grad + 2 * t * size + at + C, through_norm(grad_vk, centred_k, norm_k, means_k, CENTRE), inside
+                )
     if SUMS:
         out = partial + program * 4 * C + c
         tl.store(out, tl.sum(sum_q, 0, keep_dims=True), there)
         tl.store(out + C, tl.sum(sum_k, 0, keep_dims=True), there)
-        tl.store(out + 2 * C, tl.sum(sum_qx, 0, keep_dims=True), there)
-        tl.store(out + 3 * C, tl.sum(sum_kx, 0, keep_dims=True), there)
+        tl.store(out + 2 * C, tl.sum(sum_qx, 0, keep_dims=True) * norm_q[1], there)
+        tl.store(out + 3 * C, tl.sum(sum_kx, 0, keep_dims=True) * norm_k[1], there)
 
 
 @functools.cache
@@ -147,7 +157,7 @@ def forward(y: Tensor, norm: Tensor, heads: int) -> Tensor:
     blocks = _blocks(rows, heads, channels // heads, 8)
     _forward_kernel[cdiv(rows, blocks["BR"]), cdiv(heads, blocks["BH"])](
         y, norm, out, rows, channels, heads, channels // heads, THRESHOLD, ATTN_THRESHOLD, steps,
-        ACC=accumulator(y)[1], **blocks,
+        GROUP=min(steps, 4), ACC=accumulator(y)[1], **blocks,
     )  # fmt: skip
     return out
 
