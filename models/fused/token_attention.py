@@ -75,8 +75,8 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["R", "M"])
 def _backward_kernel(
     y, norm, grad_out, total, partial, grad, R, C, HEADS, M, D: tl.constexpr, THRESHOLD: tl.constexpr,
-    ATTN: tl.constexpr, T: tl.constexpr, CENTRE: tl.constexpr, SUMS: tl.constexpr, BR: tl.constexpr,
-    BH: tl.constexpr, BD: tl.constexpr, TILES: tl.constexpr, ACC: tl.constexpr,
+    ATTN: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr, CENTRE: tl.constexpr, SUMS: tl.constexpr,
+    TILES: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums over the rows to `partial` [programs,2,2C], or else the gradient of y; as in `norm_lif`."""
     program = tl.program_id(0).to(tl.int64)
@@ -112,27 +112,28 @@ def _backward_kernel(
         grad_vq = tl.zeros((BR, BH, BD), ACC)
         grad_vk = tl.zeros((BR, BH, BD), ACC)
         grad_va = tl.zeros((BR, BH, 1), ACC)
-        for t in tl.static_range(T - 1, -1, -1):
-            h_q = charges[3 * t]
-            h_k = charges[3 * t + 1]
-            h_a = charges[3 * t + 2]
-            g = tl.load(grad_out + t * size + r * C + c, inside, 0.0).to(ACC)
-            grad_mask = tl.sum(tl.where(h_k >= THRESHOLD, g, 0.0), 2, keep_dims=True)
-            grad_va = charge_gradient(grad_mask, h_a - ATTN, grad_va) * 0.5
-            grad_vk = charge_gradient(tl.where(h_a >= ATTN, g, 0.0), h_k - THRESHOLD, grad_vk) * 0.5
-            grad_vq = charge_gradient(grad_va, h_q - THRESHOLD, grad_vq) * 0.5
-            centred_q = tl.load(y + 2 * t * size + at, inside, 0.0).to(ACC) - norm_q[0]
-            centred_k = tl.load(y + 2 * t * size + at + C, inside, 0.0).to(ACC) - norm_k[0]
-            if SUMS:
-                sum_q += grad_vq
-                sum_k += grad_vk
-                sum_qx += grad_vq * centred_q
-                sum_kx += grad_vk * centred_k
-            else:
-                tl.store(grad + 2 * t * size + at, through_norm(grad_vq, centred_q, norm_q, means_q, CENTRE), inside)
-                tl.store(
-                    grad + 2 * t * size + at + C, through_norm(grad_vk, centred_k, norm_k, means_k, CENTRE), inside
-                )
+        for first in tl.static_range((T - 1) // GROUP * GROUP, -1, -GROUP):
+            grads = load_steps(grad_out, r * C + c, size, first, inside, T, GROUP)
+            for t in tl.static_range(min(first + GROUP, T) - 1, first - 1, -1):
+                h_q = charges[3 * t]
+                h_k = charges[3 * t + 1]
+                h_a = charges[3 * t + 2]
+                g = grads[t - first].to(ACC)
+                grad_mask = tl.sum(tl.where(h_k >= THRESHOLD, g, 0.0), 2, keep_dims=True)
+                grad_va = charge_gradient(grad_mask, h_a - ATTN, grad_va) * 0.5
+                grad_vk = charge_gradient(tl.where(h_a >= ATTN, g, 0.0), h_k - THRESHOLD, grad_vk) * 0.5
+                grad_vq = charge_gradient(grad_va, h_q - THRESHOLD, grad_vq) * 0.5
+                centred_q = tl.load(y + 2 * t * size + at, inside, 0.0).to(ACC) - norm_q[0]
+                centred_k = tl.load(y + 2 * t * size + at + C, inside, 0.0).to(ACC) - norm_k[0]
+                if SUMS:
+                    sum_q += grad_vq
+                    sum_k += grad_vk
+                    sum_qx += grad_vq * centred_q
+                    sum_kx += grad_vk * centred_k
+                else:
+                    out = grad + 2 * t * size + at
+                    tl.store(out, through_norm(grad_vq, centred_q, norm_q, means_q, CENTRE), inside)
+                    tl.store(out + C, through_norm(grad_vk, centred_k, norm_k, means_k, CENTRE), inside)
     if SUMS:
         out = partial + program * 4 * C + c
         tl.store(out, tl.sum(sum_q, 0, keep_dims=True), there)
@@ -175,6 +176,6 @@ def backward(
     grad = None if sums else torch.empty_like(y)
     _backward_kernel[programs, cdiv(heads, blocks["BH"])](
         y, norm, grad_out, total, partial, grad, rows, channels, heads, count, channels // heads, THRESHOLD,
-        ATTN_THRESHOLD, steps, CENTRE=total is not None, SUMS=sums, TILES=tiles, ACC=acc, **blocks,
+        ATTN_THRESHOLD, steps, CENTRE=total is not None, SUMS=sums, GROUP=min(steps, 4), TILES=tiles, ACC=acc, **blocks,
     )  # fmt: skip
     return partial.sum(0) if sums else grad
