@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from .embed import SPEDS, SPS
 from .fused import network as fused
+from .fused.coverage import Coverage
 from .layers import DropPath, SpikingMLP, checkpointed
 from .neuron import LIF, continued, set_lif_backend
 
@@ -151,6 +152,7 @@ class HierarchicalSpikingTransformer(nn.Module):
         self.embed = embed
         self.in_channels, self.num_classes = in_channels, num_classes
         self.grad_checkpointing = self.spike_packing = False
+        self.coverage = Coverage(Block)
 
         first_units, first_branch, later_units = EMBEDS[family]
         rates = iter(calculate_drop_path_rates(drop_path, sum(depths)))
@@ -179,7 +181,7 @@ class HierarchicalSpikingTransformer(nn.Module):
                 f"input of shape {tuple(x.shape)}: expected images [B,{self.in_channels},H,W] "
                 f"or event frames [B,T,{self.in_channels},H,W]"
             )
-        if (ops := fused.ops_for(self, Block, x)) is not None:
+        if (ops := fused.ops_for(self, x)) is not None:
             return fused.forward_features(self, x, ops)
         if x.dim() == 4:
             x = x.expand(self.time_steps, *x.shape)  # [T,B,C,H,W]

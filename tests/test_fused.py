@@ -18,9 +18,7 @@ from models import create_model, neuron, set_lif_backend
 from models.attention import SpikingSelfAttention, TokenQKAttention
 from models.fused import check, common, functions, linear_lif, norm_lif, packing, self_attention
 from models.fused.functions import Unit
-from models.fused.network import covers
 from models.fused.statistics import Norm, norm_of
-from models.hst import Block
 from models.layers import SpikingConv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -377,22 +375,58 @@ def test_hooks_inside_see_the_modules():
     assert called == [1]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda block: setattr(block.attn.attn_lif, "threshold", 0.75),
-        lambda block: setattr(block.mlp.fc1, "pool", nn.AvgPool2d(1)),
-        lambda block: setattr(block.mlp.fc1.bn, "momentum", None),
-        lambda block: block.attn.q.bn.eval(),
-        lambda block: block.mlp.register_full_backward_hook(lambda *_: None),
-    ],
-    ids=["threshold", "module", "momentum", "frozen", "hook"],
-)
-def test_what_it_does_not_know_is_left_to_the_modules(change):
+def doubled(module):
+    """The module's forward pass, patched on the instance."""
+    return lambda *x: 2 * type(module).forward(module, *x)
+
+
+CHANGES = {
+    "threshold": lambda block: setattr(block.attn.attn_lif, "threshold", 0.75),
+    "module": lambda block: setattr(block.mlp.fc1, "pool", nn.AvgPool2d(1)),
+    "projection": lambda block: setattr(block.attn, "proj", nn.Identity()),
+    "forward": lambda block: setattr(block, "forward", doubled(block)),
+    "conv.forward": lambda block: setattr(block.mlp.fc1.conv, "forward", doubled(block.mlp.fc1.conv)),
+    "attend": lambda block: setattr(block.attn, "attend", lambda q, k: k),
+    "momentum": lambda block: setattr(block.mlp.fc1.bn, "momentum", None),
+    "affine": lambda block: setattr(block.mlp.fc1, "bn", nn.BatchNorm2d(128, affine=False)),
+    "statistics": lambda block: setattr(block.mlp.fc1, "bn", nn.BatchNorm2d(128, track_running_stats=False)),
+    "frozen": lambda block: block.attn.q.bn.train(not block.training),
+    "padding": lambda block: setattr(block.mlp.fc1.conv, "padding", (1, 1)),
+    "groups": lambda block: setattr(block.mlp.fc1, "conv", nn.Conv2d(32, 128, 1, groups=2)),
+    "hook": lambda block: block.mlp.register_full_backward_hook(lambda *_: None),
+    "parametrization": lambda block: nn.utils.parametrizations.weight_norm(block.mlp.fc1.conv),
+    "leak": lambda block: setattr(block.attn.k.lif, "leak_across_batch", True),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_it_does_not_know_is_left_to_the_modules(name):
     network, _ = network_of("once")
-    assert covers(network, Block, "auto")
-    change(network.stages[1].blocks[0])
-    assert not covers(network, Block, "auto")
+    assert network.coverage.of(network.stages).backend == "auto"
+    CHANGES[name](network.stages[1].blocks[0])
+    assert network.coverage.of(network.stages).backend is None
+    assert copy.deepcopy(network).coverage.of(network.stages).backend is None
+
+
+def test_it_notices_global_hooks():
+    network, x = network_of("once")
+    network.eval()
+    called = []
+    with torch.no_grad():
+        network(x)
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+        network(x)
+        handle.remove()
+    assert sum(isinstance(module, neuron.LIF) for module in called) == 28
+
+
+def test_convolutions_pad_as_the_modules_do():
+    network, x = network_of("cifar")
+    network.eval()
+    network.stages[0].embed.units[0].conv.padding_mode = "circular"
+    with torch.no_grad():
+        found = network(x)
+    torch.testing.assert_close(found, network(x).detach(), rtol=0, atol=1e-12)
 
 
 def test_a_network_in_evaluation_that_learns_its_statistics():

@@ -10,40 +10,34 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from ..embed import SPEDS
-from ..layers import DropPath, SpikingConv, SpikingMLP, checkpointed
-from ..neuron import ATTN_THRESHOLD, LIF, THRESHOLD, is_continued, launches
-
-ATTENTIONS = {TokenQKAttention, ChannelQKAttention, SpikingSelfAttention}
-KNOWN = {SPEDS, SpikingMLP, DropPath}
-KNOWN |= {nn.Conv1d, nn.Conv2d, nn.MaxPool2d, nn.Identity, nn.Linear, nn.Sequential, nn.ModuleList}
+from ..layers import DropPath, SpikingConv, checkpointed
+from ..neuron import is_continued, launches
 
 
 class Run(NamedTuple):
-    """What a forward pass is told."""
+    """Options of one forward pass."""
 
     steps: int  # T
     ops: ModuleType  # `gpu` or `cpu`
     pack: bool = False  # keep spikes for the backward pass packed
 
 
-def ops_for(model: nn.Module, block: type[nn.Module], x: Tensor) -> ModuleType | None:
-    """`gpu` or `cpu` if that computes what `model`, of blocks of the type `block`, makes of x; None: the modules do."""
+def ops_for(model: nn.Module, x: Tensor) -> ModuleType | None:
+    """`gpu` or `cpu` if that computes what the modules of `model` make of x; None: the modules do."""
     if torch.compiler.is_compiling() or model.residual != "sew" or model.embed != "speds" or is_continued():
         return None
-    ops, backend = None, next(module.backend for module in model.modules() if isinstance(module, LIF))
-    if backend == "triton" or (backend == "auto" and x.is_cuda and launches("triton")):
+    covered = model.coverage.of(model.stages)
+    if covered.backend == "triton" or (covered.backend == "auto" and x.is_cuda and launches("triton")):
         from . import functions, gpu  # which import Triton
 
-        ops = gpu if x.device.type != "cpu" or functions.interpreted() else None
-    elif backend == "auto" and x.device.type == "cpu" and not torch.is_grad_enabled():
+        return gpu if x.device.type != "cpu" or functions.interpreted() else None
+    if covered.backend == "auto" and x.device.type == "cpu" and not torch.is_grad_enabled() and not covered.trains:
         from . import cpu
 
-        ops = None if any(module.training for module in model.modules()) else cpu
-    return ops if ops and covers(model, block, backend) else None
+        return cpu
+    return None
 
 
 def forward_features(model: nn.Module, x: Tensor, ops: ModuleType) -> Tensor:
@@ -61,37 +55,6 @@ def forward_features(model: nn.Module, x: Tensor, ops: ModuleType) -> Tensor:
                 compute = functools.partial(forward, module, run=run)
                 x = checkpointed(module, x, compute) if recomputes else compute(x)
     return x.permute(0, 1, 4, 2, 3)
-
-
-def covers(model: nn.Module, block: type[nn.Module], backend: str) -> bool:
-    """Whether the fused path computes what the modules would: all are as this project builds them, and without hooks.
-
-    Args:
-        model: of SPEDS and blocks of the type `block`.
-        backend: of all its neurons.
-    """
-    in_training = set()
-    for module in model.modules():
-        kind = type(module)
-        if module is model:
-            continue
-        if isinstance(module, _BatchNorm):
-            in_training.add(module.training)
-            is_known = module.momentum is not None  # else its statistics are the mean of all batches
-        elif kind is LIF:
-            is_known = module.backend == backend
-        elif kind is SpikingConv:
-            is_known = module.lif.threshold == THRESHOLD
-        elif kind in ATTENTIONS:
-            is_known = module.attn_lif.threshold == ATTN_THRESHOLD
-        else:
-            is_known = kind in KNOWN or kind is block
-        hooks = (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        )
-        if hooks or not is_known:
-            return False
-    return len(in_training) == 1
 
 
 def forward(m: nn.Module, x: Tensor, run: Run) -> Tensor:

@@ -1,0 +1,154 @@
+"""When the fused path may replace the modules: each is as this project builds it, and nothing watches or changes it."""
+
+import itertools
+import operator
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
+from ..embed import SPEDS
+from ..layers import DropPath, SpikingConv, SpikingMLP
+from ..neuron import ATTN_THRESHOLD, LIF, THRESHOLD
+
+CONVS = (nn.Conv1d, nn.Conv2d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+ATTENTIONS = (TokenQKAttention, ChannelQKAttention, SpikingSelfAttention)
+QK = {"lif": (nn.Identity,), "q": (SpikingConv,), "k": (SpikingConv,), "attn_lif": (LIF,), "proj": (SpikingConv,)}
+CHILDREN = {  # kind -> children and their kinds
+    SPEDS: {"lif": (nn.Identity,), "units": (nn.ModuleList,)},  # and perhaps a shortcut
+    SpikingConv: {"conv": CONVS, "bn": NORMS, "pool": (nn.Identity, nn.MaxPool2d), "lif": (LIF,)},
+    TokenQKAttention: QK,
+    ChannelQKAttention: QK,
+    SpikingSelfAttention: QK | {"v": (SpikingConv,)},
+    SpikingMLP: {"lif": (nn.Identity,), "fc1": (SpikingConv,), "fc2": (SpikingConv,)},
+}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+WINDOW = ("kernel_size", "stride", "padding", "dilation")
+ATTRIBUTES = {  # kind -> what of it the answer depends on
+    **dict.fromkeys(CONVS, (*WINDOW, "groups", "padding_mode")),
+    **dict.fromkeys(NORMS, ("training", "momentum")),
+    nn.MaxPool2d: (*WINDOW, "ceil_mode", "return_indices"),
+    LIF: ("backend", "threshold", "leak_across_batch"),
+}
+
+
+class Covered(NamedTuple):
+    """Whether the fused path covers a network, and how the network is set."""
+
+    backend: str | None  # of all neurons; None: the modules compute
+    trains: bool = False  # BatchNorm takes the statistics of the batch
+
+
+class Coverage:
+    """The answer for the stages of one network, kept until something changes that it depends on.
+
+    Args:
+        block: the type of the network's blocks.
+    """
+
+    def __init__(self, block: type[nn.Module]):
+        self.block, self.state = block, None
+
+    def __reduce__(self) -> tuple:
+        return Coverage, (self.block,)  # a copy of the network finds its own answer
+
+    def of(self, stages: nn.ModuleList) -> Covered:
+        """The answer; `stages` are those of every call, or those that replaced them."""
+        if self.state is None or stages is not self.modules[0] or self._state() != self.state:
+            self.modules = list(stages.modules())
+            self.attributes = list(map(vars, self.modules))
+            self.children = [attributes["_modules"] for attributes in self.attributes]
+            self.hooks = [attributes[name] for attributes in self.attributes for name in HOOKS]
+            norms = [module for module in self.modules if isinstance(module, _BatchNorm)]
+            self.tensors = [tensors for norm in norms for tensors in (norm._parameters, norm._buffers)]
+            self.read = [
+                (operator.itemgetter(*ATTRIBUTES[kind]), vars(module))
+                for module in self.modules
+                if (kind := _kind(module)) in ATTRIBUTES
+            ]
+            self.state, self.answer = self._state(), _covered(self.modules, self.block)
+        return self.answer
+
+    def _state(self) -> tuple:
+        """All that the answer depends on, in few calls because every forward pass compares it."""
+        return (
+            any(self.hooks) or _has_any_global_hook(),
+            list(map(type, self.modules)),
+            list(map(len, self.attributes)),  # a patched method is one more
+            _flat(self.children),
+            list(map(type, _flat(self.tensors))),  # NoneType where a BatchNorm has none
+            [read(attributes) for read, attributes in self.read],
+        )
+
+
+def _flat(mappings: list[dict]) -> list:
+    return list(itertools.chain.from_iterable(map(dict.values, mappings)))
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """The type; torch's SyncBatchNorm for any BatchNorm whose class has a `process_group`, as the engine's on a CPU."""
+    kind = type(module)
+    return nn.SyncBatchNorm if issubclass(kind, _BatchNorm) and hasattr(kind, "process_group") else kind
+
+
+def _covered(modules: list[nn.Module], block: type[nn.Module]) -> Covered:
+    stages = modules[0]
+    backends = {module.backend for module in modules if type(module) is LIF}
+    trains = {module.training for module in modules if isinstance(module, _BatchNorm)}
+    known = (
+        not _has_any_global_hook()
+        and type(stages) is nn.ModuleList
+        and all(_has(stage, {"embed": (SPEDS,), "blocks": (nn.Sequential,)}) for stage in stages)
+        and all(_holds(stage.blocks, block) for stage in stages)
+        and all(_is_known(module, block) for module in modules)
+    )
+    return Covered(backends.pop(), trains.pop()) if known and len(backends) == len(trains) == 1 else Covered(None)
+
+
+def _has(module: nn.Module, children: dict[str, tuple[type, ...]]) -> bool:
+    """Whether the children of a module are these and no others, apart from absent ones."""
+    own = {name: _kind(child) for name, child in module._modules.items() if child is not None}
+    return own.keys() == children.keys() and all(own[name] in kinds for name, kinds in children.items())
+
+
+def _holds(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return all(type(child) is kind for child in module._modules.values())
+
+
+def _is_known(m: nn.Module, block: type[nn.Module]) -> bool:
+    """Whether the fused path computes what a module of the stages does, its children apart."""
+    kind, attributes = _kind(m), vars(m)
+    if any(attributes[name] for name in HOOKS) or any(hasattr(kind, name) for name in attributes):
+        return False  # watched, or a method of the class is patched
+    if kind in CONVS:
+        padding = tuple(size // 2 for size in m.kernel_size)
+        return m.padding == padding and m.padding_mode == "zeros" and m.groups == 1 and max(m.dilation) == 1
+    if kind in NORMS:
+        tensors = (*m._parameters.values(), *m._buffers.values())
+        return m.momentum is not None and not any(tensor is None for tensor in tensors)
+    if kind is nn.MaxPool2d:
+        window = (m.kernel_size, m.stride, m.padding, m.dilation)
+        return window == (3, 2, 1, 1) and not m.ceil_mode and not m.return_indices
+    if kind is SPEDS:
+        shortcut = {"shortcut": (SpikingConv,)} if m.shortcut is not None else {}
+        return _has(m, CHILDREN[kind] | shortcut) and _holds(m.units, SpikingConv)
+    if kind is block:
+        return _has(m, {"attn": ATTENTIONS, "mlp": (SpikingMLP,), "drop_path": (DropPath,)})
+    if kind in CHILDREN and not _has(m, CHILDREN[kind]):
+        return False
+    if kind is SpikingConv:
+        return m.lif.threshold == THRESHOLD
+    if kind in ATTENTIONS:
+        parts = [m.q, m.k, m.v] if kind is SpikingSelfAttention else [m.q, m.k]
+        return m.attn_lif.threshold == ATTN_THRESHOLD and all(map(_is_projection, parts))
+    return kind in (*CHILDREN, LIF, DropPath, nn.Identity, nn.Sequential, nn.ModuleList)
+
+
+def _is_projection(m: SpikingConv) -> bool:
+    """Whether a unit is a 1x1 convolution of the tokens, whose neurons run over time alone."""
+    conv = m.conv
+    is_linear = max(conv.kernel_size) == max(conv.stride) == 1
+    return is_linear and isinstance(m.pool, nn.Identity) and not m.lif.leak_across_batch
