@@ -14,6 +14,7 @@ import torch
 from scripts import ROOT
 from torch import nn
 
+from engine import dist
 from models import create_model, neuron, set_lif_backend
 from models.attention import SpikingSelfAttention, TokenQKAttention
 from models.fused import check, common, functions, linear_lif, norm_lif, packing, self_attention
@@ -256,10 +257,12 @@ def network_of(name, **more):
     return lively(create_model(kind, width=64, **arguments, **more)), random(*shape, seed=9)
 
 
-def step(network, x, backend):
+def step(network, x, backend, ranks=None):
+    """Logits, after a backward pass from weights that are random for each of the samples that `ranks` take."""
     set_lif_backend(network, backend)
     logits = network(x)
-    (logits * random(*logits.shape, seed=3)).sum().backward()
+    weights = [random(n, logits.shape[1], seed=3) for n in ranks or [len(logits)]]
+    (logits * torch.cat(weights)).sum().backward()
     return logits
 
 
@@ -277,6 +280,35 @@ def test_training_of_whole_networks(name):
         torch.testing.assert_close(ours.get_parameter(key).grad, parameter.grad, rtol=0, atol=1e-9 * scale, msg=key)
     for key, buffer in reference.named_buffers():
         torch.testing.assert_close(ours.get_buffer(key), buffer, rtol=1e-12, atol=1e-12, msg=key)
+
+
+def uneven_rank(rank, folder, network, x):
+    """Save the gradients of one of two ranks, which take 1 and 3 samples."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    network = copy.deepcopy(network)  # its memory is shared by the ranks
+    step(dist.sync_batchnorm(network, torch.device("cpu")), x[:1] if rank == 0 else x[1:], "triton")
+    assert network.coverage.of(network.stages).backend == "triton"
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    torch.save({"gradients": gradients, "buffers": dict(network.named_buffers())}, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two ranks share no GPU")
+def test_ranks_with_different_numbers_of_samples_share_statistics(tmp_path):
+    """Under SyncBatchNorm the gradients add up to those of one process, and running statistics are the same."""
+    network, _ = network_of("once")
+    x = random(4, 3, 8, 8, seed=9)
+    torch.multiprocessing.spawn(uneven_rank, (tmp_path, network, x), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    step(network, x, "torch", [1, 3])
+    largest = max(p.grad.abs().max() for p in network.parameters())
+    for name, parameter in network.named_parameters():
+        total = sum(rank["gradients"][name] for rank in ranks)
+        scale = max(parameter.grad.abs().max(), 1e-3 * largest)
+        torch.testing.assert_close(total, parameter.grad, rtol=0, atol=1e-9 * scale, msg=name)
+    for name, buffer in network.named_buffers():
+        for rank in ranks:
+            torch.testing.assert_close(rank["buffers"][name], buffer, rtol=1e-12, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize(("name", "backend"), [(name, "auto") for name in NETWORKS] + [("cifar", "triton")])
