@@ -48,7 +48,7 @@ WRAPPERS = [
 KERNELS = sorted({module.__name__.split(".")[-1] for module, _ in WRAPPERS})
 WARPS, REGISTERS, SHARED = 64, 65536, 233472  # of a multiprocessor of sm_90
 TILE = ("BR", "BC", "BN", "BD", "BH")  # constexprs whose product is the elements of a tile
-REPEATS = 30  # of a timed step; the fastest counts
+REPEATS = 30  # of a timed step
 
 
 class Driver:
@@ -121,12 +121,11 @@ def compiled(
 
 
 def host_time(step: Callable[[], object]) -> dict[str, tuple[int, float]]:
-    """Launches and microseconds a launch of each wrapper, from its call to the driver, in the fastest of some steps.
+    """Launches and microseconds a launch of each wrapper, from its call to the driver; the fastest of each call counts.
 
     Every kernel of `step` must have been compiled.
     """
-    run, seconds, counts = jit.JITFunction.run, {}, {}
-    launched = 0
+    run, calls, launched = jit.JITFunction.run, [], 0
 
     def stop_before_driver(self, *args, grid, warmup, **kwargs):
         nonlocal launched
@@ -135,15 +134,13 @@ def host_time(step: Callable[[], object]) -> dict[str, tuple[int, float]]:
 
     def timed(name, wrapper):
         def call(*args, **kwargs):
-            before, start = launched, time.thread_time()
+            before, start = launched, time.perf_counter()
             result = wrapper(*args, **kwargs)
-            seconds[name] = seconds.get(name, 0) + time.thread_time() - start
-            counts[name] = counts.get(name, 0) + launched - before
+            calls.append((name, launched - before, time.perf_counter() - start))
             return result
 
         return call
 
-    fastest = None
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(jit.JITFunction, "run", stop_before_driver))
         # slow on the meta device alone, where torch implements them in Python
@@ -153,14 +150,18 @@ def host_time(step: Callable[[], object]) -> dict[str, tuple[int, float]]:
         for module, name in WRAPPERS:
             label = f"{module.__name__.split('.')[-1]} {name}"
             stack.enter_context(mock.patch.object(module, name, timed(label, getattr(module, name))))
+        steps = []
         for _ in range(REPEATS):
-            seconds.clear()
-            counts.clear()
+            calls.clear()
             step()
-            fastest = min(fastest or seconds, dict(seconds), key=lambda times: sum(times.values()))
-    each = {name: (counts[name], 1e6 * seconds / counts[name]) for name, seconds in fastest.items()}
-    total = sum(counts.values())
-    return each | {"all": (total, 1e6 * sum(fastest.values()) / total)}
+            steps.append(list(calls))
+    totals = {}
+    for same in zip(*steps, strict=True):
+        name, count, _ = same[0]
+        for key in (name, "all"):
+            launches, seconds = totals.get(key, (0, 0.0))
+            totals[key] = (launches + count, seconds + min(each for *_, each in same))
+    return {name: (launches, 1e6 * seconds / launches) for name, (launches, seconds) in totals.items()}
 
 
 def new_empty(x: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
