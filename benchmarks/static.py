@@ -10,7 +10,8 @@ The networks of the recipes run a training step and an evaluation on the meta de
                   current, of the pooled map (forward), of the map before pooling (backward), of the query
     accesses      loads (L) and stores (S) of global memory there, in the order of the machine code
 
-The last table is the host time: microseconds of Python for a launch, from the call of the wrapper to the driver.
+The last table is the host time: microseconds of Python a launch, from the call of the wrapper to the driver, and the
+part of them in Triton's own code.
 """
 
 import contextlib
@@ -105,7 +106,7 @@ def steps_of(cfg: Config, dtype: torch.dtype) -> dict[str, Callable[[], object]]
 
 def compiled(
     step: Callable[[], object], architecture: int, kernels: Sequence[str] = KERNELS, timed: bool = False
-) -> tuple[list[Launch], dict[str, tuple[int, float]]]:
+) -> tuple[list[Launch], dict[str, tuple[int, float, float]]]:
     """Every launch of `kernels` in a step and, if `timed`, what `host_time` returns."""
     driver.set_active(Driver(architecture))
     run, found = jit.JITFunction.run, []
@@ -120,23 +121,25 @@ def compiled(
     return found, host_time(step) if timed else {}
 
 
-def host_time(step: Callable[[], object]) -> dict[str, tuple[int, float]]:
-    """Launches and microseconds a launch of each wrapper, from its call to the driver; the fastest of each call counts.
+def host_time(step: Callable[[], object]) -> dict[str, tuple[int, float, float]]:
+    """Launches of each wrapper, and microseconds a launch in all and in Triton; the fastest of each call counts.
 
     Every kernel of `step` must have been compiled.
     """
-    run, calls, launched = jit.JITFunction.run, [], 0
+    run, calls, inside = jit.JITFunction.run, [], []
 
     def stop_before_driver(self, *args, grid, warmup, **kwargs):
-        nonlocal launched
-        launched += 1
-        return run(self, *args, grid=grid, warmup=True, **kwargs)
+        start = time.perf_counter()
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        inside.append(time.perf_counter() - start)
+        return kernel
 
     def timed(name, wrapper):
         def call(*args, **kwargs):
-            before, start = launched, time.perf_counter()
+            inside.clear()
+            start = time.perf_counter()
             result = wrapper(*args, **kwargs)
-            calls.append((name, launched - before, time.perf_counter() - start))
+            calls.append((name, len(inside), time.perf_counter() - start, sum(inside)))
             return result
 
         return call
@@ -157,11 +160,11 @@ def host_time(step: Callable[[], object]) -> dict[str, tuple[int, float]]:
             steps.append(list(calls))
     totals = {}
     for same in zip(*steps, strict=True):
-        name, count, _ = same[0]
-        for key in (name, "all"):
-            launches, seconds = totals.get(key, (0, 0.0))
-            totals[key] = (launches + count, seconds + min(each for *_, each in same))
-    return {name: (launches, 1e6 * seconds / launches) for name, (launches, seconds) in totals.items()}
+        names, counts, *seconds = zip(*same, strict=True)
+        for key in (names[0], "all"):
+            before = totals.get(key, (0, 0.0, 0.0))
+            totals[key] = tuple(map(sum, zip(before, (counts[0], *map(min, seconds)), strict=True)))
+    return {name: (count, *(1e6 * each / count for each in seconds)) for name, (count, *seconds) in totals.items()}
 
 
 def new_empty(x: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -243,7 +246,7 @@ def run(argv: Sequence[str]) -> None:
             print(f"\n{model} {mode}: batch {cfg.batch_size}, {args.dtype}, sm_{args.architecture}")
             print(tabulate(figures(found), headers="keys", floatfmt=".1f"), flush=True)
             host += [[f"{model} {mode}", wrapper, *values] for wrapper, values in times.items()]
-    print("\n" + tabulate(host, headers=["", "wrapper", "launches", "us a launch"], floatfmt=".1f"))
+    print("\n" + tabulate(host, headers=["", "wrapper", "launches", "us a launch", "in Triton"], floatfmt=".1f"))
 
 
 if __name__ == "__main__":
