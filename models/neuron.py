@@ -6,7 +6,7 @@ Shapes: T time steps, then any neuron shape; the networks use [T,B,C,H,W] and [T
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
@@ -88,29 +88,30 @@ def _torch_lif(x: Tensor, threshold: float) -> Tensor:
 
 
 @functools.cache
-def _spikingjelly_node(threshold: float) -> nn.Module:
-    from spikingjelly.activation_based import neuron, surrogate
+def _cupy_kernels(dtype: torch.dtype) -> tuple[Callable, Callable]:
+    """spikingjelly's CUDA kernels of the forward and the backward pass, which keep no state between calls."""
+    from spikingjelly.activation_based import surrogate
+    from spikingjelly.activation_based.auto_cuda.neuron_kernel import LIFNodeBPTTKernel, LIFNodeFPTTKernel
 
-    node = neuron.LIFNode(
-        tau=TAU,
-        v_threshold=threshold,
-        v_reset=0.0,
-        surrogate_function=surrogate.Sigmoid(alpha=ALPHA),
-        detach_reset=True,
-        step_mode="m",
-        backend="cupy",
+    ctype = {torch.float32: "float", torch.float16: "half2"}[dtype]
+    slope = surrogate.Sigmoid(alpha=ALPHA).cuda_codes
+    kernels = (
+        LIFNodeFPTTKernel(decay_input=True, hard_reset=True, dtype=ctype),
+        LIFNodeBPTTKernel(decay_input=True, surrogate_function=slope, hard_reset=True, detach_reset=True, dtype=ctype),
     )
-    return node.train()  # in eval mode spikingjelly leaves its kernels for a TorchScript loop, same spikes
+    for kernel in kernels:
+        kernel.check_ctypes = lambda arguments: None  # this check of types needs numpy.int, gone since numpy 1.24
+    return kernels
 
 
 def _cupy_lif(x: Tensor, threshold: float) -> Tensor:
     if reason := _cupy_refusal(x):
         raise ValueError(f"lif_backend='cupy' {reason}")
-    node = _spikingjelly_node(threshold)
-    try:
-        return node(x)
-    finally:
-        node.reset()
+    from spikingjelly.activation_based.auto_cuda.neuron_kernel import LIFNodeATGF
+
+    x_seq = x.flatten(1)
+    spikes, _ = LIFNodeATGF.apply(x_seq, torch.zeros_like(x_seq[0]), threshold, 0.0, 1 / TAU, *_cupy_kernels(x.dtype))
+    return spikes.view(x.shape)
 
 
 def _cupy_refusal(x: Tensor) -> str | None:
