@@ -17,7 +17,7 @@ TAU = 2.0  # membrane time constant in time steps; the input decays with it (spi
 THRESHOLD = 1.0  # firing threshold; the reset is hard, to 0, and detached from the gradient
 ATTN_THRESHOLD = 0.5  # firing threshold of the neurons that read the attention sums
 ALPHA = 4.0  # slope of the sigmoid whose derivative stands in for the derivative of the spike
-CUPY_MAX_ELEMENTS = 2**31  # the CuPy kernels index with 32-bit integers and return zeros from here on
+CUPY_MAX_ELEMENTS = 2**31  # of T + 1 steps: the CuPy kernels index with 32-bit integers up to the step after the last
 
 
 def lif_step(
@@ -119,9 +119,9 @@ def _cupy_refusal(x: Tensor) -> str | None:
         return f"needs its input on a CUDA device, got {x.device}; use lif_backend='torch' or 'auto'"
     if x.dtype not in (torch.float16, torch.float32):
         return f"computes in float16 or float32, got {x.dtype}; use lif_backend='torch' or 'auto'"
-    if x.numel() >= CUPY_MAX_ELEMENTS:
+    if x.numel() + x[0].numel() > CUPY_MAX_ELEMENTS:
         return (
-            f"cannot index {x.numel():,} elements (input {tuple(x.shape)}): its limit is 2^31 - 1; "
+            f"cannot index {x.numel():,} elements (input {tuple(x.shape)}): its limit is 2^31 in T + 1 steps; "
             "use a smaller batch, or lif_backend='torch'"
         )
     return None

@@ -10,6 +10,7 @@ import torch
 from spikingjelly import configure
 from spikingjelly.activation_based import cuda_utils
 from spikingjelly.activation_based.auto_cuda import base, neuron_kernel
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import neuron
 
@@ -78,3 +79,10 @@ def test_both_passes_launch(dtype, shape, launched):
     spikes.sum().backward()
     assert (x.grad.shape, x.grad.dtype) == (x.shape, dtype)
     assert launched == [kernel.kernel_name for kernel in neuron._cupy_kernels(dtype)]
+
+
+@pytest.mark.parametrize(("elements", "is_refused"), [(2**29, False), (2**29 + 1, True)])
+def test_the_step_after_the_last_has_an_index(elements, is_refused):
+    with FakeTensorMode():
+        x = torch.empty(3, elements, device="cuda")
+    assert (neuron._cupy_refusal(x) is not None) == is_refused
