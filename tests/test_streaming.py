@@ -121,6 +121,6 @@ def test_what_a_step_cannot_do_is_said():
 
 @pytest.mark.gpu
 def test_steps_equal_the_whole_sequence_on_a_gpu():
-    model, x = make().float().cuda(), frames().float().cuda()
+    model, x = make().cuda(), frames().cuda()  # in float64: rounding in float32 would change spikes
     logits, _ = stream(model, x)
-    assert torch.allclose(logits[-1], model(x), atol=1e-5)
+    torch.testing.assert_close(logits[-1], model(x), rtol=0, atol=1e-9)
