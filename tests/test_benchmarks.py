@@ -40,6 +40,13 @@ TINY = "--device cpu --time-steps 1 --batch-size 2 --input-size 16 --rounds 2 --
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _cudnn_as_before(monkeypatch):
+    """Undo after each test what `choose` sets for the whole process."""
+    for flag in ("benchmark", "allow_tf32"):
+        monkeypatch.setattr(torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag))
+
+
 @pytest.fixture
 def one_thread():
     """Two wait for each other on a busy machine."""
@@ -89,10 +96,14 @@ def test_speed_of_a_step_on_cuda(tmp_path, monkeypatch, capfd):
     here(monkeypatch, capfd, "benchmarks.speed", *flags, "--output", tmp_path)
     run = only(tmp_path, "speed")
     assert run["device"]["gpu"] == torch.cuda.get_device_name()
-    train, evaluation = (result["sides"] for result in run["results"])
-    for figures in (train["ours"], train["ours-graphs"], evaluation["ours"]):
-        assert figures["ms"]["min"] > 0
-        assert figures["peak_bytes"] > 0
+    for result, names in zip(run["results"], [{"ours", "ours-graphs"}, {"ours"}], strict=True):
+        assert "deviation" in result["agreement"], result["agreement"]
+        assert names | {"unfused-cupy"} <= result["sides"].keys()
+        for figures in result["sides"].values():
+            assert "not_run" not in figures, figures
+            assert figures["ms"]["min"] > 0
+            assert figures["peak_bytes"] > 0
+            assert figures["ratio"]["min"] > 0
 
 
 @pytest.mark.usefixtures("one_thread")
