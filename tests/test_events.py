@@ -491,7 +491,7 @@ def test_what_training_sees_is_augmented_and_mixed_as_the_recipe_says(tmp_path, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_batches_come_on_the_gpu(dtype):
-    frames = [RANDOM.integers(0, 200, (4, 2, 8, 8)).astype(dtype) for _ in range(6)]
+    frames = [RANDOM.integers(np.iinfo(dtype).max, size=(4, 2, 8, 8), dtype=dtype) for _ in range(6)]
     loader = DataLoader(list(zip(frames, range(6), strict=True)), 3, collate_fn=event._collate, pin_memory=True)
     batches = list(event._Loader(loader, torch.device("cuda")))
     assert all(values.is_cuda for batch in batches for values in batch)
