@@ -147,6 +147,8 @@ def cupy_problem() -> str | None:
 
 
 def _triton_lif(x: Tensor, threshold: float) -> Tensor:
+    if torch.compiler.is_compiling():  # which cannot trace the launch of a kernel
+        return _torch_lif(x, threshold)
     from .fused import functions
 
     if not x.is_cuda and not functions.interpreted():

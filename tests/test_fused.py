@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from scripts import ROOT
+from scripts import ROOT, fail
 from torch import nn
 
 from engine import dist
@@ -406,6 +406,24 @@ def test_hooks_inside_see_the_modules():
     handle.remove()
     network(x)
     assert called == [1]
+
+
+def test_the_compiler_gets_the_modules():
+    network, x = network_of("once")
+    network.eval()
+    set_lif_backend(network, "torch")
+    compiled = copy.deepcopy(network)
+    set_lif_backend(compiled, "triton")
+    compiled.compile(backend="eager", fullgraph=True)
+    expected = network(x)
+    assert expected.std() > 1e-3
+    assert torch.equal(compiled(x), expected)
+
+
+def test_the_scripts_refuse_to_compile_the_kernels(monkeypatch, capfd):
+    line = fail(monkeypatch, capfd, "digits/train.py", "--compile", "--lif-backend", "triton", "--device", "cpu")
+    assert "triton" in line
+    assert "compile" in line
 
 
 def doubled(module):
