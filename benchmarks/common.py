@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import EVENT_DATASETS, MODEL_FIELDS, Config
-from engine.dist import setup
+from engine.dist import set_arithmetic, setup
 from engine.log import provenance, write_whole
 from engine.loop import autocast
 from models import create_model
@@ -57,16 +57,13 @@ def machine(name: str, packages: Sequence[str], device: torch.device | None = No
 
 
 def choose(device: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" means, set up alike for all sides.
-
-    Convolutions take the fastest algorithm, and compute in float32 where nothing else is asked for.
+    """Return the device that "auto", "cpu" or "cuda" means; it computes as in training with default settings.
 
     Raises:
         UserError: there is no such device.
     """
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False
+    set_arithmetic(Config())
     return setup(device).device
 
 

@@ -29,8 +29,8 @@ MODEL_FIELDS = (
 ).split()
 # what belongs to a machine or a command and not to the run; a checkpoint brings along all the rest
 LOCAL_FIELDS = (
-    "config lif_backend data_path download workers pack_spikes compile cuda_graphs device threads output_dir "
-    "resume finetune checkpoint eval both_membranes energy use_ema log_interval"
+    "config lif_backend data_path download workers tf32 cudnn_benchmark pack_spikes compile cuda_graphs device "
+    "threads output_dir resume finetune checkpoint eval both_membranes energy use_ema log_interval"
 ).split()
 PUBLISHED = ("paper_top1", "log_top1", "paper_energy_mj")
 EVENT_DATASETS = ("digits-dvs", "dvs128-gesture", "cifar10-dvs")

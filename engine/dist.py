@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from .errors import UserError
+from .settings import Config
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ def setup(device: str) -> Dist:
         where = os.environ.get("MASTER_ADDR", "MASTER_ADDR, which is not set")
         raise UserError(f"cannot join the other processes at {where}, start with torchrun: {error}") from None
     return Dist(td.get_rank(), td.get_world_size(), where)
+
+
+def set_arithmetic(cfg: Config) -> None:
+    """Set how a GPU computes convolutions and float32."""
+    torch.backends.cudnn.benchmark = cfg.cudnn_benchmark
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = cfg.tf32
 
 
 def _translate_slurm() -> bool:

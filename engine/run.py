@@ -203,11 +203,12 @@ def warn_of_silence(model: nn.Module, images: Tensor) -> None:
 
 
 def setup(cfg: Config) -> Dist:
-    """Threads, processes, device and console as `cfg` says."""
+    """Set up threads, processes, device, its arithmetic and console as `cfg` says."""
     spare_children()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     here = dist.setup(cfg.device)
+    dist.set_arithmetic(cfg)
     if here.device.type == "cpu" and cfg.lif_backend in ("cupy", "triton") and torch.cuda.is_available():
         raise UserError(f"--lif-backend {cfg.lif_backend} computes on a GPU, and --device is cpu: use auto or torch")
     log.setup_console(here.is_main)

@@ -123,6 +123,10 @@ class Config:
     eval_amp: str | None = option(
         None, "mixed precision of the evaluation (default: that of the training)", choices=("fp16", "bf16", "off")
     )
+    tf32: bool = option(False, "on a GPU compute float32 convolutions and matrix products in TF32: faster, less exact")
+    cudnn_benchmark: bool = option(
+        True, "let cuDNN time its algorithms and take the fastest; runs may differ in the last bits"
+    )
     sync_bn: bool = option(False, "BatchNorm over the batches of all processes")
     channels_last: bool = option(False, "keep images in channels-last memory")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")

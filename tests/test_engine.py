@@ -10,12 +10,13 @@ import timm
 import torch
 from PIL import Image
 
+from benchmarks.common import choose
 from engine import checkpoint, config, dist
 from engine.data.image import create_data
 from engine.errors import UserError
 from engine.loop import Trainer, autocast, evaluate
 from engine.optim import create_optimizer, lr_at
-from engine.run import build_model
+from engine.run import build_model, setup
 from models import HierarchicalSpikingTransformer
 
 DIGITS = Path(__file__).resolve().parents[1] / "digits/digits.yml"
@@ -290,6 +291,27 @@ def test_spikes_are_packed_if_asked(monkeypatch):
     monkeypatch.setattr(network, "set_spike_packing", lambda model, enable: asked.append(enable), raising=False)
     build_model(configure()), build_model(configure("--pack-spikes"))
     assert asked == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("flags", "benchmark", "tf32"), [([], True, False), (["--no-cudnn-benchmark", "--tf32"], False, True)]
+)
+def test_the_flags_decide_how_a_gpu_computes(flags, benchmark, tf32):
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32
+    try:
+        cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32 = not benchmark, not tf32, not tf32
+        setup(configure(*flags))
+        assert (cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32) == (benchmark, tf32, tf32)
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32 = before
+
+
+def test_benchmarks_compute_as_training_does(monkeypatch):
+    used = []
+    monkeypatch.setattr("benchmarks.common.set_arithmetic", used.append)
+    choose("cpu")
+    assert used == [config.Config()]
 
 
 @pytest.mark.gpu
