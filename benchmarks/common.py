@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from engine.config import EVENT_DATASETS, MODEL_FIELDS, Config
 from engine.dist import set_arithmetic, setup
-from engine.log import provenance, write_whole
+from engine.log import provenance, setup_console, write_whole
 from engine.loop import autocast
 from models import create_model
 
@@ -63,6 +63,7 @@ def choose(device: str) -> torch.device:
         UserError: there is no such device.
     """
     torch.manual_seed(0)
+    setup_console(is_main=True)  # which announces the self-test of the kernels
     set_arithmetic(Config())
     return setup(device).device
 

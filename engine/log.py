@@ -23,13 +23,14 @@ PACKAGES = ("torch", "torchvision", "timm", "spikingjelly", "numpy")
 
 
 def setup_console(is_main: bool) -> None:
-    """Lines on standard output, from the main process only."""
+    """Print the lines of `engine` and `models` on standard output, from the main process only."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.handleError = lambda record: None  # a run goes on when nobody reads what it says any more
-    logger.handlers = [handler]
-    logger.propagate = False
-    logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    for source in (logger, logging.getLogger("models")):
+        source.handlers = [handler]
+        source.propagate = False
+        source.setLevel(logging.INFO if is_main else logging.ERROR)
 
 
 def progress(

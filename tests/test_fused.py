@@ -5,16 +5,19 @@ whole networks at their true sizes are compiled as well.
 """
 
 import copy
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+import triton
 from scripts import ROOT, fail
 from torch import nn
 
 from engine import dist
+from engine.log import setup_console
 from models import create_model, neuron, set_lif_backend
 from models.attention import SpikingSelfAttention, TokenQKAttention
 from models.fused import check, common, functions, linear_lif, norm_lif, packing, self_attention
@@ -511,6 +514,23 @@ def test_a_single_value_has_no_variance():
     unit = lively(SpikingConv(3, 4)).train()
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         functions.norm_lif_of(random(1, 1, 1, 1, 4), Unit((Norm(unit.bn, None),), 1))
+
+
+def test_the_check_is_announced_by_the_engine_and_silent_without(monkeypatch, capsys):
+    monkeypatch.setattr(check, "_in_double", lambda device: None)
+    monkeypatch.setattr(check, "_in_half", lambda device: None)
+    source = logging.getLogger("models")
+    for name, value in (("handlers", []), ("level", logging.NOTSET), ("propagate", True)):
+        monkeypatch.setattr(source, name, value)  # as without the engine
+    said = {}
+    for listener in (None, "rank 1", "rank 0"):
+        if listener:
+            setup_console(listener == "rank 0")
+        check.problem(DEVICE)
+        said[listener] = capsys.readouterr().out
+    assert not said[None]
+    assert not said["rank 1"]
+    assert str(triton.knobs.cache.dir) in said["rank 0"]
 
 
 @pytest.mark.slow

@@ -1,19 +1,25 @@
 """Whether the kernels run on a device and give what the modules give: tried once, on networks too small to matter."""
 
 import copy
+import logging
+import time
 
 import torch
+import triton
 from torch import Tensor, nn
 
 from ..neuron import LIF
 from . import gpu, network
 
+logger = logging.getLogger(__name__)  # silent unless a program listens, as `engine.log` does
 ROUNDING = 1e-6  # largest deviation in float64, relative to the norm
 FLIPS = 0.2  # share of spikes that rounding may decide otherwise in half precision
 
 
 def problem(device: str) -> str | None:
-    """What is wrong on `device`, or None. Compiling the kernels takes some seconds, the first time."""
+    """Return what is wrong on `device`, or None. Compiling the kernels takes half a minute, the first time."""
+    logger.info(f"testing the Triton kernels (about 30 s the first time; cached in {triton.knobs.cache.dir})")
+    start = time.monotonic()
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -21,7 +27,9 @@ def problem(device: str) -> str | None:
         torch.random.fork_rng(devices=[]),
     ):
         torch.default_generator.manual_seed(0)  # and not those of GPUs
-        return _in_double(device) or _in_half(device)
+        found = _in_double(device) or _in_half(device)
+    logger.info(f"testing the Triton kernels took {time.monotonic() - start:.0f} s")
+    return found
 
 
 def _in_double(device: str) -> str | None:
