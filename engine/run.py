@@ -7,6 +7,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -105,6 +106,7 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
     data = create_data(cfg, here)
     if path or cfg.finetune:
         warn_of_seen(data, Path(path or cfg.finetune))
+    _agree_on_triton(cfg, here)
     model = build_model(cfg).to(here.device)
     if state and not is_ours:
         load_weights(cfg, model, state, path)
@@ -137,18 +139,37 @@ def _require_equal_settings(cfg: Config) -> None:
 
 
 def _require_gpu(cfg: Config, here: Dist) -> None:
-    """Raises `UserError` for training flags that need a GPU, or the Triton kernels on it, where there is none."""
+    """Raise `UserError` for training flags that need a GPU where there is none."""
     if cfg.cuda_graphs and (here.device.type == "cpu" or here.world_size > 1):
         raise UserError(
             f"--cuda-graphs needs one process on a GPU and this is {here.world_size} x {here.device.type}: leave it out"
         )
-    needs_triton = "--cuda-graphs" if cfg.cuda_graphs else "--pack-spikes" if cfg.pack_spikes else None
-    if not needs_triton or cfg.lif_backend in ("torch", "triton"):
-        return
-    if here.device.type == "cpu":
-        raise UserError(f"{needs_triton} needs the Triton kernels, and they a GPU: leave it out")
-    if problem := triton_problem():
-        raise UserError(f"{needs_triton} needs the Triton kernels, and lif_backend='triton' {problem}")
+    if cfg.pack_spikes and cfg.lif_backend == "auto" and here.device.type == "cpu":
+        raise UserError("--pack-spikes needs the Triton kernels, and they a GPU: leave it out")
+
+
+def _agree_on_triton(cfg: Config, here: Dist) -> None:
+    """Test the Triton kernels before the network needs them: on one rank of each machine first, which fills the cache.
+
+    Raises:
+        UserError: ranks disagree, and would wait for each other in different collectives; or a flag needs the kernels.
+    """
+    may_run = cfg.lif_backend == "triton" or (cfg.lif_backend == "auto" and here.device.type == "cuda")
+    is_asked = may_run and not cfg.compile
+    problem = dist.in_turns(lambda: triton_problem() if is_asked else "is not chosen by the flags")
+    problems = dist.gather([problem])
+    failed = {rank: problem for rank, problem in enumerate(problems) if problem}
+    if 0 < len(failed) < len(problems):
+        reason = next(iter(failed.values())).rpartition("; ")  # (reason, separator, what one process can do)
+        raise UserError(
+            f"ranks disagree: lif_backend='triton' {reason[0] or reason[2]} on rank {', '.join(map(str, failed))} of "
+            f"{len(problems)}; start every rank with --lif-backend cupy or torch"
+        )
+    if problem and is_asked and cfg.lif_backend == "auto" and (cfg.cuda_graphs or cfg.pack_spikes):
+        flag = "--cuda-graphs" if cfg.cuda_graphs else "--pack-spikes"
+        raise UserError(f"{flag} needs the Triton kernels, and lif_backend='triton' {problem}")
+    if not here.is_main:
+        warnings.filterwarnings("ignore", "lif_backend='auto'")  # rank 0 prints why it does without Triton
 
 
 def _announce(cfg: Config, here: Dist, trainer: Trainer, folder: Path) -> None:
@@ -236,6 +257,7 @@ def _test(recipe: Path, argv: Sequence[str], meter: Callable[[nn.Module], Abstra
         f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
         f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {' and '.join(membranes)}"
     )
+    _agree_on_triton(cfg, here)
     gallery, found, energy = Gallery(data.classes, data.show), {}, None
     for membrane in membranes:
         model = build_model(dataclasses.replace(cfg, ssa_membrane=membrane)).to(here.device)

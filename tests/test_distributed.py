@@ -140,6 +140,51 @@ def test_restarts_need_a_folder_to_find_the_run_in(monkeypatch, capfd):
     assert line == "error: torchrun --max-restarts needs --output-dir, so that a restart finds the run it goes on with"
 
 
+RANK = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, os.getcwd())
+from engine.guard import guard
+
+tested = sys.argv.pop()
+
+def self_test():
+    with open(tested, "a") as file:
+        file.write(os.environ["RANK"])
+    return os.environ["PROBLEM"] or None
+
+with guard():
+    from engine import run
+    run.triton_problem = self_test
+    run.train(Path("digits/digits.yml"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("backends", "problem", "tested"),
+    [(("triton", "triton"), "computes 17 for 4; use lif_backend='torch'", "01"), (("triton", "torch"), "", "0")],
+    ids=["self-test", "flags"],
+)
+def test_ranks_that_disagree_on_the_kernels_all_end_in_one_line(tmp_path, backends, problem, tested):
+    """Rank 0 tests the kernels first, alone; rank 1 fails, or does not want them."""
+    (tmp_path / "rank.py").write_text(RANK)
+    world = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    ranks = []
+    for rank, backend in enumerate(backends):
+        flags = ["--sync-bn", "--device", "cpu", "--lif-backend", backend, tmp_path / "tested"]
+        environment = world | {"TRITON_INTERPRET": "1", "RANK": str(rank), "PROBLEM": problem if rank else ""}
+        ranks.append(start(tmp_path / "rank.py", *flags, **environment))
+    for process in ranks:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 2, output
+        assert "Traceback" not in output
+        (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert "rank 1 of 2" in line
+        assert problem.split(";")[0] in line
+        assert "--lif-backend" in line
+    assert (tmp_path / "tested").read_text() == tested
+
+
 def test_a_mistake_is_told_once():
     result = run(*TORCHRUN, "digits/train.py", "--epochs", "0")
     assert result.returncode != 0

@@ -1,5 +1,6 @@
 """Learning rate, mixup and the training loop, without a script around them."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -16,7 +17,7 @@ from engine.data.image import create_data
 from engine.errors import UserError
 from engine.loop import Trainer, autocast, evaluate
 from engine.optim import create_optimizer, lr_at
-from engine.run import build_model, setup
+from engine.run import _agree_on_triton, build_model, setup
 from models import HierarchicalSpikingTransformer
 
 DIGITS = Path(__file__).resolve().parents[1] / "digits/digits.yml"
@@ -305,6 +306,26 @@ def test_the_flags_decide_how_a_gpu_computes(flags, benchmark, tf32):
         assert (cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32) == (benchmark, tf32, tf32)
     finally:
         cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32 = before
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_tested", "is_refused"),
+    [
+        ([], True, False),
+        (["--lif-backend", "triton"], True, False),  # the network refuses it later
+        (["--lif-backend", "torch"], False, False),
+        (["--compile"], False, False),
+        (["--pack-spikes"], True, True),
+        (["--cuda-graphs"], True, True),
+    ],
+)
+def test_kernels_that_fail_on_every_rank_end_only_what_needs_them(flags, is_tested, is_refused, monkeypatch):
+    tests = []
+    problem = "computes 17 for 4; use lif_backend='torch'"
+    monkeypatch.setattr("engine.run.triton_problem", lambda: tests.append(1) or problem)
+    with pytest.raises(UserError) if is_refused else contextlib.nullcontext():
+        _agree_on_triton(configure(*flags), dist.Dist(0, 1, torch.device("cuda")))
+    assert len(tests) == is_tested
 
 
 def test_benchmarks_compute_as_training_does(monkeypatch):
