@@ -54,14 +54,18 @@ GATES = [
 
 
 def verdicts(results: Sequence[dict]) -> list[list[str]]:
-    """A row for each gate of what was measured: what is asked for, what there is, and whether that is enough."""
-    found = {(result["model"], result["mode"]): result["sides"] for result in results}
+    """A row for each gate of what was measured: what is asked for, what there is, and whether that is enough.
+
+    Both sides of a gate are of one result, the last that has them.
+    """
     rows = []
     for gate in GATES:
-        if (gate.model, gate.mode) not in found:
+        found = [result["sides"] for result in results if (result["model"], result["mode"]) == (gate.model, gate.mode)]
+        if not found:
             continue
-        side, versus = (found[gate.model, gate.mode].get(name, {}) for name in (gate.side, gate.versus))
-        if "ms" not in side or "ms" not in versus:
+        pairs = [(sides.get(gate.side, {}), sides.get(gate.versus, {})) for sides in found]
+        side, versus = next((pair for pair in reversed(pairs) if "ms" in pair[0] and "ms" in pair[1]), ({}, {}))
+        if not side:
             value, verdict = "", "not measured"
         elif gate.what == "time":
             number = spread(v / s for v, s in zip(versus["ms"]["rounds"], side["ms"]["rounds"], strict=True))["median"]

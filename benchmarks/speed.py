@@ -6,7 +6,7 @@ its median is what counts. A side that cannot run is named with its reason.
 
     unfused-cupy          operation by operation, neurons of spikingjelly's CuPy kernels: the baseline on CUDA
     unfused-torch         operation by operation in torch: the baseline on a CPU
-    unfused-compiled      that under torch.compile (on a CPU only where --sides names it, for it takes minutes); neurons
+    unfused-compiled      that under torch.compile, only if --sides names it because it compiles for minutes; neurons
                           whose membrane leaks over the batch are left out of it, a loop of T*B steps
     spikingjelly2         qkformer_10_384 of spikingjelly 2.0.0 under plain autocast, in a process of its own
     spikingjelly2-policy  that under its precision policy
@@ -14,12 +14,15 @@ its median is what counts. A side that cannot run is named with its reason.
     ours-graphs, ours-packed, ours-checkpointing
                           that with the whole training step in a CUDA graph, with packed spikes, with checkpointing
 
-Results are appended to speed-DATE-DEVICE.json, with a picture beside it: parts of a measurement can be run one by one.
+Every round writes the figures so far to speed-DATE-DEVICE.json; the end adds a picture. After an interruption run the
+same command again. It skips sides that the file has in all rounds, of the same commit, device and arguments. It
+measures the missing sides together with the baseline and ours, because ratios and gates compare sides of one run.
+Another --output, or a change that is not committed, starts from scratch.
 """
 
 import argparse
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -61,6 +64,8 @@ CONFIGURATIONS = {  # model -> recipe, batch size
     "qkformer_2_64": ("digits-dvs/digits-dvs.yml", 16),
 }
 PUBLISHED = list(CONFIGURATIONS)[:4]  # measured where nothing else is asked for
+# arguments that figures depend on
+DECISIVE = ("rounds", "steps", "batch_size", "input_size", "time_steps", "ssa_membrane", "amp", "spikingjelly2")
 PACKAGES = ("torch", "triton", "cupy-cuda13x", "spikingjelly", "timm", "numpy")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}  # of convolutions and activations
 CHECKED = {"cpu": 2, "cuda": 16}  # samples whose logits are compared before anything is timed
@@ -108,20 +113,51 @@ def compare(case: Case, state: Mapping) -> dict:
     return {"samples": len(ours), "deviation": deviation, "same_class": agreement}
 
 
-def measure(case: Case, mode: str, state: Mapping, args: argparse.Namespace) -> dict:
-    """All sides of a case in turns: for each its times, or why it did not run."""
+def complete(runs: Sequence[dict], report: dict) -> list[dict]:
+    """Results of earlier runs that count in this one: of its commit, device and arguments, with all rounds."""
+    if report["git_commit"].endswith("+changes"):
+        return []
+
+    def key(run: dict) -> list:
+        return [run["git_commit"], run["device"], *(str(run["arguments"].get(name)) for name in DECISIVE)]
+
+    def is_complete(result: dict) -> bool:
+        baseline = result["sides"][result["baseline"]]
+        return "ms" in baseline and len(baseline["ms"]["rounds"]) == report["arguments"]["rounds"]
+
+    return [result for run in runs if key(run) == key(report) for result in run["results"] if is_complete(result)]
+
+
+def missing(case: Case, mode: str, asked: Sequence[str] | None, results: Sequence[dict]) -> list[str]:
+    """Return the sides to measure: those that `results` lack, with the baseline and ours; none if they lack nothing."""
+    baseline, *others = all_sides(case.model, mode, case.device)
+    names = [baseline, *(name for name in others if (name in asked if asked else name != COMPILED))]
+    known = {name for result in results if is_of(result, case, mode) for name in result["sides"]}
+    is_done = known.issuperset(names)
+    skipped = [name for name in names if name in known and (is_done or name not in (baseline, "ours"))]
+    if skipped:
+        print(f"{case.model} {mode}: skips {', '.join(skipped)}, which the file has", flush=True)
+    return [name for name in names if name not in skipped]
+
+
+def is_of(result: dict, case: Case, mode: str) -> bool:
+    """Whether a result is of this network and mode."""
+    return (result["model"], result["mode"]) == (case.model, mode)
+
+
+def measure(case: Case, mode: str, names: Sequence[str], state: Mapping, args: argparse.Namespace) -> Iterator[dict]:
+    """Time the sides `names`, the baseline first, in turns; yield after each round what there is so far.
+
+    That is the times of each side, or why it did not run.
+    """
     sides = all_sides(case.model, mode, case.device)
-    baseline = next(iter(sides))
     with Turns(f"{case.model} {mode}", case.device) as turns:
-        for name, side in sides.items():
-            if name == COMPILED and case.device.type == "cpu" and not args.sides:
-                turns.not_run[name] = f"takes minutes on a CPU: --sides {COMPILED}"
-            elif name == baseline or name in (args.sides or sides):
-                turns.start(name, functools.partial(side.start, case, mode, state, args.spikingjelly2))
+        for name in names:
+            turns.start(name, functools.partial(sides[name].start, case, mode, state, args.spikingjelly2))
         for _ in range(args.rounds):
             turns.round(args.steps)
+            yield {"baseline": names[0], "sides": turns.figures(names, names[0], case.cfg.batch_size)}
     torch.compiler.reset()
-    return {"baseline": baseline, "sides": turns.figures(sides, baseline, case.cfg.batch_size)}
 
 
 def with_floor(result: dict, case: Case, mode: str, rates: roofline.Rates) -> dict:
@@ -217,7 +253,7 @@ def run(argv: Sequence[str]) -> None:
     ours.add_argument("--models", nargs="+", choices=CONFIGURATIONS, default=PUBLISHED, help="(the four published)")
     ours.add_argument("--modes", nargs="+", choices=STEPS, default=list(STEPS), help="(both)")
     sides = list(all_sides("qkformer_10_384", "train", torch.device("cuda")))[1:]
-    ours.add_argument("--sides", nargs="+", choices=sides, help="beside the baseline (all)")
+    ours.add_argument("--sides", nargs="+", choices=sides, help=f"next to the baseline (all but {COMPILED})")
     ours.add_argument("--rounds", type=positive, default=5, help="in each of which every side has its turn (5)")
     ours.add_argument("--steps", type=positive, default=5, help="timed in a turn (5)")
     ours.add_argument("--batch-size", type=positive, help="(128 and 64 for ImageNet, 64 for CIFAR, 16)")
@@ -227,7 +263,7 @@ def run(argv: Sequence[str]) -> None:
     ours.add_argument("--amp", choices=DTYPES, default="fp16", help="(fp16; off on a CPU, where that is what it means)")
     ours.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     ours.add_argument("--spikingjelly2", type=Path, metavar="FOLDER", help="see benchmarks/spikingjelly2.py")
-    ours.add_argument("--output", type=Path, default=RESULTS, help=f"folder to write to ({RESULTS})")
+    ours.add_argument("--output", type=Path, default=RESULTS, help=f"folder to write to, and to go on from ({RESULTS})")
     args = ours.parse_args(argv)
     device = choose(args.device)
     if device.type == "cpu" and args.amp == "fp16":
@@ -239,20 +275,28 @@ def run(argv: Sequence[str]) -> None:
     rates = roofline.measure(device, DTYPES[args.amp])
     print(f"{rates.bytes_per_s / 1e9:.0f} GB/s copied, {rates.operations_per_s / 1e12:.2f} TFLOP/s", flush=True)
     report = here | {"arguments": vars(args), "rates": rates._asdict(), "results": []}
+    results = complete(earlier, report)
+    results = [result for result in results if any(is_of(result, case, mode) for case in chosen for mode in args.modes)]
     for case in chosen:
+        wanted = {mode: names for mode in args.modes if (names := missing(case, mode, args.sides, results))}
+        if not wanted:
+            continue
         state = weights(case)
         agreement = compare(case, state)
         release(device)
         print(f"{case.model}: ours beside the baseline in float32: {agreement}", flush=True)
-        for mode in args.modes:
-            result = about(case, mode) | {"agreement": agreement} | measure(case, mode, state, args)
-            report["results"].append(with_floor(result, case, mode, rates))
-            write(path, {"runs": [*earlier, report]})  # whatever becomes of the rest
-    save_picture(draw([*earlier, report]), path)
-    print(*("\n" + table(result) for result in report["results"]), sep="\n")
+        for mode, names in wanted.items():
+            measured = report["results"]
+            for figures in measure(case, mode, names, state, args):
+                result = with_floor(about(case, mode) | {"agreement": agreement} | figures, case, mode, rates)
+                report["results"] = [*measured, result]
+                write(path, {"runs": [*earlier, report]})  # whatever becomes of the rest
+    results += report["results"]
+    save_picture(draw(runs_in(path)), path)
+    print(*("\n" + table(result) for result in results), sep="\n")
     if device.type == "cuda" and all(case.is_standard for case in chosen):
         headers = ["model", "mode", "what", "side : versus", "asked for", "measured", ""]
-        print("\n" + tabulate(verdicts(report["results"]), headers, disable_numparse=True))
+        print("\n" + tabulate(verdicts(results), headers, disable_numparse=True))
     print(f"\n{path}")
 
 

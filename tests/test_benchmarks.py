@@ -1,6 +1,7 @@
 """The benchmarks run, at a small size; their figures are nobody's business here."""
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
@@ -10,9 +11,9 @@ import torch
 from scripts import ROOT, fail, here, succeed
 
 from benchmarks import roofline, speed
-from benchmarks.common import Turns
+from benchmarks.common import Timed, Turns
 from benchmarks.gates import verdicts
-from benchmarks.speed import cases, compare, weights
+from benchmarks.speed import cases, compare, complete, missing, weights
 from benchmarks.spikingjelly2 import Remote
 from engine.config import load
 from engine.errors import UserError
@@ -64,6 +65,12 @@ def only(folder, name):
     return run
 
 
+def small_case():
+    sizes = {"time_steps": 1, "input_size": 8, "batch_size": 2, "ssa_membrane": None}
+    (case,) = cases(argparse.Namespace(models=["qkformer_3_64"], amp="off", **sizes), CPU)
+    return case
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_speed_of_a_step(tmp_path, monkeypatch, capfd):
     flags = ["--models", "qkformer_3_64", "qkformer_2_64", *TINY, "--output", tmp_path]
@@ -85,9 +92,65 @@ def test_speed_of_a_step(tmp_path, monkeypatch, capfd):
         assert shown == {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)}
         assert math.isclose(sides["ours"]["samples_per_s"], 2000 / ours["median"])
         assert math.isclose(sides["ours"]["times_floor"], ours["median"] / result["floor_ms"])
-        assert "minutes on a CPU" in sides["unfused-compiled"]["not_run"]
-    compiled = run["results"][0]["sides"]["unfused-compiled"]["not_run"]
-    assert f"unfused-compiled did not run: {compiled}" in output
+        assert list(sides) == ["unfused-torch", "ours"]  # the compiler is asked for by name
+        assert "{model} {mode}".format(**result) in output
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_measurement_that_was_cut_off_goes_on(tmp_path, monkeypatch, capfd):
+    def measure(stop_at=None):
+        """Turns of the sides in a run that ends before turn `stop_at`, and the runs in the file."""
+        turns = []
+
+        def turn(self, steps):
+            if len(turns) == stop_at:
+                raise KeyboardInterrupt
+            turns.append(steps)
+            return 1.0
+
+        monkeypatch.setattr(Timed, "turn", turn)
+        with pytest.raises(SystemExit) if stop_at else contextlib.nullcontext():
+            here(monkeypatch, capfd, "benchmarks.speed", "--models", "qkformer_3_64", *TINY, "--output", tmp_path)
+        (path,) = tmp_path.glob("speed-*.json")
+        return len(turns), json.loads(path.read_text())["runs"]
+
+    def rounds(run):
+        return {result["mode"]: [len(s["ms"]["rounds"]) for s in result["sides"].values()] for result in run["results"]}
+
+    monkeypatch.setattr("benchmarks.common.provenance", lambda: {"git_commit": "4d1f"})
+    _, runs = measure(stop_at=7)  # in the last round of the evaluation: 2 modes x 2 rounds x 2 sides
+    assert [rounds(run) for run in runs] == [{"train": [2, 2], "eval": [1, 1]}]
+    count, runs = measure()
+    assert count == 4
+    assert [rounds(run) for run in runs[1:]] == [{"eval": [2, 2]}]
+    assert measure() == (0, runs)
+    monkeypatch.setattr("benchmarks.common.provenance", lambda: {"git_commit": "4d1f+changes"})
+    assert measure()[0] == 8
+
+
+def test_what_counts_from_earlier_runs():
+    arguments = {"rounds": 2, "batch_size": None, "models": ["qkformer_3_64"]}
+    about = {"git_commit": "4d1f", "device": {"cores": 2}, "arguments": arguments}
+    whole, half = ({"ms": {"rounds": rounds}} for rounds in ([1.0, 1.0], [1.0]))
+    network = {"model": "qkformer_3_64", "mode": "eval", "baseline": "unfused-torch"}
+    good = network | {"sides": {"unfused-torch": whole, "ours": whole}}
+    others = [network | {"sides": {"unfused-torch": baseline, "ours": half}} for baseline in (half, {"not_run": "x"})]
+    changes = [
+        {"git_commit": "5c3a"},
+        {"device": {"cores": 4}},
+        {"arguments": arguments | {"batch_size": 2}},
+    ]
+    runs = [about | change | {"results": [good]} for change in changes]
+    runs.append(about | {"arguments": arguments | {"models": ["qkformer_2_64"]}, "results": [*others, good]})
+    assert complete(runs, about) == [good]
+    assert complete(runs, about | {"git_commit": "4d1f+changes"}) == []
+    case = small_case()
+    assert missing(case, "eval", None, [good]) == []
+    assert missing(case, "train", None, [good]) == ["unfused-torch", "ours"]
+    assert missing(case, "eval", ["unfused-compiled"], [good]) == ["unfused-torch", "unfused-compiled"]
+    assert missing(case, "eval", ["ours", "unfused-compiled"], [good]) == ["unfused-torch", "unfused-compiled", "ours"]
+    compiled = network | {"sides": {"unfused-torch": whole, "unfused-compiled": {"not_run": "no compiler"}}}
+    assert missing(case, "eval", ["unfused-compiled"], [good, compiled]) == []
 
 
 @pytest.mark.gpu
@@ -166,12 +229,15 @@ def test_gates():
         return {"ms": {"rounds": rounds}, "peak_bytes": peak}
 
     sides = {"unfused-cupy": side(20, 30, 20), "ours": side(10, 10, 11, peak=41), "ours-packed": side(9, 9, 9, peak=20)}
-    rows = verdicts([{"model": "qkformer_10_384", "mode": "train", "sides": sides}])
+    about = {"model": "qkformer_10_384", "mode": "train"}
+    later = {"unfused-cupy": side(10, 10), "unfused-compiled": side(5, 5)}
+    rows = verdicts([about | {"sides": sides}, about | {"sides": later}])
     found = {(row[2], row[3]): row[5:] for row in rows}
     assert found["time", "ours : unfused-cupy"] == ["2.00", "met"]
     assert found["memory", "ours : unfused-cupy"] == ["0.410", "missed"]
     assert found["memory", "ours-packed : unfused-cupy"] == ["0.200", "met"]
     assert found["time", "ours : spikingjelly2"] == ["", "not measured"]
+    assert found["time", "ours : unfused-compiled"] == ["", "not measured"]  # not in the same run
 
 
 def test_demand_counts_a_still_image_once():
@@ -238,12 +304,7 @@ def test_mistakes_end_in_one_line(monkeypatch, capfd, tmp_path, script, flags, l
 
 
 def test_networks_that_disagree_are_not_timed(monkeypatch):
-    (case,) = cases(
-        argparse.Namespace(
-            models=["qkformer_3_64"], time_steps=1, input_size=8, batch_size=2, ssa_membrane=None, amp="off"
-        ),
-        CPU,
-    )
+    case = small_case()
     state = weights(case)
     assert compare(case, state)["deviation"] < 0.5
     monkeypatch.setattr(speed, "eval_step", lambda *_: lambda *_: torch.eye(4)[[next(classes), next(classes)]])
