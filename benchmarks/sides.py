@@ -1,12 +1,14 @@
 """The sides of `benchmarks.speed`: networks of this project as they can be computed, and spikingjelly 2's."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.config import Config
 from models import LIF
@@ -15,6 +17,12 @@ from .common import STEPS, Step, Timed, network, random_batch
 from .spikingjelly2 import Remote
 
 BASELINE, COMPILED = "unfused-cupy", "unfused-compiled"
+SWITCHES = {  # side -> file and name of a constant of `models.fused`, its other value, and the modes that it matters in
+    "ours-columns": ("common", "COLUMNS_FIRST", True, ("train", "eval")),
+    "ours-rows64": ("linear_lif", "ROWS", 64, ("eval",)),
+    "ours-gemm": ("gpu", "ONE_KERNEL", False, ("eval",)),
+}
+ON_REQUEST = (COMPILED, *SWITCHES)  # sides that are measured only if they are named
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Side:
     lif_backend: str
     prepare: Callable[[nn.Module], object] = lambda model: None
     graph: bool = False  # the step in a CUDA graph
+    switch: tuple[str, str, object] | None = None  # as in `SWITCHES`
     modes: tuple[str, ...] = tuple(STEPS)
 
     def start(self, case: Case, mode: str, state: Mapping, _) -> Timed:
@@ -50,6 +59,8 @@ class Side:
             model.load_state_dict(state)
             self.prepare(model.to(case.device))
             step = STEPS[mode](model, case.amp, case.device)
+            if self.switch:
+                step = switched(step, *self.switch)
             return captured(step) if self.graph else step
 
         return Timed(make, random_batch(case.cfg, case.device), case.device)
@@ -77,6 +88,17 @@ def captured(step: Step) -> Step:
     return GraphedStep(step)
 
 
+def switched(step: Step, file: str, constant: str, value: object) -> Step:
+    """The step with another value of a constant of `models.fused`."""
+    module = importlib.import_module(f"models.fused.{file}")
+
+    def other(samples: Tensor, labels: Tensor) -> Tensor:
+        with mock.patch.object(module, constant, value):
+            return step(samples, labels)
+
+    return other
+
+
 def compiled(model: nn.Module) -> None:
     """Compile `model` but for the neurons whose membrane runs over the batch: a loop of T*B steps is no graph."""
     torch._dynamo.config.recompile_limit = 64  # there are that many different blocks and units
@@ -98,6 +120,8 @@ def all_sides(model: str, mode: str, device: torch.device) -> dict[str, Side | F
         "ours": Side("triton" if is_cuda else "auto"),
     }
     if is_cuda:
+        for name, (*switch, modes) in SWITCHES.items():
+            sides[name] = Side("triton", switch=tuple(switch), modes=modes)
         sides |= {
             "ours-packed": Side("triton", lambda model: model.set_spike_packing(True), modes=train),
             "ours-checkpointing": Side("triton", lambda model: model.set_grad_checkpointing(True), modes=train),

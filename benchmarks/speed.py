@@ -13,6 +13,10 @@ its median is what counts. A side that cannot run is named with its reason.
     ours                  lif_backend triton; on a CPU auto
     ours-graphs, ours-packed, ours-checkpointing
                           that with the whole training step in a CUDA graph, with packed spikes, with checkpointing
+    ours-columns, ours-rows64, ours-gemm
+                          that with other divisions of the work, only if --sides names them: neighbouring programs on
+                          the columns of the same rows; 1x1 convolutions in evaluation with 64 rows a program instead of
+                          128, or by cuBLAS with the neurons in a kernel of their own
 
 Every round writes the figures so far to speed-DATE-DEVICE.json; the end adds a picture. After an interruption run the
 same command again. It skips sides that the file has in all rounds, of the same commit, device and arguments. It
@@ -53,7 +57,7 @@ from .common import (
     write,
 )
 from .gates import verdicts
-from .sides import COMPILED, Case, all_sides
+from .sides import ON_REQUEST, Case, all_sides
 
 CONFIGURATIONS = {  # model -> recipe, batch size
     "qkformer_10_384": ("imagenet/qkformer_10_384.yml", 128),
@@ -131,7 +135,7 @@ def complete(runs: Sequence[dict], report: dict) -> list[dict]:
 def missing(case: Case, mode: str, asked: Sequence[str] | None, results: Sequence[dict]) -> list[str]:
     """Return the sides to measure: those that `results` lack, with the baseline and ours; none if they lack nothing."""
     baseline, *others = all_sides(case.model, mode, case.device)
-    names = [baseline, *(name for name in others if (name in asked if asked else name != COMPILED))]
+    names = [baseline, *(name for name in others if (name in asked if asked else name not in ON_REQUEST))]
     known = {name for result in results if is_of(result, case, mode) for name in result["sides"]}
     is_done = known.issuperset(names)
     skipped = [name for name in names if name in known and (is_done or name not in (baseline, "ours"))]
@@ -253,7 +257,9 @@ def run(argv: Sequence[str]) -> None:
     ours.add_argument("--models", nargs="+", choices=CONFIGURATIONS, default=PUBLISHED, help="(the four published)")
     ours.add_argument("--modes", nargs="+", choices=STEPS, default=list(STEPS), help="(both)")
     sides = list(all_sides("qkformer_10_384", "train", torch.device("cuda")))[1:]
-    ours.add_argument("--sides", nargs="+", choices=sides, help=f"next to the baseline (all but {COMPILED})")
+    ours.add_argument(
+        "--sides", nargs="+", choices=sides, help=f"next to the baseline (all but {', '.join(ON_REQUEST)})"
+    )
     ours.add_argument("--rounds", type=positive, default=5, help="in each of which every side has its turn (5)")
     ours.add_argument("--steps", type=positive, default=5, help="timed in a turn (5)")
     ours.add_argument("--batch-size", type=positive, help="(128 and 64 for ImageNet, 64 for CIFAR, 16)")

@@ -92,6 +92,12 @@ def module_of(function: jit.JITFunction) -> str:
     return function.fn.__module__.split(".")[-1]
 
 
+def recipe_of(model: str) -> Config:
+    """The recipe of a network with the batch of `benchmarks.speed`."""
+    recipe, batch_size = CONFIGURATIONS[model]
+    return load(ROOT / recipe, ["--batch-size", str(batch_size)])
+
+
 def steps_of(cfg: Config, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """A training step and an evaluation of a recipe's network on the meta device, with the Triton kernels."""
     with torch.device("meta"):
@@ -239,8 +245,7 @@ def run(argv: Sequence[str]) -> None:
     args = ours.parse_args(argv)
     dtype, host = getattr(torch, args.dtype), []
     for model in args.models:
-        recipe, batch_size = CONFIGURATIONS[model]
-        cfg = load(ROOT / recipe, ["--batch-size", str(batch_size)])
+        cfg = recipe_of(model)
         for mode, step in steps_of(cfg, dtype).items():
             found, times = compiled(step, args.architecture, args.kernels, timed=args.kernels == KERNELS)
             print(f"\n{model} {mode}: batch {cfg.batch_size}, {args.dtype}, sm_{args.architecture}")

@@ -15,6 +15,8 @@ from .network import Run, attend_by_module, convolution, is_linear
 from .packing import packed
 from .statistics import Norm, norm_of
 
+ONE_KERNEL = True  # in evaluation compute a 1x1 convolution together with its neurons
+
 
 def attend(m: nn.Module, x: Tensor, run: Run) -> Tensor:
     """What an attention hands to its projection: spikes [T,B,H,W,C]."""
@@ -44,7 +46,7 @@ def spiking_conv(m: SpikingConv, x: Tensor, run: Run, binary: bool, add: Tensor 
 def _fits_one_kernel(m: SpikingConv, x: Tensor) -> bool:
     half = x.dtype in (torch.float16, torch.bfloat16)
     learns = m.bn.training or torch.is_grad_enabled()
-    return half and not learns and is_linear(m.conv) and not m.lif.leak_across_batch
+    return ONE_KERNEL and half and not learns and is_linear(m.conv) and not m.lif.leak_across_batch
 
 
 def _in_one_kernel(m: SpikingConv, x: Tensor, add: Tensor | None) -> Tensor:
