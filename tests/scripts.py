@@ -1,36 +1,221 @@
-"""How tests run the scripts: as a user does, in a process of their own, or in this one where only a line is wanted."""
+"""Run the scripts as a user does.
 
+Python needs seconds to import torch, so most runs are forks of a server process that has imported the libraries; each
+test process has its own server. Launchers start interpreters of their own, as does `fresh=True`.
+"""
+
+import atexit
+import contextlib
+import itertools
 import json
+import multiprocessing
 import os
 import runpy
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from engine.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # what is compared bit by bit, is so there
+PRELOAD = ["scripts", "engine.run", "analysis.energy", "sklearn.datasets", "sklearn.model_selection"]
+FIXED = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # with one thread, results are equal bit by bit
+CPU = {**os.environ, **FIXED}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def run(*command, cwd=ROOT, **environment):
-    environment = {**CPU, **environment}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True
-    )
+class Child:
+    """A script, or a module after "-m", in a fork of the server with its own session.
+
+    Args:
+        log: file that gets stdout and stderr.
+        errors: file that gets stderr.
+        before: called in the process before the script; must be picklable.
+    """
+
+    def __init__(
+        self,
+        *command: object,
+        log: Path,
+        errors: Path | None = None,
+        cwd: Path = ROOT,
+        before: Callable[[], None] | None = None,
+        **environment: str,
+    ):
+        self.log = Path(log)
+        words = [str(word) for word in command]
+        environment = {**os.environ, **FIXED, **environment}
+        arguments = (words, self.log, errors or self.log, cwd, before, environment)
+        self.process = _server().Process(target=_run, args=arguments)
+        self.process.start()
+
+    def wait(self) -> int:
+        """Return the exit code (negative: the signal that killed it); leave no process behind."""
+        try:
+            self.process.join()
+            return self.process.exitcode
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.join()
+
+    def wait_for(self, sign: Callable[[], bool]) -> bool:
+        """Wait until `sign()`; return False if the child ended before."""
+        while not sign():
+            if not self.process.is_alive():
+                return sign()
+            time.sleep(0.01)
+        return True
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
-def succeed(*command, **kwargs):
+def _server():
+    """Return a context whose processes are forks of one that has imported the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    settings = {**FIXED, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/faults")))}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in settings.items():
+            patch.setenv(key, value)
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def _run(
+    words: list[str],
+    log: Path,
+    errors: Path,
+    cwd: Path,
+    before: Callable[[], None] | None,
+    environment: dict[str, str],
+) -> None:
+    os.setsid()
+    for number, path in ((1, log), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    multiprocessing.set_start_method("fork", force=True)  # the loaders' default without a server
+    is_module = words[0] == "-m"
+    script_folder = str(cwd) if is_module else os.path.dirname(os.path.abspath(words[0]))
+    sys.path[:] = [
+        script_folder,
+        *(path for path in sys.path if path and not Path(path).is_relative_to(ROOT / "tests")),
+    ]
+    try:
+        if before:
+            before()
+        sys.argv = words[is_module:]
+        if is_module:
+            sys.modules.pop(words[1], None)  # runpy warns about a module that is imported already
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+    finally:
+        atexit._run_exitfuncs()
+
+
+@dataclass(frozen=True)
+class AtStep:
+    """Before a script: call `act` after the optimizer's n-th step, or after each step if `step` is None."""
+
+    act: Callable[[], None]
+    step: int | None
+
+    def __call__(self) -> None:
+        steps = itertools.count(1)
+
+        def after_step(*_) -> None:
+            if next(steps) == self.step or self.step is None:
+                self.act()
+
+        register_optimizer_step_post_hook(after_step)
+
+
+def signal_at_step(number: int, step: int) -> AtStep:
+    """Before a script: let it send itself and its group a signal after the optimizer's n-th step."""
+    return AtStep(partial(os.killpg, 0, number), step)
+
+
+def run(*command, cwd=ROOT, fresh=False, before=None, **environment) -> subprocess.CompletedProcess:
+    """Run a script, a module after "-m", or code after "-c"."""
+    words = [str(word) for word in command]
+    if fresh or words[0] == "-c" or (words[0] == "-m" and words[1].startswith("torch.")):
+        environment = {**os.environ, **FIXED, **environment}
+        return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        log, errors = Path(folder, "stdout"), Path(folder, "stderr")
+        code = Child(*words, log=log, errors=errors, cwd=cwd, before=before, **environment).wait()
+        return subprocess.CompletedProcess(words, code, log.read_text(), errors.read_text())
+
+
+def succeed(*command, **kwargs) -> str:
+    """Run as `run` does; return stdout."""
     result = run(*command, **kwargs)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
+def world(rank, count, port):
+    """Return the environment that a launcher sets."""
+    sizes = {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    return sizes | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def refused(result, *values) -> str:
+    """Assert exit code 2 and one line on stderr with every value in it; return the line."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    return named(lines[0], *values)
+
+
+def named(line, *values) -> str:
+    """Assert that a line of an error has every value in it; return the line."""
+    for value in values:
+        assert str(value) in line, f"{value!r} is missing in {line!r}"
+    return line
+
+
+@contextlib.contextmanager
+def refuses(*values):
+    """Assert that the body raises an error of one line with every value in it."""
+    with pytest.raises((UserError, ValueError)) as error:
+        yield error
+    assert "\n" not in str(error.value)
+    named(str(error.value), *values)
+
+
 def here(monkeypatch, capfd, script, *arguments):
-    """Run a script, or a module as `python -m` does, in this process, which saves its start; returns what it says."""
-    own = ["--device", "cpu"] if script.endswith(".py") else []
-    monkeypatch.setattr(sys, "argv", [script, *own, *map(str, arguments)])
+    """Run a script, or a module as `python -m` does, in this process, where patches count; return stdout."""
+    device = ["--device", "cpu"] if script.endswith(".py") else []
+    monkeypatch.setattr(sys, "argv", [script, *device, *map(str, arguments)])
     capfd.readouterr()
     threads = torch.get_num_threads()
     _execute(monkeypatch, script)
@@ -38,22 +223,8 @@ def here(monkeypatch, capfd, script, *arguments):
     return capfd.readouterr().out
 
 
-def _execute(monkeypatch, script):
-    if script.endswith(".py"):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    else:
-        monkeypatch.delitem(sys.modules, script, raising=False)  # runpy warns of a module that is imported already
-        runpy.run_module(script, run_name="__main__")
-
-
-def result_in(folder):
-    """What test.py wrote to `folder`."""
-    (path,) = folder.glob("*.test.json")
-    return json.loads(path.read_text())
-
-
 def fail(monkeypatch, capfd, script, *arguments):
-    """Run a script, or a module as `python -m` does, in this process, which saves its start; returns its one line."""
+    """Run as `here` does; assert exit code 2 and one error, and return its line."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         _execute(monkeypatch, script)
@@ -62,3 +233,22 @@ def fail(monkeypatch, capfd, script, *arguments):
     assert lines[-1].startswith("error: ")
     assert not [line for line in lines[:-1] if line.startswith(("error: ", "Traceback"))]
     return lines[-1]
+
+
+def _execute(monkeypatch, script):
+    if script.endswith(".py"):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    else:
+        monkeypatch.delitem(sys.modules, script, raising=False)  # runpy warns about a module that is imported already
+        runpy.run_module(script, run_name="__main__")
+
+
+def result_in(folder):
+    """Return what test.py wrote to `folder`."""
+    (path,) = folder.glob("*.test.json")
+    return json.loads(path.read_text())
+
+
+def rows_in(folder):
+    """Return the rows of a run's metrics."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

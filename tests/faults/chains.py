@@ -6,36 +6,42 @@ Augmentation, stochastic depth, an average of the weights and accumulated gradie
 import dataclasses
 import json
 import signal
-import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from harness import Child, Counts, Death, ranks, same
+from harness import Counts, ranks, same
+from scripts import Child
 
 from engine import checkpoint
 from engine.errors import UserError
 
 TRAIN = "digits/train.py --device cpu --epochs 2 --save-steps 2 --time-steps 1 --mlp-ratio 1 --log-interval 1".split()
 TRAIN += "--batch-size 64 --accum-iter 2 --ema-decay 0.9 --drop-path 0.1 --reprob 0.2 --color-jitter 0.4".split()
+EPOCHS, SAMPLES, BATCH, ACCUMULATED = 2, 1437, 64, 2
 
 
-@dataclasses.dataclass
-class Whole:
-    """A run that was never interrupted: its folder, and the seconds to its first save and to its end."""
-
-    folder: Path
-    first_save: float
-    end: float
-
-
-def run_whole(folder: Path, count: int) -> Whole:
-    """A run in `count` processes that is left alone."""
-    start = time.monotonic()
+def run_whole(folder: Path, count: int) -> Path:
+    """Run in `count` processes without a fault; return the folder."""
     children = ranks(count, *TRAIN, "--output-dir", folder, log=folder.with_suffix(".log"))
-    assert children[0].wait_for((folder / "last.pt").exists), children[0].output
-    first_save = time.monotonic() - start
     assert [child.wait() for child in children] == [0] * count, children[0].output
-    return Whole(folder, first_save, time.monotonic() - start)
+    return folder
+
+
+def updates(count: int) -> int:
+    """Optimizer steps of an epoch in `count` processes."""
+    return -(-(SAMPLES // (BATCH * count)) // ACCUMULATED)
+
+
+def position_after(update: int, count: int) -> tuple[int, int]:
+    """Epochs done, and steps of the next, after so many optimizer steps of a run; an epoch ends with its evaluation."""
+    epoch, update = divmod(update - 1, updates(count))
+    return epoch, min((update + 1) * ACCUMULATED, SAMPLES // (BATCH * count))
+
+
+def updates_at(position: tuple[int, int], count: int) -> int:
+    """Optimizer steps that a checkpoint at this position has."""
+    epoch, steps = position
+    return max(epoch, 0) * updates(count) + -(-max(steps, 0) // ACCUMULATED)
 
 
 def content(folder):
@@ -60,7 +66,7 @@ class Chain:
 
     counts: Counts
     folder: Path
-    whole: Whole
+    whole: Path  # folder of a run without a fault
     count: int = 1
     workers: int = 0
     lives: int = 0
@@ -73,23 +79,24 @@ class Chain:
 
     def life(
         self,
+        before: Callable[[], None] | None = None,
+        only: int | None = None,
         end: Callable[[list[Child]], None] = lambda children: None,
-        death: Death | None = None,
         expected: Collection[int] = (0,),
     ) -> str:
-        """Start the processes, let `end` act on them, and look at what they leave; returns what the first one says.
+        """Start the processes, let `end` act on them, and check what they leave; return the first one's output.
 
-        Those that are not killed must end with one of the `expected` codes, or where they have lost another with 2, or
-        with 0 if they were done.
+        Processes that are not killed must end with one of the `expected` codes; with 2, or 0 if they were done, where
+        another was killed.
         """
         self.lives += 1
         self.counts.trials += 1
         words = [*TRAIN, "--workers", self.workers, "--output-dir", self.folder, "--resume", "auto"]
         log = self.folder.with_name(f"{self.folder.name}-{self.lives}.log")
-        children = ranks(self.count, *words, log=log, death=death)
+        children = ranks(self.count, *words, log=log, before=before, only=only)
         end(children)
         codes = [child.wait() for child in children]
-        killed = [code in (-signal.SIGKILL, -signal.SIGXFSZ) for code in codes]
+        killed = [code in (-signal.SIGKILL, -signal.SIGXFSZ, -signal.SIGPROF) for code in codes]
         self.counts.kills += sum(killed)
         for child, code, is_killed in zip(children, codes, killed, strict=True):
             if is_killed:
@@ -97,12 +104,12 @@ class Chain:
             else:
                 self.counts.judge(self.name, code, child.output, {0, 2} if any(killed) else set(expected))
         self.done = set(codes) == {0}
-        before = self.saved
+        earlier = self.saved
         try:
             self.saved = position(self.folder)
         except UserError as error:
             self.counts.count("lost", f"{self.name}: {error}")
-        self.counts.require(self.saved >= before, f"{self.name}: {before} was saved, now {self.saved}", "lost")
+        self.counts.require(self.saved >= earlier, f"{self.name}: {earlier} was saved, now {self.saved}", "lost")
         return children[0].output
 
     def finish(self):
@@ -111,8 +118,8 @@ class Chain:
             self.life()
         if self.counts.notes:
             return
-        ours, theirs = content(self.folder), content(self.whole.folder)
+        ours, theirs = content(self.folder), content(self.whole)
         for key in ("state_dict", "state_dict_ema", "optimizer", "best", "epoch"):
             self.counts.require(same(ours[key], theirs[key]), f"{self.name}: {key} is another than of a whole run")
-        rows = metrics(self.folder), metrics(self.whole.folder)
+        rows = metrics(self.folder), metrics(self.whole)
         self.counts.require(rows[0] == rows[1], f"{self.name}: metrics {rows[0]} where a whole run has {rows[1]}")

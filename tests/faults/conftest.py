@@ -6,10 +6,11 @@ import json
 
 import pytest
 from chains import run_whole
-from harness import PARTS, QUICK, ROOT, Child, Counts, part
+from harness import PARTS, QUICK, Counts, part
+from scripts import ROOT
 from tabulate import tabulate
 
-COLUMNS = ("trials", "kills", "lost", "tracebacks", "wrong", "hangs", "seconds")
+COLUMNS = ("trials", "kills", "lost", "tracebacks", "wrong", "seconds")
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +27,6 @@ def finished(tmp_path_factory):
 def whole(tmp_path_factory):
     """Number of processes -> a run that was never interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    Child("digits/train.py", "--epochs", "0", log=folder / "warm").wait()  # the server has started
-
     return functools.cache(lambda count: run_whole(folder / str(count), count))
 
 

@@ -1,19 +1,13 @@
-"""What the fault tests share: what is counted, child processes that die on command, and what is compared.
-
-Starting Python with torch takes seconds, so children are forked from a server that has imported all they need. Each
-has a session of its own and runs a script as a user would, its output in a file.
-"""
+"""Counts of faults, processes that die at a chosen point, and bitwise comparison, for the fault tests."""
 
 import contextlib
 import dataclasses
 import io
 import math
-import multiprocessing
 import os
 import resource
 import runpy
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -22,14 +16,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from scripts import ROOT, Child, free_port, world
 
 from engine.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
-PRELOAD = ["harness", "engine.run", "analysis.energy", "sklearn.datasets", "sklearn.model_selection"]
 QUICK = "--batch-size 359 --time-steps 1 --mlp-ratio 1 --device cpu".split()  # 4 steps an epoch on the digits
 LONGEST_LINE = 2000  # characters of an error message
-PATIENCE = 120  # seconds after which a child hangs
 
 
 @dataclasses.dataclass
@@ -41,7 +33,6 @@ class Counts:
     lost: int = 0  # weights that were there before
     tracebacks: int = 0
     wrong: int = 0  # results, messages and exit codes
-    hangs: int = 0
     seconds: float = 0
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -59,56 +50,50 @@ class Counts:
             self.count(kind, note)
 
     @contextlib.contextmanager
-    def trial(self, what: str, limit: float = 20) -> Iterator[None]:
-        """A trial in this process: it may end well or in a `UserError` of one line that is not too long."""
+    def trial(self, what: str) -> Iterator[None]:
+        """Run a trial in this process: it may end well or in a `UserError` of one short line."""
         self.trials += 1
         try:
-            with time_limit(limit):
-                yield
+            yield
         except UserError as error:
             self.require(0 < len(str(error)) < LONGEST_LINE, f"{what}: a line of {len(str(error))} characters")
-        except Hang:
-            self.count("hangs", f"{what}: after {limit} s")
         except Exception as error:
             self.count("tracebacks", f"{what}: {type(error).__name__}: {error}")
 
-    def script(self, name: str, *arguments: object, expected: set[int], limit: float = PATIENCE) -> str:
-        """A trial of a script in this process; returns what it says."""
+    def script(self, name: str, *arguments: object, expected: set[int]) -> str:
+        """Run a script in this process; return its output."""
         self.trials += 1
         words = [name, *map(str, arguments)]
-        said = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace", write_through=True)
-        with mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        output = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace", write_through=True)
+        code = 0
+        with (
+            mock.patch.object(sys, "argv", words),
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
             try:
-                with time_limit(limit):
-                    if name.endswith(".py"):
-                        runpy.run_path(str(ROOT / name), run_name="__main__")
-                    else:
-                        sys.modules.pop(name, None)  # runpy warns of a module that is imported already
-                        runpy.run_module(name, run_name="__main__")
-                code = 0
+                if name.endswith(".py"):
+                    runpy.run_path(str(ROOT / name), run_name="__main__")
+                else:
+                    sys.modules.pop(name, None)  # runpy warns about a module that is imported already
+                    runpy.run_module(name, run_name="__main__")
             except SystemExit as end:
                 code = end.code
-            except Hang:
-                code = None
             except Exception:
-                code = traceback.print_exc()
-        output = said.buffer.getvalue().decode()
-        self.judge(f"{words}"[:500], code, output, expected)
-        return output
+                code = 1
+                traceback.print_exc()
+        text = output.buffer.getvalue().decode()
+        self.judge(f"{words}"[:500], code, text, expected)
+        return text
 
-    def judge(self, what: str, code: int | None, output: str, expected: set[int]) -> None:
-        """How a script ended: with an exit code of those `expected`, no traceback, and behind 2 one line that says why.
-
-        Without an exit code it hangs, unless a traceback tells otherwise.
-        """
+    def judge(self, what: str, code: int, output: str, expected: set[int]) -> None:
+        """Require an exit code among `expected`, no traceback, and one short line of error with exit code 2."""
         if "Traceback" in output:
             return self.count("tracebacks", f"{what}: {output[-1500:]}")
-        if code is None:
-            return self.count("hangs", what)
         errors = [line for line in output.splitlines() if line.startswith("error: ")]
-        said = len(errors) == 1 and len(errors[0]) < LONGEST_LINE if code == 2 else not errors
+        is_told = len(errors) == 1 and len(errors[0]) < LONGEST_LINE if code == 2 else not errors
         return self.require(
-            code in expected and said, f"{what}: exit code {code}, expected {expected}: {output[-1500:]}"
+            code in expected and is_told, f"{what}: exit code {code}, expected {expected}: {output[-1500:]}"
         )
 
     def __add__(self, other: "Counts") -> "Counts":
@@ -131,24 +116,6 @@ def part(name: str) -> Iterator[Counts]:
     assert not counts.notes, f"{len(counts.notes)} faults\n" + "\n".join(counts.notes[:10])
 
 
-class Hang(BaseException):
-    """Time is up; no `except Exception` swallows it."""
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    def ring(*_):
-        raise Hang
-
-    old = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
-
-
 def same(a: object, b: object) -> bool:
     """Whether two contents of a checkpoint are equal to the last bit."""
     if isinstance(a, torch.Tensor):
@@ -168,133 +135,72 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Death:
-    """When a child kills itself, counted from its start.
+    """Before a script: let it kill itself at the `at`-th step of saving.
 
-    At its `at`-th step of saving, of which opening, syncing, renaming, linking and removing are one each; or, with a
-    `size`, when the `at`-th file that it opens for a checkpoint has that many bytes.
+    Opening, syncing, renaming, linking and removing are one step each. With a `size`, it dies when the `at`-th file
+    that it opens for a checkpoint has that many bytes.
     """
 
     at: int
     size: int | None = None
 
+    def __call__(self) -> None:
+        steps = 0
 
-class Child:
-    """A script in a process of its own, as one of `ranks` or alone."""
+        def step() -> None:
+            nonlocal steps
+            steps += 1
+            if steps == self.at and self.size is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif steps == self.at:  # the kernel kills whoever writes more
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
 
-    def __init__(self, script: str, *arguments: object, log: Path, death: Death | None = None, **environment: str):
-        self.log = log
-        words = [script, *map(str, arguments)]
-        self.process = _server().Process(target=_run, args=(words, log, death, environment))
-        self.process.start()
-
-    def signal(self, number: int) -> None:
-        """To the process and those of its group, as a terminal does."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
-
-    def wait(self, limit: float = PATIENCE) -> int | None:
-        """The exit code (negative: the signal that killed it), None after `limit` seconds. Nothing is left behind."""
-        self.process.join(limit)
-        code = self.process.exitcode
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.join()
-        return code
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
-
-    def wait_for(self, sign: Callable[[], bool], limit: float = PATIENCE) -> bool:
-        """Wait until `sign()`; False if the child ended before, or time is up."""
-        end = time.monotonic() + limit
-        while not sign():
-            if not self.process.is_alive() or time.monotonic() > end:
-                return sign()
-            time.sleep(0.01)
-        return True
-
-
-def ranks(count: int, *words: object, log: Path, death: Death | None = None) -> list[Child]:
-    """A script in `count` processes, as a launcher starts them; the first of them is the one to die."""
-    if count == 1:
-        return [Child(*words, log=log, death=death)]
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        port = str(server.getsockname()[1])
-    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
-    return [
-        Child(*words, log=log.with_suffix(f".{i}"), death=None if i else death, RANK=str(i), LOCAL_RANK=str(i), **world)
-        for i in range(count)
-    ]
-
-
-def _server():
-    """A context whose processes are forked from one that has imported what is slow to import."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    settings = {
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/faults"))),
-        "OMP_NUM_THREADS": "1",  # what is compared bit by bit, is so there
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    before = {key: os.environ.get(key) for key in settings}
-    os.environ.update(settings)
-    multiprocessing.forkserver.ensure_running()
-    for key, value in before.items():
-        if value is None:
-            del os.environ[key]
-        else:
-            os.environ[key] = value
-    return context
-
-
-def _run(words: list[str], log: Path, death: Death | None, environment: dict[str, str]) -> None:
-    os.setsid()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ.update(environment)
-    os.chdir(ROOT)
-    multiprocessing.set_start_method("fork", force=True)  # of the loaders, as it is where there is no server
-    torch.set_num_threads(1)
-    if death:
-        _await(death)
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
-
-
-def _await(death: Death) -> None:
-    """Count the steps of saving from now on, and die at the one that is meant."""
-    steps = 0
-
-    def step() -> None:
-        nonlocal steps
-        steps += 1
-        if steps == death.at and death.size is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif steps == death.at:  # the kernel kills whoever writes more
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (death.size, resource.RLIM_INFINITY))
-
-    def hook(event: str, arguments: tuple) -> None:
-        if event not in ("open", "os.rename", "os.link", "os.remove"):
-            return
-        if ".pt" not in os.path.basename(str(arguments[0])):
-            return
-        writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax")
-        if writes or (event != "open" and death.size is None):
-            step()
-
-    sys.addaudithook(hook)
-    if death.size is None:
-        fsync = os.fsync
-
-        def counted(file) -> None:
-            path = os.readlink(f"/proc/self/fd/{file}")
-            if ".pt" in os.path.basename(path) or os.path.isdir(path):  # of the records there are others
+        def hook(event: str, arguments: tuple) -> None:
+            if event not in ("open", "os.rename", "os.link", "os.remove"):
+                return
+            if ".pt" not in os.path.basename(str(arguments[0])):
+                return
+            writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax")
+            if writes or (event != "open" and self.size is None):
                 step()
-            fsync(file)
 
-        os.fsync = counted
+        sys.addaudithook(hook)
+        if self.size is None:
+            fsync = os.fsync
+
+            def counted(file) -> None:
+                path = os.readlink(f"/proc/self/fd/{file}")
+                if ".pt" in os.path.basename(path) or os.path.isdir(path):  # of the records there are others
+                    step()
+                fsync(file)
+
+            os.fsync = counted
+
+
+def die_after(cpu_seconds: float) -> None:
+    """Before a script: let the kernel kill it after so many seconds of its own CPU time, at any instruction."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+
+
+def ranks(
+    count: int,
+    *words: object,
+    log: Path,
+    before: Callable[[], None] | None = None,
+    only: int | None = None,
+) -> list[Child]:
+    """Start a script in `count` processes, as a launcher does; `before` is for all, or for the rank `only`."""
+    if count == 1:
+        return [Child(*words, log=log, before=before)]
+    port = free_port()
+    return [
+        Child(
+            *words,
+            log=log.with_suffix(f".{rank}"),
+            before=before if only in (None, rank) else None,
+            **world(rank, count, port),
+        )
+        for rank in range(count)
+    ]

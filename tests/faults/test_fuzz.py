@@ -12,15 +12,15 @@ import shlex
 import pytest
 import torch
 import yaml
-from harness import QUICK, ROOT, part
+from harness import QUICK, part
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scripts import ROOT, refuses
 
 from engine import checkpoint, config, run
 from engine.errors import UserError
 
 MOST_MEMORY = 300  # MiB more than before
-SECONDS = 5
 
 KEYS = st.one_of(
     st.sampled_from(list(config.FIELDS)), st.sampled_from(["variants", "<<", "1", ""]), st.text(max_size=9)
@@ -124,7 +124,7 @@ def check(cfg):
         run.build_model(cfg)
 
 
-@full(60, 2000)
+@full(30, 1000)
 def test_recipes(count, tmp_path):
     path = tmp_path / "recipe.yml"
 
@@ -132,30 +132,30 @@ def test_recipes(count, tmp_path):
     @given(FILES)
     def fuzz(content):
         path.write_bytes(content)
-        with counts.trial(f"recipe {content[:500]!r}", SECONDS):
+        with counts.trial(f"recipe {content[:500]!r}"):
             check(config.load(path))
 
     with part("fuzzed recipes") as counts, frugal(counts):
         fuzz()
         for fragment in FRAGMENTS:  # each alone, too
             path.write_bytes(fragment.encode(errors="surrogatepass"))
-            with counts.trial(f"recipe {fragment[:500]!r}", SECONDS):
+            with counts.trial(f"recipe {fragment[:500]!r}"):
                 check(config.load(path))
 
 
-@full(100, 2000)
+@full(50, 1000)
 def test_command_lines(count):
     @examples(count)
     @given(LINES)
     def fuzz(words):
-        with counts.trial(f"flags {shlex.join(words)[:500]!r}", SECONDS):
+        with counts.trial(f"flags {shlex.join(words)[:500]!r}"):
             check(config.load(ROOT / "digits/digits.yml", words))
 
     with part("fuzzed flags") as counts, frugal(counts):
         fuzz()
 
 
-@full(20, 500)
+@full(10, 250)
 def test_scripts_up_to_the_data(count, finished, tmp_path, monkeypatch):
     """train.py and test.py in this process; the data would come next."""
 
@@ -167,7 +167,7 @@ def test_scripts_up_to_the_data(count, finished, tmp_path, monkeypatch):
     def fuzz(script, words):
         if "test.py" in script:
             words = [*words, "--checkpoint", finished / "last.pt"]
-        counts.script(script, *words, expected={0, 2}, limit=SECONDS)
+        counts.script(script, *words, expected={0, 2})
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "create_data", no_data)
@@ -180,7 +180,7 @@ def test_scripts_up_to_the_data(count, finished, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a\0b", "a\udcffb"], ids=["zero byte", "not UTF-8"])
 def test_names_that_cannot_be_written_down(key, name):
     """TensorBoard, among others, fails at them late."""
-    with pytest.raises(UserError, match="is not a text"):
+    with refuses(repr(name)[1:-1]):
         config.load(ROOT / "digits/digits.yml", [f"--{key}", name])
 
 
@@ -193,7 +193,7 @@ def test_settings_of_a_checkpoint_that_unfold(flag, finished, tmp_path):
     checkpoint.save(tmp_path / "bomb.pt", state | {"config": state["config"] | {"attention": bomb}})
     with part("fuzzed recipes") as counts, frugal(counts):
         words = [*QUICK, "--epochs", 1, flag, tmp_path / "bomb.pt", "--output-dir", tmp_path / "new"]
-        said = counts.script("digits/train.py", *words, expected={2} if flag == "--resume" else {0}, limit=30)
+        said = counts.script("digits/train.py", *words, expected={2} if flag == "--resume" else {0})
         counts.require("attention" in said, said)
 
 
@@ -208,6 +208,6 @@ def test_recipes_that_are_no_files(kind, tmp_path):
     elif kind == "huge":
         with path.open("wb") as file:
             file.truncate(2**40)
-    with part("fuzzed recipes") as counts, frugal(counts), counts.trial(kind, SECONDS):
+    with part("fuzzed recipes") as counts, frugal(counts), counts.trial(kind):
         config.load(ROOT / "digits/digits.yml", ["--config", str(path)])
         counts.count("wrong", f"{kind}: no error")
