@@ -31,7 +31,11 @@ from engine.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PRELOAD = ["scripts", "engine.run", "analysis.energy", "sklearn.datasets", "sklearn.model_selection"]
-FIXED = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # with one thread, results are equal bit by bit
+FIXED = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",  # results are equal bit by bit
+    "LOKY_MAX_CPU_COUNT": "1",  # recordings are prepared without further interpreters
+}
 CPU = {**os.environ, **FIXED}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -105,6 +109,7 @@ def _run(
     environment: dict[str, str],
 ) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     for number, path in ((1, log), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
@@ -137,16 +142,16 @@ def _run(
 
 @dataclass(frozen=True)
 class AtStep:
-    """Before a script: call `act` after the optimizer's n-th step, or after each step if `step` is None."""
+    """Before a script: call `act` after the optimizer's n-th step."""
 
     act: Callable[[], None]
-    step: int | None
+    step: int
 
     def __call__(self) -> None:
         steps = itertools.count(1)
 
         def after_step(*_) -> None:
-            if next(steps) == self.step or self.step is None:
+            if next(steps) == self.step:
                 self.act()
 
         register_optimizer_step_post_hook(after_step)

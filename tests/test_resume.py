@@ -1,6 +1,5 @@
 """A run that was stopped, cut or damaged goes on as if nothing had happened, and says what did."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,11 +10,13 @@ import numpy as np
 import pytest
 import timm.utils
 import torch
-from scripts import CPU, ROOT, fail, here
+from scripts import CPU, ROOT, fail, here, named, refuses, rows_in, run, signal_at_step, succeed
+from tiny_data import cifar10_dvs
 
-from engine import checkpoint, config, dist, folder, run
+from engine import checkpoint, config, dist, folder
+from engine import run as engine_run
 from engine.data.loaders import TrainLoader
-from engine.errors import Stopped, UserError
+from engine.errors import Stopped
 from engine.guard import guard
 from engine.loop import Trainer
 from engine.optim import create_optimizer
@@ -27,8 +28,8 @@ IMAGES = (
     "0.5 --reprob 0.5 --remode pixel --auto-augment rand-m9-mstd0.5-inc1 --hflip 0.5 --warmup-epochs 0"
 ).split()
 EVENTS = (
-    "digits-dvs/train.py --batch-size 280 --epochs 1 --time-steps 1 --drop-path 0.3 --mixup 0.5 --mixup-in step "
-    "--auto-augment snn-wide --hflip 0.5 --warmup-epochs 0"
+    "cifar10-dvs/train.py --batch-size 4 --epochs 1 --time-steps 1 --mlp-ratio 1 --drop-path 0.3 --mixup 0.5 "
+    "--mixup-in step --auto-augment snn-wide --hflip 0.5 --warmup-epochs 0 --cooldown-epochs 0 --accum-iter 1"
 ).split()  # 5 steps an epoch
 
 
@@ -44,41 +45,27 @@ def same(a, b):
 
 
 def figures(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows_in(folder)]
 
 
-def stopped_at(monkeypatch, capfd, method, call, number, *arguments):
-    """Run a script that sends itself a signal when `Trainer`'s `method` is called for the `call`-th time."""
-    calls, original = [], getattr(Trainer, method)
-
-    def counted(self, *args):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), number)
-        return original(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, method, counted)
-        with pytest.raises(SystemExit) as end:
-            here(monkeypatch, capfd, *arguments)
-    return end.value.code, capfd.readouterr().err.splitlines()[-1]
+def position(folder):
+    """Epochs done and steps of the next, as saved."""
+    state = checkpoint.read(folder / "last.pt")
+    return state["epoch"], state["position"]["steps_done"]
 
 
-@pytest.mark.parametrize("arguments", [IMAGES, EVENTS], ids=["images", "events"])
-def test_a_run_goes_on_at_the_step_where_it_was_stopped(arguments, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(("arguments", "steps", "left"), [(IMAGES, 4, 1), (EVENTS, 2, 3)], ids=["images", "events"])
+def test_a_run_goes_on_at_the_step_where_it_was_stopped(arguments, steps, left, tmp_path):
     """With all that is random, whatever number of workers, within an epoch and within its evaluation."""
-    here(monkeypatch, capfd, *arguments, "--workers", "0", "--output-dir", tmp_path / "whole")
+    if arguments is EVENTS:
+        arguments = [*EVENTS, "--data-path", cifar10_dvs(tmp_path / "data", per_class=3, count=50)]
+    succeed(*arguments, "--workers", "0", "--output-dir", tmp_path / "whole")
     cut = [*arguments, "--output-dir", tmp_path / "cut", "--resume", "auto"]
-    code, line = stopped_at(monkeypatch, capfd, "_update", 2, signal.SIGTERM, *cut, "--workers", "0")
-    assert code == 143
-    assert line.startswith(
-        f"stopped by SIGTERM after step {4 if '--accum-iter' in cut else 2} of epoch 1; --resume auto"
-    )
-    code, line = stopped_at(monkeypatch, capfd, "_refuse_collapsed_scale", 1, signal.SIGINT, *cut, "--workers", "2")
-    assert (code, line) == (130, "stopped by SIGINT in the evaluation of epoch 1; --resume auto goes on from there")
-    output = here(monkeypatch, capfd, *cut, "--workers", "1")
-    assert "after epoch 0 and step" in output
+    result = run(*cut, "--workers", "0", before=signal_at_step(signal.SIGTERM, 2))
+    assert (result.returncode, position(tmp_path / "cut")) == (143, (0, steps))
+    result = run(*cut, "--workers", "2", before=signal_at_step(signal.SIGINT, left))  # the epoch's last
+    assert (result.returncode, position(tmp_path / "cut")) == (130, (0, 5))
+    succeed(*cut, "--workers", "1")
     states = [checkpoint.read(tmp_path / name / "last.pt") for name in ("whole", "cut")]
     assert same(*({key: state[key] for key in checkpoint.ENTRIES[:-1]} for state in states))
     assert same(*(state["state_dict_ema"] for state in states))
@@ -89,8 +76,8 @@ def trainer(*flags):
     cfg = config.load(ROOT / "digits/digits.yml", ["--batch-size", "240", "--time-steps", "1", *flags])
     timm.utils.random_seed(0)
     here = dist.setup("cpu")
-    model = run.build_model(cfg)
-    return Trainer(cfg, here, model, create_optimizer(cfg, model), run.create_data(cfg, here))
+    model = engine_run.build_model(cfg)
+    return Trainer(cfg, here, model, create_optimizer(cfg, model), engine_run.create_data(cfg, here))
 
 
 def test_an_epoch_of_another_order_begins_anew(capfd):
@@ -101,11 +88,10 @@ def test_an_epoch_of_another_order_begins_anew(capfd):
     with pytest.raises(Stopped):
         first._fit_epoch("epoch 1", stop, None, lambda is_best: None, None)
     state = first.state()
-    run.log.setup_console(True)
+    engine_run.log.setup_console(True)
     other.restore(state)
     assert other.steps_done == 0
-    output = capfd.readouterr().out
-    assert "saved after step 3 of epoch 1, which cannot go on there (steps was 5 and is 11, batch_size was" in output
+    named(capfd.readouterr().out, "batch_size", 240, 120)
     first.steps_done = first.steps  # only to be evaluated, which other batches do as well
     other.restore(first.state())
     assert other.steps_done == other.steps == 11
@@ -120,6 +106,7 @@ def test_an_update_is_never_cut_in_two(monkeypatch):
 
 
 def test_a_second_interrupt_is_not_held_up():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     with StopRequest() as stop:
         for number in (signal.SIGTERM, signal.SIGTERM):
             os.kill(os.getpid(), number)
@@ -127,6 +114,7 @@ def test_a_second_interrupt_is_not_held_up():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    signal.signal(signal.SIGINT, before)
 
 
 def content(epoch):
@@ -181,7 +169,7 @@ def test_killed_between_any_two_steps_of_a_save_there_is_a_whole_checkpoint(call
 
 
 def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(tmp_path, capfd):
-    run.log.setup_console(True)
+    engine_run.log.setup_console(True)
     for name, epoch in (("best.pt", 0), ("last.pt", 1), ("last.pt", 2)):
         checkpoint.save(tmp_path / name, content(epoch), keep=1)
     for name, expected in (("last.pt", "last-1.pt"), ("last-1.pt", "best.pt")):
@@ -189,12 +177,10 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(tmp_path, capfd):
         damaged[len(damaged) // 2] ^= 4
         (tmp_path / name).write_bytes(damaged)
         assert folder._whole_checkpoint(tmp_path) == tmp_path / expected
-        assert f"{name}: altered, archive/data/0 in it is not what was written" in capfd.readouterr().out
+        named(capfd.readouterr().out, name)
         assert (tmp_path / f"{name}.damaged").read_bytes() == damaged
     (tmp_path / "best.pt").write_bytes(b"")
-    with pytest.raises(
-        UserError, match="no checkpoint can be read; the run can only start anew, with --output-dir NEW"
-    ):
+    with refuses(tmp_path, "--output-dir"):
         folder._whole_checkpoint(tmp_path)
     assert folder._whole_checkpoint(tmp_path / "none") is None
 
@@ -206,8 +192,7 @@ def test_one_run_a_folder(tmp_path, monkeypatch, capfd):
     words = [sys.executable, "-c", f"{lock}; f.flush(); print('held', flush=True); input()", tmp_path / folder.LOCK]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=CPU) as other:
         assert other.stdout.readline() == b"held\n"
-        line = fail(monkeypatch, capfd, "digits/train.py", "--output-dir", tmp_path)
-        assert f"another run is writing to {tmp_path} (process 7 on x): choose another --output-dir" in line
+        named(fail(monkeypatch, capfd, "digits/train.py", "--output-dir", tmp_path), tmp_path, "process 7 on x")
         other.communicate(b"\n")
     (tmp_path / "last.pt.tmp").write_bytes(b"half")
     folder.claim(tmp_path)
@@ -216,7 +201,7 @@ def test_one_run_a_folder(tmp_path, monkeypatch, capfd):
 
 
 def test_a_layer_without_spikes_is_named(capfd):
-    run.log.setup_console(True)
+    engine_run.log.setup_console(True)
     model = trainer().model.eval()
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -228,8 +213,8 @@ def test_a_layer_without_spikes_is_named(capfd):
         bn = model.get_submodule(name.removesuffix(".lif")).bn
         torch.nn.init.zeros_(bn.weight), torch.nn.init.zeros_(bn.bias)
     assert silent_layers(model, images) == layers
-    run.warn_of_silence(model, images)
-    assert f"warning: no neuron of {', '.join(layers)} spiked on 4 test samples" in capfd.readouterr().out
+    engine_run.warn_of_silence(model, images)
+    named(capfd.readouterr().out, *layers)
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -240,7 +225,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     before = (tmp_path / "last.pt").read_bytes()
     with torch.no_grad():
         one.model.get_submodule("stages.1.blocks.0.mlp.fc1.conv").weight[0] = float("nan")
-    with pytest.raises(UserError, match="the weights are no longer finite in epoch 1: lower lr"):
+    with refuses("epoch 1"):
         folder.save(one.cfg, one.dist, tmp_path, one, True)
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
     assert (tmp_path / "last.pt").read_bytes() == before
@@ -260,26 +245,27 @@ def test_what_ails_the_machine_damages_no_checkpoint(error, tmp_path, monkeypatc
 def test_a_collapsed_loss_scale_ends_the_run():
     one = trainer("--epochs", "1")
     one.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-11)
-    with pytest.raises(UserError, match=r"fp16 gradients overflow .* epoch 1 .*--amp bf16"):
+    with refuses("fp16", "epoch 1", "--amp bf16"):
         one.train_epoch("test")
 
 
 @pytest.mark.parametrize(
-    ("error", "line"),
+    ("error", "values"),
     [
-        (MemoryError(), "the memory is full: use a smaller --batch-size, or fewer --workers (MemoryError)"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "the GPU's memory is full: use a smaller"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "the memory is full"),
-        (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), "a loader's process has ended (Data"),
-        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
-        (OSError(5, "Input/output error", "/data/a.jpg"), "/data/a.jpg: Input/output error"),
+        (MemoryError(), ["--batch-size"]),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), ["--batch-size"]),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), ["--batch-size"]),
+        (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), ["--workers", "--resume"]),
+        (OSError(28, "No space left on device"), ["No space left on device"]),
+        (OSError(5, "Input/output error", "/data/a.jpg"), ["/data/a.jpg", "Input/output error"]),
     ],
 )
-def test_what_happens_to_the_machine_is_told_in_one_line(error, line, capfd):
+def test_what_happens_to_the_machine_is_told_in_one_line(error, values, capfd):
     with pytest.raises(SystemExit) as end, guard():
         raise error
     assert end.value.code == 2
-    assert capfd.readouterr().err.startswith(f"error: {line}")
+    (line,) = capfd.readouterr().err.splitlines()
+    named(line, *values)
 
 
 def test_a_thread_that_cannot_write_is_told_once(monkeypatch, capfd):
@@ -304,8 +290,7 @@ def test_weights_of_another_network_are_told(tmp_path, monkeypatch, capfd):
     here(monkeypatch, capfd, "digits/train.py", *quick, "--ssa-membrane", "released", "--output-dir", tmp_path / "a")
     more = ["--time-steps", "2", "--finetune", tmp_path / "a/last.pt", "--output-dir", tmp_path / "b"]
     output = here(monkeypatch, capfd, "digits/train.py", *quick, *more)
-    assert "last.pt was trained with ssa_membrane = 'released', and ssa_membrane is 'per_sample' here" in output
-    assert "last.pt was trained with time_steps = 1, and time_steps is 2 here" in output
+    named(output, tmp_path / "a/last.pt", "ssa_membrane", "'released'", "'per_sample'", "time_steps")
     assert "residual" not in output
 
 
@@ -314,7 +299,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, monkeypatch, capfd):
     weights["stages.1.blocks.0.mlp.fc1.conv.weight"][0, 0] = float("inf")
     torch.save({"state_dict": weights}, tmp_path / "weights.pt")
     line = fail(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "weights.pt")
-    assert "stages.1.blocks.0.mlp.fc1.conv.weight holds values that are not finite; take an older one" in line
+    named(line, tmp_path / "weights.pt", "stages.1.blocks.0.mlp.fc1.conv.weight")
 
 
 def test_skipped_samples_are_not_loaded():
@@ -342,17 +327,35 @@ def test_skipped_samples_are_not_loaded():
 def test_processes_with_other_settings_are_told(monkeypatch):
     cfg = trainer().cfg
     monkeypatch.setattr(dist, "gather", lambda values: [*values, values[0] | {"batch_size": 32}])
-    with pytest.raises(UserError, match="batch_size is 240 in one process and 32 in another: start all alike"):
-        run._require_equal_settings(cfg)
+    with refuses("batch_size", 240, 32):
+        engine_run._require_equal_settings(cfg)
     monkeypatch.setattr(dist, "gather", lambda values: values * 2)
-    run._require_equal_settings(cfg)
+    engine_run._require_equal_settings(cfg)
 
 
-def test_output_that_nobody_reads_ends_no_run():
-    """Closed, or a pipe whose reader has gone."""
-    words = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from engine.guard import guard; from engine import log"
-    words += "\nwith guard():\n    log.setup_console(True)\n    for _ in range(9999): log.logger.info('x' * 99)"
-    for end in ("2>&1 | head -n 1; exit ${PIPESTATUS[0]}", ">&- 2>&-"):
-        told = subprocess.run(["bash", "-c", f'{sys.executable} -c "$0" {end}', words], capture_output=True, env=CPU)
-        assert told.returncode == 0
-        assert b"Error" not in told.stdout + told.stderr
+CHATTY = """
+from engine.guard import guard
+with guard():
+    from engine import log
+    log.setup_console(True)
+    for _ in range(9999):
+        log.logger.info("x" * 99)
+"""
+
+
+def lose_the_reader():
+    ends = os.pipe()
+    os.dup2(ends[1], 1)
+    list(map(os.close, ends))
+
+
+def close_streams():
+    os.close(1), os.close(2)
+    sys.stdout = sys.stderr = None  # as Python starts then
+
+
+@pytest.mark.parametrize("before", [lose_the_reader, close_streams])
+def test_output_that_nobody_reads_ends_no_run(before, tmp_path):
+    (tmp_path / "chatty.py").write_text(CHATTY)
+    result = run(tmp_path / "chatty.py", before=before)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
