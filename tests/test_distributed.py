@@ -3,19 +3,18 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import CPU, ROOT, fail, run, succeed
+from scripts import CPU, ROOT, TORCHRUN, Child, fail, free_port, named, ranks, run, succeed, world
 
 from engine import checkpoint, dist
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 QUICK = ["--batch-size", "64", "--lr", "1e-2", "--time-steps", "1"]  # 11 steps an epoch in two processes
 
 
@@ -31,14 +30,20 @@ def alone(tmp_path_factory):
     return results
 
 
+def two_processes(path, *flags):
+    """The updates of two processes."""
+    children = ranks(2, "tests/first_step.py", path, *flags, log=path.with_suffix(".log"))
+    assert [child.wait() for child in children] == [0, 0], children[0].output + children[1].output
+    return torch.load(path)
+
+
 @pytest.mark.parametrize(
     ("accumulated", "flags"),
     [(1, ["--channels-last", "--ema-decay", "0.5"]), (2, ["--grad-checkpointing"])],
 )
 def test_two_processes_make_the_updates_of_one(alone, tmp_path, accumulated, flags):
-    path = tmp_path / "two.pt"
-    succeed(*TORCHRUN, "tests/first_step.py", path, "--sync-bn", "--accum-iter", accumulated, *flags)
-    two, one = torch.load(path), alone[accumulated]
+    two = two_processes(tmp_path / "two.pt", "--sync-bn", "--accum-iter", accumulated, *flags)
+    one = alone[accumulated]
     assert two["synced"] == 25
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
     assert len(two["gradients"]) == 2
@@ -57,7 +62,7 @@ def test_two_processes_on_the_fused_path_make_the_updates_of_one(tmp_path):
     for launcher in ([], TORCHRUN):
         path = tmp_path / f"{len(launcher)}.pt"
         flags = ["--sync-bn", "--lif-backend", "triton", "--attention", "token", "self", "self"]
-        succeed(*launcher, "tests/first_step.py", path, *flags, TRITON_INTERPRET="1")
+        succeed(*launcher, "tests/first_step.py", path, *flags, fresh=True, TRITON_INTERPRET="1")
         updates.append(torch.load(path)["gradients"])
     for expected, ours in zip(*updates, strict=True):
         largest = max(g.abs().max() for g in expected.values())
@@ -67,8 +72,7 @@ def test_two_processes_on_the_fused_path_make_the_updates_of_one(tmp_path):
 
 def test_without_synchronised_batchnorm_they_differ(alone, tmp_path):
     """The comparison above can fail."""
-    succeed(*TORCHRUN, "tests/first_step.py", tmp_path / "two.pt")
-    two = torch.load(tmp_path / "two.pt")
+    two = two_processes(tmp_path / "two.pt")
     assert two["synced"] == 0
     assert two["loss"] != pytest.approx(alone[1]["loss"], rel=1e-3)
 
@@ -109,11 +113,8 @@ def kill_one(launcher, folder, rank):
 def test_the_death_of_one_ends_all(tmp_path):
     launcher = start(*TORCHRUN, "digits/train.py", *QUICK, "--epochs", "500", "--output-dir", tmp_path)
     kill_one(launcher, tmp_path, rank=1)
-    killed = time.monotonic()
-    output, _ = launcher.communicate(timeout=120)
-    assert time.monotonic() - killed < 60
+    launcher.communicate()
     assert launcher.returncode != 0
-    assert "Signal 9 (SIGKILL) received" in output  # torchrun's own words on who died
     assert checkpoint.read(tmp_path / "last.pt")["epoch"] >= 1
 
 
@@ -123,9 +124,8 @@ def test_torchruns_restart_goes_on_from_the_last_checkpoint(tmp_path):
     train = ["digits/train.py", *QUICK, "--epochs", "5", "--output-dir"]
     launcher = start(*TORCHRUN, "--max-restarts=1", *train, tmp_path / "cut")
     kill_one(launcher, tmp_path / "cut", rank=0)
-    output, _ = launcher.communicate(timeout=240)
+    output, _ = launcher.communicate()
     assert launcher.returncode == 0, output
-    assert f"resumed {tmp_path / 'cut/last.pt'} after epoch " in output
     succeed(*TORCHRUN, *train, tmp_path / "whole")
     whole, cut = (checkpoint.read(tmp_path / name / "last.pt")["state_dict"] for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
@@ -136,65 +136,47 @@ def test_torchruns_restart_goes_on_from_the_last_checkpoint(tmp_path):
 
 def test_restarts_need_a_folder_to_find_the_run_in(monkeypatch, capfd):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
-    line = fail(monkeypatch, capfd, "digits/train.py", "--epochs", "1")
-    assert line == "error: torchrun --max-restarts needs --output-dir, so that a restart finds the run it goes on with"
+    named(fail(monkeypatch, capfd, "digits/train.py", "--epochs", "1"), "--max-restarts", "--output-dir")
 
 
-RANK = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, os.getcwd())
-from engine.guard import guard
-
-tested = sys.argv.pop()
-
-def self_test():
-    with open(tested, "a") as file:
-        file.write(os.environ["RANK"])
-    return os.environ["PROBLEM"] or None
-
-with guard():
+def with_self_test(tested, problem):
+    """Before a script: let the self-test of the Triton kernels note the rank and find `problem`."""
     from engine import run
+
+    def self_test():
+        with open(tested, "a") as file:
+            file.write(os.environ["RANK"])
+        return problem
+
     run.triton_problem = self_test
-    run.train(Path("digits/digits.yml"))
-"""
 
 
 @pytest.mark.parametrize(
     ("backends", "problem", "tested"),
-    [(("triton", "triton"), "computes 17 for 4; use lif_backend='torch'", "01"), (("triton", "torch"), "", "0")],
+    [(("triton", "triton"), "computes 17 for 4; use lif_backend='torch'", "01"), (("triton", "torch"), None, "0")],
     ids=["self-test", "flags"],
 )
 def test_ranks_that_disagree_on_the_kernels_all_end_in_one_line(tmp_path, backends, problem, tested):
     """Rank 0 tests the kernels first, alone; rank 1 fails, or does not want them."""
-    (tmp_path / "rank.py").write_text(RANK)
-    world = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    ranks = []
+    children, port = [], free_port()
     for rank, backend in enumerate(backends):
-        flags = ["--sync-bn", "--device", "cpu", "--lif-backend", backend, tmp_path / "tested"]
-        environment = world | {"TRITON_INTERPRET": "1", "RANK": str(rank), "PROBLEM": problem if rank else ""}
-        ranks.append(start(tmp_path / "rank.py", *flags, **environment))
-    for process in ranks:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 2, output
-        assert "Traceback" not in output
-        (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert "rank 1 of 2" in line
-        assert problem.split(";")[0] in line
-        assert "--lif-backend" in line
+        flags = ["digits/train.py", "--sync-bn", "--device", "cpu", "--lif-backend", backend]
+        before = partial(with_self_test, tmp_path / "tested", problem if rank else None)
+        environment = world(rank, 2, port) | {"TRITON_INTERPRET": "1", "LOCAL_RANK": "0"}
+        children.append(Child(*flags, log=tmp_path / f"{rank}", before=before, **environment))
+    assert [child.wait() for child in children] == [2, 2]
+    for child in children:
+        assert "Traceback" not in child.output
+        (line,) = [line for line in child.output.splitlines() if line.startswith("error: ")]
+        named(line, "rank 1 of 2", (problem or "").split(";")[0], "--lif-backend")
     assert (tmp_path / "tested").read_text() == tested
 
 
-def test_a_mistake_is_told_once():
+def test_a_mistake_is_told_under_a_launcher():
     result = run(*TORCHRUN, "digits/train.py", "--epochs", "0")
     assert result.returncode != 0
-    assert result.stderr.count("error: epochs = 0: must be at least 1") == 1
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
+    (line,) = {line for line in result.stderr.splitlines() if line.startswith("error: ")}
+    named(line, "epochs", 0)
 
 
 def test_two_machines_under_torchrun(tmp_path):
@@ -203,18 +185,19 @@ def test_two_machines_under_torchrun(tmp_path):
     rendezvous += [f"--rdzv_endpoint=localhost:{free_port()}"]
     train = ["digits/train.py", *QUICK, "--epochs", "1", "--output-dir", tmp_path]
     machines = [start("-m", "torch.distributed.run", *rendezvous, *train) for _ in range(2)]
-    outputs = [machine.communicate(timeout=240)[0] for machine in machines]
+    outputs = [machine.communicate()[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
-    assert sum("on 2 x cpu; effective batch 128" in output for output in outputs) == 1
+    assert checkpoint.read(tmp_path / "last.pt")["position"]["order"]["world_size"] == 2
 
 
 def test_two_tasks_under_srun(tmp_path):
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
-    train = ["digits/train.py", *QUICK, "--epochs", "1", "--output-dir", tmp_path]
-    tasks = [start(*train, **slurm, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
-    outputs = [task.communicate(timeout=240)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outputs
-    assert sum("on 2 x cpu; effective batch 128" in output for output in outputs) == 1
+    train = ["digits/train.py", *QUICK, "--epochs", "1", "--output-dir", tmp_path / "run"]
+    tasks = [
+        Child(*train, log=tmp_path / f"{i}.log", **slurm, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)
+    ]
+    assert [task.wait() for task in tasks] == [0, 0], tasks[0].output + tasks[1].output
+    assert checkpoint.read(tmp_path / "run/last.pt")["position"]["order"]["world_size"] == 2
 
 
 @pytest.mark.parametrize(
