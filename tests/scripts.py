@@ -181,16 +181,36 @@ def succeed(*command, **kwargs) -> str:
     return result.stdout
 
 
-def world(rank, count, port):
-    """Return the environment that a launcher sets."""
-    sizes = {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    return sizes | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-
-
 def free_port():
     with socket.socket() as server:
         server.bind(("localhost", 0))
         return server.getsockname()[1]
+
+
+def ranks(
+    count: int,
+    *words: object,
+    log: Path,
+    before: Callable[[], None] | None = None,
+    only: int | None = None,
+) -> list[Child]:
+    """Start a script in `count` processes, as a launcher does; `before` is for all, or for the rank `only`."""
+    if count == 1:
+        return [Child(*words, log=log, before=before)]
+    port = str(free_port())
+    return [
+        Child(
+            *words,
+            log=log.with_suffix(f".{rank}"),
+            before=before if only in (None, rank) else None,
+            WORLD_SIZE=str(count),
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            MASTER_ADDR="localhost",
+            MASTER_PORT=port,
+        )
+        for rank in range(count)
+    ]
 
 
 def refused(result, *values) -> str:

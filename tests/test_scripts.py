@@ -1,15 +1,25 @@
-"""The scripts as a user runs them, in subprocesses."""
+"""The scripts as a user runs them."""
 
 import json
 import re
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from scripts import CPU, ROOT, fail, here, result_in, run, succeed
+from scripts import (
+    ROOT,
+    TORCHRUN,
+    fail,
+    here,
+    named,
+    ranks,
+    refused,
+    result_in,
+    rows_in,
+    run,
+    signal_at_step,
+    succeed,
+)
 
 from engine import checkpoint
 from models import neuron
@@ -19,25 +29,21 @@ QUICK = ["--batch-size", "128", "--lr", "1e-2"]  # 11 steps an epoch
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The recipe as it stands, trained once for all tests of this file."""
+    """Three epochs of the recipe, with fewer steps in time, for all tests of this file."""
     folder = tmp_path_factory.mktemp("digits") / "run"
-    return folder, succeed("digits/train.py", "--output-dir", folder)
+    succeed("digits/train.py", "--output-dir", folder, "--epochs", "3", "--time-steps", "2")
+    return folder
 
 
-def test_the_recipe_learns_the_digits(trained):
-    folder, output = trained
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert max(row["test_top1"] for row in rows) >= 98
-    assert rows[-1]["test_top1"] >= 97.5
-    assert rows[-1]["train_loss"] < 0.3 < rows[0]["train_loss"]
-    assert f"checkpoints, metrics and curves are in {folder}" in output
-    assert "epoch 1/" in output
-    assert ": step 30/89, loss " in output  # plain lines where there is no terminal
+def test_three_epochs_learn_the_digits(trained):
+    rows = rows_in(trained)
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert rows[-1]["test_top1"] >= 75
+    assert rows[-1]["train_loss"] < 0.7 * rows[0]["train_loss"]
 
 
 def test_a_run_leaves_its_records(trained):
-    folder, _ = trained
-    assert {path.name for path in folder.iterdir()} >= {
+    assert {path.name for path in trained.iterdir()} >= {
         "config.yml",
         "run.json",
         "metrics.jsonl",
@@ -46,21 +52,18 @@ def test_a_run_leaves_its_records(trained):
         "learning_curve.png",
         "tensorboard",
     }
-    assert list((folder / "tensorboard").glob("events.*"))
-    (about,) = json.loads((folder / "run.json").read_text())
+    assert list((trained / "tensorboard").iterdir())
+    (about,) = json.loads((trained / "run.json").read_text())
     assert about["versions"]["torch"] == torch.__version__.split("+")[0]
     assert re.fullmatch(r"([0-9a-f]{40}(\+changes)?)?", about["git_commit"])
-    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_best_checkpoint_evaluates_to_the_accuracy_of_its_epoch(trained, tmp_path):
-    folder, _ = trained
-    output = succeed("test.py", "--checkpoint", folder / "best.pt", "--output-dir", tmp_path, cwd=ROOT / "digits")
-    state, result = checkpoint.read(folder / "best.pt"), result_in(tmp_path)
+    succeed("test.py", "--checkpoint", trained / "best.pt", "--output-dir", tmp_path, cwd=ROOT / "digits")
+    state, result = checkpoint.read(trained / "best.pt"), result_in(tmp_path)
     assert result["top1"] == state["best"]["test_top1"]
     assert result["count"] == 360
-    assert f"top-1 {result['top1']:.2f} %" in output
-    assert (tmp_path / "best.predictions.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "best.predictions.png").exists()
 
 
 def test_the_networks_settings_come_from_the_checkpoint(tmp_path, monkeypatch, capfd):
@@ -69,118 +72,111 @@ def test_the_networks_settings_come_from_the_checkpoint(tmp_path, monkeypatch, c
     here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "last.pt", "--eval-batch-size", "128")
     result = result_in(tmp_path)
     assert (result["attention"], result["time_steps"]) == (["channel", "token", "self"], 2)
-    assert result["top1"] == json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["test_top1"]
+    assert result["top1"] == rows_in(tmp_path)[-1]["test_top1"]
     output = here(
         monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "last.pt", "--ssa-membrane", "per_sample"
     )
-    assert "ssa_membrane is 'per_sample', where the checkpoint recorded 'released'" in output
+    named(output, "ssa_membrane", "'per_sample'", "'released'")
     assert result_in(tmp_path)["ssa_membrane"] == "per_sample"
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
-    arguments = ["digits/train.py", *QUICK, "--epochs", "4", "--time-steps", "1", "--seed", "7"]
+    arguments = ["digits/train.py", *QUICK, "--epochs", "3", "--time-steps", "1", "--seed", "7"]
     succeed(*arguments, "--output-dir", tmp_path / "whole")
-    killed = subprocess.Popen([sys.executable, *arguments, "--output-dir", tmp_path / "cut"], cwd=ROOT, env=CPU)
-    while not (tmp_path / "cut/last.pt").exists():
-        assert killed.poll() is None
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    done = checkpoint.read(tmp_path / "cut/last.pt")["epoch"]
-    assert done < 4
+    killed = run(*arguments, "--output-dir", tmp_path / "cut", before=signal_at_step(signal.SIGKILL, 15))
+    assert killed.returncode == -signal.SIGKILL
+    assert checkpoint.read(tmp_path / "cut/last.pt")["epoch"] == 1
     with (tmp_path / "cut/metrics.jsonl").open("a") as file:  # as if killed between record and checkpoint, and later
-        file.write(json.dumps({"epoch": done, "test_top1": 100}) + '\n{"epoch": ')
-    output = succeed("digits/train.py", "--output-dir", tmp_path / "cut", "--resume", "auto")  # settings as recorded
-    assert f"after epoch {done}" in output
+        file.write(json.dumps({"epoch": 1, "test_top1": 100}) + '\n{"epoch": ')
+    succeed("digits/train.py", "--output-dir", tmp_path / "cut", "--resume", "auto")  # settings as recorded
+    assert [start["first_epoch"] for start in json.loads((tmp_path / "cut/run.json").read_text())] == [0, 1]
     whole, cut = (checkpoint.read(tmp_path / name / "last.pt") for name in ("whole", "cut"))
     assert all(torch.equal(whole["state_dict"][key], cut["state_dict"][key]) for key in whole["state_dict"])
     assert whole["best"] == cut["best"]
-    rows = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("whole", "cut")]
+    rows = [rows_in(tmp_path / name) for name in ("whole", "cut")]
     for row in rows[0] + rows[1]:
         del row["seconds"]
     assert rows[0] == rows[1]
 
 
 def test_two_ranks(tmp_path):
-    """Under torchrun and the older launcher; the evaluation counts every sample once, whoever evaluates."""
-    launchers = [
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-        ["-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2"],
-    ]
-    train = "--batch-size 32 --lr 1e-2 --epochs 1 --time-steps 1 --output-dir".split()
-    output = succeed(*launchers[0], "digits/train.py", *train, tmp_path / "run")
-    assert "on 2 x cpu; effective batch 64" in output
-    assert output.count("epoch 1/1: lr") == 1
-    one = succeed("digits/test.py", "--checkpoint", tmp_path / "run/last.pt")
-    two = succeed(*launchers[1], "digits/test.py", "--checkpoint", tmp_path / "run/last.pt")
-    assert one == two
-    assert "on 360 samples" in two
-    recorded = json.loads((tmp_path / "run/metrics.jsonl").read_text())
-    tested = result_in(tmp_path / "run")
-    for key in ("loss", "top1", "top5"):  # what was recorded is what was saved
-        assert tested[key] == pytest.approx(recorded[f"test_{key}"], rel=1e-6)
+    """The evaluation counts every sample once, whoever evaluates."""
+    train = "--batch-size 64 --lr 1e-2 --epochs 1 --time-steps 1 --output-dir".split()
+    succeed(*TORCHRUN, "digits/train.py", *train, tmp_path / "run")
+    (recorded,) = rows_in(tmp_path / "run")  # by the main process alone
+    test, results = ["digits/test.py", "--checkpoint", tmp_path / "run/last.pt", "--output-dir"], []
+    for count in (1, 2):
+        children = ranks(count, *test, tmp_path / str(count), log=tmp_path / f"log{count}")
+        assert [child.wait() for child in children] == [0] * count, children[0].output
+        results.append(result_in(tmp_path / str(count)))
+    for key in ("loss", "top1", "top5"):
+        assert results[0][key] == results[1][key]
+        assert results[0][key] == pytest.approx(recorded[f"test_{key}"], rel=1e-6)  # what was recorded is saved
+    assert results[0]["count"] == results[1]["count"] == 360
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "value"),
     [
-        (["train.py", "--epochz", "3"], "unknown flag --epochz, did you mean '--epochs'?"),
-        (["train.py", "--model", "qkformer_3_65"], "model 'qkformer_3_65' is unknown; did you mean 'qkformer_3_64'?"),
-        (["train.py", "--attention", "token", "self"], "per stage (3)"),
-        (["train.py", "--num-classes", "11"], "num_classes = 11: digits has 10 classes"),
-        (["train.py", "--batch-size", "4000"], "use a smaller batch_size"),
-        (["train.py", "--opt", "adamx"], "opt = 'adamx'"),
-        (["train.py", "--opt", "adahessian"], "opt = 'adahessian': needs second derivatives"),
-        (["train.py", "--opt", "fusedadam"], "opt = 'fusedadam': "),
-        (["train.py", "--auto-augment", "foo"], "auto_augment = 'foo': timm has no such policy"),
-        (["train.py", "--in-channels", "3", "--mean", "0,0,0", "--std", "1,1,1"], "in_channels = 3: digits has 1"),
-        (["train.py", "--resume", "auto"], "--resume auto needs --output-dir"),
-        (["train.py", "--resume", 300 * "x"], "File name too long"),
-        (["train.py", "--output-dir", 300 * "x"], "File name too long"),
-        (["test.py", "--checkpoint", 300 * "x"], "File name too long"),
-        (["test.py", "--checkpoint", "no\nsuch.pt"], "checkpoint no such.pt does not exist"),
-        (["train.py", "--resume", "no/such.pt"], "checkpoint no/such.pt does not exist"),
-        (["train.py", "--checkpoint", "x.pt"], "--checkpoint is for test.py"),
+        (["train.py", "--epochz", "3"], "--epochz"),
+        (["train.py", "--model", "qkformer_3_65"], "qkformer_3_65"),
+        (["train.py", "--attention", "token", "self"], "attention"),
+        (["train.py", "--num-classes", "11"], "11"),
+        (["train.py", "--batch-size", "4000"], "batch_size"),
+        (["train.py", "--opt", "adamx"], "adamx"),
+        (["train.py", "--opt", "adahessian"], "adahessian"),
+        (["train.py", "--opt", "fusedadam"], "fusedadam"),
+        (["train.py", "--auto-augment", "foo"], "foo"),
+        (["train.py", "--in-channels", "3", "--mean", "0,0,0", "--std", "1,1,1"], "in_channels"),
+        (["train.py", "--resume", "auto"], "--output-dir"),
+        (["train.py", "--resume", 300 * "x"], 100 * "x"),
+        (["train.py", "--output-dir", 300 * "x"], 100 * "x"),
+        (["test.py", "--checkpoint", 300 * "x"], 100 * "x"),
+        (["test.py", "--checkpoint", "no\nsuch.pt"], "such.pt"),
+        (["train.py", "--resume", "no/such.pt"], "no/such.pt"),
+        (["train.py", "--checkpoint", "x.pt"], "--checkpoint"),
         (
             ["train.py", "--lif-backend", "cupy"],
-            "lif_backend='cupy' needs a CUDA device (torch sees none) and cupy-cuda13x==14.2.0",
+            "cupy",
         ),
-        (["train.py", "--pack-spikes"], "--pack-spikes needs the Triton kernels, and they a GPU: leave it out"),
-        (["train.py", "--cuda-graphs"], "--cuda-graphs needs one process on a GPU and this is 1 x cpu: leave it out"),
-        (["train.py", "--device", "cuda"], "torch sees no CUDA device here; use --device cpu"),
-        (["train.py", "--output-dir", "/dev/null/run"], "/dev/null/run: Not a directory"),
-        (["test.py"], "test.py needs --checkpoint FILE"),
-        (["test.py", "--checkpoint", ROOT / "LICENSE"], "LICENSE: refused, it is damaged"),
+        (["train.py", "--pack-spikes"], "--pack-spikes"),
+        (["train.py", "--cuda-graphs"], "--cuda-graphs"),
+        (["train.py", "--device", "cuda"], "--device"),
+        (["train.py", "--output-dir", "/dev/null/run"], "/dev/null/run"),
+        (["test.py"], "--checkpoint"),
+        (["test.py", "--checkpoint", ROOT / "LICENSE"], "LICENSE"),
     ],
 )
-def test_mistakes_end_in_one_line_and_exit_code_2(arguments, message, monkeypatch, capfd):
+def test_mistakes_end_in_one_line_and_exit_code_2(arguments, value, monkeypatch, capfd):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(neuron, "cupy_problem", neuron.cupy_problem.__wrapped__)  # which keeps its first answer
-    assert message in fail(monkeypatch, capfd, "digits/" + arguments[0], *arguments[1:])
+    assert value in fail(monkeypatch, capfd, "digits/" + arguments[0], *arguments[1:])
 
 
 def test_a_mistake_in_a_process_of_its_own():
-    result = run("digits/train.py", "--epochz", "3")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: unknown flag --epochz, did you mean '--epochs'?\n"
+    result = run("digits/train.py", "--epochz", "3", fresh=True)
+    refused(result, "--epochz")
+    assert result.stdout == ""
 
 
 def test_a_recipe_with_a_mistake_ends_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capfd):
-    for text, message in [
-        ("lr: 1\nepochz: 3", "recipe.yml: unknown key 'epochz', did you mean 'epochs'?"),
-        ("lr: 1\nepochs: many", "recipe.yml: epochs: 'many' is not a whole number"),
-        ("lr: 1\nhflip: 2", "hflip = 2.0: must be at most 1"),
+    for text, value in [
+        ("lr: 1\nepochz: 3", "epochz"),
+        ("lr: 1\nepochs: many", "many"),
+        ("lr: 1\nhflip: 2", "hflip"),
     ]:
         (tmp_path / "recipe.yml").write_text(text)
-        assert message in fail(monkeypatch, capfd, "digits/train.py", "--config", tmp_path / "recipe.yml")
+        line = fail(monkeypatch, capfd, "digits/train.py", "--config", tmp_path / "recipe.yml")
+        named(line, value)
 
 
 def test_the_environment_of_a_launcher_is_checked(monkeypatch, capfd):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # other ranks than 0 let it go first
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "cannot join the other processes" in fail(monkeypatch, capfd, "digits/train.py")
+    fail(monkeypatch, capfd, "digits/train.py")
     monkeypatch.setenv("LOCAL_RANK", "x")
     monkeypatch.delenv("WORLD_SIZE")
-    assert "LOCAL_RANK and WORLD_SIZE" in fail(monkeypatch, capfd, "digits/train.py")
+    named(fail(monkeypatch, capfd, "digits/train.py"), "LOCAL_RANK")
 
 
 def test_evaluation_under_the_conditions_of_the_run(tmp_path, monkeypatch, capfd):
@@ -195,9 +191,9 @@ def test_evaluation_under_the_conditions_of_the_run(tmp_path, monkeypatch, capfd
 
 def test_a_run_can_branch_off_into_another_folder(trained, tmp_path, monkeypatch, capfd):
     """Its settings are the recipe's and the flags', its best is its own, and the first run stays as it was."""
-    folder, _ = trained
+    folder = trained
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    longer = ["--epochs", "9", "--weight-decay", "0", "--batch-size", "128"]
+    longer = ["--time-steps", "2", "--epochs", "4", "--weight-decay", "0", "--batch-size", "128"]
     here(
         monkeypatch,
         capfd,
@@ -209,24 +205,20 @@ def test_a_run_can_branch_off_into_another_folder(trained, tmp_path, monkeypatch
         *longer,
     )
     state = checkpoint.read(tmp_path / "branch/best.pt")
-    assert (state["epoch"], state["best"]["epoch"], state["config"]["weight_decay"]) == (9, 8, 0)
+    assert (state["epoch"], state["best"]["epoch"], state["config"]["weight_decay"]) == (4, 3, 0)
     (start,) = json.loads((tmp_path / "branch/run.json").read_text())
-    assert start["first_epoch"] == 8
+    assert start["first_epoch"] == 3
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
 def test_nothing_is_overwritten(trained, monkeypatch, capfd):
-    folder, _ = trained
+    folder = trained
     before = (folder / "last.pt").read_bytes()
     again = ["digits/train.py", "--output-dir", folder]
-    assert "holds a run already: go on with --resume auto" in fail(monkeypatch, capfd, *again)
-    line = fail(monkeypatch, capfd, *again, "--resume", folder / "best.pt")
-    assert "holds a run already" in line
-    for flag, value, message in [
-        ("--time-steps", "2", "time_steps is 4 there and 2 here"),
-        ("--opt", "sgd", "opt is 'adamw' there and 'sgd' here"),
-    ]:
-        assert message in fail(monkeypatch, capfd, *again, "--resume", "auto", flag, value)
+    named(fail(monkeypatch, capfd, *again), folder, "--resume auto")
+    named(fail(monkeypatch, capfd, *again, "--resume", folder / "best.pt"), folder)
+    for flag, value, key in [("--time-steps", "3", "time_steps"), ("--opt", "sgd", "opt")]:
+        named(fail(monkeypatch, capfd, *again, "--resume", "auto", flag, value), key, value)
     assert (folder / "last.pt").read_bytes() == before
 
 
@@ -235,20 +227,23 @@ def test_a_released_checkpoint_evaluates(trained, tmp_path, monkeypatch, capfd):
     from models import create_model
     from models.released import to_released
 
-    folder, _ = trained
+    folder = trained
     model = create_model("qkformer_3_64")
     model.load_state_dict(checkpoint.read(folder / "best.pt")["state_dict"])
     torch.save({"arch": "QKFormer", "epoch": 5, "state_dict": to_released(model)}, tmp_path / "released.pth.tar")
-    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "released.pth.tar")
+    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "released.pth.tar", "--time-steps", 2)
     result = result_in(tmp_path)
     assert result["top1"] == checkpoint.read(folder / "best.pt")["best"]["test_top1"]
     torch.save({"state_dict": {"head.weight": torch.zeros(10, 64)}}, tmp_path / "poor.pth.tar")
     line = fail(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "poor.pth.tar")
-    assert "does not fit the model: " in line
+    named(line, "poor.pth.tar")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_the_recipe_learns_the_digits_from_other_seeds(tmp_path, seed):
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_recipe_learns_the_digits(tmp_path, seed):
     succeed("digits/train.py", "--output-dir", tmp_path, "--seed", seed)
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["test_top1"] >= 97.5
+    rows = rows_in(tmp_path)
+    assert max(row["test_top1"] for row in rows) >= 98
+    assert rows[-1]["test_top1"] >= 97.5
+    assert rows[-1]["train_loss"] < 0.3 < rows[0]["train_loss"]

@@ -9,8 +9,8 @@ import signal
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from harness import Counts, ranks, same
-from scripts import Child
+from harness import Counts, same
+from scripts import Child, ranks
 
 from engine import checkpoint
 from engine.errors import UserError

@@ -11,12 +11,11 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from unittest import mock
 
 import torch
-from scripts import ROOT, Child, free_port, world
+from scripts import ROOT
 
 from engine.errors import UserError
 
@@ -182,25 +181,3 @@ class Death:
 def die_after(cpu_seconds: float) -> None:
     """Before a script: let the kernel kill it after so many seconds of its own CPU time, at any instruction."""
     signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-
-
-def ranks(
-    count: int,
-    *words: object,
-    log: Path,
-    before: Callable[[], None] | None = None,
-    only: int | None = None,
-) -> list[Child]:
-    """Start a script in `count` processes, as a launcher does; `before` is for all, or for the rank `only`."""
-    if count == 1:
-        return [Child(*words, log=log, before=before)]
-    port = free_port()
-    return [
-        Child(
-            *words,
-            log=log.with_suffix(f".{rank}"),
-            before=before if only in (None, rank) else None,
-            **world(rank, count, port),
-        )
-        for rank in range(count)
-    ]
