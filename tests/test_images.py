@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-import json
+import itertools
 import math
 import os
 import tarfile
@@ -13,15 +13,15 @@ import timm.utils
 import torch
 import torchvision.datasets.cifar
 from PIL import Image
-from scripts import ROOT, fail, result_in, succeed
+from scripts import ROOT, TORCHRUN, fail, named, ranks, refuses, result_in, succeed
+from scripts import rows_in as rows
 from timm.data.transforms import MaybePILToTensor, ToNumpy
 from tiny_data import cifar, image_folder, shards
 
-from engine import config, dist
+from engine import checkpoint, config, dist
 from engine.data import image
 from engine.data.datasets import create_dataset
 from engine.data.image import create_data
-from engine.errors import UserError
 from engine.loop import Trainer
 from engine.optim import create_optimizer
 from engine.run import build_model
@@ -30,7 +30,7 @@ from models import create_model
 LAUNCHERS = {
     "python": [],
     "launch": ["-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2"],
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    "torchrun": TORCHRUN,
 }
 EASY = "--hflip 0 --aa none --reprob 0 --smoothing 0 --mixup 0 --lr 1e-3 --accum-iter 1".split()
 SMALL = "--time-steps 1 --batch-size 8 --workers 1 --warmup-epochs 0 --cooldown-epochs 0".split()
@@ -43,10 +43,6 @@ def command(name, launcher="python", script="train.py"):
     """The words in front of the flags; CIFAR's script runs with torchvision's check of the md5 switched off."""
     patched = ["tests/tiny_data.py"] if name.startswith("cifar") else []
     return [*LAUNCHERS[launcher], *patched, f"{name}/{script}"]
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -63,24 +59,25 @@ def test_train_resume_test(data, tmp_path, name, launcher, flags):
     """The loss falls, and the evaluation is the same to the last digit, however many processes share it."""
     where = ["--data-path", data / name, "--workers", "1", "--output-dir"]
     train = command(name, launcher)
-    output = succeed(*train, *SMALL, *EASY, *flags, "--epochs", "3", *where, tmp_path / "run")
+    succeed(*train, *SMALL, *EASY, *flags, "--epochs", "2", *where, tmp_path / "run")
     processes = 1 if launcher == "python" else 2
-    assert f"T = 1, on {processes} x cpu; effective batch {8 * processes}, learning rate 0.001" in output
-    assert "warning: effective batch" in output
-    output = succeed(*train, *where, tmp_path / "run", "--resume", "auto", "--epochs", "4")
-    assert "after epoch 3" in output
+    assert checkpoint.read(tmp_path / "run/last.pt")["position"]["order"]["world_size"] == processes
+    resume = [*command(name), *where, tmp_path / "run", "--resume", "auto", "--epochs", "3"]
+    children = ranks(processes, *resume, log=tmp_path / "log")
+    assert [child.wait() for child in children] == [0] * processes, children[0].output
     losses = [row["train_loss"] for row in rows(tmp_path / "run")]
-    assert len(losses) == 4
+    assert len(losses) == 3
     assert losses[-1] < 0.95 * losses[0]
     results = []
-    for kind in {"python": 1, launcher: 2}:
-        test = [*command(name, kind, "test.py"), "--checkpoint", tmp_path / "run/last.pt", "--eval-batch-size", "4"]
-        succeed(*test, *where, tmp_path / kind)
-        results.append(result_in(tmp_path / kind))
+    for count in (1, 2):
+        test = [*command(name, script="test.py"), "--checkpoint", tmp_path / "run/last.pt", "--eval-batch-size", "4"]
+        children = ranks(count, *test, *where, tmp_path / str(count), log=tmp_path / f"log{count}")
+        assert [child.wait() for child in children] == [0] * count, children[0].output
+        results.append(result_in(tmp_path / str(count)))
     for key in ("loss", "top1", "top5", "count"):
         assert results[0][key] == results[-1][key]
     assert results[0]["count"] == (37 if name == "imagenet" else 21)  # neither is a multiple of 2 x 4
-    assert (tmp_path / "python/last.predictions.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "1/last.predictions.png").exists()
 
 
 @pytest.mark.slow
@@ -90,8 +87,8 @@ def test_shards_train_and_evaluate_as_folders_do(data, tmp_path):
     losses = []
     for launcher in ("python", "torchrun"):
         test = command("imagenet", launcher, "test.py")
-        output = succeed(*test, *flags, "--eval-batch-size", "4", "--checkpoint", tmp_path / "last.pt")
-        assert "on 37 samples" in output
+        succeed(*test, *flags, "--eval-batch-size", "4", "--checkpoint", tmp_path / "last.pt")
+        assert result_in(tmp_path)["count"] == 37
         losses.append(result_in(tmp_path)["loss"])
     assert losses[0] == losses[1]
 
@@ -101,7 +98,7 @@ def test_more_processes_than_shards_are_refused(data, monkeypatch, capfd):
     stream = create_dataset(config.load(ROOT / "imagenet/qkformer_10_384.yml", [*SHARDS, str(data / "shards")]), True)
     assert image._feedable(stream, 10, 2) == 4  # 8 shards
     assert image._feedable(stream, 3, 2) == 3
-    with pytest.raises(UserError, match="9 processes cannot share 8 shards"):
+    with refuses(9, 8):
         image._feedable(stream, 1, 9)
 
 
@@ -114,10 +111,10 @@ def test_a_damaged_shard_is_not_left_out_silently(tmp_path, data, monkeypatch, c
         archive.addfile(member, io.BytesIO(b"no image."))
     flags = [*IMAGENET, "--dataset", "wds/tiny", "--data-path", root, "--workers", "0", "--time-steps", "1"]
     line = fail(monkeypatch, capfd, "imagenet/test.py", *flags, "--checkpoint", tmp_path / "weights.pt")
-    assert "a sample of the shards cannot be read (" in line
+    named(line, "tiny-validation-0000.tar")
     (root / "tiny-validation-0000.tar").write_bytes((root / "tiny-validation-0001.tar").read_bytes())
     line = fail(monkeypatch, capfd, "imagenet/test.py", *flags, "--checkpoint", tmp_path / "weights.pt")
-    assert "the test set gave 2 images where its description says 9" in line
+    named(line, 2, 9)
 
 
 def break_nothing(root):
@@ -165,43 +162,41 @@ def not_an_image(root):
 
 
 @pytest.mark.parametrize(
-    ("damage", "flags", "message"),
+    ("damage", "flags", "value"),
     [
-        (break_nothing, ["--data-path", "no/where"], "data folder no/where does not exist; say where imagefolder is"),
-        (break_nothing, ["--num-classes", "1000"], "val has 4 classes; complete the data set, or choose --num-classes"),
-        (break_nothing, ["--in-channels", "2", "--mean", "0,0", "--std", "1,1"], "in_channels = 2: images of a folder"),
-        (break_nothing, ["--dataset", "imagenet"], "dataset = 'imagenet': choose digits, imagefolder, digits-dvs,"),
-        (break_nothing, ["--dataset", "wds/x"], "split validation not found in info"),
-        (no_train, [], "holds no folder train; it should hold train and val, each with a folder per class"),
-        (archives, [], "extract them: python -c \"from torchvision.datasets import ImageNet as I; I('"),
-        (flat, [], "val holds 37 images but no folder per class; sort them into such"),
-        (empty_class, [], "val: no images in n00000002; complete the data set"),
-        (missing_class, [], "num_classes = 4: "),
-        (other_class, [], "imagefolder: only one of training and test set has the class n00000002"),
-        (truncated, ["--dataset", "torch/folder"], "val/n00000001/1_3.JPEG: cannot be read as an image"),
-        (truncated, [], "val/n00000001/1_3.JPEG: cannot be read as an image"),
-        (not_an_image, [], "train/n00000001/1_3.JPEG: cannot be read as an image"),
+        (break_nothing, ["--data-path", "no/where"], "no/where"),
+        (break_nothing, ["--num-classes", "1000"], "--num-classes"),
+        (break_nothing, ["--in-channels", "2", "--mean", "0,0", "--std", "1,1"], "in_channels"),
+        (break_nothing, ["--dataset", "imagenet"], "imagefolder"),
+        (break_nothing, ["--dataset", "wds/x"], "wds/x"),
+        (no_train, [], "/data"),
+        (archives, [], "/data"),
+        (flat, [], "/data/val"),
+        (empty_class, [], "n00000002"),
+        (missing_class, [], "num_classes"),
+        (other_class, [], "n00000002"),
+        (truncated, ["--dataset", "torch/folder"], "val/n00000001/1_3.JPEG"),
+        (truncated, [], "val/n00000001/1_3.JPEG"),
+        (not_an_image, [], "train/n00000001/1_3.JPEG"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_broken_folder_is_named_in_one_line(damage, flags, message, tmp_path, monkeypatch, capfd):
+def test_a_broken_folder_is_named_in_one_line(damage, flags, value, tmp_path, monkeypatch, capfd):
     root = image_folder(tmp_path / "data", train=8)
     damage(root)
     small = [*SMALL, *IMAGENET, "--data-path", root, "--epochs", "1", "--output-dir", tmp_path / "run"]
-    assert message in fail(monkeypatch, capfd, "imagenet/train.py", *small, *flags)
+    assert value in fail(monkeypatch, capfd, "imagenet/train.py", *small, *flags)
 
 
 def test_broken_cifar_is_named_in_one_line(tmp_path, monkeypatch, capfd):
-    assert "cifar10 does not exist; say where torch/cifar10 is" in fail(monkeypatch, capfd, "cifar10/train.py")
+    named(fail(monkeypatch, capfd, "cifar10/train.py"), "cifar10")
     train = ["cifar10/train.py", "--data-path", tmp_path]
-    assert "cifar-10-batches-py/data_batch_1 is missing; fetch it anew with --download" in fail(
-        monkeypatch, capfd, *train
-    )
+    named(fail(monkeypatch, capfd, *train), "cifar-10-batches-py/data_batch_1", "--download")
     with monkeypatch.context() as offline:
         offline.setattr(urllib.request, "urlopen", lambda *args, **kwargs: 1 / 0)
         assert "division by zero" in fail(offline, capfd, *train, "--download")  # why it cannot be fetched
     cifar(tmp_path, 10)  # not the published files
-    assert "cifar-10-batches-py/data_batch_1 is damaged; fetch it" in fail(monkeypatch, capfd, *train)
+    named(fail(monkeypatch, capfd, *train), "cifar-10-batches-py/data_batch_1")
 
 
 def test_an_image_is_read_in_the_mode_of_the_network(tmp_path):
@@ -246,7 +241,8 @@ def test_batches_equal_those_of_timms_own_tensors(name, data, monkeypatch):
         monkeypatch.setattr(image, "ToNumpy", last)
         loaded = create_data(cfg, dist.setup("cpu"))
         timm.utils.random_seed(0)
-        return [tensor for loader in (loaded.train.batches(0), loaded.test) for batch in loader for tensor in batch]
+        loaders = (itertools.islice(loader, 5) for loader in (loaded.train.batches(0), loaded.test))
+        return [tensor for loader in loaders for batch in loader for tensor in batch]
 
     pairs = list(zip(batches(ToNumpy), batches(MaybePILToTensor), strict=True))
     assert len(pairs) > 8
