@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import refuses
 
 from engine import checkpoint
-from engine.errors import UserError
 from models import create_model
 from models.released import load_released, to_released
 
@@ -100,9 +100,8 @@ def test_a_malicious_pickle_is_refused_unread(tmp_path, monkeypatch, place, lega
     }[place]
     path = tmp_path / "evil.pth"
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(UserError, match=r"evil.pth: refused, it holds (posix|os)\.system, .*could run code") as error:
+    with refuses(path, f"{os.system.__module__}.system"):
         checkpoint.read(path)
-    assert "\n" not in str(error.value)
     assert not mark.exists()
     pickle.loads(pickle.dumps(Payload()))  # the payload does work where it is let in
     assert mark.exists()
@@ -110,7 +109,7 @@ def test_a_malicious_pickle_is_refused_unread(tmp_path, monkeypatch, place, lega
 
 def test_other_objects_are_refused_too(tmp_path):
     torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "module.pth")
-    with pytest.raises(UserError, match=r"refused, it holds torch\.nn.modules.linear.Linear"):
+    with refuses("module.pth", "torch.nn.modules.linear.Linear"):
         checkpoint.read(tmp_path / "module.pth")
 
 
@@ -120,35 +119,33 @@ def _truncated(path):
 
 
 @pytest.mark.parametrize(
-    ("write", "message"),
+    ("write", "values"),
     [
-        (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "is no file"),
-        (lambda path: path.symlink_to(path), "is no file"),
-        (lambda path: path.write_bytes(pickle.dumps({"model": Path()}, 4)), "refused"),
-        (lambda path: path.write_bytes(b""), "truncated, or not a checkpoint"),
-        (lambda path: path.write_text("<html>quota exceeded</html>"), "truncated, or not a checkpoint|refused"),
-        (_truncated, "truncated or altered"),
-        (lambda path: torch.save([1, 2], path), "holds no weights but a list"),
-        (lambda path: torch.save({"epoch": 3, "note": "x"}, path), "holds no weights; its entries are epoch, note"),
-        (lambda path: torch.save({"model": {}}, path), "holds no weights; its entries are model"),
-        (lambda path: torch.save({}, path), "holds no weights; its entries are none"),
+        (lambda path: None, []),
+        (lambda path: path.mkdir(), []),
+        (lambda path: path.symlink_to(path), []),
+        (lambda path: path.write_bytes(pickle.dumps({"model": Path()}, 4)), []),
+        (lambda path: path.write_bytes(b""), []),
+        (lambda path: path.write_text("<html>quota exceeded</html>"), []),
+        (_truncated, []),
+        (lambda path: torch.save([1, 2], path), ["list"]),
+        (lambda path: torch.save({"epoch": 3, "note": "x"}, path), ["epoch", "note"]),
+        (lambda path: torch.save({"model": {}}, path), ["model"]),
+        (lambda path: torch.save({}, path), []),
         (
             lambda path: checkpoint.save(path, {"state_dict": {}, "epoch": 1}),
-            "damaged, it lacks optimizer, scaler, best, config",
+            ["optimizer", "scaler", "best", "config"],
         ),
         (
             lambda path: checkpoint.save(path, {key: [1] for key in checkpoint.ENTRIES}),
-            "damaged, its optimizer, scaler, position, best, config, epoch is not what it should be",
+            ["optimizer", "scaler", "position", "best", "config", "epoch"],
         ),
     ],
 )
-def test_bad_files_are_named_in_one_line(tmp_path, write, message):
+def test_bad_files_are_named_in_one_line(tmp_path, write, values):
     write(tmp_path / "file.pth")
-    with pytest.raises(UserError, match=message) as error:
+    with refuses(tmp_path / "file.pth", *values):
         checkpoint.read(tmp_path / "file.pth")
-    assert "file.pth" in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
@@ -161,7 +158,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(UserError, match=r"cannot write .*last.pt: .*No space left"):
+    with refuses(path, "No space left"):
         checkpoint.save(path, content | {"epoch": 2})
     assert checkpoint.read(path)["epoch"] == 1
     assert os.listdir(tmp_path) == ["last.pt"]

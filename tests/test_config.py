@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from scripts import refuses
 
 from engine import config, published
-from engine.errors import UserError
 from engine.optim import lr_at
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,63 +56,61 @@ def test_the_saved_configuration_reads_back(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "flags", "message"),
+    ("text", "flags", "value"),
     [
-        ("lr: 1\nepochz: 3", "", "recipe.yml: unknown key 'epochz', did you mean 'epochs'?"),
-        ("lr: 1\n3: 3", "", "recipe.yml: unknown key 3"),
-        ("lr: fast", "", "recipe.yml: lr: 'fast' is not a number"),
-        ("lr: 1\nepochs: 2.5", "", "recipe.yml: epochs: 2.5 is not a whole number"),
-        ("lr: 1\nepochs: true", "", "recipe.yml: epochs: True is not a whole number"),
-        ("lr: 1\nepochs: [3]", "", "recipe.yml: epochs: [3] is not a whole number"),
-        ("lr: 1\nepochs:", "", "recipe.yml: epochs: None is not a whole number"),
-        ("lr: 1\nshortcut: 1", "", "recipe.yml: shortcut: 1 is not true or false"),
-        ("lr: 1\nmodel: 10", "", "recipe.yml: model: 10 is not a text"),
-        ("lr: 1\nmean: [a, b, c]", "", "recipe.yml: mean: 'a' is not a number"),
-        ("lr: 1\nepochs: 0", "", "epochs = 0: must be at least 1"),
-        ("lr: 1\nhflip: 1.5", "", "hflip = 1.5: must be at most 1"),
-        ("lr: .nan", "", "lr = nan: not a finite number"),
-        ("lr: 1\nresidual: add", "", "residual = 'add': choose one of sew, ms"),
-        ("lr: 1\nscale: [1]", "", "scale = (1.0,): needs two numbers"),
-        ("lr: 1\nin_channels: 1", "", "mean = None: needs one number per channel (in_channels is 1)"),
-        ("epochs: 3", "", "lr = None: set lr, or blr"),
-        ("lr: 1\nmixup: 1\nbatch_size: 3", "", "batch_size = 3: mixup pairs the images of a batch"),
-        ("- lr", "", "recipe.yml: expected `key: value` lines, found list"),
-        ("", "", "recipe.yml: expected `key: value` lines, found NoneType"),
-        ("lr: [1", "", "recipe.yml, line 1: not valid YAML"),
-        ("lr: !!python/object/apply:os.system [ls]", "", "not valid YAML"),
-        ("lr: 1\nlr: 2", "", "recipe.yml, line 2: not valid YAML ('lr' stands there twice)"),
-        ("lr: 2024-99-99", "", "recipe.yml: not valid YAML"),
-        ("lr: " + 3000 * "[", "", "recipe.yml: not valid YAML"),
-        ("lr: 1\nstd: [0, 1, 1]", "", "must be at least 1e-06"),
-        ("lr: 1\nscale: [0.5, 0.1]", "", "the first number must not be above the second"),
-        ("lr: 1\nseed: 4294967296", "", "seed = 4294967296: must be at most 4294967295"),
-        ("lr: 1", "--time-steps 99999999999999999999", "must be at most 1024"),
-        ("lr: 1", "--epochz 3", "unknown flag --epochz, did you mean '--epochs'?"),
-        ("lr: 1", "--epochs=x", "--epochs: 'x' is not a whole number"),
-        ("lr: 1", "--epoch 3", "unknown flag --epoch, did you mean '--epochs'?"),
-        ("lr: 1", "--epochs", "expected one argument"),
-        ("lr: 1", "what", "unexpected argument 'what'"),
-        ("lr: 1", "--batch-size -1", "batch_size = -1: must be at least 1"),
-        ("lr: 1", "--variant short", "recipe.yml lists none"),
-        ("lr: 1\nvariants: {a: {lr: 2}}", "--variant b", "--variant b: "),
-        ("lr: 1\nvariants: [a]", "", "recipe.yml: variants: expected `name: what it changes`, found list"),
-        ("lr: 1\nvariants: {a: {lrr: 2}}", "", "recipe.yml: variant a: unknown key 'lrr', did you mean 'lr'?"),
-        ("lr: 1\nvariants: {a: 3}", "", "recipe.yml: variant a: expected `key: value` lines, found int"),
-        ("lr: 1\nvariant: a", "", "recipe.yml: unknown key 'variant'"),
-        ("lr: 1", "--compile --lif-backend triton", "lif_backend = 'triton': does not go together with compile"),
-        ("lr: 1\nlif_backend: cupy", "--compile", "lif_backend = 'cupy': does not go together with compile; use auto"),
-        ("lr: 1", "--pack-spikes --lif-backend torch", "pack_spikes = True: needs lif_backend auto or triton"),
-        ("lr: 1", "--compile --cuda-graphs", "cuda_graphs = True: does not go together with compile"),
-        ("lr: 1", "--cuda-graphs --lif-backend cupy", "lif_backend = 'cupy': does not go together with cuda_graphs"),
-        ("lr: 1", "--cuda-graphs --grad-checkpointing --drop-path 0.1", "drop_path = 0.1: cannot be drawn again"),
-        ("lr: 1", "--config no/such.yml", "cannot read the recipe no/such.yml: No such file"),
+        ("lr: 1\nepochz: 3", "", "epochz"),
+        ("lr: 1\n3: 3", "", "3"),
+        ("lr: fast", "", "fast"),
+        ("lr: 1\nepochs: 2.5", "", "2.5"),
+        ("lr: 1\nepochs: true", "", "True"),
+        ("lr: 1\nepochs: [3]", "", "[3]"),
+        ("lr: 1\nepochs:", "", "epochs"),
+        ("lr: 1\nshortcut: 1", "", "shortcut"),
+        ("lr: 1\nmodel: 10", "", "10"),
+        ("lr: 1\nmean: [a, b, c]", "", "'a'"),
+        ("lr: 1\nepochs: 0", "", "epochs"),
+        ("lr: 1\nhflip: 1.5", "", "1.5"),
+        ("lr: .nan", "", "nan"),
+        ("lr: 1\nresidual: add", "", "add"),
+        ("lr: 1\nscale: [1]", "", "scale"),
+        ("lr: 1\nin_channels: 1", "", "mean"),
+        ("epochs: 3", "", "blr"),
+        ("lr: 1\nmixup: 1\nbatch_size: 3", "", "batch_size"),
+        ("- lr", "", "recipe.yml"),
+        ("", "", "recipe.yml"),
+        ("lr: [1", "", "recipe.yml"),
+        ("lr: !!python/object/apply:os.system [ls]", "", "recipe.yml"),
+        ("lr: 1\nlr: 2", "", "'lr'"),
+        ("lr: 2024-99-99", "", "recipe.yml"),
+        ("lr: " + 3000 * "[", "", "recipe.yml"),
+        ("lr: 1\nstd: [0, 1, 1]", "", "std"),
+        ("lr: 1\nscale: [0.5, 0.1]", "", "scale"),
+        ("lr: 1\nseed: 4294967296", "", "4294967296"),
+        ("lr: 1", "--time-steps 99999999999999999999", "1024"),
+        ("lr: 1", "--epochz 3", "--epochz"),
+        ("lr: 1", "--epochs=x", "'x'"),
+        ("lr: 1", "--epoch 3", "--epoch"),
+        ("lr: 1", "--epochs", "--epochs"),
+        ("lr: 1", "what", "what"),
+        ("lr: 1", "--batch-size -1", "-1"),
+        ("lr: 1", "--variant short", "recipe.yml"),
+        ("lr: 1\nvariants: {a: {lr: 2}}", "--variant b", "--variant b"),
+        ("lr: 1\nvariants: [a]", "", "variants"),
+        ("lr: 1\nvariants: {a: {lrr: 2}}", "", "lrr"),
+        ("lr: 1\nvariants: {a: 3}", "", "recipe.yml"),
+        ("lr: 1\nvariant: a", "", "'variant'"),
+        ("lr: 1", "--compile --lif-backend triton", "triton"),
+        ("lr: 1\nlif_backend: cupy", "--compile", "cupy"),
+        ("lr: 1", "--pack-spikes --lif-backend torch", "pack_spikes"),
+        ("lr: 1", "--compile --cuda-graphs", "cuda_graphs"),
+        ("lr: 1", "--cuda-graphs --lif-backend cupy", "cuda_graphs"),
+        ("lr: 1", "--cuda-graphs --grad-checkpointing --drop-path 0.1", "drop_path"),
+        ("lr: 1", "--config no/such.yml", "no/such.yml"),
     ],
 )
-def test_mistakes_are_named_in_one_line(recipe, text, flags, message):
-    with pytest.raises(UserError) as error:
+def test_mistakes_are_named_in_one_line(recipe, text, flags, value):
+    with refuses(value):
         config.load(recipe(text), flags.split())
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_every_field_is_read_somewhere():
@@ -145,7 +143,7 @@ def test_a_variant_changes_what_it_lists(recipe):
     recorded = config.plain(cfg)
     assert config.load(path, [], recorded).epochs == 2
     assert config.load(path, ["--variant", "short"], recorded).variant == "short"
-    with pytest.raises(UserError, match="--variant other: the checkpoint is of short; omit it"):
+    with refuses("--variant other", "short"):
         config.load(path, ["--variant", "other"], recorded)
 
 
