@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from scripts import refuses
 from torch import nn
 
 import models
@@ -185,39 +186,39 @@ def test_speds_rounds_sizes_up_on_both_paths():
 def test_timm_creates_the_same_networks():
     model = timm.create_model("qkformer_10_384", num_classes=7, in_chans=1)
     assert (model.head.out_features, model.stages[0].embed.units[0].conv.in_channels) == (7, 1)
-    with pytest.raises(ValueError, match="no weights to download"):
+    with refuses():
         timm.create_model("qkformer_10_384", pretrained=True)
 
 
 @pytest.mark.parametrize(
-    ("name", "kwargs", "message"),
+    ("name", "kwargs", "value"),
     [
-        ("qkformer_10_385", {}, "'qkformer_10_385' is unknown; did you mean 'qkformer_10_384'"),
-        ("qkformer_4_384", {"time_step": 4}, "'time_step' is unknown; did you mean 'time_steps'"),
-        ("qkformer_4_384", {"time_steps": 0}, "time_steps=0"),
-        ("qkformer_4_384", {"num_classes": 0}, "num_classes=0"),
-        ("qkformer_4_384", {"mlp_ratio": 0}, "mlp_ratio=0"),
-        ("qkformer_4_384", {"heads": 7}, "heads=7"),
-        ("qkformer_4_384", {"attention": ("token", "self")}, "per stage"),
-        ("qkformer_4_384", {"attention": "token"}, "per stage"),
-        ("qkformer_4_384", {"attention": ("token", "self", "linear")}, "attention='linear'"),
-        ("qkformer_4_384", {"residual": "add"}, "residual='add'"),
-        ("qkformer_4_384", {"ssa_membrane": "leaky"}, "ssa_membrane='leaky'"),
-        ("qkformer_4_384", {"ssa_membrane": "released", "residual": "ms"}, "no membrane leaks"),
-        ("qkformer_4_384", {"lif_backend": "jax"}, "lif_backend='jax'"),
-        ("qkformer_4_384", {"embed": "sps"}, "embed='sps' is Spikformer's"),
-        ("spikformer_4_384", {"residual": "ms"}, "embed='sps' is Spikformer's"),
-        ("spikformer_4_384", {"embed": "rpe"}, "embed='rpe'"),
+        ("qkformer_10_385", {}, "qkformer_10_385"),
+        ("qkformer_4_384", {"time_step": 4}, "'time_step'"),
+        ("qkformer_4_384", {"time_steps": 0}, "time_steps"),
+        ("qkformer_4_384", {"num_classes": 0}, "num_classes"),
+        ("qkformer_4_384", {"mlp_ratio": 0}, "mlp_ratio"),
+        ("qkformer_4_384", {"heads": 7}, "heads"),
+        ("qkformer_4_384", {"attention": ("token", "self")}, "attention"),
+        ("qkformer_4_384", {"attention": "token"}, "attention"),
+        ("qkformer_4_384", {"attention": ("token", "self", "linear")}, "linear"),
+        ("qkformer_4_384", {"residual": "add"}, "add"),
+        ("qkformer_4_384", {"ssa_membrane": "leaky"}, "leaky"),
+        ("qkformer_4_384", {"ssa_membrane": "released", "residual": "ms"}, "ssa_membrane"),
+        ("qkformer_4_384", {"lif_backend": "jax"}, "jax"),
+        ("qkformer_4_384", {"embed": "sps"}, "sps"),
+        ("spikformer_4_384", {"residual": "ms"}, "sps"),
+        ("spikformer_4_384", {"embed": "rpe"}, "rpe"),
     ],
 )
-def test_bad_arguments_are_named(name, kwargs, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+def test_bad_arguments_are_named(name, kwargs, value):
+    with refuses(value):
         create_model(name, **kwargs)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (2, 4, 1, 32, 32)])
 def test_bad_input_is_named(shape):
-    with pytest.raises(ValueError, match=r"expected images \[B,3,H,W\] or event frames"):
+    with refuses("[B,3,H,W]"):
         create_model("qkformer_4_384")(torch.zeros(shape))
 
 
@@ -249,7 +250,7 @@ def test_drop_path_rises_from_block_to_block_and_works_in_training_only():
         model.train(), plain.train()
         torch.manual_seed(0)
         assert not torch.equal(model(x), plain(x))
-    with pytest.raises(ValueError, match="drop_path=1 must be at least 0 and below 1"):
+    with refuses("drop_path"):
         create_model("qkformer_3_64", drop_path=1)
 
 

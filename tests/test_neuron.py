@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scripts import refuses
 from spikingjelly.activation_based import neuron as sj_neuron
 from spikingjelly.activation_based import surrogate as sj_surrogate
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -120,26 +121,24 @@ def test_leak_across_batch_runs_time_major():
 
 
 def test_unknown_backend_is_named():
-    with pytest.raises(ValueError, match=r"'cuda' is unknown: choose one of auto, torch, cupy"):
+    with refuses("'cuda'"):
         set_lif_backend(LIF(), "cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the error of a machine without CUDA")
 def test_cupy_without_a_device_says_what_to_do():
-    with pytest.raises(
-        ValueError, match=r"'cupy' needs a CUDA device.*cupy-cuda13x.*use lif_backend='torch' or 'auto'"
-    ):
+    with refuses("'cupy'"):
         set_lif_backend(LIF(), "cupy")
-    with pytest.raises(ValueError, match="needs its input on a CUDA device, got cpu"):
+    with refuses("cpu"):
         neuron.BACKENDS["cupy"](torch.zeros(2, 3), 1.0)
 
 
 def test_cupy_refuses_what_it_would_get_wrong():
     with FakeTensorMode(allow_non_fake_inputs=True):
         too_large = torch.empty(4, 2**29, device="cuda", dtype=torch.float16)
-        with pytest.raises(ValueError, match=r"cannot index 2,147,483,648 elements.*smaller batch"):
+        with refuses("2,147,483,648"):
             neuron.BACKENDS["cupy"](too_large, 1.0)
-        with pytest.raises(ValueError, match=r"float16 or float32, got torch\.bfloat16"):
+        with refuses("torch.bfloat16"):
             neuron.BACKENDS["cupy"](torch.empty(4, 2, device="cuda", dtype=torch.bfloat16), 1.0)
 
 
@@ -148,7 +147,7 @@ def test_cupy_missing_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
     neuron.cupy_problem.cache_clear()
     try:
-        with pytest.raises(ValueError, match=r"needs CuPy.*install cupy-cuda13x==14.2.0"):
+        with refuses("cupy-cuda13x==14.2.0"):
             set_lif_backend(LIF(), "cupy")
     finally:
         neuron.cupy_problem.cache_clear()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from golden_cases import MODELS, load_case, make_weights
+from scripts import refuses
 
 from models import create_model
 from models.released import identify, load_released, released_key_map, to_released
@@ -57,19 +58,14 @@ def test_problems_are_all_listed_and_nothing_is_loaded(pair):
     del broken["head.bias"], broken["stage1.0.attn.q_bn.bias" if model.residual == "ms" else "stage1.0.tssa.q_bn.bias"]
     broken["patch_embed9.proj_conv.weight"] = broken["stage1.9.junk"] = torch.zeros(1)
     broken["head.weight"] = torch.zeros(3, 5)
-    with pytest.raises(ValueError, match="does not fit the model") as error:
+    with refuses("stage1.0.", "head.bias", "patch_embed9.proj_conv.weight", "stage1.9.junk", "head.weight", "(3, 5)"):
         load_released(model, broken)
-    message = str(error.value)
-    assert "2 missing: stage1.0." in message
-    assert "head.bias" in message
-    assert "2 foreign: patch_embed9.proj_conv.weight, stage1.9.junk" in message
-    assert "head.weight (checkpoint (3, 5), model" in message
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 def test_another_networks_weights_are_refused():
     weights = to_released(create_model("qkformer_2_256"))
-    with pytest.raises(ValueError, match=r"\d+ missing: .* and \d+ more; \d+ foreign: .*; \d+ of another shape: "):
+    with refuses("stage2.0.tssa.q_conv.weight"):
         load_released(create_model("qkformer_4_384"), weights)
 
 
@@ -77,16 +73,16 @@ def test_membrane_shortcuts_are_not_mistaken_for_spiking_ones():
     """All shapes agree; only the names tell the two networks apart."""
     sew, ms = create_model("qkformer_10_384"), create_model("qkformer_10_384", residual="ms")
     for model, weights in ((sew, to_released(ms)), (ms, to_released(sew))):
-        with pytest.raises(ValueError, match=r"\d+ missing: .*; \d+ foreign: "):
+        with refuses():
             load_released(model, weights)
 
 
 def test_what_was_never_released_has_no_names():
-    with pytest.raises(ValueError, match="channel attention was never released"):
+    with refuses("channel"):
         to_released(create_model("qkformer_2_256", attention=("channel", "self")))
-    with pytest.raises(ValueError, match="channel attention was never released"):
+    with refuses("channel"):
         load_released(create_model("qkformer_2_256", attention=("channel", "self")), {})
-    with pytest.raises(ValueError, match="imagenet family only, not for 'cifar'"):
+    with refuses("'cifar'"):
         released_key_map(create_model("qkformer_4_384", residual="ms"))
 
 
@@ -108,5 +104,5 @@ def test_foreign_weights_are_no_network_of_ours():
     wrong = {**to_released(model), "stage2.0.mlp.mlp1_conv.weight": torch.zeros(7, 32, 1, 1)}
     flat = {key: value.flatten() if "conv" in key else value for key, value in to_released(model).items()}
     for state in ({}, {"head.weight": torch.zeros(())}, weights, more, wrong, flat):
-        with pytest.raises(ValueError, match="fit none of qkformer_10_384, "):
+        with refuses("qkformer_10_384"):
             identify(state)
