@@ -10,11 +10,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from scripts import refuses
 
 from benchmarks.common import choose
 from engine import checkpoint, config, dist
 from engine.data.image import create_data
-from engine.errors import UserError
 from engine.loop import Trainer, autocast, evaluate
 from engine.optim import create_optimizer, lr_at
 from engine.run import _agree_on_triton, build_model, setup
@@ -83,6 +83,7 @@ def test_lr_of_a_schedule_per_iteration_starts_behind_the_warmup():
 
 def test_updates_accumulate_and_step_the_rate_per_iteration():
     cfg = configure("--accum-iter", "4", "--lr-step", "iteration", "--mixup", "0.5", "--mixup-in", "step")
+    cfg = dataclasses.replace(cfg, time_steps=1)
     run, rates = trainer(cfg), []
     step = run.optimizer.step
     run.optimizer.step = lambda: (rates.append(run.optimizer.param_groups[0]["lr"]), step())
@@ -94,7 +95,8 @@ def test_updates_accumulate_and_step_the_rate_per_iteration():
 
 def test_accumulated_gradients_are_the_mean_over_the_update(monkeypatch):
     """With BatchNorm frozen, three accumulated steps give the gradient of their mean loss."""
-    run, batches, gradients = trainer(configure("--accum-iter", "100"), batches=3, dtype=torch.float64), [], []
+    cfg = configure("--accum-iter", "100", "--batch-size", "32")
+    run, batches, gradients = trainer(cfg, batches=3, dtype=torch.float64), [], []
     monkeypatch.setattr(run.model, "train", lambda mode=True: torch.nn.Module.train(run.model, False))
     monkeypatch.setattr(run.optimizer, "step", lambda: gradients.extend(p.grad.clone() for p in run.model.parameters()))
     run.model.register_forward_pre_hook(lambda model, args: batches.append(args[0]))
@@ -111,6 +113,7 @@ def test_accumulated_gradients_are_the_mean_over_the_update(monkeypatch):
 @pytest.mark.parametrize("where", ["loader", "step"])
 def test_mixup_ends_at_its_epoch_in_the_workers_too(where):
     cfg = configure("--mixup", "1", "--mixup-off-epoch", "1", "--mixup-in", where, "--workers", "2", "--smoothing", "0")
+    cfg = dataclasses.replace(cfg, time_steps=1)
     run, mixed = trainer(cfg), []
     criterion = run.criterion
     run.criterion = lambda logits, target: mixed.append((target.max(1).values < 1).any()) or criterion(logits, target)
@@ -132,7 +135,7 @@ def test_loss_sequence_of_a_fixed_seed():
 def test_a_loss_that_is_not_finite_stops_the_run():
     run = trainer(configure(), batches=2)
     run.criterion = lambda logits, target: logits.sum() * float("nan")
-    with pytest.raises(UserError, match="no longer finite in epoch 1: lower lr"):
+    with refuses("epoch 1"):
         run.train_epoch("test")
 
 
@@ -150,7 +153,7 @@ def test_a_test_loss_that_is_not_finite_is_not_saved():
     run, saved = trainer(configure("--lr", "1", "--epochs", "1"), batches=1), []
     run.train_epoch = lambda *_: 1.0
     run.model.head.bias.data[0] = float("inf")
-    with pytest.raises(UserError, match="no longer finite in epoch 1"):
+    with refuses("epoch 1"):
         run.fit(None, saved.append)
     assert not saved
 
@@ -166,7 +169,7 @@ def test_the_papers_augmentations_never_fail(policy):
 
 
 def test_an_unknown_augmentation_is_named():
-    with pytest.raises(UserError, match="auto_augment = 'foo': timm has no such policy"):
+    with refuses("foo"):
         create_data(configure("--auto-augment", "foo"), dist.setup("cpu"))
 
 
@@ -246,7 +249,7 @@ def test_the_evaluation_does_not_depend_on_the_order_of_batches():
     batches = list(run.data.test)
     results = [evaluate(run.cfg, run.dist, run.model, order) for order in (batches, batches[::-1])]
     assert results[0] == results[1]
-    with pytest.raises(UserError, match="the test set holds no images"):
+    with refuses():
         evaluate(run.cfg, run.dist, run.model, [])
 
 
