@@ -72,7 +72,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", [*MUTATIONS, "attention scale", "heads", "membrane"])
 def test_the_comparison_notices(mutation, monkeypatch):
     """Each property of the networks, changed, breaks the comparison with the released code."""
-    case, overrides = CASES["cifar10_T4_B3_32_s0"], {}
+    case, overrides = CASES["cifar100_T2_B2_32_s1"], {}
     if mutation in MUTATIONS:
         monkeypatch.setattr(*MUTATIONS[mutation])
     else:
@@ -82,5 +82,5 @@ def test_the_comparison_notices(mutation, monkeypatch):
             "membrane": {"ssa_membrane": "per_sample"},
         }[mutation]
     model = case.model("released", **overrides)
-    with pytest.raises(AssertionError, match="relative error"):
+    with pytest.raises(AssertionError):
         case.compare(model, "released", "train")
