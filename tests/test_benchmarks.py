@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 import torch
-from scripts import ROOT, fail, here, succeed
+from scripts import ROOT, fail, here, refuses, succeed
 
 from benchmarks import roofline, speed
 from benchmarks.common import Timed, Turns
@@ -16,14 +16,12 @@ from benchmarks.gates import verdicts
 from benchmarks.speed import cases, compare, complete, missing, weights
 from benchmarks.spikingjelly2 import Remote
 from engine.config import load
-from engine.errors import UserError
 
 
 def test_preparing_event_recordings(tmp_path):
     sizes = "--recordings 2 --events 300 --repeats 1".split()
-    output = succeed("-m", "benchmarks.events", *sizes, "--output", tmp_path)
+    succeed("-m", "benchmarks.events", *sizes, "--output", tmp_path)
     (path,) = tmp_path.glob("events-*.json")
-    assert str(path) in output
     report = json.loads(path.read_text())
     assert report["versions"]["torch"]
     for name, samples in (("CIFAR10-DVS", 20), ("DVS128 Gesture", 24)):
@@ -34,7 +32,7 @@ def test_preparing_event_recordings(tmp_path):
             assert both[side]["median"] > 0
         ratio = both["ours"]["median"] / both["spikingjelly"]["median"]
         assert math.isclose(both["ours"]["ratio"], ratio)
-    assert "Found no valid file" in report["data_sets"]["CIFAR10-DVS"]["failure_without_patch"]
+    assert report["data_sets"]["CIFAR10-DVS"]["failure_without_patch"]
 
 
 TINY = "--device cpu --time-steps 1 --batch-size 2 --input-size 16 --rounds 2 --steps 1".split()
@@ -58,9 +56,8 @@ def one_thread():
 
 
 def only(folder, name):
-    """The one result of a benchmark in `folder`, beside which there is a picture."""
+    """The one result of a benchmark in `folder`."""
     (path,) = folder.glob(f"{name}-*.json")
-    assert path.with_suffix(".png").stat().st_size > 5000
     (run,) = json.loads(path.read_text())["runs"]
     return run
 
@@ -74,7 +71,7 @@ def small_case():
 @pytest.mark.usefixtures("one_thread")
 def test_speed_of_a_step(tmp_path, monkeypatch, capfd):
     flags = ["--models", "qkformer_3_64", "qkformer_2_64", *TINY, "--output", tmp_path]
-    output = here(monkeypatch, capfd, "benchmarks.speed", *flags)
+    here(monkeypatch, capfd, "benchmarks.speed", *flags)
     run = only(tmp_path, "speed")
     assert run["versions"]["torch"] == torch.__version__.split("+")[0]
     assert run["arguments"]["rounds"] == 2
@@ -93,7 +90,6 @@ def test_speed_of_a_step(tmp_path, monkeypatch, capfd):
         assert math.isclose(sides["ours"]["samples_per_s"], 2000 / ours["median"])
         assert math.isclose(sides["ours"]["times_floor"], ours["median"] / result["floor_ms"])
         assert list(sides) == ["unfused-torch", "ours"]  # the compiler is asked for by name
-        assert "{model} {mode}".format(**result) in output
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -175,7 +171,7 @@ def test_growth_of_a_step(tmp_path, monkeypatch, capfd):
         "--model qkformer_2_64 --device cpu --rounds 1 --steps 1 --axes width batch_size --width 64 32 --at-width 32"
     )
     sizes = "--batch-size 2 4 --at-batch-size 2 --at-time-steps 1 --at-input-size 16"
-    output = here(monkeypatch, capfd, "benchmarks.growth", *flags.split(), *sizes.split(), "--output", tmp_path)
+    here(monkeypatch, capfd, "benchmarks.growth", *flags.split(), *sizes.split(), "--output", tmp_path)
     run = only(tmp_path, "growth")
     points = {(row["axis"], row["size"], row["mode"], row["side"]): row for row in run["points"]}
     assert len(points) == 2 * 2 * 2 * 2
@@ -185,8 +181,6 @@ def test_growth_of_a_step(tmp_path, monkeypatch, capfd):
         low, high = (points[found["axis"], size, "train", found["side"]]["memory_bytes"] for size in found["fitted"])
         assert math.isclose(found["train memory_bytes"], math.log2(high / low), abs_tol=1e-5)
         assert 0.8 < found["train memory_bytes"] < 1.2
-    assert "B = 2, 4" in output
-    assert "where another grows, T = 1, N = 256, D = 32, B = 2" in output
 
 
 def test_a_side_that_fails_is_out_and_the_others_go_on():
@@ -280,27 +274,27 @@ def test_spikingjelly_2_takes_its_turns_in_a_process_of_its_own(tmp_path):
     remote = Remote(tmp_path, recipe, flags, settings)
     assert remote.turn(1) > 0
     assert remote.turn(2) > 0
-    with pytest.raises(ValueError, match="invalid literal for int"):
+    with refuses("no number"):
         remote.turn("no number")
-    with pytest.raises(ValueError, match="its process ended with code 0"):
+    with refuses(0):
         remote._answer()
     remote.close()
-    with pytest.raises(ValueError, match="there is no folder spikingjelly in it"):
+    with refuses("spikingjelly"):
         Remote(tmp_path / "nowhere", recipe, flags, settings)
 
 
 @pytest.mark.parametrize(
-    ("script", "flags", "line"),
+    ("script", "flags", "value"),
     [
-        ("speed", "--models qkformer_9", "invalid choice: 'qkformer_9'"),
-        ("speed", "--batch-size 0", "'0' is not a whole number of at least 1"),
+        ("speed", "--models qkformer_9", "qkformer_9"),
+        ("speed", "--batch-size 0", "'0'"),
         ("speed", "--input-size 9999", "input_size"),
-        ("growth", "--width 64", "--width: an exponent needs two sizes at least"),
-        ("growth", "--width 64 72", "heads=8 must divide"),
+        ("growth", "--width 64", "--width"),
+        ("growth", "--width 64 72", "heads"),
     ],
 )
-def test_mistakes_end_in_one_line(monkeypatch, capfd, tmp_path, script, flags, line):
-    assert line in fail(monkeypatch, capfd, f"benchmarks.{script}", *flags.split(), "--output", tmp_path)
+def test_mistakes_end_in_one_line(monkeypatch, capfd, tmp_path, script, flags, value):
+    assert value in fail(monkeypatch, capfd, f"benchmarks.{script}", *flags.split(), "--output", tmp_path)
 
 
 def test_networks_that_disagree_are_not_timed(monkeypatch):
@@ -309,5 +303,5 @@ def test_networks_that_disagree_are_not_timed(monkeypatch):
     assert compare(case, state)["deviation"] < 0.5
     monkeypatch.setattr(speed, "eval_step", lambda *_: lambda *_: torch.eye(4)[[next(classes), next(classes)]])
     classes = iter([0, 1, 2, 3])
-    with pytest.raises(UserError, match="shares 0% of the baseline's classes"):
+    with refuses("0%"):
         compare(case, state)
