@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import timm.data.dataset
 import torchvision.datasets.cifar
-from PIL import EpsImagePlugin, Image
-from scripts import ROOT, fail
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError
+from scripts import ROOT, fail, named, refuses
 from tiny_data import cifar, cifar10_dvs, dvs128_gesture, image_folder, shards
 
 from engine import config, dist
@@ -99,27 +99,27 @@ def test_cifars_pickles_give_arrays(order, tmp_path, cifar10):
 def test_a_payload_in_cifars_pickles_does_not_run(place, cifar10, mark):
     flags, rewrite = cifar10
     rewrite(place, extra=Payload())
-    assert "refused: it holds posix.system, not plain data" in refusal(*flags, train=place != "test_batch")
+    named(refusal(*flags, train=place != "test_batch"), "posix.system")
     assert not mark.exists()
     rewrite(place)  # reads it as others do
     assert mark.exists()
 
 
 @pytest.mark.parametrize(
-    ("file", "entries", "message"),
+    ("file", "entries"),
     [
-        ("data_batch_1", {"data": np.zeros((2, 3072))}, "cannot reshape array of size 49152 into shape (2,3072)"),
-        ("data_batch_1", {"data": np.zeros((2, 3072), object)}, "a bytes-like object is required"),
-        ("data_batch_1", {"data": [list(range(3072))]}, "its images, labels or names are damaged"),
-        ("data_batch_1", {"labels": [1]}, "its images, labels or names are damaged"),
-        ("data_batch_1", {"labels": 5}, "'int' object is not iterable"),
-        ("batches.meta", {"label_names": list(range(10))}, "its images, labels or names are damaged"),
+        ("data_batch_1", {"data": np.zeros((2, 3072))}),
+        ("data_batch_1", {"data": np.zeros((2, 3072), object)}),
+        ("data_batch_1", {"data": [list(range(3072))]}),
+        ("data_batch_1", {"labels": [1]}),
+        ("data_batch_1", {"labels": 5}),
+        ("batches.meta", {"label_names": list(range(10))}),
     ],
 )
-def test_damaged_pickles_are_refused(file, entries, message, cifar10):
+def test_damaged_pickles_are_refused(file, entries, cifar10):
     flags, rewrite = cifar10
     rewrite(file, **entries)
-    assert message in refusal(*flags)
+    named(refusal(*flags), flags[-1])
 
 
 IMAGENET = ["imagenet/qkformer_10_384.yml", "--num-classes", "4", "--data-path"]
@@ -154,33 +154,29 @@ RED = Image.new("RGB", (8, 8), (255, 0, 0))
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    "content",
     [
-        (b"", "cannot identify image file"),
-        (encoded(RED, "BMP")[:-9], "truncated"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "cannot identify image file"),
-        (png(50_000), "could be decompression bomb DOS attack"),
-        (encoded(RED, "EPS"), "cannot identify image file"),
+        b"",
+        encoded(RED, "BMP")[:-9],
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        png(50_000),
+        encoded(RED, "EPS"),
     ],
     ids=["empty", "cut", "svg", "bomb", "eps"],
 )
 @pytest.mark.parametrize("kind", ["folder", "shards"])
-def test_what_is_no_image_is_named(kind, content, reason, tmp_path):
+def test_what_is_no_image_is_named(kind, content, tmp_path):
     where = ["--workers", "0", "--input-size", "32", *IMAGENET[1:], tmp_path / "data"]
     if kind == "folder":
         path = image_folder(tmp_path / "data", train=1, test=1) / "val/n00000001/1_0.JPEG"
         path.write_bytes(content)
-        name = f"{path}: cannot be read as an image ("
     else:
         path = shards(tmp_path / "data", train=8, test=8) / "tiny-validation-0000.tar"
         tar(path, {"3.jpg": content, "3.cls": b"0"})
-        name = f"a sample of the shards cannot be read (3 in {path}: "
         where = ["--dataset", "wds/tiny", *where]
     data = create_data(config.load(ROOT / IMAGENET[0], list(map(str, where))), dist.setup("cpu"), train=False)
-    with pytest.raises(UserError) as error:
+    with refuses(path):
         list(data.test)
-    assert name in str(error.value)
-    assert reason in str(error.value)
 
 
 def test_postscript_is_not_run(tmp_path, monkeypatch, mark):
@@ -191,12 +187,12 @@ def test_postscript_is_not_run(tmp_path, monkeypatch, mark):
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     path = tmp_path / "a.jpg"
     path.write_bytes(encoded(RED, "EPS"))
-    with pytest.raises(UserError, match=r"a.jpg: cannot be read as an image"):
+    with refuses(path):
         datasets.read_image(path)
-    with pytest.raises(OSError, match="cannot identify"):
+    with pytest.raises(UnidentifiedImageError):
         Image.open(path)
     assert not mark.exists()
-    with pytest.raises(OSError, match="cannot identify"):  # what gs was to draw
+    with pytest.raises(UnidentifiedImageError):  # what gs was to draw
         Image.open.func(path).load()
     assert mark.exists()
 
@@ -219,7 +215,7 @@ def test_the_name_of_a_shard_is_no_command(tmp_path, mark):
     names = ["tiny-train-0000.tar", f"tiny-train-0000.tar; touch {mark}"]
     rewrite_info(root, filenames=names)
     line = refusal(IMAGENET[0], *flags)
-    assert f"{names[1]!r} is no shard of the folder" in line
+    named(line, repr(names[1]))
     rewrite_info(root, filenames=names[:1])
     stream = dataset(IMAGENET[0], *flags)
     stream.reader.split_info.filenames = names
@@ -229,26 +225,26 @@ def test_the_name_of_a_shard_is_no_command(tmp_path, mark):
 
 
 @pytest.mark.parametrize(
-    ("entries", "message"),
+    ("entries", "value"),
     [
-        ({"filenames": ["../x.tar"]}, "'../x.tar' is no shard of the folder"),
-        ({"filenames": ["/dev/zero"]}, "'/dev/zero' is no shard of the folder"),
-        ({"filenames": [5]}, "5 is no shard of the folder"),
-        ({"filenames": None}, "is a file damaged? TypeError("),
-        ({"num_samples": "8"}, "_info.json has no num_samples"),
-        ({"num_samples": 10**30}, "_info.json has no num_samples"),
-        (None, "split train not found in info"),
-        (9999 * "[", "split train not found in info"),
-        ("[]", "is a file damaged? AttributeError("),
+        ({"filenames": ["../x.tar"]}, "'../x.tar'"),
+        ({"filenames": ["/dev/zero"]}, "'/dev/zero'"),
+        ({"filenames": [5]}, 5),
+        ({"filenames": None}, "wds/tiny"),
+        ({"num_samples": "8"}, "num_samples"),
+        ({"num_samples": 10**30}, "num_samples"),
+        (None, "wds/tiny"),
+        (9999 * "[", "wds/tiny"),
+        ("[]", "wds/tiny"),
     ],
 )
-def test_a_damaged_description_of_shards_is_refused(entries, message, tmp_path):
+def test_a_damaged_description_of_shards_is_refused(entries, value, tmp_path):
     root = shards(tmp_path / "data", train=8, test=8)
     if isinstance(entries, dict):
         rewrite_info(root, **entries)
     else:
         (root / "_info.json").write_text(entries or "{")
-    assert message in refusal(IMAGENET[0], "--dataset", "wds/tiny", *IMAGENET[1:], root)
+    named(refusal(IMAGENET[0], "--dataset", "wds/tiny", *IMAGENET[1:], root), value)
 
 
 class Samples(list):
@@ -258,33 +254,33 @@ class Samples(list):
 
 
 @pytest.mark.parametrize(
-    ("label", "message"),
+    ("label", "value"),
     [
         (3, None),
         (np.int64(3), None),
-        (4, "a label 4, where num_classes = 4 wants 0 to 3; choose --num-classes or"),
-        (-1, "a label -1, where"),
-        (None, "a label of type NoneType, where"),
-        ("cat", "a label of type str, where"),
-        pytest.param(10**5000, "a label of type int, where", id="enormous"),
+        (4, "4"),
+        (-1, "-1"),
+        (None, "NoneType"),
+        ("cat", "str"),
+        pytest.param(10**5000, "int", id="enormous"),
     ],
 )
 @pytest.mark.parametrize("kind", ["hfds", "hfids", "tfds"])
-def test_a_label_without_an_output_is_named(kind, label, message, monkeypatch):
+def test_a_label_without_an_output_is_named(kind, label, value, monkeypatch):
     image = io.BytesIO(encoded(RED, "PNG")) if kind == "hfds" else RED
     monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: Samples([(image, label)]))
     samples = dataset(*IMAGENET[:3], "--dataset", f"{kind}/x")
-    if message is None:
+    if value is None:
         assert next(iter(samples))[1] == label
     else:
-        with pytest.raises(UserError, match=f"{kind}/x: {message}"):
+        with refuses(f"{kind}/x", value):
             next(iter(samples))
 
 
 def test_hugging_faces_scripts_do_not_run(monkeypatch):
     monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: Samples([(RED, 1)]))
     monkeypatch.setattr("importlib.metadata.version", {"datasets": "3.6.0"}.get)
-    assert "datasets 3.6.0 runs code that comes with the data" in refusal(*IMAGENET[:3], "--dataset", "hfids/x")
+    named(refusal(*IMAGENET[:3], "--dataset", "hfids/x"), "3.6.0")
     monkeypatch.setattr("importlib.metadata.version", {"datasets": "4.0.0"}.get)
     assert next(iter(dataset(*IMAGENET[:3], "--dataset", "hfids/x")))[1] == 1
 
@@ -298,16 +294,14 @@ def test_a_sample_of_hugging_face_is_named(kind, monkeypatch):
     reader = samples() if kind == "hfids" else Samples([(RED, 1), (io.BytesIO(b"no image"), 1)])
     monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: reader)
     stream = dataset(*IMAGENET[:3], "--dataset", f"{kind}/x")
-    with pytest.raises(
-        UserError, match=r"shards cannot be read \(broken data stream\)|image 1 of train: cannot be read"
-    ):
+    with refuses(*(["broken data stream"] if kind == "hfids" else [1, "train"])):
         list(stream) if kind == "hfids" else stream[1]
 
 
 def test_a_label_in_a_file_is_named(tmp_path, cifar10, monkeypatch, capfd):
     flags, rewrite = cifar10
     rewrite("data_batch_1", labels=[10, 0])
-    with pytest.raises(UserError, match="torch/cifar10: a label 10, where num_classes = 10 wants 0 to 9"):
+    with refuses("torch/cifar10", 10):
         dataset(*flags)[0]
     tar(
         shards(tmp_path / "data", train=8, test=8) / "tiny-train-0000.tar",
@@ -316,30 +310,29 @@ def test_a_label_in_a_file_is_named(tmp_path, cifar10, monkeypatch, capfd):
     small = "--batch-size 8 --workers 1 --time-steps 1 --epochs 9 --input-size 32 --dataset wds/tiny".split()
     where = [*IMAGENET[1:], tmp_path / "data", "--output-dir", tmp_path / "run"]
     line = fail(monkeypatch, capfd, "imagenet/train.py", *small, *where)
-    assert line.startswith("error: wds/tiny: a label 9, where num_classes = 4 wants 0 to 3; ")
+    named(line, "wds/tiny", 9)
 
 
 @pytest.mark.parametrize(
-    ("inner", "outer", "how"),
+    ("inner", "outer"),
     [
-        ("val", "train", "are one folder"),
-        ("val", "train/n00000001", "lie one in the other"),
-        ("train", "val/n00000001", "lie one in the other"),
+        ("val", "train"),
+        ("val", "train/n00000001"),
+        ("train", "val/n00000001"),
     ],
 )
-def test_training_and_testing_share_no_folder(inner, outer, how, tmp_path):
+def test_training_and_testing_share_no_folder(inner, outer, tmp_path):
     root = image_folder(tmp_path / "data", train=2, test=1)
     shutil.rmtree(root / inner)
     (root / inner).symlink_to(root / outer)
     for train in (True, False):
-        line = refusal(*IMAGENET, root, train=train)
-        assert f"{root}/train and {root}/val {how}: keep the images to test with apart" in line
+        named(refusal(*IMAGENET, root, train=train), root / "train", root / "val")
 
 
 def test_timm_does_not_train_on_the_whole(tmp_path):
     root = image_folder(tmp_path / "data", train=2, test=1) / "train"
     line = refusal(*IMAGENET, root, "--dataset", "torch/folder")
-    assert f"{root} holds no folder train; it should hold one for training and one for testing" in line
+    named(line, root, "train")
 
 
 def test_copies_of_training_images_are_counted(tmp_path, monkeypatch):
@@ -352,7 +345,7 @@ def test_copies_of_training_images_are_counted(tmp_path, monkeypatch):
     (root / "val/n00000003/3_0.JPEG").unlink()
     (root / "val/n00000003/3_0.JPEG").hardlink_to(root / "train/n00000003/3_0.JPEG")
     dataset(*IMAGENET, root)
-    assert f"warning: 14 of 54 images of {root}/val that were looked at are training images too, such as " in told[0]
+    named(told[0], 14, 54, root / "val")
 
 
 GESTURE, CIFAR = "dvs128-gesture/dvs128-gesture.yml", "cifar10-dvs/cifar10-dvs.yml"
@@ -385,42 +378,42 @@ def sparse(name, size):
 
 
 @pytest.mark.parametrize(
-    ("member", "message"),
+    ("member", "value"),
     [
-        (header("x.aedat", 2**40), "it holds more files than it should, or larger ones"),
-        (header("x.csv", 2**21), "it holds more files than it should, or larger ones"),
-        (sparse("x.aedat", 2**40), "it holds more files than it should, or larger ones"),
-        (header("x", 2**40, tarfile.XHDTYPE), "a part of 1,099,511,627,776 bytes"),
-        (header("x", 2**40, tarfile.GNUTYPE_LONGNAME), "a part of 1,099,511,627,776 bytes"),
+        (header("x.aedat", 2**40), ""),
+        (header("x.csv", 2**21), ""),
+        (sparse("x.aedat", 2**40), ""),
+        (header("x", 2**40, tarfile.XHDTYPE), "1,099,511,627,776"),
+        (header("x", 2**40, tarfile.GNUTYPE_LONGNAME), "1,099,511,627,776"),
         (header("x", 0) + header("x", -512), ""),  # older Pythons read the second for ever
-        (20_000 * header("x", 0), "it holds more files than it should, or larger ones"),
+        (20_000 * header("x", 0), ""),
         (header("user01_led.aedat", 0, tarfile.SYMTYPE), None),
         (header("user01_led.aedat", 0, tarfile.LNKTYPE), None),
         (header("user01_led.aedat", 0, tarfile.FIFOTYPE), None),
     ],
     ids="giant giant-table sparse pax longname backwards many symlink hardlink pipe".split(),
 )
-def test_a_hostile_tar(member, message, tmp_path, one_core):
+def test_a_hostile_tar(member, value, tmp_path, one_core):
     path = dvs128_gesture(tmp_path, train=1, test=1, count=50) / "download/DvsGesture.tar.gz"
     path.write_bytes(gzip.compress(member + gzip.decompress(path.read_bytes())))
     found = events(GESTURE, tmp_path)
-    if message is None:
+    if value is None:
         assert len(found) == 12  # the true file of that name
     else:
-        assert f"{path}: a damaged archive ({message}" in found
+        named(found, path, value)
 
 
 @pytest.mark.parametrize(
-    ("content", "how", "message"),
+    ("content", "how"),
     [
-        (b"", {"file_size": 2**31}, "has 2,147,483,648 bytes, more than a recording can have"),
-        (bytes(2**26), {"file_size": 100}, "Bad CRC-32 for file 'cat/x.aedat'"),
-        (bytes(2**26), {"file_size": 100, "method": zipfile.ZIP_BZIP2}, "packed in a way that this does not read"),
-        (bytes(2**26), {"file_size": 100, "method": zipfile.ZIP_LZMA}, "packed in a way that this does not read"),
+        (b"", {"file_size": 2**31}),
+        (bytes(2**26), {"file_size": 100}),
+        (bytes(2**26), {"file_size": 100, "method": zipfile.ZIP_BZIP2}),
+        (bytes(2**26), {"file_size": 100, "method": zipfile.ZIP_LZMA}),
     ],
     ids=["giant", "deflate", "bzip2", "lzma"],
 )
-def test_a_zip_bomb(content, how, message, tmp_path, one_core):
+def test_a_zip_bomb(content, how, tmp_path, one_core):
     path = cifar10_dvs(tmp_path, per_class=2, count=50) / "download/cat.zip"
     with zipfile.ZipFile(path, "a", how.get("method", zipfile.ZIP_DEFLATED)) as archive:
         archive.writestr("cat/x.aedat", content)
@@ -428,7 +421,7 @@ def test_a_zip_bomb(content, how, message, tmp_path, one_core):
     del content
     tracemalloc.start()
     found, (_, most) = events(CIFAR, tmp_path), tracemalloc.get_traced_memory()
-    assert f"{path}: x.aedat: {message}" in found
+    named(found, path, "x.aedat")
     assert most < 2**25
     if len(how) == 1 and how["file_size"] == 100:  # as it is unpacked otherwise
         with pytest.raises(zipfile.BadZipFile):
@@ -465,8 +458,8 @@ def test_names_of_recordings_lead_nowhere_else(name, is_plain, tmp_path, one_cor
         if is_plain:
             assert len(found) in (11, 24)
         else:
-            refused = f"{f'{name}.aedat'[:50]!r} is no name of a recording"
-            assert refused in found or "lacks 2 of 4 recordings" in found  # lists of names are split at blanks
+            assert isinstance(found, str)
+            assert repr(name[:50])[1:-1] in found or "2 of 4" in found  # lists of names are split at blanks
     new = {path.relative_to(tmp_path).parts[1] for path in set(tmp_path.rglob("*")) - before}
     assert new <= {"frames_16", "frames_16.lock"}
 
@@ -487,7 +480,7 @@ def test_a_hostile_table_of_labels(rows, line, tmp_path, one_core):
     path = root / "extract/DvsGesture/user01_led_labels.csv"
     path.write_bytes(b"class\n" + rows)
     found = events(GESTURE, root)
-    assert found.startswith(f"{path.parent}: {path.name}, line {line}: '")
+    named(found, path.parent, path.name, line)
     assert len(found) < 400
 
 
@@ -495,9 +488,9 @@ def test_giant_files_of_a_folder(tmp_path, one_core):
     root = dvs128_gesture(tmp_path, train=1, test=1, count=50, extracted=True)
     folder = root / "extract/DvsGesture"
     os.truncate(folder / "user01_led.aedat", 2**40)  # a hole
-    assert "user01_led.aedat: has 1,099,511,627,776 bytes, more than a recording can have" in events(GESTURE, root)
+    named(events(GESTURE, root), "user01_led.aedat", "1,099,511,627,776")
     os.truncate(folder / "trials_to_train.txt", 2**40)
-    assert f"{folder}/trials_to_train.txt: too large for a list" in events(GESTURE, root)
+    named(events(GESTURE, root), folder / "trials_to_train.txt")
 
 
 def npy(shape, dtype="|u1"):
@@ -517,7 +510,7 @@ def test_a_hostile_file_of_frames(content, tmp_path, one_core, mark):
         np.save(path, np.array([Payload()] * 2, object), allow_pickle=True)
     else:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=r"airplane_0.npy: damaged; delete .*frames_16, and it is made anew"):
+    with refuses(path):
         frames[0]
     assert not mark.exists()
     if content is None:
@@ -533,4 +526,4 @@ def test_a_hostile_index_of_frames(content, tmp_path, one_core):
     outside.parent.mkdir(parents=True)
     outside.touch()
     (root / "frames_16/index.json").write_text(content)
-    assert "made anew from the recordings" in events(CIFAR, root)
+    named(events(CIFAR, root), root / "frames_16")
