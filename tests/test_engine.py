@@ -15,6 +15,7 @@ from scripts import refuses
 from benchmarks.common import choose
 from engine import checkpoint, config, dist
 from engine.data.image import create_data
+from engine.errors import UserError
 from engine.loop import Trainer, autocast, evaluate
 from engine.optim import create_optimizer, lr_at
 from engine.run import _agree_on_triton, build_model, setup
