@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import CPU, ROOT, TORCHRUN, Child, fail, free_port, named, ranks, run, succeed, world
+from scripts import CPU, ROOT, TORCHRUN, Child, fail, free_port, named, ranks, run, succeed
 
 from engine import checkpoint, dist
 
@@ -158,11 +158,12 @@ def with_self_test(tested, problem):
 )
 def test_ranks_that_disagree_on_the_kernels_all_end_in_one_line(tmp_path, backends, problem, tested):
     """Rank 0 tests the kernels first, alone; rank 1 fails, or does not want them."""
-    children, port = [], free_port()
+    world = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    children = []
     for rank, backend in enumerate(backends):
         flags = ["digits/train.py", "--sync-bn", "--device", "cpu", "--lif-backend", backend]
         before = partial(with_self_test, tmp_path / "tested", problem if rank else None)
-        environment = world(rank, 2, port) | {"TRITON_INTERPRET": "1", "LOCAL_RANK": "0"}
+        environment = world | {"TRITON_INTERPRET": "1", "RANK": str(rank)}
         children.append(Child(*flags, log=tmp_path / f"{rank}", before=before, **environment))
     assert [child.wait() for child in children] == [2, 2]
     for child in children:
