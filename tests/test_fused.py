@@ -451,6 +451,12 @@ CHANGES = {
     "groups": lambda block: setattr(block.mlp.fc1, "conv", nn.Conv2d(32, 128, 1, groups=2)),
     "hook": lambda block: block.mlp.register_full_backward_hook(lambda *_: None),
     "parametrization": lambda block: nn.utils.parametrizations.weight_norm(block.mlp.fc1.conv),
+    "width": lambda block: setattr(block.attn, "q", SpikingConv(32, 16, tokens=True)),
+    "learned threshold": lambda block: setattr(block.mlp.fc1.lif, "threshold", nn.Parameter(torch.ones(()))),
+    "threshold of channels": lambda block: setattr(block.mlp.fc1.lif, "threshold", torch.ones(128, 1, 1)),
+    "statistics kept": lambda block: setattr(block.mlp.fc1.bn, "track_running_stats", False),
+    "integer": lambda block: setattr(block.attn.q.conv, "stride", 1),
+    "slimmed": lambda block: setattr(block.mlp.fc1.bn.weight, "data", block.mlp.fc1.bn.weight[:40].detach()),
     "leak": lambda block: setattr(block.attn.k.lif, "leak_across_batch", True),
 }
 
@@ -462,6 +468,19 @@ def test_what_it_does_not_know_is_left_to_the_modules(name):
     CHANGES[name](network.stages[1].blocks[0])
     assert network.coverage.of(network.stages).backend is None
     assert copy.deepcopy(network).coverage.of(network.stages).backend is None
+
+
+def test_it_notices_methods_patched_on_a_class(monkeypatch):
+    network, _ = network_of("once")
+    assert network.coverage.of(network.stages).backend == "auto"
+    monkeypatch.setattr(SpikingConv, "forward", nn.Identity.forward)
+    assert network.coverage.of(network.stages).backend is None
+
+
+def test_an_image_unit_that_leaks_is_left_to_the_modules():
+    network, _ = network_of("once")
+    network.stages[0].embed.units[0].lif.leak_across_batch = True
+    assert network.coverage.of(network.stages).backend is None
 
 
 def test_it_notices_global_hooks():

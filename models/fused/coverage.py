@@ -1,7 +1,6 @@
 """When the fused path may replace the modules: each is as this project builds it, and nothing watches or changes it."""
 
 import itertools
-import operator
 from typing import NamedTuple
 
 from torch import nn
@@ -29,10 +28,15 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 WINDOW = ("kernel_size", "stride", "padding", "dilation")
 ATTRIBUTES = {  # kind -> what of it the answer depends on
     **dict.fromkeys(CONVS, (*WINDOW, "groups", "padding_mode")),
-    **dict.fromkeys(NORMS, ("training", "momentum")),
+    **dict.fromkeys(NORMS, ("training", "momentum", "track_running_stats", "num_features")),
     nn.MaxPool2d: (*WINDOW, "ceil_mode", "return_indices"),
     LIF: ("backend", "threshold", "leak_across_batch"),
+    SpikingSelfAttention: ("scale",),
 }
+PLAIN = (int, float, str, tuple)  # of attributes; networks with a tensor, say, are left to the modules
+KINDS = (*CONVS, *NORMS, *ATTENTIONS, SPEDS, SpikingConv, SpikingMLP, DropPath, LIF, nn.MaxPool2d, nn.Identity)
+METHODS = [(kind, name) for kind in KINDS for name in ("__call__", "forward", "attend") if hasattr(kind, name)]
+UNPATCHED = [getattr(kind, name) for kind, name in METHODS]
 
 
 class Covered(NamedTuple):
@@ -57,7 +61,7 @@ class Coverage:
 
     def of(self, stages: nn.ModuleList) -> Covered:
         """The answer; `stages` are those of every call, or those that replaced them."""
-        if self.state is None or stages is not self.modules[0] or self._state() != self.state:
+        if self.state is None or stages is not self.modules[0] or not self._is_unchanged():
             self.modules = list(stages.modules())
             self.attributes = list(map(vars, self.modules))
             self.children = [attributes["_modules"] for attributes in self.attributes]
@@ -65,12 +69,16 @@ class Coverage:
             norms = [module for module in self.modules if isinstance(module, _BatchNorm)]
             self.tensors = [tensors for norm in norms for tensors in (norm._parameters, norm._buffers)]
             self.read = [
-                (operator.itemgetter(*ATTRIBUTES[kind]), vars(module))
-                for module in self.modules
-                if (kind := _kind(module)) in ATTRIBUTES
+                (vars(module).get, ATTRIBUTES[kind]) for module in self.modules if (kind := _kind(module)) in ATTRIBUTES
             ]
             self.state, self.answer = self._state(), _covered(self.modules, self.block)
         return self.answer
+
+    def _is_unchanged(self) -> bool:
+        try:
+            return self._state() == self.state
+        except RuntimeError:  # tensors do not compare to a bool
+            return False
 
     def _state(self) -> tuple:
         """All that the answer depends on, in few calls because every forward pass compares it."""
@@ -79,8 +87,9 @@ class Coverage:
             list(map(type, self.modules)),
             list(map(len, self.attributes)),  # a patched method is one more
             _flat(self.children),
-            list(map(type, _flat(self.tensors))),  # NoneType where a BatchNorm has none
-            [read(attributes) for read, attributes in self.read],
+            [tensor if tensor is None else tensor.shape for tensor in _flat(self.tensors)],
+            [list(map(get, names)) for get, names in self.read],
+            [getattr(kind, name) for kind, name in METHODS],
         )
 
 
@@ -96,6 +105,8 @@ def _kind(module: nn.Module) -> type[nn.Module]:
 
 def _covered(modules: list[nn.Module], block: type[nn.Module]) -> Covered:
     stages = modules[0]
+    if [getattr(kind, name) for kind, name in METHODS] != UNPATCHED or not all(map(_is_plain, modules)):
+        return Covered(None)
     backends = {module.backend for module in modules if type(module) is LIF}
     trains = {module.training for module in modules if isinstance(module, _BatchNorm)}
     known = (
@@ -106,6 +117,10 @@ def _covered(modules: list[nn.Module], block: type[nn.Module]) -> Covered:
         and all(_is_known(module, block) for module in modules)
     )
     return Covered(backends.pop(), trains.pop()) if known and len(backends) == len(trains) == 1 else Covered(None)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return all(isinstance(vars(module).get(name), PLAIN) for name in ATTRIBUTES.get(_kind(module), ()))
 
 
 def _has(module: nn.Module, children: dict[str, tuple[type, ...]]) -> bool:
@@ -124,31 +139,40 @@ def _is_known(m: nn.Module, block: type[nn.Module]) -> bool:
     if any(attributes[name] for name in HOOKS) or any(hasattr(kind, name) for name in attributes):
         return False  # watched, or a method of the class is patched
     if kind in CONVS:
+        if not all(isinstance(getattr(m, name), tuple) for name in WINDOW):
+            return False
         padding = tuple(size // 2 for size in m.kernel_size)
-        return m.padding == padding and m.padding_mode == "zeros" and m.groups == 1 and max(m.dilation) == 1
+        is_plain = m.padding == padding and m.padding_mode == "zeros" and m.groups == 1 and max(m.dilation) == 1
+        return is_plain and (kind is nn.Conv2d or _is_linear(m))  # tokens get no neighbours
     if kind in NORMS:
-        tensors = (*m._parameters.values(), *m._buffers.values())
-        return m.momentum is not None and not any(tensor is None for tensor in tensors)
+        tensors = [(m._parameters | m._buffers).get(name) for name in ("weight", "bias", "running_mean", "running_var")]
+        sizes = {None if tensor is None else len(tensor) for tensor in tensors}
+        return m.momentum is not None and m.track_running_stats and sizes == {m.num_features}
     if kind is nn.MaxPool2d:
         window = (m.kernel_size, m.stride, m.padding, m.dilation)
         return window == (3, 2, 1, 1) and not m.ceil_mode and not m.return_indices
     if kind is SPEDS:
         shortcut = {"shortcut": (SpikingConv,)} if m.shortcut is not None else {}
-        return _has(m, CHILDREN[kind] | shortcut) and _holds(m.units, SpikingConv)
+        has_all = _has(m, CHILDREN[kind] | shortcut) and _holds(m.units, SpikingConv)
+        return has_all and not any(child.leak_across_batch for child in m.modules() if isinstance(child, LIF))
     if kind is block:
         return _has(m, {"attn": ATTENTIONS, "mlp": (SpikingMLP,), "drop_path": (DropPath,)})
     if kind in CHILDREN and not _has(m, CHILDREN[kind]):
         return False
     if kind is SpikingConv:
-        return m.lif.threshold == THRESHOLD
+        return m.lif.threshold == THRESHOLD and m.bn.num_features == len(m.conv.weight)
     if kind in ATTENTIONS:
         parts = [m.q, m.k, m.v] if kind is SpikingSelfAttention else [m.q, m.k]
-        return m.attn_lif.threshold == ATTN_THRESHOLD and all(map(_is_projection, parts))
+        widths = {len(part.conv.weight) for part in parts}
+        return m.attn_lif.threshold == ATTN_THRESHOLD and len(widths) == 1 and all(map(_is_projection, parts))
     return kind in (*CHILDREN, LIF, DropPath, nn.Identity, nn.Sequential, nn.ModuleList)
 
 
 def _is_projection(m: SpikingConv) -> bool:
     """Whether a unit is a 1x1 convolution of the tokens, whose neurons run over time alone."""
-    conv = m.conv
-    is_linear = max(conv.kernel_size) == max(conv.stride) == 1
-    return is_linear and isinstance(m.pool, nn.Identity) and not m.lif.leak_across_batch
+    return _is_linear(m.conv) and isinstance(m.pool, nn.Identity) and not m.lif.leak_across_batch
+
+
+def _is_linear(conv: nn.Module) -> bool:
+    sizes = (conv.kernel_size, conv.stride)
+    return all(isinstance(size, tuple) and max(size) == 1 for size in sizes)

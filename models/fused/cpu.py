@@ -30,7 +30,9 @@ def folded(m: ConvBN) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution that gives what `m.bn` makes of the output of `m.conv`."""
     scale = m.bn.weight * torch.rsqrt(m.bn.running_var + m.bn.eps)
     shift = m.bn.running_mean if m.conv.bias is None else m.bn.running_mean - m.conv.bias
-    return m.conv.weight * scale.view(-1, *[1] * (m.conv.weight.dim() - 1)), m.bn.bias - shift * scale
+    weight = m.conv.weight * scale.view(-1, *[1] * (m.conv.weight.dim() - 1))
+    dtype = m.conv.weight.dtype  # BatchNorm may be in float32 in a network of half precision
+    return weight.to(dtype), (m.bn.bias - shift * scale).to(dtype)
 
 
 def lif_(x: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ def ops_for(model: nn.Module, x: Tensor) -> ModuleType | None:
     """`gpu` or `cpu` if that computes what the modules of `model` make of x; None: the modules do."""
     if torch.compiler.is_compiling() or model.residual != "sew" or model.embed != "speds" or is_continued():
         return None
+    if not x.numel():
+        return None
     covered = model.coverage.of(model.stages)
     if covered.backend == "triton" or (covered.backend == "auto" and x.is_cuda and launches("triton")):
         from . import functions, gpu  # which import Triton
