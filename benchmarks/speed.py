@@ -256,7 +256,9 @@ def run(argv: Sequence[str]) -> None:
     ours = parser(__doc__)
     ours.add_argument("--models", nargs="+", choices=CONFIGURATIONS, default=PUBLISHED, help="(the four published)")
     ours.add_argument("--modes", nargs="+", choices=STEPS, default=list(STEPS), help="(both)")
-    sides = list(all_sides("qkformer_10_384", "train", torch.device("cuda")))[1:]
+    cuda = torch.device("cuda")
+    sides = [side for mode in STEPS for side in list(all_sides("qkformer_10_384", mode, cuda))[1:]]
+    sides = list(dict.fromkeys(sides))
     ours.add_argument(
         "--sides", nargs="+", choices=sides, help=f"next to the baseline (all but {', '.join(ON_REQUEST)})"
     )

@@ -1,7 +1,11 @@
 """Figures of the compiled kernels, for a GPU that need not be present: registers, spills, instructions, host time.
 
 The networks of the recipes run a training step and an evaluation on the meta device, at the sizes of
-`benchmarks.speed`; every Triton launch stops after the compiler. A row of the table is a kernel with its switches:
+`benchmarks.speed`; every Triton launch stops after the compiler. For one network and two kernels:
+
+    python -m benchmarks.static --models qkformer_4_384 --kernels norm_lif pool
+
+A row of the table is a kernel with its switches:
 
     launches      in the step or the evaluation
     registers     a thread, the most of all compiled variants, and the warps that a multiprocessor can hold with them
@@ -49,6 +53,7 @@ WRAPPERS = [
 KERNELS = sorted({module.__name__.split(".")[-1] for module, _ in WRAPPERS})
 WARPS, REGISTERS, SHARED = 64, 65536, 233472  # of a multiprocessor of sm_90
 TILE = ("BR", "BC", "BN", "BD", "BH")  # constexprs whose product is the elements of a tile
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 REPEATS = 30  # of a timed step
 
 
@@ -238,10 +243,16 @@ def resident_warps(kernel: triton.compiler.CompiledKernel, registers: int) -> in
 
 def run(argv: Sequence[str]) -> None:
     ours = parser(__doc__)
-    ours.add_argument("--models", nargs="+", choices=CONFIGURATIONS, default=PUBLISHED, help="(the four published)")
-    ours.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="(all)")
+    ours.add_argument(
+        "--models",
+        nargs="+",
+        choices=CONFIGURATIONS,
+        default=PUBLISHED,
+        help="networks to compile (the four published)",
+    )
+    ours.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="files of kernels (all)")
     ours.add_argument("--architecture", type=int, default=90, help="compute capability without its point (90)")
-    ours.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="float16")
+    ours.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"of the network ({DTYPES[0]})")
     args = ours.parse_args(argv)
     dtype, host = getattr(torch, args.dtype), []
     for model in args.models:
