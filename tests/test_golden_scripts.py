@@ -47,7 +47,12 @@ def released_content(name, case):
     return {"state_dict": weights}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+LONG = ["QKFormer_10_512_T1_B2_224_s0", "QKFormer_10_768_T1_B2_224_s0"]  # test_golden.py has these networks
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in SCRIPTS]
+)
 def test_a_released_checkpoint_gives_the_golden_logits(name, float64, tmp_path, monkeypatch):
     case, logits = load_case(name), []
     torch.save(released_content(name, case), tmp_path / "released.pth")
