@@ -3,11 +3,9 @@
 import re
 
 import pytest
-import torch
 from scripts import ROOT, fail
 
 from analysis.architecture import run
-from analysis.diagram import Drawing
 from models import create_model
 
 
@@ -58,26 +56,6 @@ def test_event_frames_ms_residuals_and_other_attentions(tmp_path):
     assert_in_order(["3×3 → 64 · pool · LIF", "3×3 → 128 · pool", "1×1 → 128, ↓4"], found)  # in currents
     assert_in_order(["Q-K channel attention", "Q-K token attention"], lines(found))
     assert_in_order(["stage 2", "stage 1", "not in this network"], found[-50:])
-
-
-def test_spikformer(tmp_path):
-    found = draw(tmp_path, "--model", "spikformer_4_384", "--input-size", "32")
-    assert_in_order(["8 × 8 tokens", "384 channels", "stage 1", "SPS", "3×3 → 48 · LIF", "identity", "4 blocks"], found)
-    assert "12 heads of 32 channels" in lines(found)
-    assert not [text for text in found if text.startswith("stage 2")]
-
-
-@pytest.mark.parametrize("name", ["qkformer_10_768", "spikformer_4_384"])
-def test_every_model_stays_within_its_figure(name):
-    with torch.device("meta"):
-        model = create_model(name)
-        steps = (model.time_steps,) if "dvs" in model.family else ()
-        x = torch.empty(1, *steps, model.in_channels, 64, 64)
-    figure = Drawing(name, model, x).figure
-    for text in figure.axes[0].texts:
-        inside = text.get_window_extent()
-        assert figure.bbox.x0 <= inside.x0 <= inside.x1 <= figure.bbox.x1, text
-        assert figure.bbox.y0 <= inside.y0 <= inside.y1 <= figure.bbox.y1, text
 
 
 def test_the_figure_of_the_readme_is_the_default(tmp_path):

@@ -338,18 +338,6 @@ def test_what_is_wrong_with_the_recordings_is_named(archive, change, value, tmp_
     assert len(load(name, tmp_path, "--batch-size", "2").classes) in (10, 11)
 
 
-@pytest.mark.parametrize("archive", ["cat.zip", "DvsGesture.tar.gz"])
-@pytest.mark.parametrize("damage", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: b"<html>not found</html>"])
-def test_damaged_archives_are_named(archive, damage, tmp_path, one_core, monkeypatch, capfd):
-    name = "cifar10-dvs" if archive == "cat.zip" else "dvs128-gesture"
-    {"cifar10-dvs": cifar10_dvs, "dvs128-gesture": dvs128_gesture}[name](tmp_path, 2, count=50)
-    path = tmp_path / "download" / archive
-    path.write_bytes(damage(path.read_bytes()))
-    line = fail(monkeypatch, capfd, f"{name}/train.py", "--data-path", tmp_path)
-    named(line, path)
-    assert path.exists()
-
-
 def test_a_flipped_bit_in_a_zip_is_noticed(tmp_path, one_core, monkeypatch, capfd):
     path = cifar10_dvs(tmp_path, per_class=2, count=500) / "download/ship.zip"
     content = bytearray(path.read_bytes())

@@ -159,17 +159,6 @@ def test_a_mistake_in_a_process_of_its_own():
     assert result.stdout == ""
 
 
-def test_a_recipe_with_a_mistake_ends_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capfd):
-    for text, value in [
-        ("lr: 1\nepochz: 3", "epochz"),
-        ("lr: 1\nepochs: many", "many"),
-        ("lr: 1\nhflip: 2", "hflip"),
-    ]:
-        (tmp_path / "recipe.yml").write_text(text)
-        line = fail(monkeypatch, capfd, "digits/train.py", "--config", tmp_path / "recipe.yml")
-        named(line, value)
-
-
 def test_the_environment_of_a_launcher_is_checked(monkeypatch, capfd):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # other ranks than 0 let it go first
     monkeypatch.setenv("WORLD_SIZE", "2")
