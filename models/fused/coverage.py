@@ -11,6 +11,7 @@ from ..attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttenti
 from ..embed import SPEDS
 from ..layers import DropPath, SpikingConv, SpikingMLP
 from ..neuron import ATTN_THRESHOLD, LIF, THRESHOLD
+from .network import is_linear
 
 CONVS = (nn.Conv1d, nn.Conv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -120,7 +121,11 @@ def _covered(modules: list[nn.Module], block: type[nn.Module]) -> Covered:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return all(isinstance(vars(module).get(name), PLAIN) for name in ATTRIBUTES.get(_kind(module), ()))
+    """Whether the attributes that the answer depends on have the types that this project gives them."""
+    kind, attributes = _kind(module), vars(module)
+    if kind in CONVS and not all(isinstance(attributes[name], tuple) for name in WINDOW):
+        return False
+    return all(isinstance(attributes.get(name), PLAIN) for name in ATTRIBUTES.get(kind, ()))
 
 
 def _has(module: nn.Module, children: dict[str, tuple[type, ...]]) -> bool:
@@ -139,15 +144,13 @@ def _is_known(m: nn.Module, block: type[nn.Module]) -> bool:
     if any(attributes[name] for name in HOOKS) or any(hasattr(kind, name) for name in attributes):
         return False  # watched, or a method of the class is patched
     if kind in CONVS:
-        if not all(isinstance(getattr(m, name), tuple) for name in WINDOW):
-            return False
         padding = tuple(size // 2 for size in m.kernel_size)
         is_plain = m.padding == padding and m.padding_mode == "zeros" and m.groups == 1 and max(m.dilation) == 1
-        return is_plain and (kind is nn.Conv2d or _is_linear(m))  # tokens get no neighbours
+        return is_plain and (kind is nn.Conv2d or is_linear(m))  # tokens get no neighbours
     if kind in NORMS:
         tensors = [(m._parameters | m._buffers).get(name) for name in ("weight", "bias", "running_mean", "running_var")]
         sizes = {None if tensor is None else len(tensor) for tensor in tensors}
-        return m.momentum is not None and m.track_running_stats and sizes == {m.num_features}
+        return m.track_running_stats and sizes == {m.num_features}
     if kind is nn.MaxPool2d:
         window = (m.kernel_size, m.stride, m.padding, m.dilation)
         return window == (3, 2, 1, 1) and not m.ceil_mode and not m.return_indices
@@ -170,9 +173,4 @@ def _is_known(m: nn.Module, block: type[nn.Module]) -> bool:
 
 def _is_projection(m: SpikingConv) -> bool:
     """Whether a unit is a 1x1 convolution of the tokens, whose neurons run over time alone."""
-    return _is_linear(m.conv) and isinstance(m.pool, nn.Identity) and not m.lif.leak_across_batch
-
-
-def _is_linear(conv: nn.Module) -> bool:
-    sizes = (conv.kernel_size, conv.stride)
-    return all(isinstance(size, tuple) and max(size) == 1 for size in sizes)
+    return is_linear(m.conv) and isinstance(m.pool, nn.Identity) and not m.lif.leak_across_batch
