@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from engine.errors import UserError
+from engine.cli import UserError
 from models import create_model, list_models
 
 from .common import main, parser, recipes

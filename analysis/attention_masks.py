@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.errors import UserError
+from engine.cli import UserError
 from engine.log import logger
 from models.attention import ChannelQKAttention, TokenQKAttention
 

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from engine.log import logger, progress
 from models.attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
-from models.hst import Block
 from models.neuron import ATTN_THRESHOLD, LIF
+from models.qkformer import Block
 
 from .common import COLOURS, Subject, checkpoint_parser, main, short_names, subjects, write_csv
 

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint
+from engine.cli import UserError, guard
 from engine.config import Config, Parser, load
 from engine.data.loaders import Data
-from engine.dist import Dist
-from engine.errors import UserError
-from engine.guard import guard
 from engine.run import build_model, create_data, load_weights, settings_of, setup
+from engine.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "digits/digits.yml"
@@ -31,7 +30,7 @@ class Subject:
 
     path: Path  # of its checkpoint
     cfg: Config
-    here: Dist
+    here: World
     model: nn.Module
 
     @functools.cached_property

@@ -7,7 +7,7 @@ from matplotlib.patches import Polygon, Rectangle
 from torch import Tensor, nn
 
 from models import HierarchicalSpikingTransformer
-from models.hst import ATTENTIONS
+from models.qkformer import ATTENTIONS
 
 from .common import COLOURS
 from .schematics import INK, NAMES, arrow, box, cells, draw_attention, events, joint, landscape

@@ -17,8 +17,8 @@ from pathlib import Path
 import timm.data
 
 from engine.checkpoint import fingerprint
+from engine.cli import UserError
 from engine.config import EVENT_DATASETS, LOCAL_FIELDS, Config, plain
-from engine.errors import UserError
 from engine.log import logger, write_whole
 from models import LIF
 

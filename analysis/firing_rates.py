@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from engine.log import logger, progress
 from models import LIF
-from models.hst import Block
 from models.layers import SpikingMLP
+from models.qkformer import Block
 
 from .common import Subject, checkpoint_parser, main, short_names, subjects, write_csv
 

@@ -23,11 +23,11 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from engine.dist import setup
-from engine.errors import UserError
+from engine.cli import UserError
 from engine.log import progress, setup_console
+from engine.world import setup
 from models.attention import SpikingSelfAttention
-from models.hst import ATTENTIONS
+from models.qkformer import ATTENTIONS
 
 from .common import COLOURS, main, parser, positive, write_csv
 

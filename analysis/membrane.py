@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from engine.cli import UserError
 from engine.config import MODEL_FIELDS, plain
-from engine.errors import UserError
 from engine.log import logger, progress
 from engine.run import build_model
 

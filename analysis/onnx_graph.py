@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
+from engine.cli import UserError
 from models import LIF
 from models.neuron import continued, lif_step
 

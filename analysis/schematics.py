@@ -12,7 +12,7 @@ from matplotlib.patches import Circle, FancyBboxPatch, Polygon, Rectangle
 from torch import Tensor
 
 from models.attention import SSA_SCALE
-from models.hst import ATTENTIONS
+from models.qkformer import ATTENTIONS
 
 from .common import COLOURS
 

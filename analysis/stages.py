@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from models import HierarchicalSpikingTransformer
 from models.embed import SPS
-from models.hst import ATTENTIONS
 from models.layers import ConvBN, SpikingConv
+from models.qkformer import ATTENTIONS
 
 
 class Stage(NamedTuple):

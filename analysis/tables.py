@@ -24,8 +24,8 @@ import yaml
 from tabulate import tabulate
 from torch import nn
 
+from engine.cli import UserError
 from engine.config import EVENT_DATASETS, FIELDS, LOCAL_FIELDS, MODEL_FIELDS, PUBLISHED, Config, plain
-from engine.errors import UserError
 from engine.log import logger, setup_console
 from engine.published import all_of
 from engine.run import build_model

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import EVENT_DATASETS, MODEL_FIELDS, Config
-from engine.dist import set_arithmetic, setup
 from engine.log import provenance, setup_console, write_whole
-from engine.loop import autocast
+from engine.trainer import autocast
+from engine.world import set_arithmetic, setup
 from models import create_model
 
 ROOT = Path(__file__).resolve().parents[1]

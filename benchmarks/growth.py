@@ -20,8 +20,8 @@ from tabulate import tabulate
 
 from analysis.common import main, parser, positive
 from analysis.growth import KeptBytes, exponent, fitted_sizes
+from engine.cli import UserError
 from engine.config import Config, load
-from engine.errors import UserError
 
 from .common import (
     RESULTS,

@@ -31,14 +31,14 @@ from tabulate import tabulate
 from torch.utils.data import DataLoader
 
 from analysis.common import ROOT, main, parser, positive
-from engine import config, dist
+from engine import config, world
+from engine.cli import UserError
 from engine.config import Config
 from engine.data.aedat import Events
 from engine.data.event import RAW
 from engine.data.frames import integrate
 from engine.data.loaders import Data
 from engine.data.prepare import INDEX
-from engine.errors import UserError
 from engine.log import logger
 from engine.run import create_data
 from tests.tiny_data import cifar, events
@@ -195,7 +195,7 @@ def measure(case: Case, root: Path, cores: int, repeats: int, batches: int) -> d
     case.write(root, *((count, batch_size) if case.part == "train" else (batch_size, count)))
     rates, first = defaultdict(list), defaultdict(list)
     with synthetic():
-        here = dist.setup("auto")
+        here = world.setup("auto")
         loaders = {n: case.loader(create_data(case.config(root, n), here)).loader for n in sorted({1, cores})}
         for _ in range(repeats):
             for workers, loader in loaders.items():

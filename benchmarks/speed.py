@@ -35,8 +35,8 @@ from tabulate import tabulate
 from torch import nn
 
 from analysis.common import main, parser, positive
+from engine.cli import UserError
 from engine.config import load
-from engine.errors import UserError
 
 from . import roofline
 from .common import (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.guard import guard
+from engine.cli import guard
 
 if __name__ == "__main__":
     with guard():

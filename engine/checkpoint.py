@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import UserError
+from .cli import UserError
 
 FORMAT = "qkformer-1"
 ENTRIES = ("state_dict", "optimizer", "scaler", "epoch", "position", "best", "config")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from .errors import UserError
+from .cli import UserError
 from .settings import Config
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .errors import UserError
+from .cli import UserError
 from .pictures import learning_curve
 
 logger = logging.getLogger("qkformer")

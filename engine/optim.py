@@ -8,14 +8,14 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from . import dist
+from . import world
+from .cli import UserError
 from .config import Config
-from .errors import UserError
 
 
 def effective_batch(cfg: Config) -> int:
     """Images per update, over all processes and accumulated steps."""
-    return cfg.batch_size * cfg.accum_iter * dist.world_size()
+    return cfg.batch_size * cfg.accum_iter * world.world_size()
 
 
 def base_lr(cfg: Config) -> float:
@@ -25,7 +25,7 @@ def base_lr(cfg: Config) -> float:
 
 def batch_advice(cfg: Config) -> str | None:
     """One line if the effective batch is not what the recipe means, with the flags that restore it; else None."""
-    target, processes = cfg.effective_batch, dist.world_size()
+    target, processes = cfg.effective_batch, world.world_size()
     if target is None or effective_batch(cfg) == target:
         return None
     recipe_lr = "" if cfg.lr is not None else f" ({cfg.blr * target / 256:.3g})"

@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from .cli import UserError
 from .config import MODEL_FIELDS, Config, load, variants
-from .errors import UserError
 
 RELEASED = {  # md5 -> recipe in imagenet/
     "60df416983ae326bb14bdb4566444320": "qkformer_10_384",

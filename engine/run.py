@@ -21,13 +21,15 @@ from models import create_model
 from models.neuron import silent_layers, triton_problem
 from models.released import identify, load_released
 
-from . import checkpoint, dist, log, published, results
+from . import checkpoint, log, published, results, world
+from .cli import StopRequest, UserError, spare_children
 from .config import EVENT_DATASETS, FIELDS, LOCAL_FIELDS, MODEL_FIELDS, Config, load, plain, short
 from .data import event, image
 from .data.loaders import Data
-from .dist import Dist
-from .errors import UserError
-from .folder import (
+from .log import logger
+from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs
+from .pictures import Gallery
+from .run_dir import (
     checkpoint_to_test,
     differences,
     find_run,
@@ -38,11 +40,8 @@ from .folder import (
     warn_of_seen,
     writing_to,
 )
-from .log import logger
-from .loop import NO_BEST, Trainer, evaluate
-from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs
-from .pictures import Gallery
-from .stop import StopRequest, spare_children
+from .trainer import NO_BEST, Trainer, evaluate
+from .world import World
 
 
 def train(recipe: Path) -> None:
@@ -77,7 +76,7 @@ def build_model(cfg: Config) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if cfg.channels_last else model
 
 
-def create_data(cfg: Config, here: Dist, train: bool = True) -> Data:
+def create_data(cfg: Config, here: World, train: bool = True) -> Data:
     """The loaders of images or of event frames; raises `UserError` as they do."""
     return (event if cfg.dataset in EVENT_DATASETS else image).create_data(cfg, here, train)
 
@@ -116,13 +115,13 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
         load_weights(cfg, model, weights, cfg.finetune, new_head=True)
         _warn_of_other_network(cfg, weights, cfg.finetune)
     if cfg.sync_bn:
-        model = dist.sync_batchnorm(model, here.device)
+        model = world.sync_batchnorm(model, here.device)
     trainer = Trainer(cfg, here, model, create_optimizer(cfg, model), data)
     if state:
         _restore(cfg, trainer, state, path)
         if not continues:
             trainer.best = dict(NO_BEST)  # of the run in the other folder
-    folder = folder or Path(dist.from_main(str(runs_of(cfg) / time.strftime("%Y%m%d-%H%M%S"))))
+    folder = folder or Path(world.from_main(str(runs_of(cfg) / time.strftime("%Y%m%d-%H%M%S"))))
     _announce(cfg, here, trainer, folder)
     watch = () if cfg.compile else (warn_of_silence,)  # which would compile the network once more
     with StopRequest() as stop, writing_to(folder), records(cfg, here, folder, data, trainer.epoch) as run_log:
@@ -132,13 +131,13 @@ def _train(recipe: Path, argv: Sequence[str]) -> None:
 
 def _require_equal_settings(cfg: Config) -> None:
     """Raises `UserError` if the processes were started with different settings: they would wait for each other."""
-    first, *others = dist.gather([plain(cfg, without=LOCAL_FIELDS)])
+    first, *others = world.gather([plain(cfg, without=LOCAL_FIELDS)])
     for other in others:
         for key in (key for key in first if first[key] != other[key]):
             raise UserError(f"{key} is {first[key]!r} in one process and {other[key]!r} in another: start all alike")
 
 
-def _require_gpu(cfg: Config, here: Dist) -> None:
+def _require_gpu(cfg: Config, here: World) -> None:
     """Raise `UserError` for training flags that need a GPU where there is none."""
     if cfg.cuda_graphs and (here.device.type == "cpu" or here.world_size > 1):
         raise UserError(
@@ -148,7 +147,7 @@ def _require_gpu(cfg: Config, here: Dist) -> None:
         raise UserError("--pack-spikes needs the Triton kernels, and they a GPU: leave it out")
 
 
-def _agree_on_triton(cfg: Config, here: Dist) -> None:
+def _agree_on_triton(cfg: Config, here: World) -> None:
     """Test the Triton kernels before the network needs them: on one rank of each machine first, which fills the cache.
 
     Raises:
@@ -156,8 +155,8 @@ def _agree_on_triton(cfg: Config, here: Dist) -> None:
     """
     may_run = cfg.lif_backend == "triton" or (cfg.lif_backend == "auto" and here.device.type == "cuda")
     is_asked = may_run and not cfg.compile
-    problem = dist.in_turns(lambda: triton_problem() if is_asked else "is not chosen by the flags")
-    problems = dist.gather([problem])
+    problem = world.in_turns(lambda: triton_problem() if is_asked else "is not chosen by the flags")
+    problems = world.gather([problem])
     failed = {rank: problem for rank, problem in enumerate(problems) if problem}
     if 0 < len(failed) < len(problems):
         reason = next(iter(failed.values())).rpartition("; ")  # (reason, separator, what one process can do)
@@ -172,7 +171,7 @@ def _agree_on_triton(cfg: Config, here: Dist) -> None:
         warnings.filterwarnings("ignore", "lif_backend='auto'")  # rank 0 prints why it does without Triton
 
 
-def _announce(cfg: Config, here: Dist, trainer: Trainer, folder: Path) -> None:
+def _announce(cfg: Config, here: World, trainer: Trainer, folder: Path) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     logger.info(
         f"{cfg.model}: {parameters:,} parameters, T = {cfg.time_steps}, on {here.world_size} x {here.device.type}; "
@@ -223,13 +222,13 @@ def warn_of_silence(model: nn.Module, images: Tensor) -> None:
         )
 
 
-def setup(cfg: Config) -> Dist:
+def setup(cfg: Config) -> World:
     """Set up threads, processes, device, its arithmetic and console as `cfg` says."""
     spare_children()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    here = dist.setup(cfg.device)
-    dist.set_arithmetic(cfg)
+    here = world.setup(cfg.device)
+    world.set_arithmetic(cfg)
     if here.device.type == "cpu" and cfg.lif_backend in ("cupy", "triton") and torch.cuda.is_available():
         raise UserError(f"--lif-backend {cfg.lif_backend} computes on a GPU, and --device is cpu: use auto or torch")
     log.setup_console(here.is_main)
@@ -243,7 +242,7 @@ def _test(recipe: Path, argv: Sequence[str], meter: Callable[[nn.Module], Abstra
     if cfg.energy and (not meter or cfg.compile):
         raise UserError("--energy is for test.py, and does not go together with --compile")
     here = setup(cfg)
-    path = dist.from_main(checkpoint_to_test(cfg) if here.is_main else None)
+    path = world.from_main(checkpoint_to_test(cfg) if here.is_main else None)
     state = checkpoint.read(path)
     cfg = settings_of(state, path, recipe, argv)
     folder = Path(cfg.output_dir or path.parent)
@@ -273,7 +272,7 @@ def _test(recipe: Path, argv: Sequence[str], meter: Callable[[nn.Module], Abstra
             )
         results.tell(cfg, membrane, found[membrane], figures)
         if measured:
-            energy = measured.report(dist.gather)
+            energy = measured.report(world.gather)
             logger.info(energy.totals())
             if paper := published.energy_mj(cfg, recipe.parent):
                 logger.info(f"published: {paper:.2f} mJ (paper)")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .hst import VARIANTS, HierarchicalSpikingTransformer, create_model
+from .qkformer import VARIANTS, HierarchicalSpikingTransformer, create_model
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from engine import config, dist
+from engine import config, world
 from engine.data.loaders import Data
-from engine.loop import Trainer
 from engine.optim import create_optimizer
 from engine.run import build_model
+from engine.trainer import Trainer
 
 RECIPE = Path(__file__).resolve().parents[1] / "digits/digits.yml"
 
@@ -29,7 +29,7 @@ class Batches(list):
 def main(result, *flags):
     torch.set_default_dtype(torch.float64)
     cfg = config.load(RECIPE, ["--time-steps", "2", "--smoothing", "0", *flags])
-    here = dist.setup("cpu")
+    here = world.setup("cpu")
     torch.manual_seed(0)
     steps = []
     for _ in range(2):
@@ -39,7 +39,7 @@ def main(result, *flags):
             (x[here.rank :: here.world_size], y[here.rank :: here.world_size]) for x, y in zip(*parts, strict=True)
         ]
     model = build_model(cfg)
-    model = dist.sync_batchnorm(model, here.device) if cfg.sync_bn else model
+    model = world.sync_batchnorm(model, here.device) if cfg.sync_bn else model
     trainer = Trainer(cfg, here, model, create_optimizer(cfg, model), Data(Batches(steps), [], [], None, None))
     gradients, step = [], trainer.optimizer.step
 
@@ -52,7 +52,7 @@ def main(result, *flags):
     batchnorms = sum("Sync" in type(m).__name__ for m in model.modules())
     if here.is_main:
         torch.save({"gradients": gradients, "state": model.state_dict(), "loss": loss, "synced": batchnorms}, result)
-    dist.teardown()
+    world.teardown()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from engine.errors import UserError
+from engine.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PRELOAD = ["scripts", "engine.run", "analysis.energy", "sklearn.datasets", "sklearn.model_selection"]

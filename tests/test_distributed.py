@@ -13,7 +13,7 @@ import pytest
 import torch
 from scripts import CPU, ROOT, TORCHRUN, Child, fail, free_port, named, ranks, run, succeed
 
-from engine import checkpoint, dist
+from engine import checkpoint, world
 
 QUICK = ["--batch-size", "64", "--lr", "1e-2", "--time-steps", "1"]  # 11 steps an epoch in two processes
 
@@ -214,9 +214,9 @@ def test_the_first_machine_of_a_slurm_step_is_the_meeting_point(monkeypatch, nod
     for key, value in {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "40007"}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # an allocation's shell, or torchrun once per machine
-    dist._translate_slurm()
+    world._translate_slurm()
     assert "WORLD_SIZE" not in os.environ
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
-    dist._translate_slurm()
+    world._translate_slurm()
     told = [os.environ[key] for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
     assert told == ["5", "1", "16", first, "20007"]

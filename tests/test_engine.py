@@ -13,12 +13,12 @@ from PIL import Image
 from scripts import refuses
 
 from benchmarks.common import choose
-from engine import checkpoint, config, dist
+from engine import checkpoint, config, world
+from engine.cli import UserError
 from engine.data.image import create_data
-from engine.errors import UserError
-from engine.loop import Trainer, autocast, evaluate
 from engine.optim import create_optimizer, lr_at
 from engine.run import _agree_on_triton, build_model, setup
+from engine.trainer import Trainer, autocast, evaluate
 from models import HierarchicalSpikingTransformer
 
 DIGITS = Path(__file__).resolve().parents[1] / "digits/digits.yml"
@@ -30,7 +30,7 @@ def configure(*flags):
 
 
 def trainer(cfg, batches=11, dtype=torch.float32, device="cpu"):
-    here = dist.setup(device)
+    here = world.setup(device)
     torch.manual_seed(cfg.seed)
     model = build_model(cfg).to(here.device, dtype)
     data = create_data(cfg, here)
@@ -145,7 +145,7 @@ def test_mixed_precision_trains():
     before = [p.clone() for p in run.model.parameters()]
     assert math.isfinite(run.train_epoch("test"))
     assert any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
-    result = evaluate(run.cfg, run.dist, run.model, list(itertools.islice(run.data.test, 1)))
+    result = evaluate(run.cfg, run.world, run.model, list(itertools.islice(run.data.test, 1)))
     assert result["count"] == 120
     assert math.isfinite(result["loss"])
 
@@ -171,7 +171,7 @@ def test_the_papers_augmentations_never_fail(policy):
 
 def test_an_unknown_augmentation_is_named():
     with refuses("foo"):
-        create_data(configure("--auto-augment", "foo"), dist.setup("cpu"))
+        create_data(configure("--auto-augment", "foo"), world.setup("cpu"))
 
 
 def test_resuming_keeps_the_configured_optimizer_settings():
@@ -184,8 +184,8 @@ def test_resuming_keeps_the_configured_optimizer_settings():
 
 def test_evaluation_shares_whole_batches_among_processes():
     cfg = configure("--eval-batch-size", "50")  # 360 samples: the last batch is a short one
-    alone = list(create_data(cfg, dist.Dist(0, 1, torch.device("cpu")), train=False).test)
-    shared = [list(create_data(cfg, dist.Dist(r, 3, torch.device("cpu")), train=False).test) for r in range(3)]
+    alone = list(create_data(cfg, world.World(0, 1, torch.device("cpu")), train=False).test)
+    shared = [list(create_data(cfg, world.World(r, 3, torch.device("cpu")), train=False).test) for r in range(3)]
     for i, (images, labels) in enumerate(alone):
         their_images, their_labels = shared[i % 3][i // 3]
         assert torch.equal(images, their_images)
@@ -194,7 +194,7 @@ def test_evaluation_shares_whole_batches_among_processes():
 
 
 def test_the_digits_split_is_fixed_and_disjoint():
-    data = create_data(configure(), dist.setup("cpu"))
+    data = create_data(configure(), world.setup("cpu"))
     train, test = data.train.dataset.dataset, data.test.dataset.dataset
     assert (len(train), len(test)) == (1437, 360)
     seen = {image.tobytes() for image in train.images}
@@ -248,10 +248,10 @@ def test_fp16_is_float32_on_a_cpu():
 def test_the_evaluation_does_not_depend_on_the_order_of_batches():
     run = trainer(configure("--eval-batch-size", "7"))
     batches = list(run.data.test)
-    results = [evaluate(run.cfg, run.dist, run.model, order) for order in (batches, batches[::-1])]
+    results = [evaluate(run.cfg, run.world, run.model, order) for order in (batches, batches[::-1])]
     assert results[0] == results[1]
     with refuses():
-        evaluate(run.cfg, run.dist, run.model, [])
+        evaluate(run.cfg, run.world, run.model, [])
 
 
 class ActedGraph:
@@ -280,7 +280,7 @@ class ActedGraph:
 
 @pytest.mark.parametrize("accum_iter", ["1", "3"])
 def test_a_step_can_be_replayed(accum_iter, monkeypatch):
-    monkeypatch.setattr("engine.loop.GraphedStep", ActedGraph)
+    monkeypatch.setattr("engine.trainer.GraphedStep", ActedGraph)
     flags = ["--accum-iter", accum_iter, "--lr-step", "iteration", "--time-steps", "1", "--warmup-epochs", "0"]
     eager, replayed = (trainer(configure(*flags, *more), batches=4) for more in ([], ["--cuda-graphs"]))
     for run in (eager, replayed):
@@ -328,7 +328,7 @@ def test_kernels_that_fail_on_every_rank_end_only_what_needs_them(flags, is_test
     problem = "computes 17 for 4; use lif_backend='torch'"
     monkeypatch.setattr("engine.run.triton_problem", lambda: tests.append(1) or problem)
     with pytest.raises(UserError) if is_refused else contextlib.nullcontext():
-        _agree_on_triton(configure(*flags), dist.Dist(0, 1, torch.device("cuda")))
+        _agree_on_triton(configure(*flags), world.World(0, 1, torch.device("cuda")))
     assert len(tests) == is_tested
 
 

@@ -36,8 +36,8 @@ from engine.data.augment import sampling
 from engine.data.event import create_data, split_by_class
 from engine.data.frames import integrate, open_zip
 from engine.data.prepare import contents, prepare
-from engine.dist import Dist
 from engine.log import logger
+from engine.world import World
 
 RANDOM = np.random.default_rng(0)
 FEW = events(3, 10, 1003, RANDOM)
@@ -56,7 +56,7 @@ def old_numpy(monkeypatch):
 
 def load(name, root, *flags, rank=0, world_size=1):
     cfg = config.load(ROOT / name / f"{name}.yml", ["--data-path", str(root), "--workers", "0", *flags])
-    return create_data(cfg, Dist(rank, world_size, torch.device("cpu")))
+    return create_data(cfg, World(rank, world_size, torch.device("cpu")))
 
 
 def test_aedat2_is_read_as_by_spikingjelly(old_numpy, tmp_path):

@@ -18,7 +18,7 @@ import triton
 from scripts import ROOT, fail
 from torch import nn
 
-from engine import dist
+from engine import world
 from engine.log import setup_console
 from models import create_model, neuron, set_lif_backend
 from models.attention import SpikingSelfAttention, TokenQKAttention
@@ -291,7 +291,7 @@ def uneven_rank(rank, folder, network, x):
     """Save the gradients of one of two ranks, which take 1 and 3 samples."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     network = copy.deepcopy(network)  # its memory is shared by the ranks
-    step(dist.sync_batchnorm(network, torch.device("cpu")), x[:1] if rank == 0 else x[1:], "triton")
+    step(world.sync_batchnorm(network, torch.device("cpu")), x[:1] if rank == 0 else x[1:], "triton")
     assert network.coverage.of(network.stages).backend == "triton"
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
     torch.save({"gradients": gradients, "buffers": dict(network.named_buffers())}, folder / f"{rank}.pt")

@@ -21,11 +21,11 @@ from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 from scripts import ROOT, fail, named, refuses
 from tiny_data import cifar, cifar10_dvs, dvs128_gesture, image_folder, shards
 
-from engine import config, dist
+from engine import config, world
+from engine.cli import UserError
 from engine.data import datasets
 from engine.data.datasets import create_dataset
 from engine.data.frames import open_zip
-from engine.errors import UserError
 from engine.log import logger
 from engine.run import create_data
 
@@ -157,7 +157,7 @@ def test_what_is_no_image_is_named(kind, content, tmp_path):
         path = shards(tmp_path / "data", train=8, test=8) / "tiny-validation-0000.tar"
         tar(path, {"3.jpg": content, "3.cls": b"0"})
         where = ["--dataset", "wds/tiny", *where]
-    data = create_data(config.load(ROOT / IMAGENET[0], list(map(str, where))), dist.setup("cpu"), train=False)
+    data = create_data(config.load(ROOT / IMAGENET[0], list(map(str, where))), world.setup("cpu"), train=False)
     with refuses(path):
         list(data.test)
 
@@ -339,7 +339,7 @@ def events(recipe, root):
     open_zip.cache_clear()
     cfg = config.load(ROOT / recipe, ["--data-path", str(root), "--workers", "0", "--batch-size", "2"])
     try:
-        return create_data(cfg, dist.setup("cpu")).train.dataset
+        return create_data(cfg, world.setup("cpu")).train.dataset
     except UserError as error:
         return str(error)
 

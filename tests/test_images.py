@@ -18,13 +18,13 @@ from scripts import rows_in as rows
 from timm.data.transforms import MaybePILToTensor, ToNumpy
 from tiny_data import cifar, image_folder, shards
 
-from engine import checkpoint, config, dist
+from engine import checkpoint, config, world
 from engine.data import image
 from engine.data.datasets import create_dataset
 from engine.data.image import create_data
-from engine.loop import Trainer
 from engine.optim import create_optimizer
 from engine.run import build_model
+from engine.trainer import Trainer
 from models import create_model
 
 LAUNCHERS = {
@@ -220,7 +220,7 @@ def test_every_recipe_trains(path, data, monkeypatch):
     flags += ["--num-classes", "4"] if name == "imagenet" else []
     cfg = config.load(path, [*flags, "--batch-size", "40", "--data-path", str(data / name), "--accum-iter", "1"])
     cfg = dataclasses.replace(cfg, warmup_epochs=0)  # starts at a rate of 0
-    where = dist.setup("cpu")
+    where = world.setup("cpu")
     model, loaded = build_model(cfg), create_data(cfg, where)
     before = [p.detach().clone() for p in model.parameters()]
     trainer = Trainer(cfg, where, model, create_optimizer(cfg, model), loaded)
@@ -239,7 +239,7 @@ def test_batches_equal_those_of_timms_own_tensors(name, data, monkeypatch):
 
     def batches(last):
         monkeypatch.setattr(image, "ToNumpy", last)
-        loaded = create_data(cfg, dist.setup("cpu"))
+        loaded = create_data(cfg, world.setup("cpu"))
         timm.utils.random_seed(0)
         loaders = (itertools.islice(loader, 5) for loader in (loaded.train.batches(0), loaded.test))
         return [tensor for loader in loaders for batch in loader for tensor in batch]

@@ -11,13 +11,13 @@ from tiny_data import cifar10_dvs
 from torch.utils.data import DataLoader
 
 from benchmarks import loader
-from engine import config, dist
+from engine import config, world
 from engine.data.event import _collate
 from engine.run import create_data
 
 
 def load(recipe, *flags):
-    return create_data(config.load(ROOT / recipe, list(map(str, flags))), dist.setup("cpu"))
+    return create_data(config.load(ROOT / recipe, list(map(str, flags))), world.setup("cpu"))
 
 
 def same(batches, others):

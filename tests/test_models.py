@@ -75,8 +75,8 @@ def test_a_sample_in_any_company(ssa_membrane, independent):
 @pytest.mark.parametrize("residual", ["sew", "ms"])
 @pytest.mark.parametrize("name", ["qkformer_10_384", "qkformer_4_384", "qkformer_2_256", "spikformer_4_384"])
 def test_every_family_keeps_no_state_and_takes_odd_shapes(name, residual, attention):
-    stages = len(models.hst.VARIANTS[name]["depths"])
-    embed = "speds" if residual == "ms" else models.hst.VARIANTS[name].get("embed", "speds")
+    stages = len(models.qkformer.VARIANTS[name]["depths"])
+    embed = "speds" if residual == "ms" else models.qkformer.VARIANTS[name].get("embed", "speds")
     attention = (attention,) * stages
     model = create_model(name, num_classes=3, embed=embed, residual=residual, attention=attention, time_steps=3)
     model = lively(model)

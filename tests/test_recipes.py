@@ -9,7 +9,7 @@ import pytest
 import torch
 from scripts import named
 
-from engine import config, dist
+from engine import config, world
 from engine.optim import base_lr, batch_advice, create_optimizer, effective_batch, lr_at, total_epochs
 from engine.published import all_of
 from engine.run import build_model
@@ -23,7 +23,7 @@ EIGHT_GPUS = {"imagenet": 8}
 
 @pytest.fixture
 def processes(monkeypatch):
-    return lambda count: monkeypatch.setattr(dist, "world_size", lambda: count)
+    return lambda count: monkeypatch.setattr(world, "world_size", lambda: count)
 
 
 def mean_rate(cfg, epoch, steps):

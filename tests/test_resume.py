@@ -13,14 +13,12 @@ import torch
 from scripts import CPU, ROOT, fail, here, named, refuses, rows_in, run, signal_at_step, succeed
 from tiny_data import cifar10_dvs
 
-from engine import checkpoint, config, dist, folder
+from engine import checkpoint, config, run_dir, world
 from engine import run as engine_run
+from engine.cli import Stopped, StopRequest, guard
 from engine.data.loaders import TrainLoader
-from engine.errors import Stopped
-from engine.guard import guard
-from engine.loop import Trainer
 from engine.optim import create_optimizer
-from engine.stop import StopRequest
+from engine.trainer import Trainer
 from models.neuron import silent_layers
 
 IMAGES = (
@@ -75,7 +73,7 @@ def test_a_run_goes_on_at_the_step_where_it_was_stopped(arguments, steps, left, 
 def trainer(*flags):
     cfg = config.load(ROOT / "digits/digits.yml", ["--batch-size", "240", "--time-steps", "1", *flags])
     timm.utils.random_seed(0)
-    here = dist.setup("cpu")
+    here = world.setup("cpu")
     model = engine_run.build_model(cfg)
     return Trainer(cfg, here, model, create_optimizer(cfg, model), engine_run.create_data(cfg, here))
 
@@ -176,28 +174,28 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(tmp_path, capfd):
         damaged = bytearray((tmp_path / name).read_bytes())
         damaged[len(damaged) // 2] ^= 4
         (tmp_path / name).write_bytes(damaged)
-        assert folder._whole_checkpoint(tmp_path) == tmp_path / expected
+        assert run_dir._whole_checkpoint(tmp_path) == tmp_path / expected
         named(capfd.readouterr().out, name)
         assert (tmp_path / f"{name}.damaged").read_bytes() == damaged
     (tmp_path / "best.pt").write_bytes(b"")
     with refuses(tmp_path, "--output-dir"):
-        folder._whole_checkpoint(tmp_path)
-    assert folder._whole_checkpoint(tmp_path / "none") is None
+        run_dir._whole_checkpoint(tmp_path)
+    assert run_dir._whole_checkpoint(tmp_path / "none") is None
 
 
 def test_one_run_a_folder(tmp_path, monkeypatch, capfd):
     lock = (
         "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('process 7 on x', file=f)"
     )
-    words = [sys.executable, "-c", f"{lock}; f.flush(); print('held', flush=True); input()", tmp_path / folder.LOCK]
+    words = [sys.executable, "-c", f"{lock}; f.flush(); print('held', flush=True); input()", tmp_path / run_dir.LOCK]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=CPU) as other:
         assert other.stdout.readline() == b"held\n"
         named(fail(monkeypatch, capfd, "digits/train.py", "--output-dir", tmp_path), tmp_path, "process 7 on x")
         other.communicate(b"\n")
     (tmp_path / "last.pt.tmp").write_bytes(b"half")
-    folder.claim(tmp_path)
-    assert os.listdir(tmp_path) == [folder.LOCK]
-    assert str(os.getpid()) in (tmp_path / folder.LOCK).read_text()
+    run_dir.claim(tmp_path)
+    assert os.listdir(tmp_path) == [run_dir.LOCK]
+    assert str(os.getpid()) in (tmp_path / run_dir.LOCK).read_text()
 
 
 def test_a_layer_without_spikes_is_named(capfd):
@@ -221,12 +219,12 @@ def test_a_layer_without_spikes_is_named(capfd):
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     """The loss need not tell: a membrane that is not a number never fires."""
     one = trainer("--epochs", "1")
-    folder.save(one.cfg, one.dist, tmp_path, one, True)
+    run_dir.save(one.cfg, one.world, tmp_path, one, True)
     before = (tmp_path / "last.pt").read_bytes()
     with torch.no_grad():
         one.model.get_submodule("stages.1.blocks.0.mlp.fc1.conv").weight[0] = float("nan")
     with refuses("epoch 1"):
-        folder.save(one.cfg, one.dist, tmp_path, one, True)
+        run_dir.save(one.cfg, one.world, tmp_path, one, True)
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
     assert (tmp_path / "last.pt").read_bytes() == before
 
@@ -238,7 +236,7 @@ def test_what_ails_the_machine_damages_no_checkpoint(error, tmp_path, monkeypatc
     checkpoint.save(tmp_path / "last.pt", content(1))
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: (_ for _ in ()).throw(error))
     with pytest.raises(type(error)):
-        folder._whole_checkpoint(tmp_path)
+        run_dir._whole_checkpoint(tmp_path)
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
@@ -326,15 +324,15 @@ def test_skipped_samples_are_not_loaded():
 
 def test_processes_with_other_settings_are_told(monkeypatch):
     cfg = trainer().cfg
-    monkeypatch.setattr(dist, "gather", lambda values: [*values, values[0] | {"batch_size": 32}])
+    monkeypatch.setattr(world, "gather", lambda values: [*values, values[0] | {"batch_size": 32}])
     with refuses("batch_size", 240, 32):
         engine_run._require_equal_settings(cfg)
-    monkeypatch.setattr(dist, "gather", lambda values: values * 2)
+    monkeypatch.setattr(world, "gather", lambda values: values * 2)
     engine_run._require_equal_settings(cfg)
 
 
 CHATTY = """
-from engine.guard import guard
+from engine.cli import guard
 with guard():
     from engine import log
     log.setup_console(True)

@@ -22,9 +22,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.utils import check_integrity
 
-from .. import dist
+from .. import world
+from ..cli import UserError
 from ..config import EVENT_DATASETS, Config
-from ..errors import UserError
 from ..log import logger
 from . import pickles
 
@@ -324,7 +324,7 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
             reason = damaged or (str(error) if is_plain else f"is a file damaged? {error!r}")
             raise UserError(f"dataset {cfg.dataset} in {cfg.data_path}: {reason}") from None
 
-    dataset = dist.in_turns(attempt) if cfg.download else attempt()
+    dataset = world.in_turns(attempt) if cfg.download else attempt()
     if train and type(dataset) is ImageFolder and Path(dataset.root) == Path(cfg.data_path):  # what timm falls back to
         raise UserError(f"{dataset.root} holds no folder {split}; it should hold one for training and one for testing")
     if hasattr(dataset, "loader"):

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
-from .. import dist as distributed
 from .. import pictures
+from .. import world as distributed
+from ..cli import UserError
 from ..config import Config
-from ..dist import Dist
-from ..errors import UserError
 from ..log import logger
+from ..world import World
 from . import digits_dvs, recordings
 from .aedat import SIDE
 from .augment import SNNWideAugment
@@ -98,7 +98,7 @@ class DigitsDVS(Dataset):
         return self.frames[index], self.labels[index]
 
 
-def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
+def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """The loaders that `cfg` describes; the first time, frames are made from the recordings.
 
     Raises:
@@ -115,10 +115,10 @@ def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
         make = functools.partial(DigitsDVS, frames=cfg.time_steps)
         train_set, test_set, split = make(train=True) if train else None, make(train=False), None
     else:
-        train_set, test_set, split = _from_recordings(cfg, dist)
+        train_set, test_set, split = _from_recordings(cfg, world)
     return Data(
-        train=_train_loader(cfg, dist, train_set) if train else None,
-        test=_test_loader(cfg, dist, test_set),
+        train=_train_loader(cfg, world, train_set) if train else None,
+        test=_test_loader(cfg, world, test_set),
         classes=names,
         mixup=create_mixup(cfg) if train else None,
         augment=_augmentation(cfg) if train else None,
@@ -128,7 +128,7 @@ def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
     )
 
 
-def _from_recordings(cfg: Config, dist: Dist) -> tuple[Frames, Frames, dict[str, list[str]]]:
+def _from_recordings(cfg: Config, world: World) -> tuple[Frames, Frames, dict[str, list[str]]]:
     """Training set, test set, and the files of each."""
     if cfg.data_path is None:
         raise UserError(f"dataset {cfg.dataset}: say where it is with --data-path")
@@ -139,7 +139,7 @@ def _from_recordings(cfg: Config, dist: Dist) -> tuple[Frames, Frames, dict[str,
         root.mkdir(parents=True, exist_ok=True)
     elif not root.is_dir():
         find()  # says what to place where
-    folder = distributed.in_turns(lambda: prepare(root, cfg.time_steps, find, dist.is_main))
+    folder = distributed.in_turns(lambda: prepare(root, cfg.time_steps, find, world.is_main))
     files = contents(folder, raw.classes)
     if cfg.dataset == "dvs128-gesture":  # its lists of trials split it
         split = {part: [file for file in files if file.startswith(f"{part}/")] for part in ("train", "test")}
@@ -194,25 +194,25 @@ def _collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]
     return torch.from_numpy(np.stack(frames)), torch.tensor(labels)  # numpy finds the type that holds all counts
 
 
-def _train_loader(cfg: Config, dist: Dist, dataset: Dataset) -> TrainLoader:
-    require_batches(cfg, dist, len(dataset))
+def _train_loader(cfg: Config, world: World, dataset: Dataset) -> TrainLoader:
+    require_batches(cfg, world, len(dataset))
     sampler = RandomSampler(dataset)
-    if dist.world_size > 1:
-        sampler = DistributedSampler(dataset, dist.world_size, dist.rank, seed=cfg.seed)
+    if world.world_size > 1:
+        sampler = DistributedSampler(dataset, world.world_size, world.rank, seed=cfg.seed)
     generator = torch.Generator()  # of the workers' seeds, and they draw nothing
     return TrainLoader(
-        _loader(cfg, dist, dataset, cfg.batch_size, sampler=sampler, drop_last=True, generator=generator)
+        _loader(cfg, world, dataset, cfg.batch_size, sampler=sampler, drop_last=True, generator=generator)
     )
 
 
-def _test_loader(cfg: Config, dist: Dist, dataset: Dataset) -> _Loader:
+def _test_loader(cfg: Config, world: World, dataset: Dataset) -> _Loader:
     batch_size = cfg.eval_batch_size or cfg.batch_size
-    return _loader(cfg, dist, Shard(dataset, batch_size, dist.rank, dist.world_size), batch_size)
+    return _loader(cfg, world, Shard(dataset, batch_size, world.rank, world.world_size), batch_size)
 
 
-def _loader(cfg: Config, dist: Dist, dataset: Dataset, batch_size: int, **settings) -> _Loader:
-    settings |= {"collate_fn": _collate, **worker_settings(cfg, dist)}
-    return _Loader(DataLoader(dataset, batch_size, **settings), dist.device)
+def _loader(cfg: Config, world: World, dataset: Dataset, batch_size: int, **settings) -> _Loader:
+    settings |= {"collate_fn": _collate, **worker_settings(cfg, world)}
+    return _Loader(DataLoader(dataset, batch_size, **settings), world.device)
 
 
 def _augmentation(cfg: Config) -> SNNWideAugment | None:

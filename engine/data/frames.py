@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
+from ..cli import UserError
 from .aedat import SIDE, DamagedRecording, Events
 
 LARGEST = 2**30  # bytes of a recording; no real one has as many

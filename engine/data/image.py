@@ -12,9 +12,9 @@ from timm.data.transforms import ToNumpy
 from torch.utils.data import Dataset, IterableDataset
 
 from .. import pictures
+from ..cli import UserError
 from ..config import Config
-from ..dist import Dist
-from ..errors import UserError
+from ..world import World
 from .datasets import class_names, create_dataset, is_imagenet
 from .loaders import (
     Data,
@@ -49,7 +49,7 @@ class _Turns:
             )
 
 
-def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
+def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """The loaders that `cfg` describes.
 
     Raises:
@@ -63,17 +63,17 @@ def create_data(cfg: Config, dist: Dist, train: bool = True) -> Data:
         "mean": mean,
         "std": std,
         "interpolation": cfg.interpolation,
-        "device": dist.device,
-        **worker_settings(cfg, dist),
+        "device": world.device,
+        **worker_settings(cfg, world),
     }
     names = class_names(test_set)
     mixup = create_mixup(cfg) if train else None
     return Data(
-        train=_train_loader(cfg, dist, names, mixup, dict(common)) if train else None,
-        test=_test_loader(cfg, dist, test_set, common),
+        train=_train_loader(cfg, world, names, mixup, dict(common)) if train else None,
+        test=_test_loader(cfg, world, test_set, common),
         classes=_readable(names) or [str(i) for i in range(cfg.num_classes)],
         mixup=mixup,
-        augment=_erasing(cfg, dist) if train else None,
+        augment=_erasing(cfg, world) if train else None,
         show=functools.partial(pictures.of_image, mean, std),
     )
 
@@ -86,28 +86,28 @@ def _readable(names: list[str]) -> list[str]:
     return [imagenet.label_name_to_description(name).split(",")[0] for name in names]
 
 
-def _test_loader(cfg: Config, dist: Dist, dataset: Dataset, common: dict) -> Iterable:
+def _test_loader(cfg: Config, world: World, dataset: Dataset, common: dict) -> Iterable:
     batch_size = cfg.eval_batch_size or cfg.batch_size
     crop_pct = cfg.crop_pct or (0.875 if cfg.input_size <= 224 else 1.0)  # as the released ImageNet code
     is_stream = isinstance(dataset, IterableDataset)
     if not is_stream:
-        dataset = Shard(dataset, batch_size, dist.rank, dist.world_size)
+        dataset = Shard(dataset, batch_size, world.rank, world.world_size)
     loader = _create_loader(dataset, batch_size=batch_size, crop_pct=crop_pct, **common)
-    return _Turns(loader, dist.rank, dist.world_size) if is_stream else loader
+    return _Turns(loader, world.rank, world.world_size) if is_stream else loader
 
 
-def _erasing(cfg: Config, dist: Dist) -> RandomErasing | None:
+def _erasing(cfg: Config, world: World) -> RandomErasing | None:
     if not cfg.reprob:
         return None
-    return RandomErasing(cfg.reprob, mode=cfg.remode, max_count=cfg.recount, device=dist.device)
+    return RandomErasing(cfg.reprob, mode=cfg.remode, max_count=cfg.recount, device=world.device)
 
 
-def _train_loader(cfg: Config, dist: Dist, test_classes: list[str], mixup: object, common: dict) -> TrainLoader:
+def _train_loader(cfg: Config, world: World, test_classes: list[str], mixup: object, common: dict) -> TrainLoader:
     dataset = create_dataset(cfg, train=True)
     if different := set(class_names(dataset)) ^ set(test_classes):
         raise UserError(f"{cfg.dataset}: only one of training and test set has the class {min(different)}")
-    require_batches(cfg, dist, len(dataset))
-    common["num_workers"] = _feedable(dataset, common["num_workers"], dist.world_size)
+    require_batches(cfg, world, len(dataset))
+    common["num_workers"] = _feedable(dataset, common["num_workers"], world.world_size)
     common["persistent_workers"] = False  # started anew each epoch, they hear of its number and of the end of mixup
     is_stream = isinstance(dataset, IterableDataset)
     try:
@@ -121,14 +121,14 @@ def _train_loader(cfg: Config, dist: Dist, test_classes: list[str], mixup: objec
             color_jitter=cfg.color_jitter,
             auto_augment=cfg.auto_augment,
             collate_fn=mixup if cfg.mixup_in == "loader" else None,
-            distributed=dist.world_size > 1,
+            distributed=world.world_size > 1,
             **common,
         )
     except (AssertionError, KeyError, ValueError, IndexError):
         if not cfg.auto_augment:
             raise
         raise UserError(f"auto_augment = {cfg.auto_augment!r}: timm has no such policy") from None
-    if dist.world_size > 1 and not is_stream:
+    if world.world_size > 1 and not is_stream:
         loader.sampler.seed = cfg.seed  # timm leaves it at 0
     return TrainLoader(loader)
 

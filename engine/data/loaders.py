@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
+from ..cli import UserError
 from ..config import Config, mixes
-from ..dist import Dist
-from ..errors import UserError
+from ..world import World
 
 
 @dataclass(frozen=True)
@@ -157,19 +157,19 @@ class Shard(_Over):
         return self.dataset[self.indices[index]]
 
 
-def require_batches(cfg: Config, dist: Dist, samples: int) -> None:
+def require_batches(cfg: Config, world: World, samples: int) -> None:
     """Raise `UserError` if the training set is too small for one batch in every process."""
-    if samples < cfg.batch_size * dist.world_size:
+    if samples < cfg.batch_size * world.world_size:
         raise UserError(
-            f"batch_size = {cfg.batch_size}: {dist.world_size} processes need more than the {samples} "
+            f"batch_size = {cfg.batch_size}: {world.world_size} processes need more than the {samples} "
             f"training samples of {cfg.dataset}; use a smaller batch_size"
         )
 
 
-def worker_settings(cfg: Config, dist: Dist) -> dict:
+def worker_settings(cfg: Config, world: World) -> dict:
     """How a DataLoader is fed: at most one process a core, kept from pass to pass; pinned memory for a GPU."""
     workers = min(cfg.workers, os.cpu_count() or 1)
-    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": dist.device.type == "cuda"}
+    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": world.device.type == "cuda"}
 
 
 def create_mixup(cfg: Config) -> object | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import filelock
 import joblib
 
-from ..errors import UserError
+from ..cli import UserError
 from ..log import logger, progress
 from .aedat import SIDE
 from .frames import convert

@@ -16,7 +16,7 @@ from spikingjelly.datasets.cifar10_dvs import CIFAR10DVS
 from spikingjelly.datasets.dvs128_gesture import DVS128Gesture
 from torchvision.datasets.utils import download_url
 
-from ..errors import UserError
+from ..cli import UserError
 from ..log import logger
 from .aedat import Events, read_aedat2, read_aedat31
 from .frames import LARGEST, open_zip, read_file, read_member

@@ -34,7 +34,7 @@ def problem(device: str) -> str | None:
 
 def _in_double(device: str) -> str | None:
     """A training step of a whole network, in which spikes do not depend on rounding."""
-    from ..hst import create_model  # which imports this package
+    from ..qkformer import create_model  # which imports this package
 
     x = torch.randn(8, 1, 16, 16, dtype=torch.float64).to(device)
     theirs = create_model("qkformer_3_64", lif_backend="torch").double().to(device)
@@ -61,7 +61,7 @@ def _step(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _in_half(device: str) -> str | None:
     """Single blocks, for in whole networks what rounding decides grows from layer to layer."""
-    from ..hst import Block
+    from ..qkformer import Block
 
     x = (torch.rand(4, 8, 64, 4, 4) < 0.3).half().to(device)
     for kind in ("token", "self"):

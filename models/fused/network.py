@@ -1,4 +1,4 @@
-"""The fused network: the modules and parameters of `models.hst` in fewer and larger steps.
+"""The fused network: the modules and parameters of `models.qkformer` in fewer and larger steps.
 
 Activations are channels-last, [T,B,H,W,C], so that a 1x1 convolution is a matrix product; an image enters once, as
 [1,B,H,W,C]. `gpu` and `cpu` are the two ways to compute a unit and an attention.

@@ -13,7 +13,7 @@ from harness import Counts, same
 from scripts import Child, ranks
 
 from engine import checkpoint
-from engine.errors import UserError
+from engine.cli import UserError
 
 TRAIN = "digits/train.py --device cpu --epochs 2 --save-steps 2 --time-steps 1 --mlp-ratio 1 --log-interval 1".split()
 TRAIN += "--batch-size 64 --accum-iter 2 --ema-decay 0.9 --drop-path 0.1 --reprob 0.2 --color-jitter 0.4".split()

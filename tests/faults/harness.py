@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from scripts import ROOT
 
-from engine.errors import UserError
+from engine.cli import UserError
 
 QUICK = "--batch-size 359 --time-steps 1 --mlp-ratio 1 --device cpu".split()  # 4 steps an epoch on the digits
 LONGEST_LINE = 2000  # characters of an error message

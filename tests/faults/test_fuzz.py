@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scripts import ROOT, refuses
 
 from engine import checkpoint, config, run
-from engine.errors import UserError
+from engine.cli import UserError
 
 MOST_MEMORY = 300  # MiB more than before
 

@@ -6,7 +6,7 @@ from chains import Chain
 from harness import Counts, Death, same
 
 from engine import checkpoint, run
-from engine.errors import UserError
+from engine.cli import UserError
 
 
 def refuse(message):

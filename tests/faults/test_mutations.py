@@ -9,7 +9,7 @@ import torch
 from harness import part, same
 
 from engine import checkpoint
-from engine.errors import UserError
+from engine.cli import UserError
 from models import create_model
 from models.released import to_released
 

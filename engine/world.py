@@ -14,12 +14,12 @@ import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from .errors import UserError
+from .cli import UserError
 from .settings import Config
 
 
 @dataclass(frozen=True)
-class Dist:
+class World:
     """This process among all: `rank` of `world_size`, and the device it computes on."""
 
     rank: int
@@ -31,7 +31,7 @@ class Dist:
         return self.rank == 0
 
 
-def setup(device: str) -> Dist:
+def setup(device: str) -> World:
     """Join the process group that a launcher announced in the environment, if any.
 
     torchrun and torch.distributed.launch set RANK, WORLD_SIZE and LOCAL_RANK; under a bare `srun` Slurm's variables
@@ -69,7 +69,7 @@ def setup(device: str) -> Dist:
         torch.cuda.set_device(index)
         where = torch.device(device, index)
     if world_size == 1:
-        return Dist(0, 1, where)
+        return World(0, 1, where)
     try:
         socket.getaddrinfo(os.environ.get("MASTER_ADDR", "localhost"), None)  # torch would ask for half an hour
         store, rank, world_size = next(rendezvous("env://"))
@@ -82,7 +82,7 @@ def setup(device: str) -> Dist:
     except (ValueError, RuntimeError, socket.gaierror) as error:
         where = os.environ.get("MASTER_ADDR", "MASTER_ADDR, which is not set")
         raise UserError(f"cannot join the other processes at {where}, start with torchrun: {error}") from None
-    return Dist(td.get_rank(), td.get_world_size(), where)
+    return World(td.get_rank(), td.get_world_size(), where)
 
 
 def set_arithmetic(cfg: Config) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 import yaml
 
-from . import checkpoint, dist, log
+from . import checkpoint, log, world
+from .cli import UserError
 from .config import FIELDS, LOCAL_FIELDS, Config, load, plain
 from .data.loaders import Data
-from .dist import Dist
-from .errors import UserError
 from .log import RunLog, logger
-from .loop import Trainer
+from .trainer import Trainer
+from .world import World
 
 SPLIT = "split.json"
 LOCK = ".lock"
@@ -26,13 +26,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of writi
 _held = {}  # folder -> its locked file, for as long as this process lives
 
 
-def find_run(cfg: Config, here: Dist) -> tuple[Path | None, Path | None, dict | None]:
+def find_run(cfg: Config, here: World) -> tuple[Path | None, Path | None, dict | None]:
     """The folder to write to (None: a new one), and the checkpoint to go on from and its content (None: a start)."""
     folder = Path(cfg.output_dir) if cfg.output_dir else None
     if here.is_main and folder and folder.exists():
         with writing_to(folder):
             claim(folder)
-    path = dist.from_main(_checkpoint_to_resume(cfg, folder) if here.is_main else None)  # others may not see its disk
+    path = world.from_main(_checkpoint_to_resume(cfg, folder) if here.is_main else None)  # others may not see its disk
     state = checkpoint.read(path) if path else None
     if state and state["format"] == "qkformer" and "optimizer" not in state:
         raise UserError(
@@ -100,9 +100,9 @@ def _whole_checkpoint(folder: Path) -> Path | None:
 def _checkpoint_to_resume(cfg: Config, folder: Path | None) -> Path | None:
     if not folder and cfg.resume == "auto":
         raise UserError("--resume auto needs --output-dir, the folder of the run to go on with")
-    if not folder and dist.may_restart():
+    if not folder and world.may_restart():
         raise UserError("torchrun --max-restarts needs --output-dir, so that a restart finds the run it goes on with")
-    if (cfg.resume == "auto" or dist.may_restart()) and folder.is_dir() and (path := _whole_checkpoint(folder)):
+    if (cfg.resume == "auto" or world.may_restart()) and folder.is_dir() and (path := _whole_checkpoint(folder)):
         if cfg.resume not in (None, "auto"):
             logger.info(f"--resume {cfg.resume} is left aside, for {folder} holds a run to go on with (--max-restarts)")
         return path
@@ -188,7 +188,7 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int) -> Iterator[RunLog | None]:
+def records(cfg: Config, here: World, folder: Path, data: Data, first_epoch: int) -> Iterator[RunLog | None]:
     """Write what the run is, and is trained on, to its folder, and give the main process its log."""
     if not here.is_main:
         yield None
@@ -226,7 +226,7 @@ def records(cfg: Config, here: Dist, folder: Path, data: Data, first_epoch: int)
     run_log.close()
 
 
-def save(cfg: Config, here: Dist, folder: Path, trainer: Trainer, is_best: bool) -> None:
+def save(cfg: Config, here: World, folder: Path, trainer: Trainer, is_best: bool) -> None:
     """Write `last.pt`, and `best.pt` if it is, from the main process; all of them call it.
 
     Raises:

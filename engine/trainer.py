@@ -11,15 +11,14 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from . import dist as distributed
+from . import world as distributed
+from .cli import Stopped, StopRequest, UserError
 from .config import Config, mixes
 from .data.loaders import Data, reseed
-from .dist import Agreement, Dist
-from .errors import Stopped, UserError
 from .graphs import GraphedStep
 from .log import RunLog, logger, progress
 from .optim import lr_at, set_lr, total_epochs
-from .stop import StopRequest
+from .world import Agreement, World
 
 NO_BEST = {"epoch": None, "test_top1": -1.0}
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -32,17 +31,17 @@ class Trainer:
     The randomness of a step depends on the seed, the epoch, the rank and the step alone, so none of it needs saving.
     """
 
-    def __init__(self, cfg: Config, dist: Dist, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data):
-        self.cfg, self.dist, self.model, self.optimizer, self.data = cfg, dist, model, optimizer, data
+    def __init__(self, cfg: Config, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data):
+        self.cfg, self.world, self.model, self.optimizer, self.data = cfg, world, model, optimizer, data
         self.ema = ModelEmaV3(model, decay=cfg.ema_decay) if cfg.ema_decay is not None else None
         if cfg.compile:
             model.compile()
         self.parallel = model
-        if dist.world_size > 1:
-            ids = [dist.device] if dist.device.type == "cuda" else None
+        if world.world_size > 1:
+            ids = [world.device] if world.device.type == "cuda" else None
             self.parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
         self.criterion = SoftTargetCrossEntropy() if mixes(cfg) else LabelSmoothingCrossEntropy(cfg.smoothing)
-        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=cfg.amp == "fp16" and dist.device.type == "cuda")
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.amp == "fp16" and world.device.type == "cuda")
         self.step = GraphedStep(self._step) if cfg.cuda_graphs else self._step
         self.agreement = Agreement()
         self.epoch = 0  # epochs done
@@ -53,7 +52,7 @@ class Trainer:
     def begin_epoch(self) -> None:
         """Nothing is done yet of the epoch that `epoch` names."""
         self.steps_done = 0
-        self.loss_sum, self.seen = torch.zeros((), dtype=torch.float64, device=self.dist.device), 0
+        self.loss_sum, self.seen = torch.zeros((), dtype=torch.float64, device=self.world.device), 0
 
     @property
     def evaluated(self) -> nn.Module:
@@ -64,7 +63,7 @@ class Trainer:
         """Plain data from which `restore` goes on as if nothing had happened; within an epoch all processes call it."""
         own = {"loss_sum": self.loss_sum.item(), "seen": self.seen}
         is_within = 0 < self.steps_done < self.steps
-        if is_within and self.dist.world_size > 1:  # then each has its own running statistics, see `train_epoch`
+        if is_within and self.world.world_size > 1:  # then each has its own running statistics, see `train_epoch`
             own["buffers"] = [{k: v.cpu() for k, v in model.named_buffers()} for model in self._models()]
         return {
             "state_dict": self.model.state_dict(),
@@ -87,7 +86,7 @@ class Trainer:
         """What decides which samples a step sees."""
         return {
             "steps": self.steps,
-            "world_size": self.dist.world_size,
+            "world_size": self.world.world_size,
             "workers": getattr(self.data.train, "workers", 0),
             **{key: getattr(self.cfg, key) for key in ("batch_size", "accum_iter", "seed")},
         }
@@ -117,7 +116,7 @@ class Trainer:
                 f"({changed}): the epoch begins anew, from the weights of that step"
             )
             return
-        own = processes[self.dist.rank if len(processes) == self.dist.world_size else 0]
+        own = processes[self.world.rank if len(processes) == self.world.world_size else 0]
         self.steps_done = self.steps if is_trained else steps_done
         self.loss_sum.fill_(own["loss_sum"])
         self.seen = own["seen"]
@@ -174,10 +173,10 @@ class Trainer:
         start = time.monotonic()
         train_loss = self.train_epoch(name, after_update)
         result = evaluate(
-            self.cfg, self.dist, self.evaluated, self.data.test, f"{name} test", while_evaluating, after_evaluating
+            self.cfg, self.world, self.evaluated, self.data.test, f"{name} test", while_evaluating, after_evaluating
         )
         self._refuse_not_finite(result["loss"])
-        if some and self.dist.is_main:
+        if some and self.world.is_main:
             watch(self.evaluated, some[0])
         is_best = result["top1"] > self.best["test_top1"]
         if is_best:
@@ -211,14 +210,14 @@ class Trainer:
             self.loss_sum, self.seen = distributed.sum_over_ranks(totals)
             self._refuse_not_finite(self.loss_sum.item())
             self._refuse_collapsed_scale()
-            if self.dist.world_size > 1:
+            if self.world.world_size > 1:
                 for model in self._models():
-                    timm.utils.distribute_bn(model, self.dist.world_size, reduce=True)
+                    timm.utils.distribute_bn(model, self.world.world_size, reduce=True)
             self.seen = int(self.seen)
         return self.loss_sum.item() / self.seen
 
     def _train_steps(self, name: str, after_update: Callable[[], None]) -> None:
-        cfg, mixup, key = self.cfg, self.data.mixup, (self.cfg.seed, self.epoch, self.dist.rank)
+        cfg, mixup, key = self.cfg, self.data.mixup, (self.cfg.seed, self.epoch, self.world.rank)
         reseed(*key)  # the order of the samples hangs on this one
         if mixup:
             mixup.mixup_enabled = cfg.mixup_off_epoch is None or self.epoch < cfg.mixup_off_epoch
@@ -233,7 +232,7 @@ class Trainer:
             }
 
         batches = self.data.train.batches(self.epoch, self.steps_done)
-        shown = progress(batches, name, cfg.log_interval, self.dist.is_main, status, self.steps, self.steps_done)
+        shown = progress(batches, name, cfg.log_interval, self.world.is_main, status, self.steps, self.steps_done)
         for step, (images, labels) in enumerate(shown, self.steps_done):
             reseed(*key, step + 1)
             first = step // cfg.accum_iter * cfg.accum_iter  # step at which this update's accumulation starts
@@ -247,7 +246,7 @@ class Trainer:
             if mixup and cfg.mixup_in == "step":
                 images, labels = mixup(images, labels)
             images = in_memory_format(cfg, images)
-            with contextlib.nullcontext() if is_update or self.dist.world_size == 1 else self.parallel.no_sync():
+            with contextlib.nullcontext() if is_update or self.world.world_size == 1 else self.parallel.no_sync():
                 loss = self.step(images, labels, images.new_full((), group))
             if is_update:
                 self._update()
@@ -265,7 +264,7 @@ class Trainer:
         """The loss of one of the `group` batches of an update, and its gradient added to the others'."""
         if self.cfg.accum_iter == 1:
             self.optimizer.zero_grad()  # here, so that a CUDA graph has nothing to add the gradients to
-        with autocast(self.cfg.amp, self.dist.device):
+        with autocast(self.cfg.amp, self.world.device):
             loss = self.criterion(self.parallel(images), labels)
         self.scaler.scale(loss / group).backward()
         return loss.detach()
@@ -315,7 +314,7 @@ def in_memory_format(cfg: Config, images: Tensor) -> Tensor:
 @torch.inference_mode()
 def evaluate(
     cfg: Config,
-    dist: Dist,
+    world: World,
     model: nn.Module,
     loader: Iterable,
     name: str = "test",
@@ -333,8 +332,8 @@ def evaluate(
     """
     model.eval()
     batches = []  # of each: loss, top-1, top-5, count
-    for images, labels in progress(loader, name, cfg.log_interval, dist.is_main):
-        with autocast(cfg.eval_amp or cfg.amp, dist.device):
+    for images, labels in progress(loader, name, cfg.log_interval, world.is_main):
+        with autocast(cfg.eval_amp or cfg.amp, world.device):
             logits = model(in_memory_format(cfg, images))
         losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]

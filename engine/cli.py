@@ -1,14 +1,39 @@
-"""How a script ends: what the user can mend is told in one line. Light to import, so that it watches the rest load."""
+"""How a script ends: user errors, exit codes, and signals. Light to import, because it watches the rest load."""
 
 import contextlib
 import errno
+import functools
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 
-from .errors import Stopped, UserError
+LONGEST = 1000  # characters of a message; what the user gave may have any length
+
+
+class UserError(Exception):
+    """Bad input. Its message is one line that names the thing and the remedy; scripts print it and exit with 2."""
+
+    def __init__(self, message: str):
+        # a loader's worker hands its exception on with the traceback in front
+        line = " ".join(message.split(f"{type(self).__name__}: ")[-1].split())
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 + 5 :]}")
+
+
+class Stopped(Exception):
+    """A signal asked the run to end, and it is saved.
+
+    Args:
+        number: the signal; the script's exit code is 128 + `number`, as the shell's.
+        where: how far the run has come.
+    """
+
+    def __init__(self, number: int, where: str):
+        self.code = 128 + number
+        super().__init__(f"stopped by {signal.Signals(number).name} {where}; --resume auto goes on from there")
 
 
 @contextlib.contextmanager
@@ -56,9 +81,9 @@ def _flush() -> None:
 
 
 def _teardown() -> None:
-    from . import dist
+    from . import world
 
-    dist.teardown()
+    world.teardown()
 
 
 def _explained(error: Exception) -> str | None:
@@ -80,9 +105,9 @@ def _explained(error: Exception) -> str | None:
             f"a loader's process has ended ({first_line}): killed for want of memory, or of shared memory? Use fewer "
             "--workers; --resume auto goes on from what was saved last"
         )
-    from . import dist
+    from . import world
 
-    if dist.is_lost_peer(error):
+    if world.is_lost_peer(error):
         return (
             f"lost the other processes ({first_line}); if one of them has ended, see its own message; "
             "--resume auto goes on from what was saved last"
@@ -101,3 +126,39 @@ def _exit(message: str, code: int = 2) -> None:
     line = "".join(sign if sign.isprintable() else "?" for sign in " ".join(message.split()))  # names of files hold any
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+class StopRequest:
+    """As a context, notes the first of these in `signal`; a SIGINT after it ends the program at once.
+
+    What is ignored when the context begins, as SIGHUP under nohup, stays so.
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._before = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = number
+        elif number == signal.SIGINT:  # somebody is in a hurry; SIGTERM comes twice from some launchers
+            raise KeyboardInterrupt
+
+
+@functools.cache
+def spare_children() -> None:
+    """Processes that are forked from now on, loaders', leave the group that a terminal or a launcher sends signals to.
+
+    From their first moment: one that got such a signal while it starts would end, and the run with it.
+    """
+    os.register_at_fork(after_in_child=os.setpgrp)
