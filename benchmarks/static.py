@@ -5,7 +5,7 @@ The networks of the recipes run a training step and an evaluation on the meta de
 
     python -m benchmarks.static --models qkformer_4_384 --kernels bn_lif pool
 
-A row of the table is a kernel with its switches:
+A row of the table is a kernel with its optional arguments and switches:
 
     launches      in the step or the evaluation
     registers     a thread, the most of all compiled variants, and the warps that a multiprocessor can hold with them
@@ -49,6 +49,7 @@ WRAPPERS = [
 KERNELS = sorted({module.__name__.split(".")[-1] for module, _ in WRAPPERS})
 WARPS, REGISTERS, SHARED = 64, 65536, 233472  # of a multiprocessor of sm_90
 TILE = ("BR", "BC", "BN", "BD", "BH")  # constexprs whose product is the elements of a tile
+OPTIONAL = ("add", "starts", "index", "total", "partial", "grad")  # arguments of kernels that may be None
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 REPEATS = 30  # of a timed step
 
@@ -80,7 +81,8 @@ class Launch(NamedTuple):
 def launch_of(function: jit.JITFunction, kernel: triton.compiler.CompiledKernel, arguments: dict) -> Launch:
     steps = arguments.get("T", 1)
     chunk = min(steps, arguments.get("CHUNK", steps))
-    switches = [key.lower() for key, value in arguments.items() if value is True] + ["long"] * (steps > chunk)
+    switches = [key for key in OPTIONAL if arguments.get(key) is not None]
+    switches += [key.lower() for key, value in arguments.items() if value is True] + ["long"] * (steps > chunk)
     elements = chunk
     for key in TILE:
         elements *= arguments.get(key, 1)

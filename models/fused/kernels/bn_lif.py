@@ -12,15 +12,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import charge, charge_gradient, load_means, load_norm, load_steps, normalised, reset, through_norm, until
+from .device import (
+    add_pairs,
+    charge,
+    current_gradient,
+    load_means,
+    load_norm,
+    load_steps,
+    normalised,
+    reset,
+    through_norm,
+    until,
+)
 from .launch import CHUNK, accumulator, cdiv, per_thread, tiling
 
 
 @triton.jit(do_not_specialize=["R"])
 def _forward_kernel(
     y, norm, add, out, starts, R, C, THRESHOLD: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr,
-    GROUP: tl.constexpr, STATIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+    GROUP: tl.constexpr, STATIC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Spikes, step by step; the loads of GROUP steps come before their stores."""
     r = tl.program_id(ROWS).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
@@ -28,52 +39,51 @@ def _forward_kernel(
     inside = (r < R) & (c < C)
     at = r * C + c
     size = R.to(tl.int64) * C  # of a step
-    if NORM:
+    if norm is not None:
         bn = load_norm(norm, c, C, ACC)
     if STATIC:
         ys = load_steps(y, at, 0, 0, inside, 1, 1)
     v = tl.zeros((BR, BC), ACC)
     for first in range(0, T, CHUNK):
-        if KEEP:
+        if starts is not None:
             tl.store(starts + first // CHUNK * size + at, v, inside)
         for group in tl.static_range(0, CHUNK, GROUP):
             if not STATIC:
                 ys = load_steps(y, at, size, first + group, inside, T, GROUP)
-            if ADD:
+            if add is not None:
                 adds = load_steps(add, at, size, first + group, inside, T, GROUP)
             for step in tl.static_range(GROUP):
                 t = first + group + step
                 u = ys[0 if STATIC else step].to(ACC)
-                if NORM:
+                if norm is not None:
                     u = normalised(u, bn)
                 h = charge(u, v)
                 v = reset(h, THRESHOLD)
                 s = tl.where(h >= THRESHOLD, 1.0, 0.0)
-                if ADD:
+                if add is not None:
                     s += adds[step].to(ACC)
-                tl.store(out + at + t * size, s, until(T, t, inside, GROUP))
+                tl.store(out + t * size + at, s, until(T, t, inside, GROUP))
 
 
 @triton.jit(do_not_specialize=["R", "M"])
 def _backward_kernel(
     y, norm, grad_out, starts, total, partial, grad, R, C, M, THRESHOLD: tl.constexpr, T: tl.constexpr,
-    CHUNK: tl.constexpr, STATIC: tl.constexpr, NORM: tl.constexpr, CENTRE: tl.constexpr, SUMS: tl.constexpr,
-    GRAD_U: tl.constexpr, GRAD_Y: tl.constexpr, TILES: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+    CHUNK: tl.constexpr, STATIC: tl.constexpr, GRAD_Y: tl.constexpr, TILES: tl.constexpr, BR: tl.constexpr,
+    BC: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums over the rows to `partial` [programs,2,C]; to `grad` the gradient of the current u, or of the input y.
 
-    With CENTRE the gradient of y includes that through the statistics of the M rows, whose sums are `total` [2,C].
-    The loads of a chunk come before its stores.
+    With `total` [2,C], the sums over the M rows, the gradient of y includes that through the statistics. The loads of
+    a chunk come before its stores.
     """
     program = tl.program_id(ROWS).to(tl.int64)
     c = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)[None, :]
     size = R.to(tl.int64) * C
     sum_g = tl.zeros((BR, BC), ACC)
     sum_gx = tl.zeros((BR, BC), ACC)
-    if NORM:
+    if norm is not None:
         bn = load_norm(norm, c, C, ACC)
-    means = load_means(total, c, C, M, CENTRE, ACC)
+    means = load_means(total, c, C, M, ACC)
     for tile in range(TILES):
         r = (program * TILES + tile) * BR + tl.arange(0, BR)[:, None]
         inside = (r < R) & (c < C)
@@ -93,41 +103,42 @@ def _backward_kernel(
             charges = ()
             for step in tl.static_range(CHUNK):
                 u = ys[0 if STATIC else step].to(ACC)
-                if NORM:
+                if norm is not None:
                     u = normalised(u, bn)
                 h = charge(u, v)
                 v = reset(h, THRESHOLD)
                 charges = charges + (h,)
             for step in tl.static_range(CHUNK - 1, -1, -1):
-                grad_v = charge_gradient(grads[step].to(ACC), charges[step] - THRESHOLD, grad_v) * 0.5
-                g = grad_v  # of the current, too: half of the charge's
+                grad_v = current_gradient(grads[step].to(ACC), charges[step], THRESHOLD, grad_v)
+                g = grad_v
                 if STATIC:
                     grad_static += g
                 else:
-                    if SUMS or GRAD_Y:
+                    if partial is not None or GRAD_Y:
                         centred = ys[step].to(ACC) - bn[0]
-                    if SUMS:
+                    if partial is not None:
                         sum_g += g
                         sum_gx += g * centred
                     if GRAD_Y:
-                        g = through_norm(g, centred, bn, means, CENTRE)
-                    if GRAD_U or GRAD_Y:
-                        tl.store(grad + at + (first + step) * size, g, until(T, first + step, inside, CHUNK))
+                        g = through_norm(g, centred, bn, means)
+                    if grad is not None:
+                        tl.store(grad + (first + step) * size + at, g, until(T, first + step, inside, CHUNK))
         if STATIC:
             g = grad_static
-            if SUMS or GRAD_Y:
+            if partial is not None or GRAD_Y:
                 centred = ys[0].to(ACC) - bn[0]
-            if SUMS:
+            if partial is not None:
                 sum_g += g
                 sum_gx += g * centred
             if GRAD_Y:
-                g = through_norm(g, centred, bn, means, CENTRE)
-            if GRAD_U or GRAD_Y:
+                g = through_norm(g, centred, bn, means)
+            if grad is not None:
                 tl.store(grad + at, g, inside)
-    if SUMS:
+    if partial is not None:
         out = partial + program * 2 * C + c
-        tl.store(out, tl.sum(sum_g, 0, keep_dims=True), c < C)
-        tl.store(out + C, tl.sum(sum_gx, 0, keep_dims=True) * bn[1], c < C)
+        sum_g, sum_gx = tl.reduce((sum_g, sum_gx), 0, add_pairs, keep_dims=True)
+        tl.store(out, sum_g, c < C)
+        tl.store(out + C, sum_gx * bn[1], c < C)
 
 
 def forward(
@@ -143,7 +154,7 @@ def forward(
     chunk = min(steps, CHUNK)
     _forward_kernel[tiles.grid](
         y, norm, add, out, starts, rows, channels, threshold, steps, chunk, chunk if steps > CHUNK else min(steps, 4),
-        STATIC=len(y) < steps, NORM=norm is not None, ADD=add is not None, KEEP=keep, ACC=acc, **tiles.blocks,
+        STATIC=len(y) < steps, ACC=acc, **tiles.blocks,
     )  # fmt: skip
     return out, starts
 
@@ -165,7 +176,6 @@ def backward(
     grad = torch.empty_like(y) if of else None
     _backward_kernel[tiles.grid](
         y, norm, grad_out, starts, total, partial, grad, rows, channels, count, threshold, steps, chunk,
-        STATIC=len(y) < steps, NORM=norm is not None, CENTRE=total is not None, SUMS=sums,
-        GRAD_U=of == "u", GRAD_Y=of == "y", TILES=tiles.tiles, ACC=acc, **tiles.blocks,
+        STATIC=len(y) < steps, GRAD_Y=of == "y", TILES=tiles.tiles, ACC=acc, **tiles.blocks,
     )  # fmt: skip
     return partial.sum(0) if sums else None, grad

@@ -19,27 +19,27 @@ def reset(h, THRESHOLD: tl.constexpr):
 
 
 @triton.jit
-def surrogate(u):
-    """Derivative of sigmoid(4 u): e / (1/2 + e/2)^2 with e = exp(-4 |u|), on either side of 0."""
-    if PTX and u.dtype == tl.float32:  # exp and division would spend two thirds of their instructions on denormals
-        x = tl.abs(u) * -5.770780163555854  # 4 / log(2)
+def spike_probability(h, THRESHOLD: tl.constexpr):
+    """sigmoid(4 (h - THRESHOLD)), the function whose derivative the surrogate is."""
+    if PTX and h.dtype == tl.float32:  # exp and division would spend two thirds of their instructions on denormals
+        x = h * -5.770780163555854 + THRESHOLD * 5.770780163555854  # 4 / log(2)
         e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-        x = 0.5 + 0.5 * e
-        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        s = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [1 + e], tl.float32, is_pure=True, pack=1)
     else:
-        e = tl.exp(tl.abs(u) * -4.0)
-        r = 1.0 / (0.5 + 0.5 * e)
-    return e * (r * r)
+        s = tl.sigmoid((h - THRESHOLD) * 4.0)
+    return s
 
 
 @triton.jit
-def charge_gradient(grad_spike, over_threshold, grad_v):
-    """Gradient of the charged membrane; half of it goes to the current, half to the membrane of the step before.
+def current_gradient(grad_spike, h, THRESHOLD: tl.constexpr, grad_v):
+    """Gradient of the current, which is also that of the membrane before the charge; tau is 2.
 
     Args:
-        grad_v: of the membrane after the reset, which passes where there was no spike.
+        h: the charged membrane.
+        grad_v: gradient of the membrane after the reset, which passes where there was no spike.
     """
-    return grad_spike * surrogate(over_threshold) + tl.where(over_threshold < 0, grad_v, 0.0)
+    s = spike_probability(h, THRESHOLD)
+    return grad_spike * (s - s * s) * 2 + tl.where(h < THRESHOLD, 0.5, 0.0) * grad_v
 
 
 @triton.jit
@@ -57,10 +57,10 @@ def load_steps(x, at, size, first, inside, T: tl.constexpr, STEPS: tl.constexpr)
     The compiler keeps loads behind earlier stores. Loading several steps before the first store overlaps their latency.
     """
     tiles = ()
-    pointer = x + at + first * size
+    base = x + first * size
     for step in tl.static_range(STEPS):
-        tiles = tiles + (tl.load(pointer, until(T, first + step, inside, STEPS), 0.0),)
-        pointer += size
+        tiles = tiles + (tl.load(base + at, until(T, first + step, inside, STEPS), 0.0),)
+        base += size
     return tiles
 
 
@@ -81,20 +81,26 @@ def normalised(y, norm):
 
 
 @triton.jit
-def load_means(total, c, C, M, CENTRE: tl.constexpr, ACC: tl.constexpr):
-    """A tuple: means over M rows of the gradients of beta and gamma, `total` [2,C]; empty without CENTRE."""
+def load_means(total, c, C, M, ACC: tl.constexpr):
+    """A tuple: means over M rows of the gradients of beta and gamma, `total` [2,C]; empty where that is None."""
     means = ()
-    if CENTRE:
+    if total is not None:
         of_beta = tl.load(total + c, c < C, 0.0).to(ACC) / M.to(ACC)
         means = (of_beta, tl.load(total + C + c, c < C, 0.0).to(ACC) / M.to(ACC))
     return means
 
 
 @triton.jit
-def through_norm(g, centred, norm, means, CENTRE: tl.constexpr):
-    """Gradient of y from that of BatchNorm's output; `centred` is y - mean."""
+def through_norm(g, centred, norm, means):
+    """Gradient of y from that of BatchNorm's output; `centred` is y - mean, and `means` that of `load_means`."""
     scale = norm[1] * norm[2]
     g = g * scale
-    if CENTRE:
+    if len(means) > 0:
         g -= centred * (norm[1] * means[1] * scale) + means[0] * scale
     return g
+
+
+@triton.jit
+def add_pairs(a, b, c, d):
+    """(a + c, b + d), for the reduction of two sums at once."""
+    return a + c, b + d

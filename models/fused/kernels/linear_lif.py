@@ -12,8 +12,8 @@ ROWS = 128  # of a program, with a warp for every 16
 
 @triton.jit(do_not_specialize=["R"])
 def _kernel(
-    x, weight, norm, add, out, R, C, THRESHOLD: tl.constexpr, T: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
+    x, weight, norm, add, out, R, C, THRESHOLD: tl.constexpr, T: tl.constexpr, K: tl.constexpr, BR: tl.constexpr,
+    BC: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     columns = tl.cdiv(C, BC)
     c = tl.program_id(0) % columns * BC + tl.arange(0, BC)[None, :]  # neighbours share the rows of x
@@ -32,7 +32,7 @@ def _kernel(
         h = charge(normalised(y, load_norm(norm, c, C, ACC)), v)  # kept over the steps it would take all registers
         v = reset(h, THRESHOLD)
         s = tl.where(h >= THRESHOLD, 1.0, 0.0)
-        if ADD:
+        if add is not None:
             s += tl.load(add + t * size + r * C + c, inside, 0.0).to(ACC)
         tl.store(out + t * size + r * C + c, s, inside)
 
@@ -44,7 +44,7 @@ def forward(x: Tensor, weight: Tensor, norm: Tensor, add: Tensor | None, thresho
     out = x.new_empty((steps, rows, channels))
     BR, BC, BK = ROWS, 64, 64 if width % 64 == 0 else 32  # larger tiles spill registers
     _kernel[(cdiv(channels, BC) * cdiv(rows, BR),)](
-        x, weight, norm, add, out, rows, channels, threshold, steps, width, ADD=add is not None,
+        x, weight, norm, add, out, rows, channels, threshold, steps, width,
         BR=BR, BC=BC, BK=BK, ACC=accumulator(x)[1], num_warps=ROWS // 16, num_stages=3,
     )  # fmt: skip
     return out

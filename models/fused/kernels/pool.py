@@ -15,7 +15,7 @@ from .launch import accumulator, tiling
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
-    y, norm, out, index, rows, H, W, HO, WO, C, INDEX: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    y, norm, out, index, rows, H, W, HO, WO, C, BR: tl.constexpr, BC: tl.constexpr,
     ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(ROWS) * BR + tl.arange(0, BR)[:, None]  # divisions of 64 bits would cost more than the memory
@@ -37,14 +37,14 @@ def _forward_kernel(
         value = tl.where(better, x, value)
         which = tl.where(better, k, which)
     tl.store(out + r.to(tl.int64) * C + c, value, inside)
-    if INDEX:
+    if index is not None:
         tl.store(index + r.to(tl.int64) * C + c, which.to(tl.int8), inside)
 
 
 @triton.jit(do_not_specialize=["rows", "M"])
 def _backward_kernel(
-    y, norm, index, grad_u, total, grad, rows, H, W, HO, WO, C, M, CENTRE: tl.constexpr, BR: tl.constexpr,
-    BC: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+    y, norm, index, grad_u, total, grad, rows, H, W, HO, WO, C, M, BR: tl.constexpr, BC: tl.constexpr,
+    ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradient of y. A row is a window [i,j] with the 2x2 block [2i:2i+2,2j:2j+2] of y, which lies in four windows."""
     r = tl.program_id(ROWS) * BR + tl.arange(0, BR)[:, None]  # divisions of 64 bits would cost more than the memory
@@ -52,7 +52,7 @@ def _backward_kernel(
     inside = (r < rows) & (c < C)
     n, i, j = (r // (HO * WO)).to(tl.int64), r // WO % HO, r % WO
     bn = load_norm(norm, c, C, ACC)
-    means = load_means(total, c, C, M, CENTRE, ACC)
+    means = load_means(total, c, C, M, ACC)
     places = ()
     grads = ()
     for window in tl.static_range(4):
@@ -72,7 +72,7 @@ def _backward_kernel(
             if window // 2 <= k // 2 and window % 2 <= k % 2:  # an even row or column lies in one window alone
                 place = (k // 2 - window // 2 * 2 + 1) * 3 + k % 2 - window % 2 * 2 + 1
                 g += tl.where(places[window] == place, grads[window], 0.0)
-        g = through_norm(g, ys[k].to(ACC) - bn[0], bn, means, CENTRE)
+        g = through_norm(g, ys[k].to(ACC) - bn[0], bn, means)
         tl.store(grad + ((n * H + h) * W + w) * C + c, g, inside & (h < H) & (w < W))
 
 
@@ -84,7 +84,7 @@ def forward(y: Tensor, norm: Tensor, index: bool) -> tuple[Tensor, Tensor | None
     rows = out.numel() // channels
     tiles = tiling(rows, channels, 8)
     _forward_kernel[tiles.grid](
-        y, norm, out, which, rows, h, w, *out.shape[1:3], channels, INDEX=index, ACC=accumulator(y)[1], **tiles.blocks
+        y, norm, out, which, rows, h, w, *out.shape[1:3], channels, ACC=accumulator(y)[1], **tiles.blocks
     )
     return out, which
 
@@ -100,6 +100,6 @@ def backward(y: Tensor, norm: Tensor, index: Tensor, grad_u: Tensor, total: Tens
     tiles = tiling(rows, channels, 8)
     _backward_kernel[tiles.grid](
         y, norm, index, grad_u, total, grad, rows, h, w, *index.shape[1:3], channels, count,
-        CENTRE=total is not None, ACC=accumulator(y)[1], **tiles.blocks,
+        ACC=accumulator(y)[1], **tiles.blocks,
     )  # fmt: skip
     return grad

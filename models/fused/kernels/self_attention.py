@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...neuron import ATTN_THRESHOLD
-from .device import charge, charge_gradient, reset
+from .device import charge, current_gradient, reset
 from .launch import accumulator, cdiv, next_power_of_2
 
 
@@ -93,7 +93,7 @@ def _query_gradient_kernel(
     for back in tl.static_range(T):
         frame = (T - 1 - back) * B + tl.program_id(0).to(tl.int64)
         g = _load(grad_out + frame * N * C + head * D, row, N, C, d, D)
-        grad_v = charge_gradient(g.to(ACC), charges[T - 1 - back] - THRESHOLD, grad_v) * 0.5
+        grad_v = current_gradient(g.to(ACC), charges[T - 1 - back], THRESHOLD, grad_v)
         of_read = (grad_v * SCALE).to(g.dtype)
         _store(grad_u + frame * N * C + head * D, of_read, row, N, C, d, D)
         read = _load(kv + (frame * tl.num_programs(1) + head) * D * D, d, D, D, d, D)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...neuron import ATTN_THRESHOLD, THRESHOLD
-from .device import charge, charge_gradient, load_means, load_norm, load_steps, normalised, reset, through_norm, until
+from .device import charge, current_gradient, load_means, load_norm, load_steps, normalised, reset, through_norm, until
 from .launch import accumulator, cdiv, next_power_of_2, per_thread, tiles_for, warps_for
 
 
@@ -60,8 +60,8 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["R", "M"])
 def _backward_kernel(
     y, norm, grad_out, total, partial, grad, R, C, HEADS, M, D: tl.constexpr, THRESHOLD: tl.constexpr,
-    ATTN: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr, CENTRE: tl.constexpr, SUMS: tl.constexpr,
-    TILES: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+    ATTN: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, BR: tl.constexpr,
+    BH: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums over the rows to `partial` [programs,2,2C], or else the gradient of y; as in `bn_lif`."""
     program = tl.program_id(0).to(tl.int64)
@@ -76,8 +76,8 @@ def _backward_kernel(
     sum_qx = tl.zeros((BR, BH, BD), ACC)
     sum_k = tl.zeros((BR, BH, BD), ACC)
     sum_kx = tl.zeros((BR, BH, BD), ACC)
-    means_q = load_means(total, c, 2 * C, M, CENTRE, ACC)
-    means_k = load_means(total, c + C, 2 * C, M, CENTRE, ACC)
+    means_q = load_means(total, c, 2 * C, M, ACC)
+    means_k = load_means(total, c + C, 2 * C, M, ACC)
     for tile in range(TILES):
         r = ((program * TILES + tile) * BR + tl.arange(0, BR))[:, None, None]
         inside = (r < R) & there
@@ -105,21 +105,21 @@ def _backward_kernel(
                 h_a = charges[3 * t + 2]
                 g = grads[t - first].to(ACC)
                 grad_mask = tl.sum(tl.where(h_k >= THRESHOLD, g, 0.0), 2, keep_dims=True)
-                grad_va = charge_gradient(grad_mask, h_a - ATTN, grad_va) * 0.5
-                grad_vk = charge_gradient(tl.where(h_a >= ATTN, g, 0.0), h_k - THRESHOLD, grad_vk) * 0.5
-                grad_vq = charge_gradient(grad_va, h_q - THRESHOLD, grad_vq) * 0.5
+                grad_va = current_gradient(grad_mask, h_a, ATTN, grad_va)
+                grad_vk = current_gradient(tl.where(h_a >= ATTN, g, 0.0), h_k, THRESHOLD, grad_vk)
+                grad_vq = current_gradient(grad_va, h_q, THRESHOLD, grad_vq)
                 centred_q = tl.load(y + 2 * t * size + at, inside, 0.0).to(ACC) - norm_q[0]
                 centred_k = tl.load(y + 2 * t * size + at + C, inside, 0.0).to(ACC) - norm_k[0]
-                if SUMS:
+                if partial is not None:
                     sum_q += grad_vq
                     sum_k += grad_vk
                     sum_qx += grad_vq * centred_q
                     sum_kx += grad_vk * centred_k
                 else:
                     out = grad + 2 * t * size + at
-                    tl.store(out, through_norm(grad_vq, centred_q, norm_q, means_q, CENTRE), inside)
-                    tl.store(out + C, through_norm(grad_vk, centred_k, norm_k, means_k, CENTRE), inside)
-    if SUMS:
+                    tl.store(out, through_norm(grad_vq, centred_q, norm_q, means_q), inside)
+                    tl.store(out + C, through_norm(grad_vk, centred_k, norm_k, means_k), inside)
+    if partial is not None:
         out = partial + program * 4 * C + c
         tl.store(out, tl.sum(sum_q, 0, keep_dims=True), there)
         tl.store(out + C, tl.sum(sum_k, 0, keep_dims=True), there)
@@ -161,6 +161,6 @@ def backward(
     grad = None if sums else torch.empty_like(y)
     _backward_kernel[programs, cdiv(heads, blocks["BH"])](
         y, norm, grad_out, total, partial, grad, rows, channels, heads, count, channels // heads, THRESHOLD,
-        ATTN_THRESHOLD, steps, CENTRE=total is not None, SUMS=sums, GROUP=min(steps, 4), TILES=tiles, ACC=acc, **blocks,
+        ATTN_THRESHOLD, steps, GROUP=min(steps, 4), TILES=tiles, ACC=acc, **blocks,
     )  # fmt: skip
     return partial.sum(0) if sums else grad
