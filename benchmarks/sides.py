@@ -18,8 +18,8 @@ from .spikingjelly2 import Remote
 
 BASELINE, COMPILED = "unfused-cupy", "unfused-compiled"
 SWITCHES = {  # side -> file and name of a constant of `models.fused`, its other value, and the modes that it matters in
-    "ours-columns": ("common", "COLUMNS_FIRST", True, ("train", "eval")),
-    "ours-rows64": ("linear_lif", "ROWS", 64, ("eval",)),
+    "ours-columns": ("kernels.launch", "COLUMNS_FIRST", True, ("train", "eval")),
+    "ours-rows64": ("kernels.linear_lif", "ROWS", 64, ("eval",)),
     "ours-gemm": ("gpu", "ONE_KERNEL", False, ("eval",)),
 }
 ON_REQUEST = (COMPILED, *SWITCHES)  # sides that are measured only if they are named

@@ -3,7 +3,7 @@
 The networks of the recipes run a training step and an evaluation on the meta device, at the sizes of
 `benchmarks.speed`; every Triton launch stops after the compiler. For one network and two kernels:
 
-    python -m benchmarks.static --models qkformer_4_384 --kernels norm_lif pool
+    python -m benchmarks.static --models qkformer_4_384 --kernels bn_lif pool
 
 A row of the table is a kernel with its switches:
 
@@ -36,19 +36,15 @@ from triton.runtime import driver, jit
 from analysis.common import main, parser
 from engine.config import EVENT_DATASETS, Config, load
 from models import LIF
-from models.fused import linear_lif, norm_lif, pool, self_attention, statistics, token_attention
+from models.fused.kernels import bn_lif, bn_stats, linear_lif, pool, self_attention, token_attention
 
 from .common import ROOT, network
 from .speed import CONFIGURATIONS, PUBLISHED
 
 WRAPPERS = [
-    *(
-        (module, name)
-        for module in (norm_lif, pool, token_attention, self_attention)
-        for name in ("forward", "backward")
-    ),
+    *((module, name) for module in (bn_lif, pool, token_attention, self_attention) for name in ("forward", "backward")),
     (linear_lif, "forward"),
-    (statistics, "norm_of"),
+    (bn_stats, "norm_of"),
 ]
 KERNELS = sorted({module.__name__.split(".")[-1] for module, _ in WRAPPERS})
 WARPS, REGISTERS, SHARED = 64, 65536, 233472  # of a multiprocessor of sm_90

@@ -149,29 +149,29 @@ def cupy_problem() -> str | None:
 def _triton_lif(x: Tensor, threshold: float) -> Tensor:
     if torch.compiler.is_compiling():  # which cannot trace the launch of a kernel
         return _torch_lif(x, threshold)
-    from .fused import functions
+    from .fused import autograd
 
-    if not x.is_cuda and not functions.interpreted():
+    if not x.is_cuda and not autograd.interpreted():
         raise ValueError(
             f"lif_backend='triton' needs its input on a CUDA device, got {x.device}; use lif_backend='torch' or 'auto'"
         )
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        return functions.lif(x, threshold)
+        return autograd.lif(x, threshold)
 
 
 @functools.cache
 def triton_problem() -> str | None:
     """Why the Triton backend cannot run in this process, with the remedy; None where it can (it is tried once)."""
     try:
-        from .fused import check, functions
+        from .fused import autograd, selftest
     except ImportError as error:
         return f"needs Triton ({error}); install triton==3.6.0, or use lif_backend='torch'"
-    if functions.interpreted():
+    if autograd.interpreted():
         return None
     if not torch.cuda.is_available():
         return "needs a CUDA device (torch sees none); use lif_backend='torch' or 'auto'"
     try:
-        problem = check.problem("cuda")
+        problem = selftest.problem("cuda")
     except Exception as error:  # whatever a broken installation throws
         problem = f"does not launch here ({type(error).__name__}: {error})"
     return problem and f"{problem}; use lif_backend='torch'"

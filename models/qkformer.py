@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from .embed import SPEDS, SPS
-from .fused import network as fused
+from .fused import plan as fused
 from .fused.coverage import Coverage
 from .layers import DropPath, SpikingMLP, checkpointed
 from .neuron import LIF, continued, set_lif_backend

@@ -22,9 +22,10 @@ from engine import world
 from engine.log import setup_console
 from models import create_model, neuron, set_lif_backend
 from models.attention import SpikingSelfAttention, TokenQKAttention
-from models.fused import check, common, functions, linear_lif, norm_lif, packing, self_attention
-from models.fused.functions import Unit
-from models.fused.statistics import Norm, norm_of
+from models.fused import autograd, selftest
+from models.fused.autograd import Unit
+from models.fused.kernels import bn_lif, launch, linear_lif, packing, self_attention
+from models.fused.kernels.bn_stats import Norm, norm_of
 from models.layers import SpikingConv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,9 +37,9 @@ TOLERANCE = {HALF: 2e-3, SINGLE: 5e-6}
 def _few_programs(monkeypatch):
     """The interpreter takes as long for a program of any size."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(common, "PROGRAMS", 3)
-        monkeypatch.setattr(common, "WARPS", 64)
-        monkeypatch.setattr(norm_lif, "CHUNK", 4)
+        monkeypatch.setattr(launch, "PROGRAMS", 3)
+        monkeypatch.setattr(launch, "WARPS", 64)
+        monkeypatch.setattr(bn_lif, "CHUNK", 4)
 
 
 def random(*shape, dtype=DOUBLE, seed=0, scale=1.0):
@@ -72,7 +73,7 @@ def close(ours, theirs, dtype):
 def test_neurons(steps, threshold, dtype):
     x = random(steps, 3, 5, 8, dtype=dtype, scale=2).requires_grad_()
     reference = x.detach().float().requires_grad_()
-    ours, theirs = functions.lif(x, threshold), neuron._torch_lif(reference, threshold)
+    ours, theirs = autograd.lif(x, threshold), neuron._torch_lif(reference, threshold)
     assert ours.dtype == dtype
     assert torch.equal(ours, theirs.to(dtype))
     assert 0.1 < theirs.mean() < 0.9
@@ -138,7 +139,7 @@ def test_unit(dtype, steps, static, pool, leak, train):
     theirs.backward(grad)
     unit = Unit((Norm(ours.bn, ours.conv.bias),), steps, pool, leak)
     rows = y.permute(0, 1, 3, 4, 2)
-    spikes = functions.norm_lif_of(rows, unit, add.to(dtype).permute(0, 1, 3, 4, 2))
+    spikes = autograd.norm_lif_of(rows, unit, add.to(dtype).permute(0, 1, 3, 4, 2))
     spikes.backward(grad.to(dtype).permute(0, 1, 3, 4, 2))
     assert torch.equal(spikes.permute(0, 1, 4, 2, 3).double(), theirs)
     assert 0.02 < fired.mean() < 0.6
@@ -178,7 +179,7 @@ def test_token_attention(dtype, steps, heads, width, train):
     z = input_of(seed).double().requires_grad_()
     q, k = (neuron._torch_lif(u, neuron.THRESHOLD).unflatten(2, (heads, -1)) for u in currents(m, z))
     theirs = m.attend(q, k).flatten(2, 3).mT.unflatten(2, (3, 5))
-    found = functions.token_attention_of(y, Unit((Norm(ours.q.bn, None), Norm(ours.k.bn, None)), steps), heads)
+    found = autograd.token_attention_of(y, Unit((Norm(ours.q.bn, None), Norm(ours.k.bn, None)), steps), heads)
     assert torch.equal(found.double(), theirs)
     assert 0.02 < theirs.mean() < 0.6
     grad = random(*theirs.shape, seed=2)
@@ -206,7 +207,7 @@ def test_self_attention(dtype, steps, heads, width, tokens, rate):
     z = s.detach().double().requires_grad_()
     parts = z.flatten(2, 3).unflatten(3, (3, heads, width)).permute(3, 0, 1, 4, 5, 2)
     theirs = m.attend(*parts).permute(0, 1, 4, 2, 3).reshape(steps, 2, *tokens, -1)
-    found = functions.self_attention_of(s, heads, m.scale)
+    found = autograd.self_attention_of(s, heads, m.scale)
     assert torch.equal(found.double(), theirs)
     assert 0.02 < theirs.mean() < 0.98
     grad = random(*theirs.shape, seed=2)
@@ -519,7 +520,7 @@ def test_a_network_in_evaluation_that_learns_its_statistics():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_the_kernels_are_refused(monkeypatch):
-    monkeypatch.setattr(functions, "interpreted", lambda: False)
+    monkeypatch.setattr(autograd, "interpreted", lambda: False)
     monkeypatch.setattr(neuron, "triton_problem", neuron.triton_problem.__wrapped__)
     with pytest.raises(ValueError, match="lif_backend='triton' needs a CUDA device"):
         create_model("qkformer_3_64", lif_backend="triton")
@@ -534,12 +535,12 @@ def test_without_a_gpu_the_kernels_are_refused(monkeypatch):
 def test_a_single_value_has_no_variance():
     unit = lively(SpikingConv(3, 4)).train()
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        functions.norm_lif_of(random(1, 1, 1, 1, 4), Unit((Norm(unit.bn, None),), 1))
+        autograd.norm_lif_of(random(1, 1, 1, 1, 4), Unit((Norm(unit.bn, None),), 1))
 
 
 def test_the_check_is_announced_by_the_engine_and_silent_without(monkeypatch, capsys):
-    monkeypatch.setattr(check, "_in_double", lambda device: None)
-    monkeypatch.setattr(check, "_in_half", lambda device: None)
+    monkeypatch.setattr(selftest, "_in_double", lambda device: None)
+    monkeypatch.setattr(selftest, "_in_half", lambda device: None)
     source = logging.getLogger("models")
     for name, value in (("handlers", []), ("level", logging.NOTSET), ("propagate", True)):
         monkeypatch.setattr(source, name, value)  # as without the engine
@@ -547,7 +548,7 @@ def test_the_check_is_announced_by_the_engine_and_silent_without(monkeypatch, ca
     for listener in (None, "rank 1", "rank 0"):
         if listener:
             setup_console(listener == "rank 0")
-        check.problem(DEVICE)
+        selftest.problem(DEVICE)
         said[listener] = capsys.readouterr().out
     assert not said[None]
     assert not said["rank 1"]
@@ -557,15 +558,15 @@ def test_the_check_is_announced_by_the_engine_and_silent_without(monkeypatch, ca
 @pytest.mark.slow
 def test_the_check_before_auto_takes_the_kernels(monkeypatch):
     with torch.inference_mode():
-        assert check.problem(DEVICE) is None
+        assert selftest.problem(DEVICE) is None
     dead = self_attention.forward
     monkeypatch.setattr(self_attention, "forward", lambda s, *more: (dead(s, *more)[0] * 0, dead(s, *more)[1]))
-    assert check._in_half(DEVICE) == "gives other spikes in half precision than torch here (self attention)"
-    monkeypatch.setattr(check.network.SpikingMLP, "forward", lambda self, x: self.fc2(self.fc1(x)) * 0.5)
-    assert check.problem(DEVICE) == "gives other logits than torch here"
+    assert selftest._in_half(DEVICE) == "gives other spikes in half precision than torch here (self attention)"
+    monkeypatch.setattr(selftest.plan.SpikingMLP, "forward", lambda self, x: self.fc2(self.fc1(x)) * 0.5)
+    assert selftest.problem(DEVICE) == "gives other logits than torch here"
 
 
-KERNELS = ("norm_lif", "pool", "self_attention", "statistics", "token_attention")
+KERNELS = ("bn_lif", "bn_stats", "pool", "self_attention", "token_attention")
 COMPILED = """
 import json, sys, torch
 from benchmarks.static import KERNELS, compiled, figures, recipe_of, steps_of
@@ -580,7 +581,7 @@ print(json.dumps(rows))
 @pytest.mark.parametrize(
     "arguments",
     [
-        "qkformer_10_384 90 float16 norm_lif self_attention",
+        "qkformer_10_384 90 float16 bn_lif self_attention",
         "qkformer_3_64 80 float16",
         pytest.param("qkformer_3_64 90 float64", marks=pytest.mark.slow),  # which "auto" tries first
         pytest.param("qkformer_4_384 80 bfloat16", marks=pytest.mark.slow),

@@ -11,7 +11,7 @@ from ..attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttenti
 from ..embed import SPEDS
 from ..layers import DropPath, SpikingConv, SpikingMLP
 from ..neuron import ATTN_THRESHOLD, LIF, THRESHOLD
-from .network import is_linear
+from .plan import is_linear
 
 CONVS = (nn.Conv1d, nn.Conv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)

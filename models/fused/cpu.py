@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ..attention import SpikingSelfAttention
 from ..layers import ConvBN, SpikingConv
 from ..neuron import THRESHOLD
-from .network import Run, attend_by_module, convolution
+from .plan import Run, attend_by_module, convolution
 
 
 def attend(m: nn.Module, x: Tensor, run: Run) -> Tensor:

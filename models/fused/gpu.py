@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from ..attention import SpikingSelfAttention, TokenQKAttention
 from ..layers import SpikingConv
 from ..neuron import THRESHOLD
-from . import linear_lif
-from .common import CHUNK
-from .functions import Unit, norm_lif_of, self_attention_of, token_attention_of
-from .network import Run, attend_by_module, convolution, is_linear
-from .packing import packed
-from .statistics import Norm, norm_of
+from .autograd import Unit, norm_lif_of, self_attention_of, token_attention_of
+from .kernels import linear_lif
+from .kernels.bn_stats import Norm, norm_of
+from .kernels.launch import CHUNK
+from .kernels.packing import packed
+from .plan import Run, attend_by_module, convolution, is_linear
 
 ONE_KERNEL = True  # in evaluation compute a 1x1 convolution together with its neurons
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from .common import accumulator, cdiv, next_power_of_2, tiling
+from .launch import accumulator, cdiv, next_power_of_2, tiling
 
 
 class Norm(NamedTuple):

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..neuron import ATTN_THRESHOLD
-from .common import accumulator, cdiv, charge, charge_gradient, next_power_of_2, reset
+from ...neuron import ATTN_THRESHOLD
+from .device import charge, charge_gradient, reset
+from .launch import accumulator, cdiv, next_power_of_2
 
 
 @triton.jit

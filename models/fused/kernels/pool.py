@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, load_means, load_norm, through_norm, tiling
+from .device import load_means, load_norm, through_norm
+from .launch import accumulator, tiling
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -91,7 +92,7 @@ def forward(y: Tensor, norm: Tensor, index: bool) -> tuple[Tensor, Tensor | None
 def backward(y: Tensor, norm: Tensor, index: Tensor, grad_u: Tensor, total: Tensor | None, count: int) -> Tensor:
     """Gradient of y through pooling and BatchNorm, from that of the pooled current, `grad_u` [N,H',W',C].
 
-    `total` and `count` are as in `norm_lif.backward`.
+    `total` and `count` are as in `bn_lif.backward`.
     """
     h, w, channels = y.shape[1:]
     grad = torch.empty_like(y)

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, cdiv, charge, load_norm, normalised, reset
+from .device import charge, load_norm, normalised, reset
+from .launch import accumulator, cdiv
 
 ROWS = 128  # of a program, with a warp for every 16
 

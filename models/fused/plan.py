@@ -32,9 +32,9 @@ def ops_for(model: nn.Module, x: Tensor) -> ModuleType | None:
         return None
     covered = model.coverage.of(model.stages)
     if covered.backend == "triton" or (covered.backend == "auto" and x.is_cuda and launches("triton")):
-        from . import functions, gpu  # which import Triton
+        from . import autograd, gpu  # which import Triton
 
-        return gpu if x.device.type != "cpu" or functions.interpreted() else None
+        return gpu if x.device.type != "cpu" or autograd.interpreted() else None
     if covered.backend == "auto" and x.device.type == "cpu" and not torch.is_grad_enabled() and not covered.trains:
         from . import cpu
 

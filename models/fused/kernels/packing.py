@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from .common import cdiv
+from .launch import cdiv
 
 BLOCK = 1024  # bytes that a program writes or reads
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..neuron import THRESHOLD
-from . import norm_lif, pool, self_attention, statistics, token_attention
-from .statistics import Norm
+from .kernels import bn_lif, bn_stats, pool, self_attention, token_attention
+from .kernels.bn_stats import Norm
 
 
 def interpreted() -> bool:
@@ -56,7 +56,7 @@ class _NormLIF(torch.autograd.Function):
     def forward(ctx, y: Tensor, add: Tensor | None, unit: Unit, *parameters: Tensor | None) -> Tensor:
         keep = any(ctx.needs_input_grad)
         y = y.contiguous()
-        norm, count = statistics.norm_of(y, unit.norms, unit.steps // len(y))
+        norm, count = bn_stats.norm_of(y, unit.norms, unit.steps // len(y))
         z, index = y, None
         if unit.pool:
             z, index = pool.forward(y.flatten(0, 1), norm, keep)
@@ -64,7 +64,7 @@ class _NormLIF(torch.autograd.Function):
         shape = (unit.steps, *z.shape[1:])
         rows, steps = (z.flatten(0, 1).flatten(1, 2), shape[0] * shape[1]) if unit.leak else (z.flatten(1, 3), shape[0])
         sew = None if add is None else add.contiguous().view(steps, *rows.shape[1:])
-        out, starts = norm_lif.forward(rows, norm, sew, steps, THRESHOLD, keep)
+        out, starts = bn_lif.forward(rows, norm, sew, steps, THRESHOLD, keep)
         if keep:
             ctx.save_for_backward(y, rows, index, norm, starts)
             ctx.unit, ctx.count = unit, count
@@ -77,14 +77,14 @@ class _NormLIF(torch.autograd.Function):
         unit = ctx.unit
         grad = grad.contiguous()  # once: the residual's gradient goes on through all blocks of the stage
         grad_out = grad.view(-1, *rows.shape[1:])
-        total, grad_u = norm_lif.backward(
+        total, grad_u = bn_lif.backward(
             rows, norm, grad_out, starts, THRESHOLD, sums=True, of="u" if unit.pool else None
         )
         shared, count = unit.over_ranks(total, ctx.count)
         if unit.pool:
             grad_y = pool.backward(y.flatten(0, 1), norm, index, grad_u.view(index.shape), shared, count).view_as(y)
         else:
-            _, grad_y = norm_lif.backward(rows, norm, grad_out, starts, THRESHOLD, of="y", total=shared, count=count)
+            _, grad_y = bn_lif.backward(rows, norm, grad_out, starts, THRESHOLD, of="y", total=shared, count=count)
             grad_y = grad_y.view_as(y)
         grad_add = grad if ctx.needs_input_grad[1] else None
         return grad_y, grad_add, None, *unit.gradients(total, norm, shared is not None)
@@ -94,7 +94,7 @@ class _TokenAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, unit: Unit, heads: int, *parameters: Tensor | None) -> Tensor:
         y = y.contiguous()
-        norm, count = statistics.norm_of(y, unit.norms, 1)
+        norm, count = bn_stats.norm_of(y, unit.norms, 1)
         out = token_attention.forward(y.flatten(1, 3), norm, heads)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(y, norm)
@@ -134,7 +134,7 @@ class _LIF(torch.autograd.Function):
     def forward(ctx, x: Tensor, threshold: float) -> Tensor:
         x = x.contiguous()
         rows = x.view(len(x), -1, _columns(x[0].numel()))
-        out, starts = norm_lif.forward(rows, None, None, len(x), threshold, any(ctx.needs_input_grad))
+        out, starts = bn_lif.forward(rows, None, None, len(x), threshold, any(ctx.needs_input_grad))
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(rows, starts)
             ctx.threshold = threshold
@@ -144,7 +144,7 @@ class _LIF(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         rows, starts = ctx.saved_tensors
-        _, grad_x = norm_lif.backward(rows, None, grad.contiguous().view_as(rows), starts, ctx.threshold, of="u")
+        _, grad_x = bn_lif.backward(rows, None, grad.contiguous().view_as(rows), starts, ctx.threshold, of="u")
         return grad_x.view_as(grad), None
 
 

@@ -12,22 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    CHUNK,
-    accumulator,
-    cdiv,
-    charge,
-    charge_gradient,
-    load_means,
-    load_norm,
-    load_steps,
-    normalised,
-    per_thread,
-    reset,
-    through_norm,
-    tiling,
-    until,
-)
+from .device import charge, charge_gradient, load_means, load_norm, load_steps, normalised, reset, through_norm, until
+from .launch import CHUNK, accumulator, cdiv, per_thread, tiling
 
 
 @triton.jit(do_not_specialize=["R"])

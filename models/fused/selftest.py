@@ -9,7 +9,7 @@ import triton
 from torch import Tensor, nn
 
 from ..neuron import LIF
-from . import gpu, network
+from . import gpu, plan
 
 logger = logging.getLogger(__name__)  # silent unless a program listens, as `engine.log` does
 ROUNDING = 1e-6  # largest deviation in float64, relative to the norm
@@ -74,7 +74,7 @@ def _in_half(device: str) -> str | None:
                 module.weight.fill_(3)  # else hardly a neuron fires, and no attention passes anything on
         for train in (True, False):
             theirs = block.train(train)(x)
-            ours = network.forward(block, x.permute(0, 1, 3, 4, 2).contiguous(), run=network.Run(len(x), gpu))
+            ours = plan.forward(block, x.permute(0, 1, 3, 4, 2).contiguous(), run=plan.Run(len(x), gpu))
             flipped = (ours.permute(0, 1, 4, 2, 3) - theirs).float().abs().sum()
             if not flipped <= FLIPS * (theirs - x).float().sum():
                 return f"gives other spikes in half precision than torch here ({kind} attention)"

@@ -11,24 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..neuron import ATTN_THRESHOLD, THRESHOLD
-from .common import (
-    accumulator,
-    cdiv,
-    charge,
-    charge_gradient,
-    load_means,
-    load_norm,
-    load_steps,
-    next_power_of_2,
-    normalised,
-    per_thread,
-    reset,
-    through_norm,
-    tiles_for,
-    until,
-    warps_for,
-)
+from ...neuron import ATTN_THRESHOLD, THRESHOLD
+from .device import charge, charge_gradient, load_means, load_norm, load_steps, normalised, reset, through_norm, until
+from .launch import accumulator, cdiv, next_power_of_2, per_thread, tiles_for, warps_for
 
 
 @triton.jit
@@ -78,7 +63,7 @@ def _backward_kernel(
     ATTN: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr, CENTRE: tl.constexpr, SUMS: tl.constexpr,
     TILES: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the rows to `partial` [programs,2,2C], or else the gradient of y; as in `norm_lif`."""
+    """Sums over the rows to `partial` [programs,2,2C], or else the gradient of y; as in `bn_lif`."""
     program = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BH + tl.arange(0, BH))[None, :, None]
     d = tl.arange(0, BD)[None, None, :]
@@ -166,7 +151,7 @@ def forward(y: Tensor, norm: Tensor, heads: int) -> Tensor:
 def backward(
     y: Tensor, norm: Tensor, grad_out: Tensor, heads: int, *, sums: bool, total: Tensor | None = None, count: int = 0
 ) -> Tensor:
-    """With `sums` the gradients of beta and gamma [2,2C], else that of y; `total` and `count` as in `norm_lif`."""
+    """With `sums` the gradients of beta and gamma [2,2C], else that of y; `total` and `count` as in `bn_lif`."""
     steps, rows, channels = grad_out.shape
     dtype, acc = accumulator(y)
     blocks = _blocks(rows, heads, channels // heads, per_thread(steps, 2))
