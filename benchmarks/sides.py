@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from engine.config import Config
 from models import LIF
+from models.backends import BACKENDS
 
 from .common import STEPS, Step, Timed, network, random_batch
 from .spikingjelly2 import Remote
@@ -104,7 +105,7 @@ def compiled(model: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = 64  # there are that many different blocks and units
     for module in model.modules():
         if isinstance(module, LIF) and module.leak_across_batch:
-            module.backend = "auto"
+            module.function = BACKENDS["auto"]
             module.forward = torch.compiler.disable(module.forward)
     model.compile(dynamic=False)
 

@@ -36,6 +36,7 @@ from triton.runtime import driver, jit
 from analysis.common import main, parser
 from engine.config import EVENT_DATASETS, Config, load
 from models import LIF
+from models.backends import BACKENDS
 from models.fused.kernels import bn_lif, bn_stats, linear_lif, pool, self_attention, token_attention
 
 from .common import ROOT, network
@@ -109,7 +110,7 @@ def steps_of(cfg: Config, dtype: torch.dtype) -> dict[str, Callable[[], object]]
         x = torch.empty(cfg.batch_size, *frames, cfg.in_channels, cfg.input_size, cfg.input_size, dtype=dtype)
     for module in model.modules():
         if isinstance(module, LIF):
-            module.backend = "triton"  # set_lif_backend asks for a device
+            module.function = BACKENDS["triton"]  # set_lif_backend asks for a device
     return {"train": lambda: model.train()(x).mean().backward(), "eval": torch.no_grad()(lambda: model.eval()(x))}
 
 

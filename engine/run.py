@@ -18,7 +18,8 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from models import create_model
-from models.neuron import silent_layers, triton_problem
+from models.backends import triton_problem
+from models.neuron import silent_layers
 from models.released import identify, load_released
 
 from . import checkpoint, log, published, results, world

@@ -4,8 +4,6 @@ Shapes: T time steps, then any neuron shape; the networks use [T,B,C,H,W] and [T
 """
 
 import contextlib
-import functools
-import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
@@ -17,7 +15,6 @@ TAU = 2.0  # membrane time constant in time steps; the input decays with it (spi
 THRESHOLD = 1.0  # firing threshold; the reset is hard, to 0, and detached from the gradient
 ATTN_THRESHOLD = 0.5  # firing threshold of the neurons that read the attention sums
 ALPHA = 4.0  # slope of the sigmoid whose derivative stands in for the derivative of the spike
-CUPY_MAX_ELEMENTS = 2**31  # of T + 1 steps: the CuPy kernels index with 32-bit integers up to the step after the last
 
 
 def lif_step(
@@ -83,115 +80,9 @@ class _TorchLIF(torch.autograd.Function):
         return grad_x, None
 
 
-def _torch_lif(x: Tensor, threshold: float) -> Tensor:
+def torch_lif(x: Tensor, threshold: float) -> Tensor:
+    """Reference of the multi-step LIF neurons, on any device and in any floating dtype: currents [T, ...] to spikes."""
     return _TorchLIF.apply(x, threshold)
-
-
-@functools.cache
-def _cupy_kernels(dtype: torch.dtype) -> tuple[Callable, Callable]:
-    """spikingjelly's CUDA kernels of the forward and the backward pass, which keep no state between calls."""
-    from spikingjelly.activation_based import surrogate
-    from spikingjelly.activation_based.auto_cuda.neuron_kernel import LIFNodeBPTTKernel, LIFNodeFPTTKernel
-
-    ctype = {torch.float32: "float", torch.float16: "half2"}[dtype]
-    slope = surrogate.Sigmoid(alpha=ALPHA).cuda_codes
-    kernels = (
-        LIFNodeFPTTKernel(decay_input=True, hard_reset=True, dtype=ctype),
-        LIFNodeBPTTKernel(decay_input=True, surrogate_function=slope, hard_reset=True, detach_reset=True, dtype=ctype),
-    )
-    for kernel in kernels:
-        kernel.check_ctypes = lambda arguments: None  # this check of types needs numpy.int, gone since numpy 1.24
-    return kernels
-
-
-def _cupy_lif(x: Tensor, threshold: float) -> Tensor:
-    if reason := _cupy_refusal(x):
-        raise ValueError(f"lif_backend='cupy' {reason}")
-    from spikingjelly.activation_based.auto_cuda.neuron_kernel import LIFNodeATGF
-
-    x_seq = x.flatten(1)
-    spikes, _ = LIFNodeATGF.apply(x_seq, torch.zeros_like(x_seq[0]), threshold, 0.0, 1 / TAU, *_cupy_kernels(x.dtype))
-    return spikes.view(x.shape)
-
-
-def _cupy_refusal(x: Tensor) -> str | None:
-    if not x.is_cuda:
-        return f"needs its input on a CUDA device, got {x.device}; use lif_backend='torch' or 'auto'"
-    if x.dtype not in (torch.float16, torch.float32):
-        return f"computes in float16 or float32, got {x.dtype}; use lif_backend='torch' or 'auto'"
-    if x.numel() + x[0].numel() > CUPY_MAX_ELEMENTS:
-        return (
-            f"cannot index {x.numel():,} elements (input {tuple(x.shape)}): its limit is 2^31 in T + 1 steps; "
-            "use a smaller batch, or lif_backend='torch'"
-        )
-    return None
-
-
-@functools.cache
-def cupy_problem() -> str | None:
-    """Why the CuPy backend cannot run in this process, with the remedy; None where it can (it is tried once)."""
-    if not torch.cuda.is_available():
-        return "needs a CUDA device (torch sees none) and cupy-cuda13x==14.2.0; use lif_backend='torch' or 'auto'"
-    try:
-        import cupy  # noqa: F401
-    except ImportError as error:
-        return f"needs CuPy ({error}); install cupy-cuda13x==14.2.0, or use lif_backend='torch'"
-    try:
-        x = torch.linspace(-1, 3, 64, device="cuda").reshape(4, 16)
-        spikes = _cupy_lif(x, THRESHOLD)
-    except Exception as error:  # whatever a broken CUDA or CuPy installation throws
-        return f"does not launch here ({type(error).__name__}: {error}); use lif_backend='torch'"
-    if not torch.equal(spikes, _torch_lif(x, THRESHOLD)):
-        return "gives wrong spikes here; use lif_backend='torch'"
-    return None
-
-
-def _triton_lif(x: Tensor, threshold: float) -> Tensor:
-    if torch.compiler.is_compiling():  # which cannot trace the launch of a kernel
-        return _torch_lif(x, threshold)
-    from .fused import autograd
-
-    if not x.is_cuda and not autograd.interpreted():
-        raise ValueError(
-            f"lif_backend='triton' needs its input on a CUDA device, got {x.device}; use lif_backend='torch' or 'auto'"
-        )
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        return autograd.lif(x, threshold)
-
-
-@functools.cache
-def triton_problem() -> str | None:
-    """Why the Triton backend cannot run in this process, with the remedy; None where it can (it is tried once)."""
-    try:
-        from .fused import autograd, selftest
-    except ImportError as error:
-        return f"needs Triton ({error}); install triton==3.6.0, or use lif_backend='torch'"
-    if autograd.interpreted():
-        return None
-    if not torch.cuda.is_available():
-        return "needs a CUDA device (torch sees none); use lif_backend='torch' or 'auto'"
-    try:
-        problem = selftest.problem("cuda")
-    except Exception as error:  # whatever a broken installation throws
-        problem = f"does not launch here ({type(error).__name__}: {error})"
-    return problem and f"{problem}; use lif_backend='torch'"
-
-
-@functools.cache
-def launches(backend: str) -> bool:
-    """Whether "triton" or "cupy" runs in this process; if not, a warning says why."""
-    problem = {"triton": triton_problem, "cupy": cupy_problem}[backend]()
-    if problem:
-        warnings.warn(f"lif_backend='auto' does without {backend}, which {problem}", stacklevel=2)
-    return problem is None
-
-
-def _auto_lif(x: Tensor, threshold: float) -> Tensor:
-    if not x.is_cuda or torch.compiler.is_compiling():
-        return _torch_lif(x, threshold)
-    if launches("triton"):
-        return _triton_lif(x, threshold)
-    return (_cupy_lif if launches("cupy") and _cupy_refusal(x) is None else _torch_lif)(x, threshold)
 
 
 # LIF -> membrane at the end of the last call, while calls continue each other (see `continued`)
@@ -226,9 +117,6 @@ def _continue(x: Tensor, threshold: float, v: Tensor | None) -> tuple[Tensor, Te
     return torch.cat(spikes), v
 
 
-BACKENDS = {"auto": _auto_lif, "torch": _torch_lif, "cupy": _cupy_lif, "triton": _triton_lif}
-
-
 class LIF(nn.Module):
     """Multi-step LIF neurons: currents [T, ...] to spikes [T, ...], the membrane at zero before and after.
 
@@ -244,7 +132,7 @@ class LIF(nn.Module):
         super().__init__()
         self.threshold = threshold
         self.leak_across_batch = leak_across_batch
-        self.backend = "auto"
+        self.function: Callable[[Tensor, float], Tensor] = torch_lif  # `models.backends` sets others
 
     def forward(self, x: Tensor) -> Tensor:
         if self.leak_across_batch:
@@ -254,13 +142,13 @@ class LIF(nn.Module):
     def _over_time(self, x: Tensor) -> Tensor:
         membranes = None if torch.compiler.is_dynamo_compiling() else _membranes.get()  # dynamo knows no ContextVar
         if membranes is None:
-            return BACKENDS[self.backend](x, self.threshold)
+            return self.function(x, self.threshold)
         spikes, membranes[self] = _continue(x, self.threshold, membranes.get(self))
         return spikes
 
     def extra_repr(self) -> str:
         leak = ", leak_across_batch=True" if self.leak_across_batch else ""
-        return f"threshold={self.threshold}, backend={self.backend!r}{leak}"
+        return f"threshold={self.threshold}, function={self.function.__name__}{leak}"
 
 
 def silent_layers(model: nn.Module, x: Tensor) -> list[str]:
@@ -277,25 +165,3 @@ def silent_layers(model: nn.Module, x: Tensor) -> list[str]:
         for hook in hooks:
             hook.remove()
     return silent
-
-
-def set_lif_backend(model: nn.Module, backend: str) -> None:
-    """Choose what computes every LIF of `model`.
-
-    Args:
-        model: any module; its `LIF`s are set.
-        backend: "torch" (any device and floating dtype; the reference), "cupy" (spikingjelly's CUDA kernels; float16
-            and float32), "triton" (ours, see `models.fused`: of networks with "sew" residuals they compute far more
-            than the neurons), or "auto": on CUDA the first that runs of triton, cupy and torch, elsewhere torch.
-
-    Raises:
-        ValueError: unknown backend, or one that cannot run here (the message says what to install).
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"lif_backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
-    problem = {"cupy": cupy_problem, "triton": triton_problem}.get(backend)
-    if problem and problem():
-        raise ValueError(f"lif_backend={backend!r} {problem()}")
-    for module in model.modules():
-        if isinstance(module, LIF):
-            module.backend = backend

@@ -1,25 +1,20 @@
-"""The hierarchical spiking transformer: one class, the table of its variants, and the registry.
+"""The hierarchical spiking transformer, of whose reference modules `models.registry` builds every variant.
 
 Shapes: T time steps, B batch, C channels, H height, W width.
 """
 
-import difflib
-import inspect
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import timm
 import torch
 from timm.layers import calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
 from .attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from .embed import SPEDS, SPS
-from .fused import plan as fused
-from .fused.coverage import Coverage
 from .layers import DropPath, SpikingMLP, checkpointed
-from .neuron import LIF, continued, set_lif_backend
+from .neuron import LIF, continued
 
 ATTENTIONS = {"token": TokenQKAttention, "channel": ChannelQKAttention, "self": SpikingSelfAttention}
 
@@ -31,30 +26,6 @@ EMBEDS = {
     "dvs": ([(8, False), (4, True), (2, True), (1, True)], 2, [(1, False), (1, True)]),
     "spikformer_cifar": ([(8, False), (4, False), (2, True), (1, True), (1, False)], 3, []),
     "spikformer_dvs": ([(8, True), (4, True), (2, True), (1, True), (1, False)], 3, []),
-}
-
-_IMAGENET = {"family": "imagenet", "depths": (1, 2, 7)}
-_CIFAR = {"family": "cifar", "heads": 8, "num_classes": 10}
-_DVS = {"family": "dvs", "depths": (1, 1), "heads": 16, "mlp_ratio": 1, "attention": ("token", "self")}
-_DVS |= {"num_classes": 10, "in_channels": 2, "time_steps": 16}
-_SPIKFORMER = {"embed": "sps", "qkv_bias": True, "attention": ("self",), "mlp_ratio": 4}
-VARIANTS = {
-    "qkformer_10_384": {**_IMAGENET, "width": 384, "heads": 6},
-    "qkformer_10_512": {**_IMAGENET, "width": 512, "heads": 8},
-    "qkformer_10_768": {**_IMAGENET, "width": 768, "heads": 12},
-    "qkformer_4_384": {**_CIFAR, "width": 384, "depths": (1, 1, 2)},
-    "qkformer_3_64": {**_CIFAR, "width": 64, "depths": (1, 1, 1), "in_channels": 1},
-    "qkformer_2_256": {**_DVS, "width": 256},
-    "qkformer_2_64": {**_DVS, "width": 64},
-    "spikformer_4_384": {
-        **_CIFAR,
-        **_SPIKFORMER,
-        "family": "spikformer_cifar",
-        "width": 384,
-        "depths": (4,),
-        "heads": 12,
-    },
-    "spikformer_2_256": {**_DVS, **_SPIKFORMER, "family": "spikformer_dvs", "width": 256, "depths": (2,)},
 }
 
 
@@ -106,7 +77,6 @@ class HierarchicalSpikingTransformer(nn.Module):
         ssa_membrane: "per_sample", or "released" to reproduce the leak across the batch in the released
             self-attention, on which the published accuracies and checkpoints depend (README, errata).
         drop_path: stochastic depth, the rate of the last block; it rises linearly from 0 in the first.
-        lif_backend: see `models.neuron.set_lif_backend`.
 
     Raises:
         ValueError: an argument is out of its range; the message names it.
@@ -131,7 +101,6 @@ class HierarchicalSpikingTransformer(nn.Module):
         ssa_scale: float = SSA_SCALE,
         ssa_membrane: str = "per_sample",
         drop_path: float = 0.0,
-        lif_backend: str = "auto",
     ):
         super().__init__()
         _require_choice("family", family, EMBEDS)
@@ -152,7 +121,6 @@ class HierarchicalSpikingTransformer(nn.Module):
         self.embed = embed
         self.in_channels, self.num_classes = in_channels, num_classes
         self.grad_checkpointing = self.spike_packing = False
-        self.coverage = Coverage(Block)
 
         first_units, first_branch, later_units = EMBEDS[family]
         rates = iter(calculate_drop_path_rates(drop_path, sum(depths)))
@@ -172,7 +140,7 @@ class HierarchicalSpikingTransformer(nn.Module):
         self.head = nn.Linear(width, num_classes)
         trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        set_lif_backend(self, lif_backend)
+        self.fast_path: Callable[[nn.Module, Tensor], Tensor | None] | None = None  # `models.backends` sets it
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B,C,H,W] or [B,T,C,H,W] to the last stage's [T,B,C,H,W]."""
@@ -181,8 +149,8 @@ class HierarchicalSpikingTransformer(nn.Module):
                 f"input of shape {tuple(x.shape)}: expected images [B,{self.in_channels},H,W] "
                 f"or event frames [B,T,{self.in_channels},H,W]"
             )
-        if (ops := fused.ops_for(self, x)) is not None:
-            return fused.forward_features(self, x, ops)
+        if self.fast_path and (features := self.fast_path(self, x)) is not None:
+            return features
         if x.dim() == 4:
             x = x.expand(self.time_steps, *x.shape)  # [T,B,C,H,W]
         else:
@@ -281,52 +249,3 @@ def _require_sizes(
         raise ValueError(f"heads={heads} must divide the {narrowest} channels of the first stage")
     if int(narrowest * mlp_ratio) < 1:
         raise ValueError(f"mlp_ratio={mlp_ratio} leaves the MLP without hidden channels")
-
-
-def list_models() -> list[str]:
-    """Names that `create_model` knows."""
-    return sorted(VARIANTS)
-
-
-def create_model(name: str, **kwargs) -> HierarchicalSpikingTransformer:
-    """Build a variant by name; `QKFormer_10_384`, the spelling of the released code, is accepted too.
-
-    Args:
-        name: one of `list_models()`.
-        **kwargs: any argument of `HierarchicalSpikingTransformer`; the variant's row of `VARIANTS` is the default.
-
-    Raises:
-        ValueError: unknown name or argument (the nearest valid one is named), or a value out of range.
-    """
-    if name.lower() not in VARIANTS:
-        raise ValueError(f"model {name!r} is unknown{_nearest(name.lower(), VARIANTS)}")
-    known = inspect.signature(HierarchicalSpikingTransformer).parameters
-    for key in kwargs:
-        if key not in known:
-            raise ValueError(f"model argument {key!r} is unknown{_nearest(key, known)}")
-    return HierarchicalSpikingTransformer(**{**VARIANTS[name.lower()], **kwargs})
-
-
-def _nearest(word: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, valid, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f": choose one of {', '.join(sorted(valid))}"
-
-
-def _register_with_timm(name: str) -> None:
-    def entrypoint(pretrained: bool = False, **kwargs):
-        if pretrained:
-            raise ValueError(f"{name} has no weights to download; load a file with models.released.load_released")
-        for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm passes them to every model
-            kwargs.pop(unused, None)
-        for theirs, ours in (("in_chans", "in_channels"), ("drop_path_rate", "drop_path")):
-            if kwargs.get(theirs) is not None:
-                kwargs[ours] = kwargs[theirs]
-            kwargs.pop(theirs, None)
-        return create_model(name, **kwargs)
-
-    entrypoint.__name__ = entrypoint.__qualname__ = name
-    timm.models.register_model(entrypoint)
-
-
-for _name in VARIANTS:
-    _register_with_timm(_name)

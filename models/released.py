@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .qkformer import VARIANTS, HierarchicalSpikingTransformer, create_model
+from .qkformer import HierarchicalSpikingTransformer
+from .registry import VARIANTS, create_model
 
 
 @dataclass(frozen=True)

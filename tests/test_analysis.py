@@ -19,6 +19,7 @@ from engine.published import all_of
 from engine.run import build_model
 from models import LIF
 from models.attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
+from models.backends import BACKENDS
 
 EMPTY = {"optimizer": {}, "scaler": {}, "epoch": 1, "position": {}, "best": {}}
 
@@ -66,7 +67,7 @@ def test_samples_may_come_from_all_over_the_test_set(all_kinds):
 def test_analyses_compute_the_neurons_with_torch_unless_told_otherwise(all_kinds):
     for flags, backend in [([], "torch"), (["--lif-backend", "auto"], "auto")]:
         neurons = [module for module in subject(all_kinds, *flags).model.modules() if isinstance(module, LIF)]
-        assert {neuron.backend for neuron in neurons} == {backend}
+        assert {neuron.function for neuron in neurons} == {BACKENDS[backend]}
 
 
 def test_firing_rates_and_integers_are_what_the_layers_get(all_kinds, tmp_path, monkeypatch, capfd):

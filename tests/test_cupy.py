@@ -12,7 +12,7 @@ from spikingjelly.activation_based import cuda_utils
 from spikingjelly.activation_based.auto_cuda import base, neuron_kernel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models import neuron
+from models import backends
 
 pytest.importorskip("cupy")
 DTYPES = [torch.float16, torch.float32]
@@ -53,7 +53,7 @@ def launched(monkeypatch):
     for module in (base, neuron_kernel):
         monkeypatch.setattr(module, "cupy", arrays)
     monkeypatch.setattr(cuda_utils, "DeviceEnvironment", contextlib.nullcontext)
-    monkeypatch.setattr(neuron, "_cupy_refusal", lambda x: None)
+    monkeypatch.setattr(backends, "_cupy_refusal", lambda x: None)
     return names
 
 
@@ -64,7 +64,7 @@ def test_kernels_compile(dtype, architecture):
     from cupy.cuda import nvrtc
 
     options = assemble_cupy_compiler_options(configure.cuda_compiler_options)
-    for kernel in neuron._cupy_kernels(dtype):
+    for kernel in backends._cupy_kernels(dtype):
         program = nvrtc.createProgram(kernel.full_codes, "lif.cu", (), ())
         nvrtc.compileProgram(program, [*options, f"-arch=sm_{architecture}"])
         assert kernel.kernel_name.encode() in nvrtc.getCUBIN(program)
@@ -74,15 +74,15 @@ def test_kernels_compile(dtype, architecture):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_both_passes_launch(dtype, shape, launched):
     x = torch.randn(shape).to(dtype).requires_grad_()
-    spikes = neuron.BACKENDS["cupy"](x, 1.0)
+    spikes = backends.BACKENDS["cupy"](x, 1.0)
     assert (spikes.shape, spikes.dtype) == (x.shape, dtype)
     spikes.sum().backward()
     assert (x.grad.shape, x.grad.dtype) == (x.shape, dtype)
-    assert launched == [kernel.kernel_name for kernel in neuron._cupy_kernels(dtype)]
+    assert launched == [kernel.kernel_name for kernel in backends._cupy_kernels(dtype)]
 
 
 @pytest.mark.parametrize(("elements", "is_refused"), [(2**29, False), (2**29 + 1, True)])
 def test_the_step_after_the_last_has_an_index(elements, is_refused):
     with FakeTensorMode():
         x = torch.empty(3, elements, device="cuda")
-    assert (neuron._cupy_refusal(x) is not None) == is_refused
+    assert (backends._cupy_refusal(x) is not None) == is_refused

@@ -20,7 +20,7 @@ from torch import nn
 
 from engine import world
 from engine.log import setup_console
-from models import create_model, neuron, set_lif_backend
+from models import backends, create_model, neuron, set_lif_backend
 from models.attention import SpikingSelfAttention, TokenQKAttention
 from models.fused import autograd, selftest
 from models.fused.autograd import Unit
@@ -73,7 +73,7 @@ def close(ours, theirs, dtype):
 def test_neurons(steps, threshold, dtype):
     x = random(steps, 3, 5, 8, dtype=dtype, scale=2).requires_grad_()
     reference = x.detach().float().requires_grad_()
-    ours, theirs = autograd.lif(x, threshold), neuron._torch_lif(reference, threshold)
+    ours, theirs = autograd.lif(x, threshold), neuron.torch_lif(reference, threshold)
     assert ours.dtype == dtype
     assert torch.equal(ours, theirs.to(dtype))
     assert 0.1 < theirs.mean() < 0.9
@@ -134,7 +134,7 @@ def test_unit(dtype, steps, static, pool, leak, train):
     u = current(reference, z)
     add = random(*u.unflatten(0, (steps, batch)).shape if leak else u.shape, seed=6).round()
     grad = random(*add.shape, seed=5)
-    fired = neuron._torch_lif(u, neuron.THRESHOLD).view_as(add)
+    fired = neuron.torch_lif(u, neuron.THRESHOLD).view_as(add)
     theirs = fired + add
     theirs.backward(grad)
     unit = Unit((Norm(ours.bn, ours.conv.bias),), steps, pool, leak)
@@ -177,7 +177,7 @@ def test_token_attention(dtype, steps, heads, width, train):
     seed = undecided_by_rounding(lambda seed: currents(copy.deepcopy(m), input_of(seed).double()))
     y = input_of(seed).requires_grad_()
     z = input_of(seed).double().requires_grad_()
-    q, k = (neuron._torch_lif(u, neuron.THRESHOLD).unflatten(2, (heads, -1)) for u in currents(m, z))
+    q, k = (neuron.torch_lif(u, neuron.THRESHOLD).unflatten(2, (heads, -1)) for u in currents(m, z))
     theirs = m.attend(q, k).flatten(2, 3).mT.unflatten(2, (3, 5))
     found = autograd.token_attention_of(y, Unit((Norm(ours.q.bn, None), Norm(ours.k.bn, None)), steps), heads)
     assert torch.equal(found.double(), theirs)
@@ -293,7 +293,7 @@ def uneven_rank(rank, folder, network, x):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     network = copy.deepcopy(network)  # its memory is shared by the ranks
     step(world.sync_batchnorm(network, torch.device("cpu")), x[:1] if rank == 0 else x[1:], "triton")
-    assert network.coverage.of(network.stages).backend == "triton"
+    assert network.fast_path.coverage.of(network.stages).function is backends.triton_lif
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
     torch.save({"gradients": gradients, "buffers": dict(network.named_buffers())}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -465,23 +465,23 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_it_does_not_know_is_left_to_the_modules(name):
     network, _ = network_of("once")
-    assert network.coverage.of(network.stages).backend == "auto"
+    assert network.fast_path.coverage.of(network.stages).function is backends.auto_lif
     CHANGES[name](network.stages[1].blocks[0])
-    assert network.coverage.of(network.stages).backend is None
-    assert copy.deepcopy(network).coverage.of(network.stages).backend is None
+    assert network.fast_path.coverage.of(network.stages).function is None
+    assert copy.deepcopy(network).fast_path.coverage.of(network.stages).function is None
 
 
 def test_it_notices_methods_patched_on_a_class(monkeypatch):
     network, _ = network_of("once")
-    assert network.coverage.of(network.stages).backend == "auto"
+    assert network.fast_path.coverage.of(network.stages).function is backends.auto_lif
     monkeypatch.setattr(SpikingConv, "forward", nn.Identity.forward)
-    assert network.coverage.of(network.stages).backend is None
+    assert network.fast_path.coverage.of(network.stages).function is None
 
 
 def test_an_image_unit_that_leaks_is_left_to_the_modules():
     network, _ = network_of("once")
     network.stages[0].embed.units[0].lif.leak_across_batch = True
-    assert network.coverage.of(network.stages).backend is None
+    assert network.fast_path.coverage.of(network.stages).function is None
 
 
 def test_it_notices_global_hooks():
@@ -521,13 +521,13 @@ def test_a_network_in_evaluation_that_learns_its_statistics():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_the_kernels_are_refused(monkeypatch):
     monkeypatch.setattr(autograd, "interpreted", lambda: False)
-    monkeypatch.setattr(neuron, "triton_problem", neuron.triton_problem.__wrapped__)
+    monkeypatch.setattr(backends, "triton_problem", backends.triton_problem.__wrapped__)
     with pytest.raises(ValueError, match="lif_backend='triton' needs a CUDA device"):
         create_model("qkformer_3_64", lif_backend="triton")
     network, x = network_of("once")
     for module in network.modules():
         if isinstance(module, neuron.LIF):
-            module.backend = "triton"
+            module.function = backends.BACKENDS["triton"]
     with pytest.raises(ValueError, match="lif_backend='triton' needs its input on a CUDA device, got cpu"):
         network(x)
 

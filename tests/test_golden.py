@@ -55,7 +55,7 @@ def _pool_behind_lif(self, x):
 
 
 def _leak_batch_major(self, x):
-    lif = neuron.BACKENDS["torch"]
+    lif = neuron.torch_lif
     if not self.leak_across_batch:
         return lif(x, self.threshold)
     return lif(x.transpose(0, 1).flatten(0, 1), self.threshold).unflatten(0, x.shape[1::-1]).transpose(0, 1)

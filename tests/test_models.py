@@ -6,12 +6,12 @@ import torch
 from scripts import refuses
 from torch import nn
 
-import models
 from models import create_model
 from models.attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from models.embed import SPEDS
 from models.layers import DropPath
-from models.neuron import BACKENDS
+from models.neuron import torch_lif
+from models.registry import VARIANTS
 
 COUNTS = [  # exact counts, and the paper's ablations in millions
     ("qkformer_10_384", {}, 16_473_688),
@@ -75,8 +75,8 @@ def test_a_sample_in_any_company(ssa_membrane, independent):
 @pytest.mark.parametrize("residual", ["sew", "ms"])
 @pytest.mark.parametrize("name", ["qkformer_10_384", "qkformer_4_384", "qkformer_2_256", "spikformer_4_384"])
 def test_every_family_keeps_no_state_and_takes_odd_shapes(name, residual, attention):
-    stages = len(models.qkformer.VARIANTS[name]["depths"])
-    embed = "speds" if residual == "ms" else models.qkformer.VARIANTS[name].get("embed", "speds")
+    stages = len(VARIANTS[name]["depths"])
+    embed = "speds" if residual == "ms" else VARIANTS[name].get("embed", "speds")
     attention = (attention,) * stages
     model = create_model(name, num_classes=3, embed=embed, residual=residual, attention=attention, time_steps=3)
     model = lively(model)
@@ -100,7 +100,7 @@ def test_trains_under_autocast(dtype):
 
 
 def lif(x, threshold=1.0):
-    return BACKENDS["torch"](x, threshold)
+    return torch_lif(x, threshold)
 
 
 def unit(conv_bn, x):

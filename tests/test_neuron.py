@@ -7,8 +7,8 @@ from spikingjelly.activation_based import neuron as sj_neuron
 from spikingjelly.activation_based import surrogate as sj_surrogate
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models import LIF, neuron, set_lif_backend
-from models.neuron import lif_step, spike_backward
+from models import LIF, backends, set_lif_backend
+from models.neuron import lif_step, spike_backward, torch_lif
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 #          charge h:  .625    .9375   1.46875  .25    1.0     -.5    .5
@@ -80,9 +80,7 @@ def test_gradient_by_hand():
 @pytest.mark.parametrize("steps", [1, 4, 16])
 def test_torch_backend_is_bit_equal_to_the_plain_loop(steps, threshold, dtype):
     x, grad = currents(steps, dtype)
-    for actual, expected in zip(
-        run(neuron.BACKENDS["torch"], x, threshold, grad), run(plain_loop, x, threshold, grad), strict=True
-    ):
+    for actual, expected in zip(run(torch_lif, x, threshold, grad), run(plain_loop, x, threshold, grad), strict=True):
         assert actual.dtype == dtype
         assert torch.equal(actual, expected)
 
@@ -91,17 +89,17 @@ def test_torch_backend_is_bit_equal_to_the_plain_loop(steps, threshold, dtype):
 @pytest.mark.parametrize("steps", [1, 4, 16])
 def test_torch_backend_is_bit_equal_to_spikingjelly(steps, threshold):
     x, grad = currents(steps)
-    ours, theirs = run(neuron.BACKENDS["torch"], x, threshold, grad), run(spikingjelly, x, threshold, grad)
+    ours, theirs = run(torch_lif, x, threshold, grad), run(spikingjelly, x, threshold, grad)
     assert ours[0].mean() > 0.1
     assert all(map(torch.equal, ours, theirs))
 
 
 def test_any_memory_layout():
     x, grad = currents(4, shape=(2, 6, 3, 5))
-    spikes, grad_x = run(neuron.BACKENDS["torch"], x, 1.0, grad)
+    spikes, grad_x = run(torch_lif, x, 1.0, grad)
     for i, j in ((0, 1), (2, 4)):
         layout = x.transpose(i, j).contiguous().transpose(i, j)
-        actual = run(neuron.BACKENDS["torch"], layout, 1.0, grad)
+        actual = run(torch_lif, layout, 1.0, grad)
         assert torch.equal(actual[0], spikes)
         torch.testing.assert_close(actual[1], grad_x)
 
@@ -115,7 +113,7 @@ def test_one_tensor_is_kept_for_the_backward_pass():
 
 def test_leak_across_batch_runs_time_major():
     x, _ = currents(4)
-    one_sequence = neuron.BACKENDS["torch"](x.reshape(12, 1, 5, 7), 1.0).reshape(x.shape)
+    one_sequence = torch_lif(x.reshape(12, 1, 5, 7), 1.0).reshape(x.shape)
     assert torch.equal(LIF(leak_across_batch=True)(x), one_sequence)
     assert not torch.equal(LIF()(x), one_sequence)
 
@@ -130,27 +128,27 @@ def test_cupy_without_a_device_says_what_to_do():
     with refuses("'cupy'"):
         set_lif_backend(LIF(), "cupy")
     with refuses("cpu"):
-        neuron.BACKENDS["cupy"](torch.zeros(2, 3), 1.0)
+        backends.BACKENDS["cupy"](torch.zeros(2, 3), 1.0)
 
 
 def test_cupy_refuses_what_it_would_get_wrong():
     with FakeTensorMode(allow_non_fake_inputs=True):
         too_large = torch.empty(4, 2**29, device="cuda", dtype=torch.float16)
         with refuses("2,147,483,648"):
-            neuron.BACKENDS["cupy"](too_large, 1.0)
+            backends.BACKENDS["cupy"](too_large, 1.0)
         with refuses("torch.bfloat16"):
-            neuron.BACKENDS["cupy"](torch.empty(4, 2, device="cuda", dtype=torch.bfloat16), 1.0)
+            backends.BACKENDS["cupy"](torch.empty(4, 2, device="cuda", dtype=torch.bfloat16), 1.0)
 
 
 def test_cupy_missing_says_what_to_install(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
-    neuron.cupy_problem.cache_clear()
+    backends.cupy_problem.cache_clear()
     try:
         with refuses("cupy-cuda13x==14.2.0"):
             set_lif_backend(LIF(), "cupy")
     finally:
-        neuron.cupy_problem.cache_clear()
+        backends.cupy_problem.cache_clear()
 
 
 @pytest.mark.gpu
@@ -159,7 +157,7 @@ def test_cupy_missing_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize("steps", [1, 4, 16])
 def test_cupy_equals_torch(steps, threshold, dtype, tolerance):
     x, grad = (t.cuda() for t in currents(steps, dtype))
-    expected, actual = (run(neuron.BACKENDS[name], x, threshold, grad) for name in ("torch", "cupy"))
+    expected, actual = (run(backends.BACKENDS[name], x, threshold, grad) for name in ("torch", "cupy"))
     assert torch.equal(actual[0], expected[0])
     torch.testing.assert_close(actual[1], expected[1], rtol=tolerance, atol=tolerance)
 
@@ -175,9 +173,9 @@ def test_cupy_equals_torch(steps, threshold, dtype, tolerance):
     ],
 )
 def test_auto_takes_the_first_backend_that_runs(dtype, working, chosen, monkeypatch):
-    assert neuron.triton_problem() is None
-    assert neuron.cupy_problem() is None
-    monkeypatch.setattr(neuron, "launches", lambda backend: backend in working)
+    assert backends.triton_problem() is None
+    assert backends.cupy_problem() is None
+    monkeypatch.setattr(backends, "launches", lambda backend: backend in working)
     x, grad = (t.cuda() for t in currents(4, dtype))
-    actual, expected = (run(neuron.BACKENDS[name], x, 1.0, grad) for name in ("auto", chosen))
+    actual, expected = (run(backends.BACKENDS[name], x, 1.0, grad) for name in ("auto", chosen))
     assert all(map(torch.equal, actual, expected))

@@ -22,7 +22,7 @@ from scripts import (
 )
 
 from engine import checkpoint
-from models import neuron
+from models import backends
 
 QUICK = ["--batch-size", "128", "--lr", "1e-2"]  # 11 steps an epoch
 
@@ -149,7 +149,7 @@ def test_two_ranks(tmp_path):
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(arguments, value, monkeypatch, capfd):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(neuron, "cupy_problem", neuron.cupy_problem.__wrapped__)  # which keeps its first answer
+    monkeypatch.setattr(backends, "cupy_problem", backends.cupy_problem.__wrapped__)  # which keeps its first answer
     assert value in fail(monkeypatch, capfd, "digits/" + arguments[0], *arguments[1:])
 
 

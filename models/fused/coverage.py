@@ -1,6 +1,8 @@
 """When the fused path may replace the modules: each is as this project builds it, and nothing watches or changes it."""
 
 import itertools
+from collections.abc import Callable
+from types import FunctionType
 from typing import NamedTuple
 
 from torch import nn
@@ -11,6 +13,7 @@ from ..attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttenti
 from ..embed import SPEDS
 from ..layers import DropPath, SpikingConv, SpikingMLP
 from ..neuron import ATTN_THRESHOLD, LIF, THRESHOLD
+from ..qkformer import Block
 from .plan import is_linear
 
 CONVS = (nn.Conv1d, nn.Conv2d)
@@ -31,10 +34,10 @@ ATTRIBUTES = {  # kind -> what of it the answer depends on
     **dict.fromkeys(CONVS, (*WINDOW, "groups", "padding_mode")),
     **dict.fromkeys(NORMS, ("training", "momentum", "track_running_stats", "num_features")),
     nn.MaxPool2d: (*WINDOW, "ceil_mode", "return_indices"),
-    LIF: ("backend", "threshold", "leak_across_batch"),
+    LIF: ("function", "threshold", "leak_across_batch"),
     SpikingSelfAttention: ("scale",),
 }
-PLAIN = (int, float, str, tuple)  # of attributes; networks with a tensor, say, are left to the modules
+PLAIN = (int, float, str, tuple, FunctionType)  # of attributes; networks with a tensor, say, are left to the modules
 KINDS = (*CONVS, *NORMS, *ATTENTIONS, SPEDS, SpikingConv, SpikingMLP, DropPath, LIF, nn.MaxPool2d, nn.Identity)
 METHODS = [(kind, name) for kind in KINDS for name in ("__call__", "forward", "attend") if hasattr(kind, name)]
 UNPATCHED = [getattr(kind, name) for kind, name in METHODS]
@@ -43,22 +46,15 @@ UNPATCHED = [getattr(kind, name) for kind, name in METHODS]
 class Covered(NamedTuple):
     """Whether the fused path covers a network, and how the network is set."""
 
-    backend: str | None  # of all neurons; None: the modules compute
+    function: Callable | None  # of all neurons; None: the modules compute
     trains: bool = False  # BatchNorm takes the statistics of the batch
 
 
 class Coverage:
-    """The answer for the stages of one network, kept until something changes that it depends on.
+    """The answer for the stages of one network, kept until something changes that it depends on."""
 
-    Args:
-        block: the type of the network's blocks.
-    """
-
-    def __init__(self, block: type[nn.Module]):
-        self.block, self.state = block, None
-
-    def __reduce__(self) -> tuple:
-        return Coverage, (self.block,)  # a copy of the network finds its own answer
+    def __init__(self):
+        self.state = None
 
     def of(self, stages: nn.ModuleList) -> Covered:
         """The answer; `stages` are those of every call, or those that replaced them."""
@@ -72,7 +68,7 @@ class Coverage:
             self.read = [
                 (vars(module).get, ATTRIBUTES[kind]) for module in self.modules if (kind := _kind(module)) in ATTRIBUTES
             ]
-            self.state, self.answer = self._state(), _covered(self.modules, self.block)
+            self.state, self.answer = self._state(), _covered(self.modules)
         return self.answer
 
     def _is_unchanged(self) -> bool:
@@ -104,20 +100,20 @@ def _kind(module: nn.Module) -> type[nn.Module]:
     return nn.SyncBatchNorm if issubclass(kind, _BatchNorm) and hasattr(kind, "process_group") else kind
 
 
-def _covered(modules: list[nn.Module], block: type[nn.Module]) -> Covered:
+def _covered(modules: list[nn.Module]) -> Covered:
     stages = modules[0]
     if [getattr(kind, name) for kind, name in METHODS] != UNPATCHED or not all(map(_is_plain, modules)):
         return Covered(None)
-    backends = {module.backend for module in modules if type(module) is LIF}
+    functions = {module.function for module in modules if type(module) is LIF}
     trains = {module.training for module in modules if isinstance(module, _BatchNorm)}
     known = (
         not _has_any_global_hook()
         and type(stages) is nn.ModuleList
         and all(_has(stage, {"embed": (SPEDS,), "blocks": (nn.Sequential,)}) for stage in stages)
-        and all(_holds(stage.blocks, block) for stage in stages)
-        and all(_is_known(module, block) for module in modules)
+        and all(_holds(stage.blocks, Block) for stage in stages)
+        and all(_is_known(module) for module in modules)
     )
-    return Covered(backends.pop(), trains.pop()) if known and len(backends) == len(trains) == 1 else Covered(None)
+    return Covered(functions.pop(), trains.pop()) if known and len(functions) == len(trains) == 1 else Covered(None)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -138,7 +134,7 @@ def _holds(module: nn.Module, kind: type[nn.Module]) -> bool:
     return all(type(child) is kind for child in module._modules.values())
 
 
-def _is_known(m: nn.Module, block: type[nn.Module]) -> bool:
+def _is_known(m: nn.Module) -> bool:
     """Whether the fused path computes what a module of the stages does, its children apart."""
     kind, attributes = _kind(m), vars(m)
     if any(attributes[name] for name in HOOKS) or any(hasattr(kind, name) for name in attributes):
@@ -158,7 +154,7 @@ def _is_known(m: nn.Module, block: type[nn.Module]) -> bool:
         shortcut = {"shortcut": (SpikingConv,)} if m.shortcut is not None else {}
         has_all = _has(m, CHILDREN[kind] | shortcut) and _holds(m.units, SpikingConv)
         return has_all and not any(child.leak_across_batch for child in m.modules() if isinstance(child, LIF))
-    if kind is block:
+    if kind is Block:
         return _has(m, {"attn": ATTENTIONS, "mlp": (SpikingMLP,), "drop_path": (DropPath,)})
     if kind in CHILDREN and not _has(m, CHILDREN[kind]):
         return False

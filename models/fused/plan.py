@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..embed import SPEDS
 from ..layers import DropPath, SpikingConv, checkpointed
-from ..neuron import is_continued, launches
 
 
 class Run(NamedTuple):
@@ -22,24 +21,6 @@ class Run(NamedTuple):
     steps: int  # T
     ops: ModuleType  # `gpu` or `cpu`
     pack: bool = False  # keep spikes for the backward pass packed
-
-
-def ops_for(model: nn.Module, x: Tensor) -> ModuleType | None:
-    """`gpu` or `cpu` if that computes what the modules of `model` make of x; None: the modules do."""
-    if torch.compiler.is_compiling() or model.residual != "sew" or model.embed != "speds" or is_continued():
-        return None
-    if not x.numel():
-        return None
-    covered = model.coverage.of(model.stages)
-    if covered.backend == "triton" or (covered.backend == "auto" and x.is_cuda and launches("triton")):
-        from . import autograd, gpu  # which import Triton
-
-        return gpu if x.device.type != "cpu" or autograd.interpreted() else None
-    if covered.backend == "auto" and x.device.type == "cpu" and not torch.is_grad_enabled() and not covered.trains:
-        from . import cpu
-
-        return cpu
-    return None
 
 
 def forward_features(model: nn.Module, x: Tensor, ops: ModuleType) -> Tensor:

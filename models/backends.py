@@ -1,0 +1,179 @@
+"""The choice of what computes a network: its modules, neurons of CuPy or Triton, or the fused path.
+
+Nothing below this file knows that there is a choice: a `LIF` has a `function`, and the network has a `fast_path`.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from .fused import cpu, plan
+from .fused.coverage import Coverage
+from .neuron import ALPHA, LIF, TAU, THRESHOLD, is_continued, torch_lif
+from .qkformer import HierarchicalSpikingTransformer
+
+CUPY_MAX_ELEMENTS = 2**31  # of T + 1 steps: the CuPy kernels index with 32-bit integers up to the step after the last
+
+
+@functools.cache
+def _cupy_kernels(dtype: torch.dtype) -> tuple[Callable, Callable]:
+    """spikingjelly's CUDA kernels of the forward and the backward pass, which keep no state between calls."""
+    from spikingjelly.activation_based import surrogate
+    from spikingjelly.activation_based.auto_cuda.neuron_kernel import LIFNodeBPTTKernel, LIFNodeFPTTKernel
+
+    ctype = {torch.float32: "float", torch.float16: "half2"}[dtype]
+    slope = surrogate.Sigmoid(alpha=ALPHA).cuda_codes
+    kernels = (
+        LIFNodeFPTTKernel(decay_input=True, hard_reset=True, dtype=ctype),
+        LIFNodeBPTTKernel(decay_input=True, surrogate_function=slope, hard_reset=True, detach_reset=True, dtype=ctype),
+    )
+    for kernel in kernels:
+        kernel.check_ctypes = lambda arguments: None  # this check of types needs numpy.int, gone since numpy 1.24
+    return kernels
+
+
+def cupy_lif(x: Tensor, threshold: float) -> Tensor:
+    if reason := _cupy_refusal(x):
+        raise ValueError(f"lif_backend='cupy' {reason}")
+    from spikingjelly.activation_based.auto_cuda.neuron_kernel import LIFNodeATGF
+
+    x_seq = x.flatten(1)
+    spikes, _ = LIFNodeATGF.apply(x_seq, torch.zeros_like(x_seq[0]), threshold, 0.0, 1 / TAU, *_cupy_kernels(x.dtype))
+    return spikes.view(x.shape)
+
+
+def _cupy_refusal(x: Tensor) -> str | None:
+    if not x.is_cuda:
+        return f"needs its input on a CUDA device, got {x.device}; use lif_backend='torch' or 'auto'"
+    if x.dtype not in (torch.float16, torch.float32):
+        return f"computes in float16 or float32, got {x.dtype}; use lif_backend='torch' or 'auto'"
+    if x.numel() + x[0].numel() > CUPY_MAX_ELEMENTS:
+        return (
+            f"cannot index {x.numel():,} elements (input {tuple(x.shape)}): its limit is 2^31 in T + 1 steps; "
+            "use a smaller batch, or lif_backend='torch'"
+        )
+    return None
+
+
+@functools.cache
+def cupy_problem() -> str | None:
+    """Why the CuPy backend cannot run in this process, with the remedy; None where it can (it is tried once)."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA device (torch sees none) and cupy-cuda13x==14.2.0; use lif_backend='torch' or 'auto'"
+    try:
+        import cupy  # noqa: F401
+    except ImportError as error:
+        return f"needs CuPy ({error}); install cupy-cuda13x==14.2.0, or use lif_backend='torch'"
+    try:
+        x = torch.linspace(-1, 3, 64, device="cuda").reshape(4, 16)
+        spikes = cupy_lif(x, THRESHOLD)
+    except Exception as error:  # whatever a broken CUDA or CuPy installation throws
+        return f"does not launch here ({type(error).__name__}: {error}); use lif_backend='torch'"
+    if not torch.equal(spikes, torch_lif(x, THRESHOLD)):
+        return "gives wrong spikes here; use lif_backend='torch'"
+    return None
+
+
+def triton_lif(x: Tensor, threshold: float) -> Tensor:
+    if torch.compiler.is_compiling():  # which cannot trace the launch of a kernel
+        return torch_lif(x, threshold)
+    from .fused import autograd
+
+    if not x.is_cuda and not autograd.interpreted():
+        raise ValueError(
+            f"lif_backend='triton' needs its input on a CUDA device, got {x.device}; use lif_backend='torch' or 'auto'"
+        )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return autograd.lif(x, threshold)
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    """Why the Triton backend cannot run in this process, with the remedy; None where it can (it is tried once)."""
+    try:
+        from .fused import autograd, selftest
+    except ImportError as error:
+        return f"needs Triton ({error}); install triton==3.6.0, or use lif_backend='torch'"
+    if autograd.interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "needs a CUDA device (torch sees none); use lif_backend='torch' or 'auto'"
+    try:
+        problem = selftest.problem("cuda")
+    except Exception as error:  # whatever a broken installation throws
+        problem = f"does not launch here ({type(error).__name__}: {error})"
+    return problem and f"{problem}; use lif_backend='torch'"
+
+
+@functools.cache
+def launches(backend: str) -> bool:
+    """Whether "triton" or "cupy" runs in this process; if not, a warning says why."""
+    problem = {"triton": triton_problem, "cupy": cupy_problem}[backend]()
+    if problem:
+        warnings.warn(f"lif_backend='auto' does without {backend}, which {problem}", stacklevel=2)
+    return problem is None
+
+
+def auto_lif(x: Tensor, threshold: float) -> Tensor:
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return torch_lif(x, threshold)
+    if launches("triton"):
+        return triton_lif(x, threshold)
+    return (cupy_lif if launches("cupy") and _cupy_refusal(x) is None else torch_lif)(x, threshold)
+
+
+BACKENDS = {"auto": auto_lif, "torch": torch_lif, "cupy": cupy_lif, "triton": triton_lif}
+
+
+class FastPath:
+    """The network's `forward_features` in fused steps; None where the modules have to compute it."""
+
+    def __init__(self):
+        self.coverage = Coverage()
+
+    def __reduce__(self) -> tuple:
+        return FastPath, ()  # a copy of the network gets its own
+
+    def __call__(self, model: HierarchicalSpikingTransformer, x: Tensor) -> Tensor | None:
+        if torch.compiler.is_compiling() or model.residual != "sew" or model.embed != "speds" or is_continued():
+            return None
+        ops = self._ops(model, x) if x.numel() else None
+        return None if ops is None else plan.forward_features(model, x, ops)
+
+    def _ops(self, model: HierarchicalSpikingTransformer, x: Tensor) -> ModuleType | None:
+        """`gpu` or `cpu`, whichever computes the modules' answer for x."""
+        covered = self.coverage.of(model.stages)
+        if covered.function is triton_lif or (covered.function is auto_lif and x.is_cuda and launches("triton")):
+            from .fused import autograd, gpu  # which import Triton
+
+            return gpu if x.device.type != "cpu" or autograd.interpreted() else None
+        learns = covered.trains or torch.is_grad_enabled()
+        return cpu if covered.function is auto_lif and x.device.type == "cpu" and not learns else None
+
+
+def set_lif_backend(model: nn.Module, backend: str) -> None:
+    """Choose what computes every LIF of `model`.
+
+    Args:
+        model: any module; its `LIF`s are set.
+        backend: "torch" (any device and floating dtype; the reference), "cupy" (spikingjelly's CUDA kernels; float16
+            and float32), "triton" (ours, see `models.fused`: of networks with "sew" residuals they compute far more
+            than the neurons), or "auto": on CUDA the first that runs of triton, cupy and torch, elsewhere torch.
+
+    Raises:
+        ValueError: unknown backend, or one that cannot run here (the message says what to install).
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"lif_backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    problem = {"cupy": cupy_problem, "triton": triton_problem}.get(backend)
+    if problem and problem():
+        raise ValueError(f"lif_backend={backend!r} {problem()}")
+    for module in model.modules():
+        if isinstance(module, LIF):
+            module.function = BACKENDS[backend]
+        elif isinstance(module, HierarchicalSpikingTransformer):
+            module.fast_path = FastPath() if backend in ("auto", "triton") else None
