@@ -12,7 +12,6 @@ import contextlib
 import functools
 import io
 import itertools
-import json
 import math
 import statistics
 import tempfile
@@ -38,7 +37,6 @@ from engine.data.aedat import Events
 from engine.data.event import RAW
 from engine.data.frames import integrate
 from engine.data.loaders import Data
-from engine.data.prepare import INDEX
 from engine.log import logger
 from engine.run import create_data
 from tests.tiny_data import cifar, events
@@ -122,9 +120,7 @@ def write_frames(name: str, size: int, root: Path, train: int, test: int) -> Non
     else:  # of which 90 % of each class train
         parts = [("", math.ceil(train / 0.9) + 2 * len(classes))]
     names = [f"{part}{classes[i % len(classes)]}/{i}.npy" for part, count in parts for i in range(count)]
-    folder = root / f"frames_{frames}"
-    fill(contents, [folder / file for file in names])
-    (folder / INDEX).write_text(json.dumps(names))
+    fill(contents, [root / f"frames_{frames}" / file for file in names])
 
 
 IMAGENET = functools.partial(
@@ -160,7 +156,7 @@ def deliver(loader: DataLoader, batches: int) -> tuple[float, float]:
 def time_steps(case: Case, cfg: Config, data: Data, device: torch.device, batches: int) -> dict[str, float]:
     """Milliseconds a sample of each step: mean over batches, but for the first."""
     loader, seconds = case.loader(data), defaultdict(list)
-    dataset, feed = loader.dataset, loader.loader
+    dataset, feed = getattr(loader.dataset, "dataset", loader.dataset), loader.loader
     transforms = []
     if hasattr(dataset, "transform"):
         transforms, dataset.transform = dataset.transform.transforms, None

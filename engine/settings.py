@@ -56,10 +56,10 @@ class Config:
 
     dataset: str = option(
         "imagefolder",
-        "digits, imagefolder, digits-dvs, dvs128-gesture, cifar10-dvs, or a name of timm's create_dataset",
+        "digits, imagefolder, digits-dvs, dvs128-gesture, cifar10-dvs, or timm's torch/NAME, wds/NAME or hfds/NAME",
     )
     data_path: str | None = option(None, "folder of the data set; in a YAML relative to it", flags=("--data-dir",))
-    download: bool = option(False, "download the data set where torchvision, TFDS, Hugging Face or spikingjelly can")
+    download: bool = option(False, "download CIFAR, CIFAR10-DVS or another data set of torchvision")
     train_split: str = option("train", "training split of a data set of timm's")
     val_split: str = option("validation", "test split of a data set of timm's")
     split_seed: int | None = option(

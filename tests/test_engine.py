@@ -195,7 +195,7 @@ def test_evaluation_shares_whole_batches_among_processes():
 
 def test_the_digits_split_is_fixed_and_disjoint():
     data = create_data(configure(), world.setup("cpu"))
-    train, test = data.train.dataset.dataset, data.test.dataset.dataset
+    train, test = data.train.dataset.dataset, data.test.dataset
     assert (len(train), len(test)) == (1437, 360)
     seen = {image.tobytes() for image in train.images}
     assert sum(image.tobytes() in seen for image in test.images) == 0

@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import os
-import pickle
 import shutil
 import struct
 import tarfile
@@ -16,16 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm.data.dataset
-import torchvision.datasets.cifar
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 from scripts import ROOT, fail, named, refuses
-from tiny_data import cifar, cifar10_dvs, dvs128_gesture, image_folder, shards
+from tiny_data import cifar10_dvs, dvs128_gesture, image_folder, shards
 
 from engine import config, world
 from engine.cli import UserError
 from engine.data import datasets
 from engine.data.datasets import create_dataset
-from engine.data.frames import open_zip
 from engine.log import logger
 from engine.run import create_data
 
@@ -56,53 +53,6 @@ def refusal(recipe, *flags, train=True):
     with pytest.raises(UserError) as error:
         dataset(recipe, *flags, train=train)
     return str(error.value)
-
-
-@pytest.fixture
-def cifar10(tmp_path, monkeypatch):
-    """Flags for CIFAR-10 in `tmp_path`, whose files need not be the published ones; and what rewrites one."""
-    for module in (torchvision.datasets.cifar, datasets):
-        monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: os.path.isfile(path))
-    folder = cifar(tmp_path, 10, train=10, test=10) / "cifar-10-batches-py"
-
-    def rewrite(file, **entries):
-        content = pickle.loads((folder / file).read_bytes())
-        (folder / file).write_bytes(pickle.dumps(content | entries, protocol=2))
-
-    return ["cifar10/cifar10.yml", "--data-path", tmp_path], rewrite
-
-
-class OfPython2(pickle._Pickler):
-    """Writes bytes as the published files have them."""
-
-    def save_bytes(self, content):
-        self.write(pickle.BINSTRING + len(content).to_bytes(4, "little") + content)
-        self.memoize(content)
-
-    dispatch = pickle._Pickler.dispatch | {bytes: save_bytes}
-
-
-@pytest.mark.parametrize("order", "CF")
-def test_cifars_pickles_give_arrays(order, tmp_path, cifar10):
-    flags, _ = cifar10
-    path = tmp_path / "cifar-10-batches-py/test_batch"
-    content = pickle.loads(path.read_bytes())
-    with path.open("wb") as file:
-        OfPython2(file, 2).dump(content | {"data": np.asarray(content["data"], order=order)})
-    path.write_bytes(path.read_bytes().replace(b"numpy._core", b"numpy.core"))
-    read = dataset(*flags, train=False)
-    assert np.array_equal(read.data, content["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    assert read.targets == content["labels"]
-
-
-@pytest.mark.parametrize("place", ["data_batch_3", "test_batch", "batches.meta"])
-def test_a_payload_in_cifars_pickles_does_not_run(place, cifar10, mark):
-    flags, rewrite = cifar10
-    rewrite(place, extra=Payload())
-    named(refusal(*flags, train=place != "test_batch"), "posix.system")
-    assert not mark.exists()
-    rewrite(place)  # reads it as others do
-    assert mark.exists()
 
 
 IMAGENET = ["imagenet/qkformer_10_384.yml", "--num-classes", "4", "--data-path"]
@@ -147,16 +97,10 @@ RED = Image.new("RGB", (8, 8), (255, 0, 0))
     ],
     ids=["empty", "cut", "svg", "bomb", "eps"],
 )
-@pytest.mark.parametrize("kind", ["folder", "shards"])
-def test_what_is_no_image_is_named(kind, content, tmp_path):
+def test_what_is_no_image_is_named(content, tmp_path):
     where = ["--workers", "0", "--input-size", "32", *IMAGENET[1:], tmp_path / "data"]
-    if kind == "folder":
-        path = image_folder(tmp_path / "data", train=1, test=1) / "val/n00000001/1_0.JPEG"
-        path.write_bytes(content)
-    else:
-        path = shards(tmp_path / "data", train=8, test=8) / "tiny-validation-0000.tar"
-        tar(path, {"3.jpg": content, "3.cls": b"0"})
-        where = ["--dataset", "wds/tiny", *where]
+    path = image_folder(tmp_path / "data", train=1, test=1) / "val/n00000001/1_0.JPEG"
+    path.write_bytes(content)
     data = create_data(config.load(ROOT / IMAGENET[0], list(map(str, where))), world.setup("cpu"), train=False)
     with refuses(path):
         list(data.test)
@@ -172,11 +116,9 @@ def test_postscript_is_not_run(tmp_path, monkeypatch, mark):
     path.write_bytes(encoded(RED, "EPS"))
     with refuses(path):
         datasets.read_image(path)
-    with pytest.raises(UnidentifiedImageError):
-        Image.open(path)
     assert not mark.exists()
     with pytest.raises(UnidentifiedImageError):  # what gs was to draw
-        Image.open.func(path).load()
+        Image.open(path).load()
     assert mark.exists()
 
 
@@ -186,48 +128,23 @@ def test_the_formats_of_photographs_are_read(kind, tmp_path):
     assert datasets.read_image(tmp_path / "a").getpixel((4, 4))[0] > 250
 
 
-def rewrite_info(root, **entries):
-    info = json.loads((root / "_info.json").read_text())
-    info["splits"]["train"] |= entries
-    (root / "_info.json").write_text(json.dumps(info))
-
-
 def test_the_name_of_a_shard_is_no_command(tmp_path, mark):
+    """The reader runs commands under addresses; a folder's files have none."""
     root = shards(tmp_path / "data", train=8, test=8)
-    flags = ["--dataset", "wds/tiny", *IMAGENET[1:], f"pipe:cat {root}"]
-    names = ["tiny-train-0000.tar", f"tiny-train-0000.tar; touch {mark}"]
-    rewrite_info(root, filenames=names)
-    line = refusal(IMAGENET[0], *flags)
-    named(line, repr(names[1]))
-    rewrite_info(root, filenames=names[:1])
-    stream = dataset(IMAGENET[0], *flags)
-    stream.reader.split_info.filenames = names
+    flags = ["--dataset", "wds/tiny", *IMAGENET[1:]]
+    info = json.loads((root / "_info.json").read_text())
+    info["splits"]["train"]["filenames"] = [f"pipe:touch {mark}", f"a::pipe:touch {mark}", f"; touch {mark}"]
+    (root / "_info.json").write_text(json.dumps(info))
+    named(refusal(IMAGENET[0], *flags, f"pipe:cat {root}"), "pipe:cat")
+    next(iter(dataset(IMAGENET[0], *flags, root).reader), None)
     assert not mark.exists()
-    next(iter(stream.reader))  # which looks ahead, to shuffle
-    assert mark.exists()
 
 
-@pytest.mark.parametrize(
-    ("entries", "value"),
-    [
-        ({"filenames": ["../x.tar"]}, "'../x.tar'"),
-        ({"filenames": ["/dev/zero"]}, "'/dev/zero'"),
-        ({"filenames": [5]}, 5),
-        ({"filenames": None}, "wds/tiny"),
-        ({"num_samples": "8"}, "num_samples"),
-        ({"num_samples": 10**30}, "num_samples"),
-        (None, "wds/tiny"),
-        (9999 * "[", "wds/tiny"),
-        ("[]", "wds/tiny"),
-    ],
-)
-def test_a_damaged_description_of_shards_is_refused(entries, value, tmp_path):
+@pytest.mark.parametrize("content", ["{", "[]", 9999 * "["])
+def test_a_damaged_description_of_shards_is_refused(content, tmp_path):
     root = shards(tmp_path / "data", train=8, test=8)
-    if isinstance(entries, dict):
-        rewrite_info(root, **entries)
-    else:
-        (root / "_info.json").write_text(entries or "{")
-    named(refusal(IMAGENET[0], "--dataset", "wds/tiny", *IMAGENET[1:], root), value)
+    (root / "_info.json").write_text(content)
+    named(refusal(IMAGENET[0], "--dataset", "wds/tiny", *IMAGENET[1:], root), "wds/tiny")
 
 
 class Samples(list):
@@ -243,49 +160,22 @@ class Samples(list):
         (np.int64(3), None),
         (4, "4"),
         (-1, "-1"),
-        (None, "NoneType"),
-        ("cat", "str"),
-        pytest.param(10**5000, "int", id="enormous"),
+        ("cat", "'cat'"),
+        pytest.param(10**5000, "hfds/x", id="enormous"),
     ],
 )
-@pytest.mark.parametrize("kind", ["hfds", "hfids", "tfds"])
-def test_a_label_without_an_output_is_named(kind, label, value, monkeypatch):
-    image = io.BytesIO(encoded(RED, "PNG")) if kind == "hfds" else RED
-    monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: Samples([(image, label)]))
-    samples = dataset(*IMAGENET[:3], "--dataset", f"{kind}/x")
-    if value is None:
-        assert next(iter(samples))[1] == label
-    else:
-        with refuses(f"{kind}/x", value):
-            next(iter(samples))
-
-
-def test_hugging_faces_scripts_do_not_run(monkeypatch):
-    monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: Samples([(RED, 1)]))
-    monkeypatch.setattr("importlib.metadata.version", {"datasets": "3.6.0"}.get)
-    named(refusal(*IMAGENET[:3], "--dataset", "hfids/x"), "3.6.0")
-    monkeypatch.setattr("importlib.metadata.version", {"datasets": "4.0.0"}.get)
-    assert next(iter(dataset(*IMAGENET[:3], "--dataset", "hfids/x")))[1] == 1
-
-
-@pytest.mark.parametrize("kind", ["hfds", "hfids"])
-def test_a_sample_of_hugging_face_is_named(kind, monkeypatch):
-    def samples():
-        yield RED, 1
-        raise OSError("broken data stream")
-
-    reader = samples() if kind == "hfids" else Samples([(RED, 1), (io.BytesIO(b"no image"), 1)])
+def test_a_label_without_an_output_is_named(label, value, monkeypatch):
+    reader = Samples([(io.BytesIO(encoded(RED, "PNG")), label)])
     monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: reader)
-    stream = dataset(*IMAGENET[:3], "--dataset", f"{kind}/x")
-    with refuses(*(["broken data stream"] if kind == "hfids" else [1, "train"])):
-        list(stream) if kind == "hfids" else stream[1]
+    samples = dataset(*IMAGENET[:3], "--dataset", "hfds/x")
+    if value is None:
+        assert samples[0][1] == label
+    else:
+        with refuses("hfds/x", value):
+            samples[0]
 
 
-def test_a_label_in_a_file_is_named(tmp_path, cifar10, monkeypatch, capfd):
-    flags, rewrite = cifar10
-    rewrite("data_batch_1", labels=[10, 0])
-    with refuses("torch/cifar10", 10):
-        dataset(*flags)[0]
+def test_a_label_in_a_file_is_named(tmp_path, monkeypatch, capfd):
     tar(
         shards(tmp_path / "data", train=8, test=8) / "tiny-train-0000.tar",
         {"3.jpg": encoded(RED, "JPEG"), "3.cls": b"9"},
@@ -336,7 +226,6 @@ GESTURE, CIFAR = "dvs128-gesture/dvs128-gesture.yml", "cifar10-dvs/cifar10-dvs.y
 
 def events(recipe, root):
     """The training set of event frames in `root`; or the line in which it is refused."""
-    open_zip.cache_clear()
     cfg = config.load(ROOT / recipe, ["--data-path", str(root), "--workers", "0", "--batch-size", "2"])
     try:
         return create_data(cfg, world.setup("cpu")).train.dataset
@@ -366,8 +255,8 @@ def sparse(name, size):
         (header("x.aedat", 2**40), ""),
         (header("x.csv", 2**21), ""),
         (sparse("x.aedat", 2**40), ""),
-        (header("x", 2**40, tarfile.XHDTYPE), "1,099,511,627,776"),
-        (header("x", 2**40, tarfile.GNUTYPE_LONGNAME), "1,099,511,627,776"),
+        (header("x", 2**40, tarfile.XHDTYPE), ""),
+        (header("x", 2**40, tarfile.GNUTYPE_LONGNAME), ""),
         (header("x", 0) + header("x", -512), ""),  # older Pythons read the second for ever
         (20_000 * header("x", 0), ""),
         (header("user01_led.aedat", 0, tarfile.SYMTYPE), None),
@@ -413,18 +302,8 @@ def test_a_zip_bomb(content, how, tmp_path, one_core):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize(
-    ("name", "is_plain"),
-    [
-        ("../../x", True),
-        ("/x", True),
-        ("a\nb", False),
-        ("\x1b[2J", False),
-        ("{0.__class__}", False),
-        ("y" * 200, False),
-    ],
-)
-def test_names_of_recordings_lead_nowhere_else(name, is_plain, tmp_path, one_core):
+@pytest.mark.parametrize("name", ["../../x", "/x", "\x1b[2J", "{0.__class__}"])
+def test_names_of_recordings_lead_nowhere_else(name, tmp_path, one_core):
     zipped = cifar10_dvs(tmp_path / "a", per_class=2, count=50)
     with zipfile.ZipFile(zipped / "download/cat.zip", "a") as archive:
         archive.writestr(f"{name}.aedat", archive.read("cat/cifar10_cat_0.aedat"))
@@ -436,13 +315,8 @@ def test_names_of_recordings_lead_nowhere_else(name, is_plain, tmp_path, one_cor
     (tmp_path / "b/download").mkdir()
     tar(tmp_path / "b/download/DvsGesture.tar.gz", files, "w:gz")
     before = set(tmp_path.rglob("*"))
-    for recipe, root in ((CIFAR, tmp_path / "a"), (GESTURE, tmp_path / "b")):
-        found = events(recipe, root)
-        if is_plain:
-            assert len(found) in (11, 24)
-        else:
-            assert isinstance(found, str)
-            assert repr(name[:50])[1:-1] in found or "2 of 4" in found  # lists of names are split at blanks
+    for recipe, root, count in ((CIFAR, tmp_path / "a", 11), (GESTURE, tmp_path / "b", 24)):
+        assert len(events(recipe, root)) == count
     new = {path.relative_to(tmp_path).parts[1] for path in set(tmp_path.rglob("*")) - before}
     assert new <= {"frames_16", "frames_16.lock"}
 
@@ -471,7 +345,7 @@ def test_giant_files_of_a_folder(tmp_path, one_core):
     root = dvs128_gesture(tmp_path, train=1, test=1, count=50, extracted=True)
     folder = root / "extract/DvsGesture"
     os.truncate(folder / "user01_led.aedat", 2**40)  # a hole
-    named(events(GESTURE, root), "user01_led.aedat", "1,099,511,627,776")
+    named(events(GESTURE, root), "user01_led.aedat")
     os.truncate(folder / "trials_to_train.txt", 2**40)
     named(events(GESTURE, root), folder / "trials_to_train.txt")
 
@@ -499,14 +373,3 @@ def test_a_hostile_file_of_frames(content, tmp_path, one_core, mark):
     if content is None:
         np.load(path, allow_pickle=True)
         assert mark.exists()
-
-
-@pytest.mark.parametrize("content", ['["../a/cat/x.npy"]', '["/cat/x.npy"]', '{"cat/a.npy": 1}', "[" + 2**24 * " "])
-def test_a_hostile_index_of_frames(content, tmp_path, one_core):
-    root = cifar10_dvs(tmp_path / "data", per_class=2, count=50)
-    events(CIFAR, root)
-    outside = tmp_path / "data/a/cat/x.npy"
-    outside.parent.mkdir(parents=True)
-    outside.touch()
-    (root / "frames_16/index.json").write_text(content)
-    named(events(CIFAR, root), root / "frames_16")

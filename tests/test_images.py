@@ -1,31 +1,31 @@
 """The scripts of ImageNet and CIFAR as a user runs them, on tiny data in the true formats."""
 
 import dataclasses
-import io
+import hashlib
 import itertools
 import math
 import os
-import tarfile
+import pickle
 import urllib.request
+from pathlib import Path
 
 import pytest
 import timm.utils
 import torch
 import torchvision.datasets.cifar
 from PIL import Image
-from scripts import ROOT, TORCHRUN, fail, named, ranks, refuses, result_in, succeed
+from scripts import ROOT, TORCHRUN, fail, ranks, refuses, result_in, succeed
 from scripts import rows_in as rows
 from timm.data.transforms import MaybePILToTensor, ToNumpy
 from tiny_data import cifar, image_folder, shards
 
 from engine import checkpoint, config, world
-from engine.data import image
-from engine.data.datasets import create_dataset
+from engine.data import image, loaders
+from engine.data.datasets import create_dataset, read_image
 from engine.data.image import create_data
 from engine.optim import create_optimizer
 from engine.run import build_model
 from engine.trainer import Trainer
-from models import create_model
 
 LAUNCHERS = {
     "python": [],
@@ -39,20 +39,25 @@ SHARDS = "--dataset wds/tiny --num-classes 4 --data-path".split()
 CIFAR = "--input-size 8".split()
 
 
+def load(recipe, *flags, train=True):
+    return create_data(config.load(ROOT / recipe, list(map(str, flags))), world.setup("cpu"), train)
+
+
 def command(name, launcher="python", script="train.py"):
     """The words in front of the flags; CIFAR's script runs with torchvision's check of the md5 switched off."""
     patched = ["tests/tiny_data.py"] if name.startswith("cifar") else []
     return [*LAUNCHERS[launcher], *patched, f"{name}/{script}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "launcher", "flags"),
     [
-        pytest.param("imagenet", "python", IMAGENET, marks=pytest.mark.slow),
-        pytest.param("imagenet", "launch", IMAGENET, marks=pytest.mark.slow),
-        pytest.param("imagenet", "torchrun", IMAGENET, marks=pytest.mark.slow),
+        ("imagenet", "python", IMAGENET),
+        ("imagenet", "launch", IMAGENET),
+        ("imagenet", "torchrun", IMAGENET),
         ("cifar10", "torchrun", CIFAR),
-        pytest.param("cifar100", "python", CIFAR, marks=pytest.mark.slow),
+        ("cifar100", "python", CIFAR),
     ],
 )
 def test_train_resume_test(data, tmp_path, name, launcher, flags):
@@ -93,49 +98,50 @@ def test_shards_train_and_evaluate_as_folders_do(data, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_more_processes_than_shards_are_refused(data, monkeypatch, capfd):
-    """Else one of them would have nothing to train on, and the others wait for it."""
-    stream = create_dataset(config.load(ROOT / "imagenet/qkformer_10_384.yml", [*SHARDS, str(data / "shards")]), True)
-    assert image._feedable(stream, 10, 2) == 4  # 8 shards
-    assert image._feedable(stream, 3, 2) == 3
+def test_workers_and_ranks_share_shards(data):
+    """A worker without a shard would wait for ever."""
+    cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", [*SHARDS, str(data / "shards")])
+    stream = create_dataset(cfg, True)
+    stream.reader.dist_num_replicas = 2
+    assert loaders._shards_per_rank(cfg, stream) == 4  # of 8
+    stream.reader.dist_num_replicas = 9
     with refuses(9, 8):
-        image._feedable(stream, 1, 9)
+        loaders._shards_per_rank(cfg, stream)
 
 
-def test_a_damaged_shard_is_not_left_out_silently(tmp_path, data, monkeypatch, capfd):
-    torch.save(create_model("qkformer_10_384", num_classes=4).state_dict(), tmp_path / "weights.pt")
+@pytest.mark.parametrize(("copy", "count"), [(True, 16), (False, 8)], ids=["too many", "too few"])
+def test_a_damaged_shard_is_not_left_out_silently(copy, count, tmp_path):
     root = shards(tmp_path / "shards", test=9)
-    with tarfile.open(root / "tiny-validation-0000.tar", "w") as archive:
-        member = tarfile.TarInfo("000000.jpg")
-        member.size = 9
-        archive.addfile(member, io.BytesIO(b"no image."))
-    flags = [*IMAGENET, "--dataset", "wds/tiny", "--data-path", root, "--workers", "0", "--time-steps", "1"]
-    line = fail(monkeypatch, capfd, "imagenet/test.py", *flags, "--checkpoint", tmp_path / "weights.pt")
-    named(line, "tiny-validation-0000.tar")
-    (root / "tiny-validation-0000.tar").write_bytes((root / "tiny-validation-0001.tar").read_bytes())
-    line = fail(monkeypatch, capfd, "imagenet/test.py", *flags, "--checkpoint", tmp_path / "weights.pt")
-    named(line, 2, 9)
+    shard, last = (root / f"tiny-validation-{number}.tar" for number in ("0000", "0001"))
+    last.write_bytes(shard.read_bytes() if copy else b"no archive")
+    data = load("imagenet/qkformer_10_384.yml", *SHARDS, root, "--workers", 0, *IMAGENET[2:], train=False)
+    with refuses(count, 9):
+        list(data.test)
 
 
-def break_nothing(root):
-    pass
+def test_ranks_share_the_batches_of_a_stream(data):
+    flags = [*SHARDS, str(data / "shards"), *IMAGENET[2:], "--workers", "1", "--eval-batch-size", "4"]
+    cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", flags)
+    alone, *shares = (
+        list(create_data(cfg, world.World(rank, count, torch.device("cpu")), train=False).test)
+        for rank, count in ((0, 1), (0, 2), (1, 2))
+    )
+    assert sum(len(labels) for _, labels in alone) == 37
+    assert sum(map(len, shares)) == len(alone)
+    for i, batch in enumerate(alone):
+        assert all(torch.equal(*pair) for pair in zip(batch, shares[i % 2][i // 2], strict=True))
 
 
-def no_train(root):
-    (root / "train").rename(root / "training")
-
-
-def archives(root):
-    (root / "val").rename(root / "elsewhere")
-    (root / "ILSVRC2012_img_val.tar").touch()
+def move(source, target):
+    """Damage: move a folder or a file."""
+    return lambda root: (root / source).rename(root / target)
 
 
 def flat(root):
     for path in list((root / "val").glob("*/*")):
         path.rename(root / "val" / path.name)
-    for folder in (root / "val").iterdir():
-        if folder.is_dir():
-            folder.rmdir()
+    for folder in (path for path in (root / "val").iterdir() if path.is_dir()):
+        folder.rmdir()
 
 
 def empty_class(root):
@@ -143,74 +149,88 @@ def empty_class(root):
         path.unlink()
 
 
-def missing_class(root):
-    empty_class(root)
-    (root / "val/n00000002").rmdir()
-
-
-def other_class(root):
-    (root / "val/n00000002").rename(root / "val/n00000009")
-
-
-def truncated(root):
-    path = root / "val/n00000001/1_3.JPEG"
-    path.write_bytes(path.read_bytes()[:200])
-
-
-def not_an_image(root):
-    (root / "train/n00000001/1_3.JPEG").write_text("<html>")
-
-
 @pytest.mark.parametrize(
     ("damage", "flags", "value"),
     [
-        (break_nothing, ["--data-path", "no/where"], "no/where"),
-        (break_nothing, ["--num-classes", "1000"], "--num-classes"),
-        (break_nothing, ["--in-channels", "2", "--mean", "0,0", "--std", "1,1"], "in_channels"),
-        (break_nothing, ["--dataset", "imagenet"], "imagefolder"),
-        (break_nothing, ["--dataset", "wds/x"], "wds/x"),
-        (no_train, [], "/data"),
-        (archives, [], "/data"),
+        (None, ["--data-path", "no/where"], "no/where"),
+        (None, ["--num-classes", "1000"], "--num-classes"),
+        (None, ["--in-channels", "2", "--mean", "0,0", "--std", "1,1"], "in_channels"),
+        (None, ["--dataset", "imagenet"], "imagefolder"),
+        (None, ["--dataset", "tfds/x"], "tfds/x"),
+        (None, ["--dataset", "wds/x"], "wds/x"),
+        (move("train", "training"), [], "/data"),
+        (move("val", "elsewhere"), [], "/data"),
         (flat, [], "/data/val"),
         (empty_class, [], "n00000002"),
-        (missing_class, [], "num_classes"),
-        (other_class, [], "n00000002"),
-        (truncated, ["--dataset", "torch/folder"], "val/n00000001/1_3.JPEG"),
-        (truncated, [], "val/n00000001/1_3.JPEG"),
-        (not_an_image, [], "train/n00000001/1_3.JPEG"),
+        (move("val/n00000002", "n2"), [], "num_classes"),
+        (move("val/n00000002", "val/n00000009"), [], "n00000002"),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_broken_folder_is_named_in_one_line(damage, flags, value, tmp_path, monkeypatch, capfd):
-    root = image_folder(tmp_path / "data", train=8)
-    damage(root)
-    small = [*SMALL, *IMAGENET, "--data-path", root, "--epochs", "1", "--output-dir", tmp_path / "run"]
-    assert value in fail(monkeypatch, capfd, "imagenet/train.py", *small, *flags)
+def test_a_broken_folder_is_named_in_one_line(damage, flags, value, tmp_path):
+    root = image_folder(tmp_path / "data", train=2, test=2)
+    if damage:
+        damage(root)
+    with refuses(value):
+        load("imagenet/qkformer_10_384.yml", *IMAGENET, "--batch-size", 2, "--data-path", root, *flags)
 
 
-def test_broken_cifar_is_named_in_one_line(tmp_path, monkeypatch, capfd):
-    named(fail(monkeypatch, capfd, "cifar10/train.py"), "cifar10")
-    train = ["cifar10/train.py", "--data-path", tmp_path]
-    named(fail(monkeypatch, capfd, *train), "cifar-10-batches-py/data_batch_1", "--download")
-    with monkeypatch.context() as offline:
+@pytest.mark.parametrize(
+    ("path", "content", "flags"),
+    [
+        ("val/n00000001/1_3.JPEG", b"", ["--dataset", "torch/folder"]),
+        ("val/n00000001/1_3.JPEG", b"\xff\xd8\xff\xe0", []),
+        ("train/n00000001/1_3.JPEG", b"<html>", []),
+    ],
+)
+def test_a_file_that_is_no_image_is_named(path, content, flags, tmp_path):
+    root = image_folder(tmp_path / "data", train=4, test=4)
+    (root / path).write_bytes(content)
+    where = ["--batch-size", 4, "--workers", 0, "--data-path", root, *flags]
+    data = load("imagenet/qkformer_10_384.yml", *IMAGENET, *where)
+    with refuses(path):
+        list(data.test)
+        list(data.train.batches(0))
+
+
+def test_an_altered_file_of_cifar_is_refused_and_not_unpickled(tmp_path, monkeypatch, capfd):
+    """A pickle can run code; torchvision compares the md5 of each first."""
+    where = ["--data-path", tmp_path]
+    assert str(tmp_path) in fail(monkeypatch, capfd, "cifar10/train.py", *where)
+    with monkeypatch.context() as offline, refuses("division by zero"):  # why it cannot be fetched
         offline.setattr(urllib.request, "urlopen", lambda *args, **kwargs: 1 / 0)
-        assert "division by zero" in fail(offline, capfd, *train, "--download")  # why it cannot be fetched
-    cifar(tmp_path, 10)  # not the published files
-    named(fail(monkeypatch, capfd, *train), "cifar-10-batches-py/data_batch_1")
+        load("cifar10/cifar10.yml", *where, "--download")
+    cifar(tmp_path, 10)
+    unpickled, read = [], pickle.load
+    monkeypatch.setattr(pickle, "load", lambda file, **how: unpickled.append(Path(file.name).name) or read(file, **how))
+    sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in tmp_path.glob("*/*")}
+    kind = torchvision.datasets.CIFAR10
+    for altered in (None, "data_batch_3", "test_batch", "batches.meta"):
+        known = sums | {altered: 32 * "0"}
+        for name in ("train_list", "test_list"):
+            monkeypatch.setattr(kind, name, [[file, known[file]] for file, _ in getattr(kind, name)])
+        monkeypatch.setattr(kind, "meta", kind.meta | {"md5": known["batches.meta"]})
+        unpickled.clear()
+        if altered:
+            with refuses(tmp_path, "--download"):
+                load("cifar10/cifar10.yml", *where)
+            assert altered not in unpickled
+        else:
+            assert len(load("cifar10/cifar10.yml", *where).train.dataset) == 150
 
 
 def test_an_image_is_read_in_the_mode_of_the_network(tmp_path):
-    from engine.data.datasets import read_image
-
     Image.new("RGBA", (4, 4), (255, 0, 0, 128)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").mode == "RGB"
     assert read_image(tmp_path / "a.png", "L").mode == "L"
 
 
+QUICK = ("qkformer_10_384", "cifar10")
+RECIPES = sorted(path for name in ("imagenet", "cifar10", "cifar100") for path in ROOT.glob(f"{name}/*.yml"))
+
+
 @pytest.mark.parametrize(
     "path",
-    sorted(p for d in ("imagenet", "cifar10", "cifar100") for p in ROOT.glob(f"{d}/*.yml")),
-    ids=lambda p: p.stem,
+    [pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow) for path in RECIPES],
 )
 def test_every_recipe_trains(path, data, monkeypatch):
     """One update of the recipe's own network with its own optimizer and augmentation, on small images."""

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks import loader
 from engine import config, world
-from engine.data.event import _collate
+from engine.data.event import collate
 from engine.run import create_data
 
 
@@ -38,12 +38,11 @@ def test_an_epoch_of_events_does_not_depend_on_who_serves_it(tmp_path, one_core)
         return data, found
 
     data, (first, uninterrupted) = epochs(1, 1, 2)
-    assert data.train.source.persistent_workers
     assert not same(first, uninterrupted)
     assert same(uninterrupted, epochs(1, 2)[1][0])
     assert same(uninterrupted, epochs(0, 2)[1][0])
     timm.utils.random_seed(2)
-    plain = DataLoader(data.train.dataset, 8, shuffle=True, drop_last=True, collate_fn=_collate)
+    plain = DataLoader(data.train.dataset, 8, shuffle=True, drop_last=True, collate_fn=collate)
     assert [labels.tolist() for _, labels in plain] == [labels.tolist() for _, labels in uninterrupted]
 
 

@@ -3,6 +3,7 @@
 The events equal those of spikingjelly 0.0.0.0.14 on the same files.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ _POLARITY_EVENT = 1
 
 
 class DamagedRecording(ValueError):
-    """A recording is not what it should be; the message says how."""
+    """A recording that does not follow its format; the message says how."""
 
 
 class Events(NamedTuple):
@@ -29,56 +30,46 @@ class Events(NamedTuple):
     p: np.ndarray  # polarity: 0 or 1
 
     def cut(self, spans: Iterable[tuple[int, int] | None]) -> Iterator["Events"]:
-        """For each span (start, end) the events with start <= t < end, for None all."""
+        """Give for each span (start, end) the events with start <= t < end, for None all."""
         in_order = (self.t[1:] >= self.t[:-1]).all()
         for span in spans:
             if span is None:
                 yield self
             elif in_order:
-                first, last = np.searchsorted(self.t, span)
-                yield Events(*(values[first:last] for values in self))
+                chosen = slice(*np.searchsorted(self.t, span))
+                yield Events(*(values[chosen] for values in self))
             else:
                 chosen = (self.t >= span[0]) & (self.t < span[1])
                 yield Events(*(values[chosen] for values in self))
 
 
 def read_aedat2(content: bytes) -> Events:
-    """The events of a CIFAR10-DVS recording, turned upright as spikingjelly does.
+    """Return the events of a CIFAR10-DVS recording, turned upright as spikingjelly does.
 
     Raises:
-        DamagedRecording: it is empty, cut, or no AEDAT 2.0.
+        DamagedRecording: it is empty, cut, or not AEDAT 2.0.
     """
     if not content.startswith(b"#!AER-DAT2.0"):
-        raise DamagedRecording("empty" if not content else "not a recording in the format AEDAT 2.0")
-    data = memoryview(content)[_end_of_comments(content) :]
+        raise DamagedRecording("not a recording in the format AEDAT 2.0" if content else "empty")
+    data = memoryview(content)[re.match(rb"(#[^\n]*\n)*", content).end() :]  # after comments
     if len(data) % 8:
         raise DamagedRecording(f"cut: its last event has {len(data) % 8} of 8 bytes")
     address, t = np.frombuffer(data, ">u4").astype(np.uint32).reshape(-1, 2).T
     return Events(t, x=127 - (address >> 8 & 127), y=127 - (address >> 1 & 127), p=1 - (address & 1))
 
 
-def _end_of_comments(content: bytes) -> int:
-    """Where the events begin: behind the last of the leading lines that start with #."""
-    at = 0
-    while content.startswith(b"#", at) and (end := content.find(b"\n", at)) >= 0:
-        at = end + 1
-    return at
-
-
 def read_aedat31(content: bytes) -> Events:
-    """The events of a DVS128 Gesture recording.
+    """Return the events of a DVS128 Gesture recording.
 
     Raises:
-        DamagedRecording: it is empty, cut, no AEDAT 3.1, or has events outside the sensor.
+        DamagedRecording: it is empty, cut, not AEDAT 3.1, or has events outside the sensor.
     """
     if not content.startswith(b"#!AER-DAT3.1"):
-        raise DamagedRecording("empty" if not content else "not a recording in the format AEDAT 3.1")
-    end_of_header = b"#!END-HEADER\r\n"
-    at = content.find(end_of_header)
-    if at < 0:
+        raise DamagedRecording("not a recording in the format AEDAT 3.1" if content else "empty")
+    header = re.match(rb".*?#!END-HEADER\r\n", content, re.DOTALL)
+    if not header:
         raise DamagedRecording("cut: its header has no end")
-    at += len(end_of_header)
-    address, t = [], []
+    at, address, t = header.end(), [], []
     while at < len(content):
         body = at + _PACKET_HEADER.itemsize
         if body > len(content):
@@ -89,14 +80,14 @@ def read_aedat31(content: bytes) -> Events:
             raise DamagedRecording(f"cut: its last packet has {len(content) - body} of {at - body} bytes")
         if packet["type"] == _POLARITY_EVENT:
             if packet["size"] != 8:
-                raise DamagedRecording(f"its events have {packet['size']} bytes where AEDAT 3.1 has 8")
+                raise DamagedRecording(f"its events have {packet['size']} bytes, AEDAT 3.1 has 8")
             words = np.frombuffer(content, "<u4", count=2 * int(packet["capacity"]), offset=body).reshape(-1, 2)
             address.append(words[:, 0])
             t.append(words[:, 1] | np.int64(packet["overflow"]) << 31)
     if not address:
-        raise DamagedRecording("holds no events")
+        raise DamagedRecording("no events")
     address = np.concatenate(address)
     events = Events(np.concatenate(t), x=address >> 17 & 0x7FFF, y=address >> 2 & 0x7FFF, p=address >> 1 & 1)
     if max(events.x.max(initial=0), events.y.max(initial=0)) >= SIDE:
-        raise DamagedRecording(f"has events outside the {SIDE} x {SIDE} pixels of the sensor")
+        raise DamagedRecording(f"events outside the {SIDE} x {SIDE} pixels of the sensor")
     return events

@@ -1,19 +1,22 @@
 """Event frames: DVS128 Gesture, CIFAR10-DVS and the simulated digits.
 
-Batches are (frames [B,T,2,H,W] float32, event counts, on the device; labels [B] int64). A loader's processes hand over
-bytes, a quarter of that.
+Batches are (frames [B,T,2,H,W] float32, event counts, on the device; labels [B] int64). Workers collate unsigned
+integers, a quarter of the bytes of float32.
+
+To add a data set of recordings, write a function in recordings.py that lists them, and name it in `RAW` and in
+`config.EVENT_DATASETS`.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
+from torch.utils.data import Dataset
 
 from .. import pictures
 from .. import world as distributed
@@ -26,25 +29,32 @@ from .aedat import SIDE
 from .augment import SNNWideAugment
 from .datasets import Digits
 from .frames import integrate
-from .loaders import Data, Shard, TrainLoader, create_mixup, require_batches, worker_settings
+from .loaders import Data, create_loader, create_mixup
 from .prepare import contents, prepare
 
 TRAIN_PART = 0.9  # of each class of CIFAR10-DVS
+COUNTS = {"mean": (0.0, 0.0), "std": (1 / 255, 1 / 255)}  # timm's loader multiplies both by 255: counts stay counts
 
 
 class Raw(NamedTuple):
     """A data set that comes as recordings."""
 
-    find: Callable[[Path, bool], list[recordings.Recording]]
-    classes: dict[str, str]  # class folder -> name
+    find: Callable[[Path, bool], list[recordings.Recording]]  # lists those in a folder; True downloads them
+    classes: dict[str, str]  # class folder -> name, in the order of the labels
     sizes: dict[str, int]  # published samples of each part
+    is_split: bool  # frames are in folders "train" and "test"; else `split_by_class` splits them
 
 
 RAW = {
     "cifar10-dvs": Raw(
-        recordings.cifar10_dvs, {name: name for name in recordings.CIFAR10_CLASSES}, {"train": 9000, "test": 1000}
+        recordings.cifar10_dvs, {name: name for name in recordings.CIFAR10_DVS}, {"train": 9000, "test": 1000}, False
     ),
-    "dvs128-gesture": Raw(recordings.dvs128_gesture, recordings.GESTURES, {"train": 1176, "test": 288}),
+    "dvs128-gesture": Raw(
+        recordings.dvs128_gesture,
+        {folder: recordings.GESTURES[int(folder)] for folder in sorted(map(str, range(11)))},  # label 2 is gesture 11
+        {"train": 1176, "test": 288},
+        True,
+    ),
 }
 
 
@@ -53,7 +63,7 @@ class Frames(Dataset):
 
     Args:
         folder: a folder that `prepare` made.
-        files: which of its files, each in a folder named like its class.
+        files: some of its files, each in a folder named like its class.
         classes: class folders in the order of the labels.
         frames: T.
     """
@@ -71,35 +81,26 @@ class Frames(Dataset):
         label, file = self.samples[index]
         try:
             frames = np.load(self.folder / file, allow_pickle=False)
-            state = None if frames.shape == self.shape and frames.dtype.kind == "u" else "damaged"
-        except OSError as error:
-            state = f"cannot be read ({error.strerror})"
-        except Exception:  # a damaged file makes numpy fail in any way
-            state = "damaged"
-        if state:
-            remedy = f"delete {self.folder}, and it is made anew from the recordings"
-            raise UserError(f"{self.folder / file}: {state}; {remedy}")
+            problem = None if frames.shape == self.shape and frames.dtype.kind == "u" else "damaged"
+        except Exception as error:  # a damaged file makes numpy fail in any way
+            problem = getattr(error, "strerror", None) or "damaged"
+        if problem:
+            raise UserError(f"{self.folder / file}: {problem}; delete {self.folder}, the next run makes it again")
         return frames, label
 
 
-class DigitsDVS(Dataset):
+class DigitsDVS(list):
     """scikit-learn's digits before a simulated event camera: ([T,2,32,32] unsigned, label)."""
 
     def __init__(self, train: bool, frames: int):
         digits = Digits(train)
         events = digits_dvs.record(digits.images, seed=0 if train else 1)
-        self.frames = [integrate(sample, frames, digits_dvs.SIDE) for sample in events]
+        super().__init__(zip([integrate(e, frames, digits_dvs.SIDE) for e in events], digits.labels, strict=True))
         self.labels = digits.labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self.frames[index], self.labels[index]
 
 
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
-    """The loaders that `cfg` describes; the first time, frames are made from the recordings.
+    """Loaders of the event frames that `cfg` describes; the first run makes frames of the recordings.
 
     Raises:
         UserError: recordings are missing or damaged, the settings do not fit the data set, or a batch is larger
@@ -110,53 +111,58 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     side = digits_dvs.SIDE if is_simulated else SIDE
     for key, value in (("num_classes", len(names)), ("input_size", side), ("in_channels", 2)):
         if getattr(cfg, key) != value:
-            raise UserError(f"{key} = {getattr(cfg, key)}: {cfg.dataset} has {value}")
+            raise UserError(f"{key} = {getattr(cfg, key)}: {cfg.dataset} has {value}; leave it out")
     if is_simulated:
-        make = functools.partial(DigitsDVS, frames=cfg.time_steps)
-        train_set, test_set, split = make(train=True) if train else None, make(train=False), None
+        train_set = DigitsDVS(True, cfg.time_steps) if train else None
+        test_set, split = DigitsDVS(False, cfg.time_steps), None
     else:
         train_set, test_set, split = _from_recordings(cfg, world)
+    is_augmented = train and (cfg.hflip or cfg.auto_augment)
     return Data(
-        train=_train_loader(cfg, world, train_set) if train else None,
-        test=_test_loader(cfg, world, test_set),
+        train=create_loader(cfg, world, train_set, True, collate, **COUNTS) if train else None,
+        test=create_loader(cfg, world, test_set, False, collate, **COUNTS),
         classes=names,
         mixup=create_mixup(cfg) if train else None,
-        augment=_augmentation(cfg) if train else None,
+        augment=SNNWideAugment(cfg.hflip, wide=cfg.auto_augment is not None) if is_augmented else None,
         split=split,
         show=pictures.of_events,
         preview=functools.partial(_preview, train_set, names) if train else None,
     )
 
 
+def collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
+    """Stack frames in the smallest type that holds all their counts."""
+    frames, labels = zip(*samples, strict=True)
+    return torch.from_numpy(np.stack(frames)), torch.tensor(labels)
+
+
 def _from_recordings(cfg: Config, world: World) -> tuple[Frames, Frames, dict[str, list[str]]]:
-    """Training set, test set, and the files of each."""
+    """Return training set, test set, and the files of each."""
     if cfg.data_path is None:
-        raise UserError(f"dataset {cfg.dataset}: say where it is with --data-path")
-    root = Path(cfg.data_path)
-    raw = RAW[cfg.dataset]
+        raise UserError(f"dataset {cfg.dataset}: its folder is unknown; use --data-path")
+    root, raw = Path(cfg.data_path), RAW[cfg.dataset]
     find = functools.partial(raw.find, root, cfg.download)
     if cfg.download:
         root.mkdir(parents=True, exist_ok=True)
     elif not root.is_dir():
-        find()  # says what to place where
+        find()  # raises the error that lists the files needed
     folder = distributed.in_turns(lambda: prepare(root, cfg.time_steps, find, world.is_main))
     files = contents(folder, raw.classes)
-    if cfg.dataset == "dvs128-gesture":  # its lists of trials split it
+    if raw.is_split:
         split = {part: [file for file in files if file.startswith(f"{part}/")] for part in ("train", "test")}
     else:
         split = split_by_class(files, cfg.split_seed)
     for part, chosen in split.items():
         if not chosen:
-            raise UserError(f"{folder}: no samples are left for the {part} set; complete the data set")
+            raise UserError(f"{folder}: no samples for the {part} set; complete the data set")
         if len(chosen) != raw.sizes[part]:
-            logger.warning(
-                f"warning: {folder} has {len(chosen):,} {part} samples where {cfg.dataset} has {raw.sizes[part]:,}"
-            )
-    return *(Frames(folder, split[part], list(raw.classes), cfg.time_steps) for part in ("train", "test")), split
+            logger.warning(f"warning: {folder}: {len(chosen):,} {part} samples, {cfg.dataset} has {raw.sizes[part]:,}")
+    train_set, test_set = (Frames(folder, split[part], list(raw.classes), cfg.time_steps) for part in ("train", "test"))
+    return train_set, test_set, split
 
 
 def split_by_class(files: Sequence[str], seed: int | None) -> dict[str, list[str]]:
-    """The first 90 % of each class, rounded up, for training ("train"), the others, at least one, for testing ("test").
+    """Split into the first 90 % of each class, rounded up ("train"), and the others, at least one ("test").
 
     The order is that of the names, as text; with a seed, a random one. From 10 samples a class on it equals
     spikingjelly's `split_to_train_test_set`, which reads every sample for it.
@@ -171,52 +177,6 @@ def split_by_class(files: Sequence[str], seed: int | None) -> dict[str, list[str
         split["train"] += sorted(members[:count])
         split["test"] += sorted(members[count:])
     return split
-
-
-class _Loader:
-    """A DataLoader whose batches come on the device."""
-
-    def __init__(self, loader: DataLoader, device: torch.device):
-        self.loader, self.device, self.dataset = loader, device, loader.dataset
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        torch.empty((), dtype=torch.int64).random_()  # as much as new workers draw: an epoch is the same with old ones
-        for frames, labels in self.loader:
-            frames = frames.to(self.device, non_blocking=True).float()
-            yield frames, labels.to(self.device, non_blocking=True)
-
-
-def _collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
-    frames, labels = zip(*samples, strict=True)
-    return torch.from_numpy(np.stack(frames)), torch.tensor(labels)  # numpy finds the type that holds all counts
-
-
-def _train_loader(cfg: Config, world: World, dataset: Dataset) -> TrainLoader:
-    require_batches(cfg, world, len(dataset))
-    sampler = RandomSampler(dataset)
-    if world.world_size > 1:
-        sampler = DistributedSampler(dataset, world.world_size, world.rank, seed=cfg.seed)
-    generator = torch.Generator()  # of the workers' seeds, and they draw nothing
-    return TrainLoader(
-        _loader(cfg, world, dataset, cfg.batch_size, sampler=sampler, drop_last=True, generator=generator)
-    )
-
-
-def _test_loader(cfg: Config, world: World, dataset: Dataset) -> _Loader:
-    batch_size = cfg.eval_batch_size or cfg.batch_size
-    return _loader(cfg, world, Shard(dataset, batch_size, world.rank, world.world_size), batch_size)
-
-
-def _loader(cfg: Config, world: World, dataset: Dataset, batch_size: int, **settings) -> _Loader:
-    settings |= {"collate_fn": _collate, **worker_settings(cfg, world)}
-    return _Loader(DataLoader(dataset, batch_size, **settings), world.device)
-
-
-def _augmentation(cfg: Config) -> SNNWideAugment | None:
-    return SNNWideAugment(cfg.hflip, wide=cfg.auto_augment is not None) if cfg.hflip or cfg.auto_augment else None
 
 
 def _preview(dataset: Dataset, names: Sequence[str], path: Path, most: int = 6) -> None:

@@ -1,9 +1,8 @@
-"""Frames from events, and the files that hold them. What worker processes run; it imports little, so that many can.
+"""Frames from events, and the files that hold them; preparing processes import this, so it imports little.
 
 Shapes: T frames, 2 polarities, H and W pixels; frames are [T,2,H,W] in the smallest unsigned type for the counts.
 """
 
-import functools
 import os
 import zipfile
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ LARGEST = 2**30  # bytes of a recording; no real one has as many
 
 
 def integrate(events: Events, frames: int, side: int = SIDE) -> np.ndarray:
-    """Count the events of each pixel and polarity in parts of N // frames events, the last of which takes the rest.
+    """Count the events of each pixel and polarity in parts of N // frames events; the last part takes the rest.
 
     Equals spikingjelly's `integrate_events_by_fixed_frames_number` with `split_by="number"`.
 
@@ -26,11 +25,11 @@ def integrate(events: Events, frames: int, side: int = SIDE) -> np.ndarray:
         [frames,2,side,side], unsigned integers.
 
     Raises:
-        DamagedRecording: there are fewer events than frames.
+        DamagedRecording: fewer events than frames.
     """
     count = len(events.t)
     if count < frames:
-        raise DamagedRecording(f"holds {count} events, too few for {frames} frames (--time-steps)")
+        raise DamagedRecording(f"{count} events are too few for {frames} frames (--time-steps)")
     sizes = np.full(frames, count // frames)
     sizes[-1] += count % frames
     frame = np.repeat(np.arange(frames, dtype=np.uint32), sizes)
@@ -47,7 +46,7 @@ def convert(
     folder: Path,
     frames: int,
 ) -> str | None:
-    """Write the frames of each of a recording's samples, and return what is wrong with the recording, if something is.
+    """Write the frames of each of a recording's samples; return the recording's problem, if there is one.
 
     Args:
         read: gives the file's content.
@@ -68,35 +67,20 @@ def convert(
     return None
 
 
-def read_file(path: Path) -> bytes:
-    """The content of a recording."""
-    _require_size(path.stat().st_size)
-    return path.read_bytes()
-
-
-def read_member(archive: Path, member: str) -> bytes:
-    """The content of a recording in a zip archive."""
-    info = open_zip(archive).getinfo(member)
-    _require_size(info.file_size)
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a limit
-        raise DamagedRecording("packed in a way that this does not read; extract it")
-    with open_zip(archive).open(info) as file:
-        return file.read(info.file_size)
-
-
-def _require_size(size: int) -> None:
-    if size > LARGEST:
-        raise DamagedRecording(f"has {size:,} bytes, more than a recording can have")
-
-
-@functools.lru_cache(maxsize=16)
-def open_zip(path: Path) -> zipfile.ZipFile:
-    """The archive, opened once in each process."""
-    return zipfile.ZipFile(path)
+def read_member(path: Path, member: str) -> bytes:
+    """Return the content of a recording in a zip archive."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(member)
+        if info.file_size > LARGEST:
+            raise DamagedRecording(f"{info.file_size:,} bytes are too many for a recording")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a limit
+            raise DamagedRecording("packed in an unusual way; extract it")
+        with archive.open(info) as file:
+            return file.read(info.file_size)
 
 
 def _save(path: Path, frames: np.ndarray) -> None:
-    """Killed at any moment, there is the whole file or none."""
+    """Write to another name and rename, so that a crash leaves the whole file or none."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -104,4 +88,4 @@ def _save(path: Path, frames: np.ndarray) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}; what is done stays, and the next start goes on") from None
+        raise UserError(f"{path}: cannot be written ({error}); make room and start again, it goes on") from None

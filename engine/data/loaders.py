@@ -1,4 +1,8 @@
-"""What loaders of images and of event frames have in common."""
+"""Loaders of a run, for images and for event frames.
+
+A batch passes four stages: a sampler gives indices, a worker reads samples, `collate` makes bytes of them, and timm's
+`PrefetchLoader` brings them to the device as float32, minus `mean`, over `std`.
+"""
 
 import itertools
 import os
@@ -10,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import timm.data
 import torch
+from timm.data.loader import PrefetchLoader
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
 from ..cli import UserError
 from ..config import Config, mixes
@@ -20,74 +25,95 @@ from ..world import World
 
 @dataclass(frozen=True)
 class Data:
-    """Loaders of a run, and what goes with them.
+    """Loaders of a run, and what goes with them."""
 
-    Attributes:
-        train, test: give batches (samples, labels) on the device.
-        classes: names in the order of the labels.
-        augment: what is done to the samples of a training batch on the device.
-        mixup: timm's object, wherever it mixes; its `mixup_enabled` is the switch.
-        show: makes a picture [H,W,C] of a sample as the network sees it.
-        split: the files of training and test set, where they are parts of one set.
-        preview: draws some training samples to a file.
-    """
-
-    train: "TrainLoader | None"
-    test: Iterable
-    classes: list[str]
-    mixup: object | None
-    show: Callable[[Tensor], Tensor]
-    augment: Callable[[Tensor], Tensor] | None = None
-    split: dict[str, list[str]] | None = None
-    preview: Callable[[Path], None] | None = None
+    train: "TrainLoader | None"  # batches (samples, labels) on the device
+    test: Iterable  # the same
+    classes: list[str]  # names in the order of the labels
+    mixup: object | None  # timm's, wherever it mixes; its `mixup_enabled` is the switch
+    show: Callable[[Tensor], Tensor]  # makes a picture [H,W,C] of a sample as the network sees it
+    augment: Callable[[Tensor], Tensor] | None = None  # changes the samples of a training batch on the device
+    split: dict[str, list[str]] | None = None  # files of the training and test set, if they are parts of one set
+    preview: Callable[[Path], None] | None = None  # draws some training samples to a file
 
 
 class TrainLoader:
-    """The training batches, epoch by epoch, from any of them on.
+    """Training batches, epoch by epoch, from any batch on.
 
     Args:
         loader: gives batches on the device; its `loader` is the DataLoader underneath.
     """
 
     def __init__(self, loader: Iterable):
-        self.loader, self.source = loader, loader.loader
+        self.loader, self.source, self.length = loader, loader.loader, len(loader)
         self.dataset, self.sampler = self.source.dataset, self.source.sampler
         self.is_stream = isinstance(self.dataset, IterableDataset)
-        self.workers = self.source.num_workers if self.is_stream else 0  # that the order of the samples hangs on
-        if not self.is_stream:
-            self.order = self.source.batch_sampler.sampler = _Rest(self.sampler)
+        self.workers = self.source.num_workers if self.is_stream else 0  # if the order of the samples depends on them
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return self.length
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Those of an epoch without the `first` ones, which a stream has to read all the same."""
+        """Batches of an epoch from number `first` on; only a stream reads those before."""
         for part in (self.sampler, self.dataset):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         if self.is_stream:
             return itertools.islice(self.loader, first, None)
-        self.order.skip = first * self.source.batch_size
+        skipped = first * self.source.batch_size
+        self.source.batch_sampler.sampler = itertools.islice(self.sampler, skipped, None)
         return iter(self.loader)
 
 
-class _Rest(Sampler):
-    """What a sampler gives behind its first `skip` samples; the length is that of all."""
+class _RoundRobin:
+    """One rank's batches of a stream, which has no indices: each rank reads all and keeps its own."""
 
-    def __init__(self, sampler: Sampler):
-        self.sampler, self.skip = sampler, 0
+    def __init__(self, loader: Iterable, world: World):
+        self.loader, self.world, self.dataset = loader, world, loader.dataset
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return len(range(self.world.rank, len(self.loader), self.world.world_size))
 
-    def __iter__(self) -> Iterator[int]:
-        return itertools.islice(self.sampler, self.skip, None)
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        count, size = 0, self.dataset.reader.num_samples
+        for i, (samples, labels) in enumerate(self.loader):
+            count += len(labels)
+            if i % self.world.world_size == self.world.rank:
+                yield samples, labels
+        if size and count != size:  # timm's readers skip what they cannot read
+            raise UserError(
+                f"test set: {count} readable samples, its description has {size}; fetch damaged files again"
+            )
+
+
+class Seeded(Dataset):
+    """Training set whose augmentation depends on the seed, the epoch and the batch's first sample alone.
+
+    A batch is the same whatever was loaded before it, and by whichever worker.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed, self.epoch = dataset, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[object, int]]:
+        """Samples of one batch; a DataLoader calls this, then mixes and collates."""
+        reseed(self.seed, self.epoch, indices[0], BATCH)
+        return [self.dataset[index] for index in indices]
+
+
+BATCH = 2**32 - 1  # tells the seed of a batch from those of steps
 
 
 def reseed(*numbers: int) -> None:
     """Seed Python, numpy and torch, CUDA included, by all of the numbers together.
 
-    Not by `torch.manual_seed`, which takes ten times as long where there is no CUDA, and this is called at every step.
+    `torch.manual_seed` takes ten times as long without CUDA, and each step calls this.
     """
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
@@ -97,83 +123,60 @@ def reseed(*numbers: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-BATCH = 2**32 - 1  # tells the seed of a batch from those of steps
+def create_loader(
+    cfg: Config, world: World, dataset: Dataset, train: bool, collate: Callable, mean: Sequence, std: Sequence
+) -> "TrainLoader | Iterable":
+    """Loader of shuffled whole training batches, or of one rank's share of the test set.
 
+    The share is whole batches, round-robin: no sample counts twice, and a membrane that leaks over the batch meets the
+    same neighbours as on one rank.
 
-class _Over(Dataset):
-    """A data set over another one, whose transform it passes on."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    @property
-    def transform(self) -> Callable | None:
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, value: Callable) -> None:  # timm's loader does
-        self.dataset.transform = value
-
-
-class Seeded(_Over):
-    """A training set whose augmentation hangs on the seed, the epoch and the batch's first sample alone.
-
-    So a batch is the same whatever was loaded before it, and by whichever process.
+    Raises:
+        UserError: the training set is too small for a batch on each rank, or has fewer shards than ranks.
     """
-
-    def __init__(self, dataset: Dataset, seed: int):
-        super().__init__(dataset)
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[object, int]:
-        return self.dataset[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[object, int]]:
-        """What a DataLoader calls for a batch, which it then mixes and collates."""
-        reseed(self.seed, self.epoch, indices[0], BATCH)
-        return [self.dataset[index] for index in indices]
-
-
-class Shard(_Over):
-    """The share of one process of an evaluation: whole batches in turn, each the same as in a single process.
-
-    So nothing is counted twice, and a membrane that leaks over the batch meets the same neighbours.
-    """
-
-    def __init__(self, dataset: Dataset, batch_size: int, rank: int, world_size: int):
-        super().__init__(dataset)
-        self.indices = [i for i in range(len(dataset)) if i // batch_size % world_size == rank]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[object, int]:
-        return self.dataset[self.indices[index]]
-
-
-def require_batches(cfg: Config, world: World, samples: int) -> None:
-    """Raise `UserError` if the training set is too small for one batch in every process."""
-    if samples < cfg.batch_size * world.world_size:
-        raise UserError(
-            f"batch_size = {cfg.batch_size}: {world.world_size} processes need more than the {samples} "
-            f"training samples of {cfg.dataset}; use a smaller batch_size"
-        )
-
-
-def worker_settings(cfg: Config, world: World) -> dict:
-    """How a DataLoader is fed: at most one process a core, kept from pass to pass; pinned memory for a GPU."""
+    is_stream, ranks = isinstance(dataset, IterableDataset), world.world_size
+    batch_size = cfg.batch_size if train else cfg.eval_batch_size or cfg.batch_size
     workers = min(cfg.workers, os.cpu_count() or 1)
-    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": world.device.type == "cuda"}
+    if train and len(dataset) < batch_size * ranks:
+        raise UserError(
+            f"batch_size = {batch_size}: {cfg.dataset} has {len(dataset)} training samples for {ranks} ranks; "
+            "use a smaller batch_size"
+        )
+    sampler = None
+    if is_stream:
+        workers = min(workers, _shards_per_rank(cfg, dataset))
+        dataset.set_loader_cfg(workers)  # its length depends on them
+    elif not train:
+        sampler = [i for i in range(len(dataset)) if i // batch_size % ranks == world.rank]
+    elif ranks > 1:
+        sampler = DistributedSampler(dataset, ranks, world.rank, seed=cfg.seed)
+    else:
+        sampler = RandomSampler(dataset)
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        drop_last=train,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=world.device.type == "cuda",
+        persistent_workers=workers > 0 and not train,  # new ones learn the epoch and the end of mixup
+    )
+    loader = PrefetchLoader(loader, mean, std, cfg.in_channels, world.device)
+    if train:
+        return TrainLoader(loader)
+    return _RoundRobin(loader, world) if is_stream else loader
+
+
+def _shards_per_rank(cfg: Config, dataset: IterableDataset) -> int:
+    shards, ranks = len(dataset.reader.split_info.filenames), dataset.reader.dist_num_replicas
+    if shards < ranks:
+        raise UserError(f"{cfg.dataset}: {ranks} ranks cannot share {shards} shards; start fewer ranks")
+    return shards // ranks
 
 
 def create_mixup(cfg: Config) -> object | None:
-    """timm's object that mixes the samples of a batch, in the loader or in the training step; None where none does."""
+    """timm's object that mixes the samples of a batch, in the loader or in the training step; None without mixup."""
     if not mixes(cfg):
         return None
     kind = timm.data.FastCollateMixup if cfg.mixup_in == "loader" else timm.data.Mixup

@@ -1,8 +1,6 @@
-"""The frames folder of a raw event data set: made once, on all cores, and complete or not there under its name."""
+"""Frames folder of a raw event data set: made once, on all cores; it gets its name when it is complete."""
 
-import json
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -16,21 +14,18 @@ from .aedat import SIDE
 from .frames import convert
 from .recordings import Recording
 
-INDEX = "index.json"  # in a frames folder: the names of its files
-LARGEST_INDEX = 2**24  # bytes
-
 
 def prepare(root: Path, frames: int, find: Callable[[], list[Recording]], show: bool) -> Path:
-    """The folder with every sample of the data set in `root` as `frames` frames; made, or finished, where it is not.
+    """Return the folder with every sample of the data set in `root` as `frames` frames; make or finish it first.
 
     Several processes may call it at once: one works and the others wait.
 
     Args:
-        find: lists the recordings; called only where there is something to do.
-        show: whether to report progress.
+        find: lists the recordings; called only if there is work to do.
+        show: report progress.
 
     Raises:
-        UserError: recordings are missing or damaged (all are named), or the disk is too small.
+        UserError: recordings are missing or damaged, or files cannot be written.
     """
     folder = root / f"frames_{frames}"
     if folder.exists():
@@ -43,8 +38,7 @@ def prepare(root: Path, frames: int, find: Callable[[], list[Recording]], show: 
         lock.acquire()
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be made ({error.strerror}); let --data-path be a folder of your own, with links to the "
-            "recordings"
+            f"{folder}: cannot be made ({error.strerror}); use --data-path with a folder of links to the recordings"
         ) from None
     try:
         if not folder.exists():
@@ -58,59 +52,38 @@ def _make(folder: Path, frames: int, recordings: list[Recording], show: bool) ->
     partial = folder.with_suffix(".partial")
     names = sorted(name for recording in recordings for name in recording.samples)
     left = [r for r in recordings if not all((partial / name).exists() for name in r.samples)]
-    size = sum(len(r.samples) for r in left) * frames * 2 * SIDE**2
-    if shutil.disk_usage(folder.parent).free < size:
-        raise UserError(f"{folder} needs {size / 1e6:,.0f} MB more on its disk; make room, or move the data set")
-    cores = joblib.cpu_count()
     logger.info(
         f"preparing {folder}, once: {len(names):,} samples of {frames} frames from {len(recordings):,} recordings, "
-        f"{len(left):,} of them still to do; {size / 1e9:.1f} GB at a byte a pixel, on {cores} cores"
+        f"{len(left):,} of them still to do; {len(names) * frames * 2 * SIDE**2 / 1e9:.1f} GB at a byte a pixel"
     )
     for place in {(partial / name).parent for name in names}:
         place.mkdir(parents=True, exist_ok=True)
     jobs = (joblib.delayed(convert)(r.open(), r.decode, r.samples, partial, frames) for r in left)
     try:
-        # `max_nbytes`: what is passed is passed by pipe, not by files in a folder that may be small
-        results = joblib.Parallel(cores, return_as="generator", max_nbytes=None)(jobs)
+        # `max_nbytes`: arguments go through pipes, not through files in a folder that may be small
+        results = joblib.Parallel(joblib.cpu_count(), return_as="generator", max_nbytes=None)(jobs)
         results = progress(results, "preparing", max(1, len(left) // 20), show, total=len(left))
-        problems = [f"{r.name}: {what}" for r, what in zip(left, results, strict=True) if what]
+        problems = [f"{r.name}: {problem}" for r, problem in zip(left, results, strict=True) if problem]
     except BrokenProcessPool:
         raise UserError(
-            f"a process that prepares {folder} was killed, for want of memory? Start again: it goes on"
+            f"{folder}: a process that prepares it was killed, perhaps out of memory; start again"
         ) from None
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(
-            f"{len(problems)} of {len(recordings)} recordings cannot be used: {'; '.join(problems[:5])}{more}. Fetch "
-            "them again; nothing was deleted, and the others are done"
+            f"{len(problems)} of {len(recordings)} recordings cannot be used: {'; '.join(problems[:5])}{more}; fetch "
+            "them again, the others are done"
         )
     for path in set(_files(partial)) - set(names):
         (partial / path).unlink()  # halves that a killed process left
-    (partial / INDEX).write_text(json.dumps(names))
     partial.rename(folder)
 
 
 def _files(folder: Path) -> Iterator[str]:
-    walk = os.walk(folder)  # asks the disk for nothing but names
+    walk = os.walk(folder)  # asks the disk for names alone
     return (Path(place, file).relative_to(folder).as_posix() for place, _, files in walk for file in files)
 
 
 def contents(folder: Path, classes: Collection[str]) -> list[str]:
-    """The files of a frames folder, sorted; each is in a folder named like its class.
-
-    Raises:
-        UserError: one is missing, or it is no frames folder.
-    """
-    remedy = f"delete {folder}, and it is made anew from the recordings"
-    try:
-        with (folder / INDEX).open() as file:
-            names = json.loads(file.read(LARGEST_INDEX))
-        is_valid = len(set(names)) == len(names) > 0
-        is_valid &= all(name.endswith(".npy") and Path(name).parent.name in classes for name in names)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        is_valid = False
-    if not is_valid:
-        raise UserError(f"{folder / INDEX} is missing or damaged; {remedy}")
-    if absent := set(names) - set(_files(folder)):
-        raise UserError(f"{folder} lacks {len(absent)} of its {len(names)} files, such as {min(absent)}; {remedy}")
-    return names
+    """Return the files of a frames folder, sorted; each is in a folder named like its class."""
+    return sorted(file for file in _files(folder) if file.endswith(".npy") and Path(file).parent.name in classes)
