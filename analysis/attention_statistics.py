@@ -1,12 +1,12 @@
-"""Mean and variance of what the attention adds up, block by block: Q-K attention against spiking self-attention.
+"""Mean and variance of the attention's sums, block by block: Q-K attention against spiking self-attention.
 
     python -m analysis.attention_statistics --checkpoint output/first/best.pt output/self/best.pt
 
-What reaches the attention's neuron (threshold 0.5) is, in Q-K attention, a sum of the query's spikes over the d
-channels of a head (token) or the N tokens (channel); in self-attention it is the product q (k^T v), times 0.125. The
-paper argues that the sums need no scale, for they stay small where the product grows. Each block of each checkpoint is
-measured over the test set, self-attention with the scale and without; beside it stands what independent spikes of the
-same firing rates f would give:
+In Q-K attention the attention's neuron (threshold 0.5) reads a sum of the query's spikes, over the d channels of a head
+(token) or over the N tokens (channel). In self-attention it reads the product q (k^T v), times 0.125. The paper argues
+that the sums need no scale because they stay small where the product grows. Each block of each checkpoint is measured
+over the test set, self-attention with the scale and without, and compared with independent spikes of the same firing
+rates f:
 
     Q-K   mean n f_q                variance n f_q (1 - f_q)                n = d or N
     SSA   mean N d f_q f_k f_v      variance: the formula in `independent`
@@ -14,28 +14,26 @@ same firing rates f would give:
 Writes attention_statistics.csv and .png.
 """
 
-import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
 
-from engine.log import logger, progress
+from engine.log import logger
 from models.attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
-from models.neuron import ATTN_THRESHOLD, LIF
+from models.neuron import ATTN_THRESHOLD
 from models.qkformer import Block
 
-from .common import COLOURS, Subject, checkpoint_parser, main, short_names, subjects, write_csv
+from .common import COLOURS, Subject, drawing, main, subjects, write_csv
 
 KINDS = {TokenQKAttention: "Q-K token", ChannelQKAttention: "Q-K channel", SpikingSelfAttention: "self"}
 
 
 def independent(kind: str, rates: Sequence[float], width: int, tokens: int) -> tuple[float, float]:
-    """Mean and variance of the sum if all spikes were independent.
+    """Return mean and variance of the sum if all spikes were independent.
 
     Args:
         kind: a value of `KINDS`; of "self" without the scale.
@@ -54,40 +52,34 @@ def independent(kind: str, rates: Sequence[float], width: int, tokens: int) -> t
     return mean, tokens * width * second - mean**2
 
 
-@torch.inference_mode()
 def measure(subject: Subject) -> list[dict]:
-    """A row for each block, and two (with the scale, without) for each of self-attention."""
-    names = {module: name for name, module in subject.model.named_modules() if isinstance(module, Block)}
-    sums, handles = {block: [] for block in names}, []
+    """Return a row for each block, and two (with the scale, without) for each of self-attention."""
+    blocks = {name: module.attn for name, module in subject.model.named_modules() if isinstance(module, Block)}
+    sums, tokens, callbacks = {name: {} for name in blocks}, {}, {}
 
-    def before_neuron(block: Block, lif: LIF, args: tuple) -> None:
-        x = args[0].double()
-        sums[block][-1] += [torch.tensor([x.numel(), x.sum(), x.square().sum()])]
+    def add(block: str, what: str, x: Tensor) -> None:
+        moments = [x.numel(), x.sum(dtype=torch.float64), x.double().square().sum()]
+        sums[block][what] = sums[block].get(what, 0) + torch.tensor(moments, dtype=torch.float64)
 
-    def attend(block: Block, own, *qkv: Tensor) -> Tensor:
-        sums[block].append([torch.stack([spikes.double().mean() for spikes in qkv]).cpu(), *qkv[0].shape[3:]])
-        return own(*qkv)
-
-    for block in names:
-        handles.append(block.attn.attn_lif.register_forward_pre_hook(functools.partial(before_neuron, block)))
-        block.attn.attend = functools.partial(attend, block, block.attn.attend)
-    for images, _ in progress(subject.data.test, "samples", subject.cfg.log_interval, subject.here.is_main):
-        subject.model(images)
-    for block, handle in zip(names, handles, strict=True):
-        handle.remove()
-        del block.attn.attend
-    return [row for depth, block in enumerate(names, 1) for row in _rows(depth, names[block], block.attn, sums[block])]
+    for name, attention in blocks.items():
+        callbacks[attention] = lambda x, _, name=name: tokens.update({name: x.shape[3:].numel()})
+        callbacks[attention.attn_lif] = lambda x, _, name=name: add(name, "input", x)
+        for unit in "qkv" if hasattr(attention, "v") else "qk":
+            callbacks[getattr(attention, unit)] = lambda _, spikes, call=(name, unit): add(*call, spikes)
+    subject.evaluate(callbacks)
+    names = enumerate(blocks, 1)
+    return [row for depth, name in names for row in _rows(depth, name, blocks[name], sums[name], tokens[name])]
 
 
-def _rows(depth: int, name: str, attn, batches: list) -> list[dict]:
-    counts = torch.stack([batch[-1] for batch in batches])  # [batches,3]
-    size, total, squares = counts.sum(0).tolist()
+def _rows(depth: int, name: str, attention: nn.Module, sums: dict[str, Tensor], tokens: int) -> list[dict]:
+    """Convert sums (elements, sum, sum of squares) of the neuron's input and of q, k and v into rows."""
+    size, total, squares = sums["input"].tolist()
     mean = total / size
     variance = squares / size - mean**2
-    rates = (torch.stack([batch[0] for batch in batches]) * counts[:, :1]).sum(0) / size  # batches differ in size
-    kind, scale = KINDS[type(attn)], getattr(attn, "scale", 1.0)
-    width, tokens = batches[0][1:3]
-    expected = independent(kind, rates.tolist(), width, tokens)
+    rates = [(sums[unit][1] / sums[unit][0]).item() for unit in "qkv" if unit in sums]
+    kind, scale = KINDS[type(attention)], getattr(attention, "scale", 1.0)
+    width = attention.q.conv.out_channels // attention.heads
+    expected = independent(kind, rates, width, tokens)
     factors = {"self scaled": SSA_SCALE, "self unscaled": 1.0} if kind == "self" else {kind: 1.0}
     return [
         {
@@ -100,54 +92,46 @@ def _rows(depth: int, name: str, attn, batches: list) -> list[dict]:
             "independent variance": expected[1] * factor**2,
             "N": tokens,
             "d": width,
-            "firing rates": " ".join(f"{rate:.4f}" for rate in rates.tolist()),
+            "firing rates": " ".join(f"{rate:.4f}" for rate in rates),
         }
         for label, factor in factors.items()
     ]
 
 
 def draw(tables: dict[str, list[dict]], path: Path) -> None:
-    """Mean and variance over depth, a line for each checkpoint and kind; crosses for independent spikes."""
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    axes = figure.subplots(1, 2)
+    """Draw mean and variance over depth, a line for each checkpoint and kind; crosses for independent spikes."""
     styles = {  # of each kind: marker, colour
         "Q-K token": ("o", COLOURS["token"]),
         "Q-K channel": ("s", COLOURS["channel"]),
         "self scaled": ("^", COLOURS["self"]),
         "self unscaled": ("v", "tab:orange"),
     }
-    for (name, rows), line in zip(tables.items(), itertools.cycle(("-", "--", ":"))):
-        for kind, (marker, colour) in styles.items():
-            mine = [row for row in rows if row["attention"] == kind]
-            depths = [row["depth"] for row in mine]
-            for axis, what in zip(axes, ("mean", "variance"), strict=True) if mine else ():
-                values, label = [row[what] for row in mine], f"{kind} ({name})"
-                axis.plot(depths, values, line, marker=marker, color=colour, label=label)
-                axis.plot(depths, [row[f"independent {what}"] for row in mine], "x", color=colour, alpha=0.6)
-    axes[0].axhline(ATTN_THRESHOLD, color="grey", linewidth=0.8)
-    for axis, what in zip(axes, ("mean", "variance"), strict=True):
-        is_silent = not any(row[what] > 0 for rows in tables.values() for row in rows)
-        axis.set(title=f"{what} of what the attention's neuron gets", xlabel="block")
-        axis.set_yscale("linear" if is_silent else "log")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside right center", title="x: independent spikes\ngrey: threshold of the membrane"
-    )
-    figure.savefig(path, dpi=110)
+    with drawing(path, 1, 2, (13, 4.6)) as (figure, axes):
+        for axis, what in zip(axes, ("mean", "variance"), strict=True):
+            for (name, rows), line in zip(tables.items(), itertools.cycle(("-", "--", ":"))):
+                for kind, (marker, colour) in styles.items():
+                    if mine := [row for row in rows if row["attention"] == kind]:
+                        depths, values = [row["depth"] for row in mine], [row[what] for row in mine]
+                        axis.plot(depths, values, line, marker=marker, color=colour, label=f"{kind} ({name})")
+                        axis.plot(depths, [row[f"independent {what}"] for row in mine], "x", color=colour, alpha=0.6)
+            is_silent = not any(row[what] > 0 for rows in tables.values() for row in rows)
+            axis.set(title=f"{what} of the input of the attention's neuron", xlabel="block")
+            axis.set_yscale("linear" if is_silent else "log")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(alpha=0.3)
+        axes[0].axhline(ATTN_THRESHOLD, color="grey", linewidth=0.8)
+        legend = "x: independent spikes\ngrey: threshold of the membrane"
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", title=legend)
 
 
 def run(argv: Sequence[str]) -> None:
-    args, flags = checkpoint_parser(__doc__).parse_known_args(argv)
-    found = zip(short_names(args.checkpoint), subjects(args, flags), strict=True)
-    tables = {label: measure(subject) for label, subject in found}
+    args, found = subjects(__doc__, argv)
+    tables = {subject.name: measure(subject) for subject in found}
     rows = [{"checkpoint": name, **row} for name, table in tables.items() for row in table]
-    csv, picture = (args.output_dir / f"attention_statistics.{kind}" for kind in ("csv", "png"))
-    write_csv(csv, rows)
-    draw(tables, picture)
+    write_csv(args.output_dir / "attention_statistics.csv", rows)
+    draw(tables, args.output_dir / "attention_statistics.png")
     logger.info(tabulate(rows, headers="keys", floatfmt=".4g"))
-    logger.info(f"written: {csv}, {picture}")
+    logger.info(f"written: attention_statistics.csv and .png in {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -1,134 +1,169 @@
-"""What the scripts of the analyses share: their command line, a checkpoint's network with data, and tables."""
+"""Shared parts of the analyses: command line, networks of checkpoints with their data, hooks, tables and figures."""
 
 import argparse
 import contextlib
 import csv
+import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from engine import checkpoint
 from engine.cli import UserError, guard
 from engine.config import Config, Parser, load
 from engine.data.loaders import Data
+from engine.log import progress
 from engine.run import build_model, create_data, load_weights, settings_of, setup
 from engine.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "digits/digits.yml"
-COLOURS = {"token": "tab:blue", "channel": "tab:green", "self": "tab:red"}  # of the attentions, in every picture
+COLOURS = {"token": "tab:blue", "channel": "tab:green", "self": "tab:red"}  # of the attentions, in every figure
+
+Callback = Callable[[Tensor, Tensor], Tensor | None]  # of a module's input and output; returns another output, or None
 
 
 @dataclass
 class Subject:
-    """A trained network in evaluation mode, and the data set it was trained on."""
+    """A trained network in evaluation mode, with its data set."""
 
-    path: Path  # of its checkpoint
+    path: Path  # of the checkpoint
     cfg: Config
-    here: World
+    world: World
     model: nn.Module
+    name: str = ""  # differs between the subjects of one script
 
     @functools.cached_property
     def data(self) -> Data:
-        """Its test set; raises `UserError` as test.py does."""
-        return create_data(self.cfg, self.here, train=False)
+        """The test set; raises `UserError` as test.py does."""
+        return create_data(self.cfg, self.world, train=False)
 
     def samples(self, count: int, spread: bool = False) -> tuple[Tensor, Tensor]:
-        """At most `count` test samples [B,...] with their labels [B], on the device.
+        """Return at most `count` test samples [B,...] with their labels [B], on the device.
 
-        They are the first, or with `spread` from all over the test set, which may lie class by class.
+        They are the first ones. With `spread` they come from all over the test set, which may be sorted by class.
         """
-        every, met, found = 1, 0, []
+        every, seen, kept = 1, 0, []
         for images, labels in self.data.test:
-            if spread and not met:
+            if spread and not seen:
                 every = max(1, len(self.data.test) * len(labels) // count)
-            found.append((images[-met % every :: every], labels[-met % every :: every]))
-            met += len(labels)
-            if sum(len(kept) for _, kept in found) >= count:
+            kept.append((images[-seen % every :: every], labels[-seen % every :: every]))
+            seen += len(labels)
+            if sum(len(labels) for _, labels in kept) >= count:
                 break
-        images, labels = (torch.cat(column)[:count] for column in zip(*found, strict=True))
+        images, labels = (torch.cat(column)[:count] for column in zip(*kept, strict=True))
         return images, labels
+
+    @torch.inference_mode()
+    def evaluate(self, callbacks: Mapping[nn.Module, Callback]) -> int:
+        """Run the test set through the network under `hooked`; return the number of samples."""
+        samples = 0
+        with hooked(callbacks):
+            for images, _ in progress(self.data.test, "samples", self.cfg.log_interval, self.world.is_main):
+                self.model(images)
+                samples += len(images)
+        return samples
+
+    def rebuilt(self, **changes) -> nn.Module:
+        """Return the network under changed settings, with the same weights."""
+        model = build_model(dataclasses.replace(self.cfg, **changes)).to(self.world.device).eval()
+        model.load_state_dict(self.model.state_dict())
+        return model
+
+
+@contextlib.contextmanager
+def hooked(callbacks: Mapping[nn.Module, Callback]) -> Iterator[None]:
+    """Call each callback after the forward pass of its module, until the context ends."""
+    with contextlib.ExitStack() as stack:
+        for module, callback in callbacks.items():
+            hook = functools.partial(lambda callback, _, args, output: callback(args[0], output), callback)
+            stack.enter_context(module.register_forward_hook(hook))
+        yield
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """A command line that a script's docstring describes; mistakes in it raise `UserError`."""
+    """Return a command line described by a script's docstring; its mistakes raise `UserError`."""
     return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
-def checkpoint_parser(doc: str) -> argparse.ArgumentParser:
-    """The same for a script that looks at checkpoints."""
-    about = f"{doc}\nAll further flags are those of test.py, such as --data-path, --batch-size or --device."
-    ours = parser(about)
-    ours.add_argument(
-        "--checkpoint", nargs="+", type=Path, required=True, help="what train.py wrote, or a released file"
-    )
-    ours.add_argument("--output-dir", type=Path, help="folder to write to (default: that of the first checkpoint)")
-    return ours
+def checkpoint_parser(doc: str, **checkpoint_argument) -> argparse.ArgumentParser:
+    """Return a command line with `--checkpoint`, which also takes all flags of test.py."""
+    flags = parser(f"{doc}\nAll further flags are those of test.py, such as --data-path, --batch-size or --device.")
+    about = "file that train.py wrote, or a released file"
+    flags.add_argument("--checkpoint", type=Path, required=True, help=about, **checkpoint_argument)
+    return flags
 
 
 def positive(text: str) -> int:
-    """The `type` of a flag that takes a whole number from 1 on."""
+    """Convert a flag's value to an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return int(text)
 
 
 def main(body: Callable[[Sequence[str]], None]) -> None:
-    """Run a script: mistakes that the user can mend end in one line and exit code 2."""
+    """Run a script; user errors print one line and end with exit code 2."""
     with guard():
         body(sys.argv[1:])
 
 
-def subjects(args: argparse.Namespace, flags: Sequence[str]) -> list[Subject]:
-    """The networks of `args.checkpoint`, and the folder `args.output_dir` made.
+def subjects(doc: str, argv: Sequence[str], **flags: dict) -> tuple[argparse.Namespace, list[Subject]]:
+    """Parse the command line of an analysis, load its checkpoints and create its `--output-dir`.
 
     Args:
-        args: of a `checkpoint_parser`.
-        flags: those that it did not know.
+        flags: further flags with their arguments of `add_argument`.
 
     Raises:
         UserError: as test.py; or nothing tells the recipe of a checkpoint.
     """
+    ours = checkpoint_parser(doc, nargs="+")
+    ours.add_argument("--output-dir", type=Path, help="folder to write to (default: that of the first checkpoint)")
+    for flag, arguments in flags.items():
+        ours.add_argument(f"--{flag.replace('_', '-')}", **arguments)
+    args, rest = ours.parse_known_args(argv)
+    names = zip(args.checkpoint, short_names(args.checkpoint), strict=True)
+    loaded = [subject(path, rest, name) for path, name in names]
     args.output_dir = args.output_dir or args.checkpoint[0].parent
-    found = [subject(path, flags) for path in args.checkpoint]
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    return found
+    return args, loaded
 
 
-def subject(path: Path, flags: Sequence[str]) -> Subject:
-    """The network of a checkpoint with its data, under the flags of test.py; raises `UserError` as `subjects` does.
+def subject(path: Path, flags: Sequence[str], name: str = "") -> Subject:
+    """Load the network of a checkpoint under the flags of test.py; raises `UserError` as `subjects` does.
 
-    Its neurons are torch's unless the flags say otherwise: the analyses look at modules that other backends skip.
+    Its neurons are torch's unless the flags say otherwise, because other backends skip modules.
     """
     state = checkpoint.read(path)
     flags = ["--lif-backend", "torch", *flags]
     recipe = _recipe_of(state, path, flags)
-    here = setup(load(recipe, flags, validate=False))
-    if here.world_size > 1:
-        raise UserError("the analyses run in one process: start them with python -m")
+    world = setup(load(recipe, flags, validate=False))
+    if world.world_size > 1:
+        raise UserError("WORLD_SIZE: the analyses run in one process; start them with python -m")
     cfg = settings_of(state, path, recipe, flags)
-    model = build_model(cfg).to(here.device).eval()
+    model = build_model(cfg).to(world.device).eval()
     load_weights(cfg, model, state, path)
-    return Subject(path, cfg, here, model)
+    return Subject(path, cfg, world, model, name)
 
 
 def _recipe_of(state: dict, path: Path, flags: Sequence[str]) -> Path:
-    """The recipe for the data set that the checkpoint records, unless `--config` names one."""
+    """Return the recipe for the data set that the checkpoint records, unless `--config` names one."""
     if any(flag.split("=")[0] == "--config" for flag in flags):
         return Path(load(DIGITS, flags, validate=False).config)
     for recipe, cfg in recipes() if state["format"] == "qkformer" else ():
         if cfg.dataset == state["config"].get("dataset"):
             return recipe
-    raise UserError(f"{path} does not tell its data set: name a recipe, such as --config imagenet/qkformer_10_384.yml")
+    raise UserError(f"{path}: does not record its data set; add --config, such as imagenet/qkformer_10_384.yml")
 
 
 def recipes(folder: str = "*") -> Iterator[tuple[Path, Config]]:
-    """The recipes beside the scripts, in one folder or all; a file of the user's that is none is passed over."""
+    """Yield the recipes next to the scripts, in one folder or all; skip files that are no recipes."""
     for path in sorted(ROOT.glob(f"{folder}/*.yml")):
         if (path.parent / "train.py").exists():
             with contextlib.suppress(UserError):
@@ -136,20 +171,25 @@ def recipes(folder: str = "*") -> Iterator[tuple[Path, Config]]:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """A short name for each checkpoint, different for all.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return a different short name for each checkpoint; raises `UserError` where there is none."""
     for names in ([path.parent.name for path in paths], [f"{path.parent.name}-{path.stem}" for path in paths]):
         if len(set(names)) == len(paths):
             return names
-    raise UserError(f"--checkpoint: {len(paths)} files, of which some have equal names in folders of equal names")
+    raise UserError("--checkpoint: two files have equal names in folders of equal names; rename a folder")
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Rows with equal keys as a CSV file with a header."""
+    """Write rows with equal keys as a CSV file with a header."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+
+
+@contextlib.contextmanager
+def drawing(path: Path, rows: int, columns: int, size: tuple[float, float], **kwargs) -> Iterator[tuple[Figure, list]]:
+    """Yield a figure of `size` inches and its list of axes, row by row; write it to `path` at the end."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes: list[Axes] = [*figure.subplots(rows, columns, squeeze=False, **kwargs).flat]
+    yield figure, axes
+    figure.savefig(path, dpi=110)

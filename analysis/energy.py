@@ -1,8 +1,8 @@
 """Energy of one inference as the field's tables count it ("Power (mJ)"), from multiply-accumulates and mean inputs.
 
-E = 4.6 pJ * T * MACs(first convolution) + 0.9 pJ * SOPs, where the synaptic operations SOPs are the sum over all other
-layers of mean(input) * T * MACs (QKFormer, section 4; the energies of a 32-bit multiply-accumulate and of an addition
-in 45 nm are Horowitz's, ISSCC 2014). MACs are those of one sample at one time step, which the field calls FLOPs. Matrix
+E = 4.6 pJ * T * MACs(first convolution) + 0.9 pJ * SOPs (QKFormer, section 4). The synaptic operations SOPs are the sum
+over all other layers of mean(input) * T * MACs. MACs are those of one sample at one time step, which the field calls
+FLOPs. Horowitz (ISSCC 2014) has the energies of a 32-bit multiply-accumulate and of an addition in 45 nm. Matrix
 products of the attention are layers too; BatchNorm, pooling and the neurons are not counted.
 """
 
@@ -25,13 +25,13 @@ def estimate(model: nn.Module, data: Tensor | Iterable) -> EnergyReport:
     """Measure a network, in evaluation mode, on data.
 
     Args:
-        model: one of ours, or any network of convolutions, linear layers, matmul and scaled dot-product attention (as
-            timm's are).
+        model: any network of convolutions, linear layers, matmul and scaled dot-product attention, such as ours or
+            timm's.
         data: a batch (images [B,C,H,W] or event frames [B,T,C,H,W]), or a loader of batches or of (batch, labels). On
-            the meta device MACs are counted from the shapes, with neither inputs nor firing rates.
+            the meta device only MACs are counted, from the shapes.
 
     Raises:
-        ValueError: the network multiplies in a way that is not counted.
+        ValueError: the network multiplies with a function that is not counted.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -45,15 +45,15 @@ def estimate(model: nn.Module, data: Tensor | Iterable) -> EnergyReport:
 
 
 class EnergyMeter(TorchFunctionMode):
-    """While it is entered, whatever `model` computes is counted; `report()` tells."""
+    """Context that counts what `model` computes; `report()` returns the counts."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.counts: dict[tuple, list[float]] = {}  # (what, name) -> sums over all calls
+        self.counts: dict[tuple, list[float]] = {}  # (kind, name) -> sums over all calls
 
     def __enter__(self):
-        self._inside, self._handles = [], []  # names of the modules that are being executed; how often each multiplied
+        self._inside, self._handles = [], []  # [name, products so far] of each running module; hooks
         for name, module in self.model.named_modules():
             self._handles += [
                 module.register_forward_pre_hook(lambda *_, name=name: self._inside.append([name, 0])),
@@ -72,7 +72,7 @@ class EnergyMeter(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if self._inside and func in _UNCOUNTED:
-            raise ValueError(f"{self._inside[-1][0]}: torch.{func.__name__} is not counted; write it as matmul")
+            raise ValueError(f"{self._inside[-1][0]}: torch.{func.__name__} is not counted; use matmul")
         if self._inside and func in _COUNTED:
             macs, driver = _COUNTED[func](result, *args, **(kwargs or {}))
             self._inside[-1][1] += 1
@@ -95,17 +95,17 @@ class EnergyMeter(TorchFunctionMode):
         self.counts[key] = [a + b for a, b in zip(sums, values, strict=True)]
 
     def report(self, gather: Callable[[list], list] = list) -> EnergyReport:
-        """What was counted so far; `gather` adds the lists of further processes to a list."""
+        """Return the counts so far; `gather` joins the lists of all ranks."""
         merged = EnergyMeter(self.model)
         for key, values in gather([(key, [*map(float, values)]) for key, values in self.counts.items()]):
             merged._add(key, *values)
         counts = merged.counts
         samples, steps, frames = counts.pop(("run", ""))
         layers, rates = [], {}
-        for (what, name), (*macs, size, total, active, others) in counts.items():
-            known = (total / size, active / size) if total == total else (None, None)  # not a number: on meta
-            if what == "layer":
-                # the head reads the mean over time; spike by spike, it would add in every step
+        for (kind, name), (*macs, size, total, active, others) in counts.items():
+            known = (total / size, active / size) if total == total else (None, None)  # NaN on the meta device
+            if kind == "layer":
+                # the head reads the mean over time, and runs once
                 is_head = name == "head"
                 macs_a_step = macs[0] / (samples if is_head else steps)
                 layers.append(Layer(name, macs_a_step, *known, is_binary=others == 0, is_head=is_head))
@@ -115,13 +115,13 @@ class EnergyMeter(TorchFunctionMode):
 
 
 def _statistics(x: Tensor) -> tuple:
-    """Of the values of x: how many, their sum, how many are not 0, and how many are neither 0 nor 1."""
+    """Return the number of values of x, their sum, the number not 0, and the number neither 0 nor 1."""
     if x.is_meta:
         return x.numel(), float("nan"), float("nan"), 0
     return x.numel(), x.sum(dtype=torch.float64), x.count_nonzero(), ((x != 0) & (x != 1)).sum()
 
 
-# each gives MACs and the input that drives them; arguments are named as torch names them
+# each returns MACs and the input that drives them; arguments have torch's names
 
 
 def _convolution(result: Tensor, input: Tensor, weight: Tensor, *_, **__) -> tuple[int, Tensor]:
@@ -137,7 +137,7 @@ def _linear(result: Tensor, input: Tensor, *_, **__) -> tuple[int, Tensor]:
 
 
 def _attention(result: Tensor, query: Tensor, key: Tensor, *_, **__) -> tuple[int, Tensor]:
-    """Both products of torch's scaled dot-product attention."""
+    """Count both products of torch's scaled dot-product attention."""
     return (query.numel() + result.numel()) * key.shape[-2], key
 
 

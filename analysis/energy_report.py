@@ -1,28 +1,27 @@
-"""What a measurement of energy says: totals in each of the usual accounts, a table of the layers, and a picture."""
+"""Report of an energy measurement: totals in each of the usual accounts, a table of the layers, and a figure."""
 
 import dataclasses
 import json
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from .common import write_csv
+from .common import drawing, write_csv
 
 MAC_PJ, AC_PJ = 4.6, 0.9
 MJ = 1e-9  # of a picojoule
-# how a mean integer is counted, and how often the first convolution of a static image: the first of each is the paper's
+# accounts of an integer input, and of the first convolution of a static image; the paper uses the first of each
 INTEGERS = ("additions", "multiplications")
 FIRST = ("every step", "once")
 
 
 def energy_mj(first_macs: float, sops: float, time_steps: int) -> float:
-    """Energy (mJ) of a spiking network: MACs of its first convolution in each step, and SOPs of all the rest."""
+    """Return the energy (mJ) of a spiking network: MACs of its first convolution in each step, SOPs of all others."""
     return (MAC_PJ * time_steps * first_macs + AC_PJ * sops) * MJ
 
 
 def implied_mean_input(energy: float, macs: float, first_macs: float, time_steps: int) -> float:
-    """The mean input over all layers but the first with which `energy_mj` gives `energy` (mJ)."""
+    """Return the mean input over all layers but the first for which `energy_mj` is `energy` (mJ)."""
     return (energy / MJ - MAC_PJ * time_steps * first_macs) / (AC_PJ * time_steps * (macs - first_macs))
 
 
@@ -32,28 +31,28 @@ class Layer:
 
     name: str
     macs: float  # of one sample at one time step
-    mean_input: float | None  # of a product: of its second factor; None where only shapes were known
+    mean_input: float | None  # of a product: of its second factor; None on the meta device
     density: float | None  # share of the inputs that are not zero
     is_binary: bool  # all inputs are 0 or 1
     is_head: bool = False  # computed once, from means over tokens and time
 
     def sops(self, time_steps: int) -> float:
-        """Synaptic operations in `time_steps`; raises `ValueError` where only shapes were known."""
+        """Return the synaptic operations in `time_steps`; raises `ValueError` on the meta device."""
         if self.mean_input is None:
-            raise ValueError("on the meta device there are MACs alone: estimate the network on data")
+            raise ValueError(f"{self.name}: the meta device has no inputs to count; estimate the network on data")
         return self.mean_input * time_steps * self.macs
 
 
 @dataclasses.dataclass(frozen=True)
 class EnergyReport:
-    """What a network computes, and what that takes, for one sample.
+    """Operations and energy of a network for one sample.
 
     Attributes:
         layers: in the order of their execution.
         time_steps: T; 1 for a network without spiking neurons.
         firing_rates: mean output of each LIF, by its name; empty for a network without.
-        samples: how many were averaged over.
-        has_frames: the input differs from step to step, so that the first convolution is needed in each.
+        samples: number of samples of the average.
+        has_frames: the input differs from step to step, and so does the first convolution.
     """
 
     layers: list[Layer]
@@ -64,27 +63,27 @@ class EnergyReport:
 
     @property
     def flops(self) -> float:
-        """Multiply-accumulates of one time step (the field's "FLOPs")."""
+        """Return the multiply-accumulates of one time step (the field's "FLOPs")."""
         return sum(layer.macs for layer in self.layers)
 
     @property
     def sops(self) -> float:
-        """Synaptic operations of all time steps, without the first convolution."""
+        """Return the synaptic operations of all time steps, without the first convolution."""
         return sum(layer.sops(self.time_steps) for layer in self.layers[1:])
 
     @property
     def energy_mj(self) -> float:
-        """Energy (mJ) as the paper counts it; 4.6 pJ a MAC for a network without spiking neurons."""
+        """Return the energy (mJ) as the paper counts it; 4.6 pJ a MAC for a network without spiking neurons."""
         return self.energy()
 
     def energy(self, integers: str = INTEGERS[0], first: str = FIRST[0]) -> float:
-        """Energy (mJ) in one of the possible accounts.
+        """Return the energy (mJ) in one of the accounts.
 
         Args:
             integers: with SEW residuals some layers get small integers instead of spikes. As "additions" an input n
                 is n additions (the paper's mean input); as "multiplications" every input but 0 is one
                 multiply-accumulate.
-            first: the first convolution of a static image is the same in "every step", and could be computed "once".
+            first: count the first convolution of a static image in "every step" or "once".
         """
         return sum(self.layer_energy(i, integers, first) for i in range(len(self.layers)))
 
@@ -93,7 +92,7 @@ class EnergyReport:
         return FIRST[:1] if self.has_frames else FIRST
 
     def layer_energy(self, index: int, integers: str = INTEGERS[0], first: str = FIRST[0]) -> float:
-        """The share (mJ) of layer `index` in `energy`."""
+        """Return the share (mJ) of layer `index` in `energy`."""
         layer = self.layers[index]
         if index == 0 or not self.firing_rates:
             return MAC_PJ * layer.macs * (1 if first == "once" else self.time_steps) * MJ
@@ -102,7 +101,7 @@ class EnergyReport:
         return AC_PJ * layer.sops(self.time_steps) * MJ
 
     def summary(self) -> dict:
-        """The totals as plain data."""
+        """Return the totals as plain data."""
         accounts = [
             {"integers": integers, "first_convolution": first, "energy_mj": self.energy(integers, first)}
             for integers in INTEGERS
@@ -120,7 +119,7 @@ class EnergyReport:
         }
 
     def rows(self) -> list[dict]:
-        """The table of the layers."""
+        """Return the table of the layers."""
         return [
             {
                 "layer": layer.name,
@@ -135,12 +134,12 @@ class EnergyReport:
         ]
 
     def __str__(self) -> str:
-        """The table of the layers, and the totals, to read."""
+        """Format the table of the layers and the totals."""
         table = tabulate(self.rows(), headers="keys", floatfmt=("", ",.0f", ".4f", ".4f", "", ",.0f", ".6f"))
         return f"{table}\n{self.totals()}"
 
     def totals(self) -> str:
-        """The totals in a few lines."""
+        """Format the totals in a few lines."""
         lines = [
             f"energy {self.energy_mj:.4g} mJ a sample: {self.flops / 1e6:,.2f} M MACs a step, T = {self.time_steps}, "
             f"{self.sops / 1e6:,.2f} M SOPs"
@@ -162,21 +161,20 @@ class EnergyReport:
         return paths
 
     def draw(self, path: Path) -> None:
-        """Energy and mean input of each layer as bars."""
-        rows, width = self.rows(), max(7, 0.24 * len(self.layers))
+        """Draw energy and mean input of each layer as bars."""
+        rows, size = self.rows(), (max(7, 0.24 * len(self.layers)), 7)
         colours = {"real": "tab:red", "spikes": "tab:blue", "integers": "tab:orange"}
-        figure = Figure(figsize=(width, 7), layout="constrained")
-        energy, inputs = figure.subplots(2, 1, sharex=True)
-        for kind, colour in colours.items():
-            at = [i for i, row in enumerate(rows) if row["input"] == kind]
-            energy.bar(at, [1000 * rows[i]["energy (mJ)"] for i in at], color=colour, label=f"input: {kind}")
-            inputs.bar(at, [rows[i]["mean input"] if i else 0 for i in at], color=colour)  # the image's has no meaning
-        energy.set(ylabel="energy (µJ a sample)", title=self.totals().splitlines()[0])
-        energy.legend()
-        inputs.set(ylabel="mean input")
-        inputs.set_xticks(range(len(rows)), [row["layer"] for row in rows], rotation=90, fontsize=7)
-        inputs.margins(x=0.01)
-        for axis in (energy, inputs):
-            axis.grid(axis="y", alpha=0.3)
-            axis.set_axisbelow(True)
-        figure.savefig(path, dpi=110)
+        with drawing(path, 2, 1, size, sharex=True) as (_, (energy, inputs)):
+            for kind, colour in colours.items():
+                at = [i for i, row in enumerate(rows) if row["input"] == kind]
+                energy.bar(at, [1000 * rows[i]["energy (mJ)"] for i in at], color=colour, label=f"input: {kind}")
+                means = [rows[i]["mean input"] if i else 0 for i in at]  # the mean of the image has no meaning
+                inputs.bar(at, means, color=colour)
+            energy.set(ylabel="energy (µJ a sample)", title=self.totals().splitlines()[0])
+            energy.legend()
+            inputs.set(ylabel="mean input")
+            inputs.set_xticks(range(len(rows)), [row["layer"] for row in rows], rotation=90, fontsize=7)
+            inputs.margins(x=0.01)
+            for axis in (energy, inputs):
+                axis.grid(axis="y", alpha=0.3)
+                axis.set_axisbelow(True)

@@ -2,9 +2,9 @@
 
 `--format onnx` writes a float32 graph with the neurons unrolled over T and every BatchNorm folded into its convolution:
 images [B,C,H,W], or event frames [B,T,C,H,W], to logits [B,num_classes]. ONNX Runtime adds up in another order than
-torch, and now and then a membrane within rounding of its threshold spikes in one and not in the other, after which the
-logits of that sample differ. So both are compared twice: as they are, and with ONNX Runtime's spikes in torch, where
-every logit must agree and every spike that torch would have decided otherwise must be within rounding of its threshold.
+torch. A membrane within rounding of its threshold may then spike in only one of them, and the logits of that sample
+differ. So both are compared twice: as they are, and with ONNX Runtime's spikes in torch. With equal spikes every logit
+must agree, and a spike that torch decides otherwise must be within rounding of its threshold.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from engine.log import logger, write_whole
 from models import LIF
 
 from . import common
-from .model_card import CARD_START, model_card
+from .model_card import LIBRARY, model_card
 from .onnx_graph import compare, to_onnx
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
-CHECK_BATCH = 7  # samples compared at once, all spikes of which are held; not the 2 of the exporter's example
+CHECK_BATCH = 7  # samples compared at once, with all spikes in memory; other than the exporter's example of 2
 
 
 def _write_onnx(subject: common.Subject, output: Path, batch: int | None, samples: int) -> None:
@@ -35,17 +35,17 @@ def _write_onnx(subject: common.Subject, output: Path, batch: int | None, sample
     if any(isinstance(module, LIF) and module.leak_across_batch for module in model.modules()):
         if batch not in (None, 1):
             raise UserError(
-                f"--batch {batch}: with ssa_membrane 'released' a membrane runs over the samples of a batch, so that "
-                "answers depend on their neighbours: give --batch 1, or --ssa-membrane per_sample"
+                f"--batch {batch}: with ssa_membrane 'released' the answers depend on the other samples of the batch; "
+                "use --batch 1 or --ssa-membrane per_sample"
             )
         logger.warning(
-            "ssa_membrane 'released' runs over the samples of a batch: exported at a batch of 1, where it equals "
-            "per_sample, and not at the batch that test.py evaluates (--ssa-membrane per_sample takes any batch)"
+            "warning: with ssa_membrane 'released' the file takes a batch of 1, where it equals per_sample; "
+            "--ssa-membrane per_sample takes any batch"
         )
         batch = 1
     x, _ = subject.samples(samples)
     if batch and len(x) < batch:
-        raise UserError(f"--batch {batch}: comparing takes at least one batch, and there are {len(x)} samples")
+        raise UserError(f"--batch {batch}: the comparison needs a whole batch of {len(x)} samples; use a smaller one")
     batches = x[: len(x) - len(x) % (batch or 1)].split(batch or CHECK_BATCH)
     logger.info("exporting and comparing, which takes a minute or more")
     exported = to_onnx(model, x[:1], batch, _metadata(subject))
@@ -56,7 +56,7 @@ def _write_onnx(subject: common.Subject, output: Path, batch: int | None, sample
 
 
 def _metadata(subject: common.Subject) -> dict[str, str]:
-    """What a user of the ONNX file needs to know, as text or JSON."""
+    """Return the metadata of the ONNX file, as text or JSON."""
     cfg = subject.cfg
     about = {
         "model": cfg.model,
@@ -78,12 +78,12 @@ def _settings(cfg: Config) -> str:
 
 
 def _write_safetensors(subject: common.Subject, output: Path) -> None:
-    """Weights under our names, with the settings of a run's checkpoint, and a model card beside them."""
+    """Write weights under our names with the settings of the checkpoint, and a model card next to them."""
     from safetensors.torch import save
 
     card = output.with_suffix(".md")
-    if card.exists() and not card.read_text(errors="replace").startswith(CARD_START):
-        raise UserError(f"{card} is no model card and would be replaced by one: choose another --output")
+    if card.exists() and LIBRARY not in card.read_text(errors="replace"):
+        raise UserError(f"{card}: not a model card, and the new card would replace it; choose another --output")
     weights = {name: value.contiguous() for name, value in subject.model.state_dict().items()}
     config = _settings(subject.cfg)
     metadata = {"format": "pt", "config": config, "sha256": fingerprint(weights, config)}  # Hugging Face asks for "pt"
@@ -97,30 +97,29 @@ def _write(path: Path, content: str | bytes) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    ours = common.parser(f"{__doc__}\nAll further flags are those of test.py, such as --data-path or --ssa-membrane.")
-    ours.add_argument("--checkpoint", type=Path, required=True, help="what train.py wrote, or a released file")
-    ours.add_argument("--format", choices=tuple(PACKAGES), required=True, help="onnx, or safetensors with a model card")
-    ours.add_argument("--output", type=Path, help="file to write (default: beside the checkpoint, with its name)")
-    ours.add_argument(
+    flags = common.checkpoint_parser(__doc__)
+    flags.add_argument(
+        "--format", choices=tuple(PACKAGES), required=True, help="onnx, or safetensors with a model card"
+    )
+    flags.add_argument("--output", type=Path, help="file to write (default: next to the checkpoint, with its name)")
+    flags.add_argument(
         "--batch", type=common.positive, help="onnx: the only batch size that the file takes (default: any)"
     )
-    ours.add_argument("--samples", type=common.positive, default=64, help="onnx: test samples to compare [64]")
-    return ours
+    flags.add_argument("--samples", type=common.positive, default=64, help="onnx: test samples to compare [64]")
+    return flags
 
 
 def run(argv: Sequence[str]) -> None:
-    """Export as the command line says."""
     args, flags = _parser().parse_known_args(argv)
     for package in PACKAGES[args.format]:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise UserError(
-                f"--format {args.format} needs {package} ({error}): pip install -r requirements.txt"
-            ) from None
+            remedy = "pip install -r requirements.txt"
+            raise UserError(f"--format {args.format}: {package} cannot be imported ({error}); {remedy}") from None
     output = args.output or args.checkpoint.with_suffix(f".{args.format}")
     if output.suffix != f".{args.format}" or output.resolve() == args.checkpoint.resolve():
-        raise UserError(f"--output {output}: name a new file *.{args.format}")
+        raise UserError(f"--output {output}: not a new file *.{args.format}; choose another name")
     subject = common.subject(args.checkpoint, [*flags, "--device", "cpu"])
     output.parent.mkdir(parents=True, exist_ok=True)
     if args.format == "onnx":

@@ -1,47 +1,46 @@
-"""A model card for a file of weights: Markdown under the front matter that Hugging Face reads."""
+"""Model card of exported weights, in the format that Hugging Face reads."""
 
 import json
 from pathlib import Path
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
-from engine.config import EVENT_DATASETS, MODEL_FIELDS, Config, plain
+from engine.config import EVENT_DATASETS, MODEL_FIELDS, plain
 from engine.log import logger
 
 from .common import Subject
 
-CARD_START = "---\nlibrary_name: qkformer\n"
-
-
-def _front_matter(cfg: Config, top1: float | None) -> str:
-    """What Hugging Face reads, without a license: that is for those who trained the weights."""
-    front = {
-        "library_name": "qkformer",
-        "tags": ["qkformer", "spiking-neural-network", "spiking-transformer", "arxiv:2403.16552"],
-        "datasets": [cfg.dataset],
-    }
-    if cfg.dataset not in EVENT_DATASETS:
-        front["pipeline_tag"] = "image-classification"
-    if top1 is not None:
-        result = {
-            "task": {"type": "image-classification"},
-            "dataset": {"type": cfg.dataset, "name": cfg.dataset},
-            "metrics": [{"type": "accuracy", "value": round(top1, 2), "name": "top-1 (%)"}],
-        }
-        front |= {"metrics": ["accuracy"], "model-index": [{"name": cfg.model, "results": [result]}]}
-    return yaml.safe_dump(front, sort_keys=False)
+LIBRARY = "library_name: qkformer\n"  # in every card
+TAGS = ["qkformer", "spiking-neural-network", "spiking-transformer", "arxiv:2403.16552"]
 
 
 def model_card(subject: Subject, name: str) -> str:
-    """A model card in Markdown for the weights in the file `name`."""
+    """Return the model card, in Markdown, of the weights in the file `name`.
+
+    It names no license, because only those who trained the weights can choose one.
+    """
     cfg, model = subject.cfg, subject.model
     top1 = _measured(subject)
-    shape = "event frames [B,T,C,H,W]" if cfg.dataset in EVENT_DATASETS else "images [B,C,H,W]"
+    is_image = cfg.dataset not in EVENT_DATASETS
+    task = "image-classification"
+    front = ModelCardData(
+        library_name="qkformer",
+        tags=TAGS,
+        datasets=[cfg.dataset],
+        pipeline_tag=task if is_image else None,
+        metrics=None if top1 is None else ["accuracy"],
+        model_name=cfg.model,
+        eval_results=None
+        if top1 is None
+        else [EvalResult(task, cfg.dataset, cfg.dataset, "accuracy", round(top1, 2), metric_name="top-1 (%)")],
+    )
     settings = {key: value for key, value in plain(cfg).items() if key in MODEL_FIELDS[1:] and value is not None}
     arguments = "".join(f"    {key}={value!r},\n" for key, value in settings.items())
+    shape = "images [B,C,H,W]" if is_image else "event frames [B,T,C,H,W]"
     size = f"{cfg.input_size} x {cfg.input_size}"
     return f"""---
-{_front_matter(cfg, top1)}---
+{front.to_yaml()}
+---
 
 # {cfg.model} on {cfg.dataset}
 
@@ -76,19 +75,19 @@ model.eval()
 
 
 def _measured(subject: Subject) -> float | None:
-    """Top-1 (%) that test.py wrote for this checkpoint, if it did and nothing has changed since."""
+    """Return the top-1 (%) that test.py wrote for this checkpoint and these settings, or None."""
     path = subject.path.with_suffix(".test.json")
     if not path.exists():
-        logger.info(f"there is no {path}, so the card has no accuracy: test.py measures it")
+        logger.info(f"{path}: missing, the card has no accuracy; run test.py")
         return None
     try:
-        found = json.loads(path.read_text())
-        ours = json.loads(json.dumps(plain(subject.cfg)))
+        result = json.loads(path.read_text())
+        settings = json.loads(json.dumps(plain(subject.cfg)))
         keys = (*MODEL_FIELDS, "dataset", "input_size", "mean", "std", "crop_pct")
         is_current = path.stat().st_mtime >= subject.path.stat().st_mtime
-        if is_current and all(found[key] == ours[key] for key in keys):
-            return float(found["top1"])
+        if is_current and all(result[key] == settings[key] for key in keys):
+            return float(result["top1"])
     except (ValueError, TypeError, KeyError):
         pass
-    logger.info(f"{path} is older than the checkpoint or of other settings, so the card has no accuracy: run test.py")
+    logger.info(f"{path}: older than the checkpoint or of other settings, the card has no accuracy; run test.py")
     return None

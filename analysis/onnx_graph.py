@@ -1,8 +1,8 @@
 """A network as an ONNX graph, and the comparison of ONNX Runtime with torch, neuron by neuron."""
 
-import contextlib
+import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,26 +12,28 @@ from engine.cli import UserError
 from models import LIF
 from models.neuron import continued, lif_step
 
+from .common import hooked
+
 OPSET = 18
 TOLERANCE = 1e-5  # of logits, and of a membrane around its threshold
 
 
 class Exported(NamedTuple):
-    """An ONNX file, and the same graph with the spikes [T,B,...] of every LIF as further outputs, named as modules."""
+    """An ONNX file, and its graph with the spikes [T,B,...] of every LIF as further outputs, named as modules."""
 
     product: bytes
     with_spikes: bytes
 
 
 class Parity(NamedTuple):
-    """What ONNX Runtime computes beside torch. Of samples [N], on the CPU.
+    """Comparison of ONNX Runtime with torch, of samples [N] on the CPU.
 
     Attributes:
         difference: largest |logit difference| of each sample.
-        same_class: whether both predict the same.
+        same_class: both predict the same class.
         followed: as `difference`, with ONNX Runtime's spikes in torch.
-        flips: spikes of each sample that torch would have decided otherwise, had it got the same inputs.
-        distance: from a membrane to its threshold, the largest where that is so.
+        flips: spikes of each sample that torch decides otherwise from the same inputs.
+        distance: largest distance of their membranes to the threshold.
         spikes: decisions compared.
     """
 
@@ -57,31 +59,19 @@ class Parity(NamedTuple):
         return "\n".join(lines)
 
     def require(self) -> None:
-        """Raise `UserError` where more than rounding separates the two."""
+        """Raise `UserError` if the two differ by more than rounding."""
         unexplained = (self.difference > TOLERANCE) & (self.flips == 0)
         wrong = (unexplained | ~(self.followed <= TOLERANCE)).sum()  # not a number is wrong too
         if wrong or not self.distance <= TOLERANCE:
             raise UserError(
-                f"ONNX Runtime does not compute what torch does, so nothing is written: {wrong} of {len(self.flips)} "
-                f"samples differ by more than {TOLERANCE:g} (up to {self.followed.max():.1e}) with equal spikes, and "
-                f"spikes differ with membranes up to {self.distance:.1e} from the threshold; install the versions of "
-                "requirements.txt"
+                f"ONNX Runtime: {wrong} of {len(self.flips)} samples differ from torch by more than {TOLERANCE:g} (up "
+                f"to {self.followed.max():.1e}) with equal spikes, and spikes differ with membranes up to "
+                f"{self.distance:.1e} from the threshold; install the versions of requirements.txt"
             )
 
 
-@contextlib.contextmanager
-def _hooked(model: nn.Module, after_lif) -> Iterator[None]:
-    """Within it `after_lif(name, lif, currents, spikes)` may replace what each LIF of `model` returns."""
-    handles = [
-        module.register_forward_hook(lambda lif, args, spikes, name=name: after_lif(name, lif, args[0], spikes))
-        for name, module in model.named_modules()
-        if isinstance(module, LIF)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _lifs(model: nn.Module) -> dict[str, LIF]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LIF)}
 
 
 class _WithSpikes(nn.Module):
@@ -90,24 +80,25 @@ class _WithSpikes(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.names = [name for name, module in model.named_modules() if isinstance(module, LIF)]
+        self.names = list(_lifs(model))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         spikes = {}
-        # neurons in steps, as a stream has them: what they write in place otherwise would make a graph of scatters
-        with continued({}), _hooked(self.model, lambda name, lif, currents, out: spikes.update({name: out})):
+        callbacks = {
+            lif: lambda _, out, name=name: spikes.update({name: out}) for name, lif in _lifs(self.model).items()
+        }
+        # neurons step by step, as in a stream: writing in place would make a graph of scatters
+        with continued({}), hooked(callbacks):
             logits = self.model(x)
         return logits, *(spikes[name] for name in self.names)
 
 
 def to_onnx(model: nn.Module, x: Tensor, batch: int | None, metadata: dict[str, str]) -> Exported:
-    """The graph of a network in evaluation mode, on the CPU.
+    """Export one of our networks in evaluation mode, on the CPU.
 
     Args:
-        model: one of ours.
         x: any sample [1,...]; only its shape counts.
         batch: the fixed batch size, or None for any.
-        metadata: what to write into the file.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -116,7 +107,7 @@ def to_onnx(model: nn.Module, x: Tensor, batch: int | None, metadata: dict[str, 
         warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
         program = torch.onnx.export(
             watched,
-            (x.expand(batch or 2, *x.shape[1:]),),  # an example of 1 would make torch take 1 for a constant
+            (x.expand(batch or 2, *x.shape[1:]),),  # from an example of 1 torch takes 1 for a constant
             input_names=["input"],
             output_names=["logits", *watched.names],
             dynamic_shapes=None if batch else {"x": {0: "batch"}},
@@ -125,7 +116,7 @@ def to_onnx(model: nn.Module, x: Tensor, batch: int | None, metadata: dict[str, 
             verbose=False,
         )
     graph = program.model
-    ClearMetadataAndDocStringPass()(graph)  # lines of code with the folders of this machine, two thirds of the file
+    ClearMetadataAndDocStringPass()(graph)  # source lines with local folders, two thirds of the file
     for value in [*graph.graph.initializers.values()]:
         value.name = value.name.removeprefix("model.")
     graph.metadata_props.update(metadata)
@@ -149,29 +140,25 @@ def compare(model: nn.Module, exported: Exported, batches: Sequence[Tensor]) -> 
         logits = torch.from_numpy(logits)
         watched, *spikes = map(torch.from_numpy, with_spikes.run(None, {"input": x.numpy()}))
         if not torch.equal(watched, logits):
-            raise UserError("ONNX Runtime gives other logits once its spikes are looked at: they cannot be explained")
+            raise UserError(
+                "ONNX Runtime: logits differ when spikes are outputs; install the versions of requirements.txt"
+            )
         own = model(x)
         followed, flips, far = _follow(model, x, dict(zip(names, spikes, strict=True)))
-        columns.append(
-            (
-                (logits - own).abs().amax(1),
-                logits.argmax(1) == own.argmax(1),
-                (logits - followed).abs().amax(1),
-                flips,
-            )
-        )
+        differences = ((logits - other).abs().amax(1) for other in (own, followed))
+        columns.append((next(differences), logits.argmax(1) == own.argmax(1), next(differences), flips))
         distance, count = max(distance, far), count + sum(spike.numel() for spike in spikes)
     return Parity(*map(torch.cat, zip(*columns, strict=True)), distance, count)
 
 
 def _follow(model: nn.Module, x: Tensor, spikes: dict[str, Tensor]) -> tuple[Tensor, Tensor, float]:
-    """Logits of `model` where every LIF returns the `spikes` of its name, whatever its currents.
+    """Run `model` where every LIF returns the `spikes` of its name, whatever its currents.
 
-    So each neuron gets what it got where the spikes were computed, and one difference does not lead to others.
+    Each neuron then gets the inputs of the run that made the spikes, and one difference does not lead to others.
 
     Returns:
-        Logits; how many spikes of each sample [B] its own neurons decide otherwise; and how far from the threshold the
-        farthest membrane among them is.
+        Logits; the number of spikes of each sample [B] that its neurons decide otherwise; and the largest distance of
+        their membranes to the threshold.
     """
     flips, distance = torch.zeros(len(x), dtype=torch.int64), 0.0
 
@@ -187,5 +174,5 @@ def _follow(model: nn.Module, x: Tensor, spikes: dict[str, Tensor]) -> tuple[Ten
             v = h * (1 - spike)
         return spikes[name]
 
-    with _hooked(model, given):
+    with hooked({lif: functools.partial(given, name, lif) for name, lif in _lifs(model).items()}):
         return model(x), flips, distance

@@ -36,7 +36,6 @@ class Case:
     cfg: Config
     amp: str
     device: torch.device
-    is_standard: bool  # what the gates are for: no flag changed anything of it
 
     def at(self, batch_size: int) -> Config:
         return dataclasses.replace(self.cfg, batch_size=batch_size)

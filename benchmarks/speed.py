@@ -20,7 +20,7 @@ its median is what counts. A side that cannot run is named with its reason.
 
 Every round writes the figures so far to speed-DATE-DEVICE.json; the end adds a picture. After an interruption run the
 same command again. It skips sides that the file has in all rounds, of the same commit, device and arguments. It
-measures the missing sides together with the baseline and ours, because ratios and gates compare sides of one run.
+measures the missing sides together with the baseline and ours, because ratios compare sides of one run.
 Another --output, or a change that is not committed, starts from scratch.
 """
 
@@ -56,7 +56,6 @@ from .common import (
     save_picture,
     write,
 )
-from .gates import verdicts
 from .sides import ON_REQUEST, Case, all_sides
 
 CONFIGURATIONS = {  # model -> recipe, batch size
@@ -243,12 +242,11 @@ def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     found = []
     changes = ("time_steps", "input_size", "batch_size", "ssa_membrane")
     changed = {key: getattr(args, key) for key in changes if getattr(args, key) is not None}
-    is_standard = not changed and args.amp == "fp16"
     for model in args.models:
         recipe, batch_size = ROOT / CONFIGURATIONS[model][0], CONFIGURATIONS[model][1]
         values = {"batch_size": batch_size} | changed
         flags = tuple(text for key, value in values.items() for text in (f"--{key}", str(value)))
-        found.append(Case(model, recipe, flags, load(recipe, flags), args.amp, device, is_standard))
+        found.append(Case(model, recipe, flags, load(recipe, flags), args.amp, device))
     return found
 
 
@@ -302,9 +300,6 @@ def run(argv: Sequence[str]) -> None:
     results += report["results"]
     save_picture(draw(runs_in(path)), path)
     print(*("\n" + table(result) for result in results), sep="\n")
-    if device.type == "cuda" and all(case.is_standard for case in chosen):
-        headers = ["model", "mode", "what", "side : versus", "asked for", "measured", ""]
-        print("\n" + tabulate(verdicts(results), headers, disable_numparse=True))
     print(f"\n{path}")
 
 

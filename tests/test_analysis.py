@@ -44,9 +44,7 @@ def all_kinds(trained):
 
 
 def subject(path, *flags):
-    args = common.checkpoint_parser("").parse_args(["--checkpoint", str(path)])
-    (found,) = common.subjects(args, ["--device", "cpu", *flags])
-    return found
+    return common.subject(path, ["--device", "cpu", *flags])
 
 
 def rows_of(path):

@@ -12,7 +12,6 @@ from scripts import ROOT, fail, here, refuses, succeed
 
 from benchmarks import roofline, speed
 from benchmarks.common import Timed, Turns
-from benchmarks.gates import verdicts
 from benchmarks.speed import cases, compare, complete, missing, weights
 from benchmarks.spikingjelly2 import Remote
 from engine.config import load
@@ -216,22 +215,6 @@ def test_a_side_that_fails_is_out_and_the_others_go_on():
     assert figures["good"]["samples_per_s"] == 2000
     assert "not asked for" not in figures
     assert turns.figures(("good",), "cupy", 10)["good"]["ratio"] is None
-
-
-def test_gates():
-    def side(*rounds, peak=100):
-        return {"ms": {"rounds": rounds}, "peak_bytes": peak}
-
-    sides = {"unfused-cupy": side(20, 30, 20), "ours": side(10, 10, 11, peak=41), "ours-packed": side(9, 9, 9, peak=20)}
-    about = {"model": "qkformer_10_384", "mode": "train"}
-    later = {"unfused-cupy": side(10, 10), "unfused-compiled": side(5, 5)}
-    rows = verdicts([about | {"sides": sides}, about | {"sides": later}])
-    found = {(row[2], row[3]): row[5:] for row in rows}
-    assert found["time", "ours : unfused-cupy"] == ["2.00", "met"]
-    assert found["memory", "ours : unfused-cupy"] == ["0.410", "missed"]
-    assert found["memory", "ours-packed : unfused-cupy"] == ["0.200", "met"]
-    assert found["time", "ours : spikingjelly2"] == ["", "not measured"]
-    assert found["time", "ours : unfused-compiled"] == ["", "not measured"]  # not in the same run
 
 
 def test_demand_counts_a_still_image_once():
