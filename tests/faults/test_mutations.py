@@ -131,3 +131,15 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, count,
         for key in ("state_dict", "state_dict_ema", "optimizer", "best"):
             assert same(read[key], whole[key]), f"{what}: {key}"
         assert (folder / "last.pt.damaged").exists() == is_damaged, what
+
+
+def test_the_newest_undamaged_checkpoint_is_taken(finished, tmp_path):
+    """Damaged ones are renamed; where none is left, the run is not started from scratch."""
+    for names, code in ((("last.pt", "last-1.pt"), 0), (("last.pt", "last-1.pt", "best.pt"), 2)):
+        folder = tmp_path / str(code)
+        shutil.copytree(finished, folder)
+        for name in names:
+            (folder / name).write_bytes((folder / name).read_bytes()[:-1000])
+        output = script("digits/train.py", "--output-dir", folder, "--resume", "auto", expected={code})
+        assert code == 0 or str(folder) in output
+        assert all((folder / f"{name}.damaged").exists() for name in names)
