@@ -148,6 +148,7 @@ def test_ranks_that_disagree_all_end_in_one_line(tmp_path, flags, problem, teste
     assert (tmp_path / "tested").read_text() == tested
 
 
+@pytest.mark.slow
 def test_two_machines_under_torchrun(tmp_path):
     """One launcher each, both on this machine, as the README says."""
     rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_id=1", "--rdzv_backend=c10d"]
