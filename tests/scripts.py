@@ -16,9 +16,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,14 +73,6 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.join()
-
-    def wait_for(self, sign: Callable[[], bool]) -> bool:
-        """Wait until `sign()`; return False if the child ended before."""
-        while not sign():
-            if not self.process.is_alive():
-                return sign()
-            time.sleep(0.01)
-        return True
 
     @property
     def output(self) -> str:
@@ -160,6 +151,33 @@ class AtStep:
 def signal_at_step(number: int, step: int) -> AtStep:
     """Before a script: let it send itself and its group a signal after the optimizer's n-th step."""
     return AtStep(partial(os.killpg, 0, number), step)
+
+
+class Gate:
+    """A place where a child waits: `before=AtStep(gate.wait, 1)`, or `before=gate.wait`."""
+
+    def __init__(self):
+        self.outside, self.inside = multiprocessing.Pipe()
+
+    def __getstate__(self):
+        return {"inside": self.inside}  # all that the child needs
+
+    def wait(self) -> None:
+        """In the child: wait for `open`."""
+        self.inside.send(None)
+        self.inside.recv()
+
+    def is_reached(self) -> bool:
+        """Block until the child waits, or return False if it ends before; to be called once the child has started."""
+        self.inside.close()
+        try:
+            self.outside.recv()
+        except (EOFError, ConnectionResetError):
+            return False
+        return True
+
+    def open(self) -> None:
+        self.outside.send(None)
 
 
 def run(*command, cwd=ROOT, fresh=False, before=None, **environment) -> subprocess.CompletedProcess:
@@ -274,6 +292,22 @@ def result_in(folder):
     return json.loads(path.read_text())
 
 
-def rows_in(folder):
-    """Return the rows of a run's metrics."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def rows_in(folder, *without):
+    """Return the rows of a run's metrics, without some of the columns."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in without} for row in rows]
+
+
+def same(a: object, b: object) -> bool:
+    """Return True if two contents of a checkpoint are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and _bytes(a) == _bytes(b)
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and (a == b or (a != a and b != b))  # NaN
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

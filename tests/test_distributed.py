@@ -2,16 +2,13 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from scripts import CPU, ROOT, TORCHRUN, Child, fail, free_port, named, ranks, run, succeed
+from scripts import CPU, ROOT, TORCHRUN, Child, fail, free_port, named, ranks, run, same, succeed
 
 from engine import checkpoint, world
 
@@ -71,7 +68,6 @@ def test_two_processes_on_the_fused_path_make_the_updates_of_one(tmp_path):
 
 
 def test_without_synchronised_batchnorm_they_differ(alone, tmp_path):
-    """The comparison above can fail."""
     two = two_processes(tmp_path / "two.pt")
     assert two["synced"] == 0
     assert two["loss"] != pytest.approx(alone[1]["loss"], rel=1e-3)
@@ -88,50 +84,24 @@ def start(*words, **environment):
     )
 
 
-def processes_of(launcher):
-    """{rank: process id} of what a launcher has started."""
-    ids = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    ranks = {}
-    for process in ids:
-        environment = dict(
-            entry.split("=", 1) for entry in Path(f"/proc/{process}/environ").read_text().split("\0") if "=" in entry
-        )
-        if "RANK" in environment:
-            ranks[int(environment["RANK"])] = int(process)
-    return ranks
-
-
-def kill_one(launcher, folder, rank):
-    """SIGKILL one process once the run has its first checkpoint."""
-    while not (folder / "last.pt").exists():
-        assert launcher.poll() is None, launcher.stdout.read()
-        time.sleep(0.02)
-    os.kill(processes_of(launcher)[rank], signal.SIGKILL)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_the_death_of_one_ends_all(tmp_path):
-    launcher = start(*TORCHRUN, "digits/train.py", *QUICK, "--epochs", "500", "--output-dir", tmp_path)
-    kill_one(launcher, tmp_path, rank=1)
-    launcher.communicate()
-    assert launcher.returncode != 0
-    assert checkpoint.read(tmp_path / "last.pt")["epoch"] >= 1
+    """Rank 1 dies in the second epoch."""
+    result = run(
+        *TORCHRUN, "tests/dies.py", 1, 15, "digits/train.py", *QUICK, "--epochs", "500", "--output-dir", tmp_path
+    )
+    assert result.returncode != 0
+    assert checkpoint.read(tmp_path / "last.pt")["epoch"] == 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 @pytest.mark.slow
 def test_torchruns_restart_goes_on_from_the_last_checkpoint(tmp_path):
-    train = ["digits/train.py", *QUICK, "--epochs", "5", "--output-dir"]
-    launcher = start(*TORCHRUN, "--max-restarts=1", *train, tmp_path / "cut")
-    kill_one(launcher, tmp_path / "cut", rank=0)
-    output, _ = launcher.communicate()
-    assert launcher.returncode == 0, output
+    train = ["digits/train.py", *QUICK, "--epochs", "3", "--output-dir"]
+    succeed(*TORCHRUN, "--max-restarts=1", "tests/dies.py", 0, 15, *train, tmp_path / "cut")
     succeed(*TORCHRUN, *train, tmp_path / "whole")
     whole, cut = (checkpoint.read(tmp_path / name / "last.pt")["state_dict"] for name in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert same(whole, cut)
     starts = json.loads((tmp_path / "cut/run.json").read_text())
-    assert len(starts) == 2
-    assert starts[1]["first_epoch"] >= 1
+    assert [start["first_epoch"] for start in starts] == [0, 1]
 
 
 def test_restarts_need_a_folder_to_find_the_run_in(monkeypatch, capfd):
@@ -152,34 +122,33 @@ def with_self_test(tested, problem):
 
 
 @pytest.mark.parametrize(
-    ("backends", "problem", "tested"),
-    [(("triton", "triton"), "computes 17 for 4; use lif_backend='torch'", "01"), (("triton", "torch"), None, "0")],
-    ids=["self-test", "flags"],
+    ("flags", "problem", "tested", "value"),
+    [
+        (("--lif-backend triton",) * 2, "computes 17 for 4; use lif_backend='torch'", "01", "rank 1 of 2"),
+        (("--lif-backend triton", "--lif-backend torch"), None, "0", "rank 1 of 2"),
+        (("--batch-size 64", "--batch-size 32"), None, "", "batch_size"),
+    ],
+    ids=["self-test", "kernels", "settings"],
 )
-def test_ranks_that_disagree_on_the_kernels_all_end_in_one_line(tmp_path, backends, problem, tested):
+def test_ranks_that_disagree_all_end_in_one_line(tmp_path, flags, problem, tested, value):
     """Rank 0 tests the kernels first, alone; rank 1 fails, or does not want them."""
     world = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    (tmp_path / "tested").touch()
     children = []
-    for rank, backend in enumerate(backends):
-        flags = ["digits/train.py", "--sync-bn", "--device", "cpu", "--lif-backend", backend]
+    for rank in range(2):
+        words = ["digits/train.py", "--sync-bn", "--device", "cpu", *flags[rank].split()]
         before = partial(with_self_test, tmp_path / "tested", problem if rank else None)
         environment = world | {"TRITON_INTERPRET": "1", "RANK": str(rank)}
-        children.append(Child(*flags, log=tmp_path / f"{rank}", before=before, **environment))
+        children.append(Child(*words, log=tmp_path / f"{rank}", before=before, **environment))
     assert [child.wait() for child in children] == [2, 2]
     for child in children:
         assert "Traceback" not in child.output
         (line,) = [line for line in child.output.splitlines() if line.startswith("error: ")]
-        named(line, "rank 1 of 2", (problem or "").split(";")[0], "--lif-backend")
+        named(line, value, (problem or "").split(";")[0])
     assert (tmp_path / "tested").read_text() == tested
 
 
-def test_a_mistake_is_told_under_a_launcher():
-    result = run(*TORCHRUN, "digits/train.py", "--epochs", "0")
-    assert result.returncode != 0
-    (line,) = {line for line in result.stderr.splitlines() if line.startswith("error: ")}
-    named(line, "epochs", 0)
-
-
+@pytest.mark.slow
 def test_two_machines_under_torchrun(tmp_path):
     """One launcher each, both on this machine, as the README says."""
     rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_id=1", "--rdzv_backend=c10d"]

@@ -4,20 +4,19 @@ Augmentation, stochastic depth, an average of the weights and accumulated gradie
 """
 
 import dataclasses
-import json
 import signal
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from harness import Counts, same
-from scripts import Child, ranks
+from harness import judge
+from scripts import ranks, rows_in, same
 
 from engine import checkpoint
-from engine.cli import UserError
 
 TRAIN = "digits/train.py --device cpu --epochs 2 --save-steps 2 --time-steps 1 --mlp-ratio 1 --log-interval 1".split()
-TRAIN += "--batch-size 64 --accum-iter 2 --ema-decay 0.9 --drop-path 0.1 --reprob 0.2 --color-jitter 0.4".split()
-EPOCHS, SAMPLES, BATCH, ACCUMULATED = 2, 1437, 64, 2
+TRAIN += "--batch-size 120 --accum-iter 2 --ema-decay 0.9 --drop-path 0.1 --reprob 0.2 --color-jitter 0.4".split()
+STEPS = {1: 11, 2: 5}  # number of processes -> batches of an epoch, two for each update
+UPDATES = {1: 6, 2: 3}
 
 
 def run_whole(folder: Path, count: int) -> Path:
@@ -27,99 +26,66 @@ def run_whole(folder: Path, count: int) -> Path:
     return folder
 
 
-def updates(count: int) -> int:
-    """Optimizer steps of an epoch in `count` processes."""
-    return -(-(SAMPLES // (BATCH * count)) // ACCUMULATED)
-
-
-def position_after(update: int, count: int) -> tuple[int, int]:
-    """Epochs done, and steps of the next, after so many optimizer steps of a run; an epoch ends with its evaluation."""
-    epoch, update = divmod(update - 1, updates(count))
-    return epoch, min((update + 1) * ACCUMULATED, SAMPLES // (BATCH * count))
-
-
-def updates_at(position: tuple[int, int], count: int) -> int:
-    """Optimizer steps that a checkpoint at this position has."""
-    epoch, steps = position
-    return max(epoch, 0) * updates(count) + -(-max(steps, 0) // ACCUMULATED)
-
-
-def content(folder):
-    """What the newest checkpoint in a folder holds, None where there is none."""
+def content(folder: Path) -> dict | None:
+    """Return the newest checkpoint in a folder, None where there is none."""
     files = checkpoint.kept(folder / "last.pt")
     return checkpoint.read(files[0]) if files else None
 
 
-def position(folder):
-    state = content(folder)
-    return (state["epoch"], state["position"]["steps_done"]) if state else (-1, -1)
-
-
-def metrics(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+def require_equal(folder: Path, other: Path) -> None:
+    """Assert that two runs ended with the same weights, state and figures, to the last bit."""
+    ours, theirs = content(folder), content(other)
+    for key in ("state_dict", "state_dict_ema", "optimizer", "best", "epoch"):
+        assert same(ours[key], theirs[key]), f"{folder}: {key}"
+    assert rows_in(folder, "seconds") == rows_in(other, "seconds")
 
 
 @dataclasses.dataclass
 class Chain:
-    """One run in `count` processes with `workers` loader processes each, from life to life of its processes."""
+    """A run in `count` processes with `workers` loader processes each, from life to life of its processes."""
 
-    counts: Counts
     folder: Path
     whole: Path  # folder of a run without a fault
     count: int = 1
     workers: int = 0
     lives: int = 0
+    kills: int = 0
     done: bool = False
     saved: tuple[int, int] = (-1, -1)  # epochs, and steps of the next
-
-    @property
-    def name(self) -> str:
-        return f"{self.folder.name}, {self.count} processes, {self.workers} workers, life {self.lives}"
 
     def life(
         self,
         before: Callable[[], None] | None = None,
         only: int | None = None,
-        end: Callable[[list[Child]], None] = lambda children: None,
+        end: Callable[[], None] = lambda: None,
         expected: Collection[int] = (0,),
-    ) -> str:
-        """Start the processes, let `end` act on them, and check what they leave; return the first one's output.
+    ) -> None:
+        """Start the processes, `end` them, and check what they leave.
 
         Processes that are not killed must end with one of the `expected` codes; with 2, or 0 if they were done, where
         another was killed.
         """
         self.lives += 1
-        self.counts.trials += 1
+        name = f"{self.folder.name}, life {self.lives}"
         words = [*TRAIN, "--workers", self.workers, "--output-dir", self.folder, "--resume", "auto"]
         log = self.folder.with_name(f"{self.folder.name}-{self.lives}.log")
         children = ranks(self.count, *words, log=log, before=before, only=only)
-        end(children)
+        end()
         codes = [child.wait() for child in children]
         killed = [code in (-signal.SIGKILL, -signal.SIGXFSZ, -signal.SIGPROF) for code in codes]
-        self.counts.kills += sum(killed)
+        self.kills += sum(killed)
         for child, code, is_killed in zip(children, codes, killed, strict=True):
-            if is_killed:
-                self.counts.require("Traceback" not in child.output, f"{self.name}: {child.output}", "tracebacks")
-            else:
-                self.counts.judge(self.name, code, child.output, {0, 2} if any(killed) else set(expected))
+            judge(name, code, child.output, {code} if is_killed else {0, 2} if any(killed) else expected)
         self.done = set(codes) == {0}
-        earlier = self.saved
-        try:
-            self.saved = position(self.folder)
-        except UserError as error:
-            self.counts.count("lost", f"{self.name}: {error}")
-        self.counts.require(self.saved >= earlier, f"{self.name}: {earlier} was saved, now {self.saved}", "lost")
-        return children[0].output
+        if state := content(self.folder):
+            saved = state["epoch"], state["position"]["steps_done"]
+            assert saved >= self.saved, f"{name}: {self.saved} was saved, now {saved}"
+            self.saved = saved
+        else:
+            assert self.saved == (-1, -1), f"{name}: the checkpoint is gone"
 
-    def finish(self):
+    def finish(self) -> None:
         """Go on to the end, and compare with the run that was never interrupted."""
-        while not self.done and self.lives < 100 and not self.counts.notes:
+        if not self.done:
             self.life()
-        if self.counts.notes:
-            return
-        ours, theirs = content(self.folder), content(self.whole)
-        for key in ("state_dict", "state_dict_ema", "optimizer", "best", "epoch"):
-            self.counts.require(same(ours[key], theirs[key]), f"{self.name}: {key} is another than of a whole run")
-        rows = metrics(self.folder), metrics(self.whole)
-        self.counts.require(rows[0] == rows[1], f"{self.name}: metrics {rows[0]} where a whole run has {rows[1]}")
+        require_equal(self.folder, self.whole)

@@ -1,14 +1,14 @@
 """Disks that fill up while a run writes: one line, the checkpoint before stays, and with space the run goes on."""
 
 import contextlib
-import random
 import resource
 import shutil
 import subprocess
 
 import pytest
 from chains import Chain, content
-from harness import QUICK, part, same
+from harness import QUICK, script
+from scripts import AtStep, Gate, same
 
 KILO = 1024
 ENOUGH = 100_000  # KiB
@@ -30,36 +30,32 @@ def disk(folder, kilobytes):
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def fill_and_go_on(chain, size, left=None):
-    """A life on a disk of `size` KiB, or with `left` KiB more than its first save takes; then one with space enough."""
-
-    def end(children):
-        if left is not None:
-            children[0].wait_for((chain.folder / "last.pt").exists)
-            mount(chain.folder, shutil.disk_usage(chain.folder).used // KILO + left, "remount")
-
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [4, 12, 100, 300, *range(600, 8000, 600)])
+def test_a_disk_of_any_size(size, tmp_path, whole):
+    """From too small for the first file of a run to almost large enough."""
+    chain = Chain(tmp_path / "run", whole(1))
     with disk(chain.folder, size):
-        chain.life(end=end, expected=(0, 2))  # 0 where it was enough
+        chain.life(expected=(0, 2))  # 0 where it was enough
         mount(chain.folder, ENOUGH, "remount")
         chain.finish()
 
 
 @pytest.mark.slow
-def test_disks_of_all_sizes(tmp_path, whole):
-    """From too small for the first file of a run to almost large enough."""
-    with part("full disks") as counts:
-        for size in [4, 8, 12, 40, 100, 300, *range(600, 8000, 300)]:
-            fill_and_go_on(Chain(counts, tmp_path / f"{size}k", whole(1)), size)
+@pytest.mark.parametrize("left", [0, 4, 8, 16, 700, 1600, 2400, 3200, 4800])
+def test_a_disk_that_fills_up_after_a_save(left, tmp_path, whole):
+    """The metrics, TensorBoard's events and the pictures are next; `left` is in KiB."""
+    chain, gate = Chain(tmp_path / "run", whole(1)), Gate()
 
+    def fill():
+        assert gate.is_reached()
+        mount(chain.folder, shutil.disk_usage(chain.folder).used // KILO + left, "remount")
+        gate.open()
 
-@pytest.mark.slow
-def test_disks_that_fill_up_behind_a_save(tmp_path, whole):
-    """So that it is the turn of the metrics, TensorBoard's events and the pictures."""
-    rng = random.Random(0)
-    with part("full disks") as counts:
-        for number in range(24):
-            left = rng.choice([0, 4, 8, 16, 1600, 3200, rng.randrange(6000)])
-            fill_and_go_on(Chain(counts, tmp_path / f"left{number}", whole(1)), ENOUGH, left)
+    with disk(chain.folder, ENOUGH):
+        chain.life(AtStep(gate.wait, 3), end=fill, expected=(0, 2))
+        mount(chain.folder, ENOUGH, "remount")
+        chain.finish()
 
 
 @contextlib.contextmanager
@@ -77,9 +73,8 @@ def largest_file(size):
 def test_files_that_cannot_grow(size, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     flags = [*QUICK, "--epochs", 3, "--output-dir", tmp_path / "run", "--resume", "auto"]
-    with part("files that cannot grow") as counts:
-        with largest_file(size):
-            counts.script("digits/train.py", *flags, expected={2})
-        counts.require(same(content(tmp_path / "run"), content(finished)), "the checkpoint before is gone", "lost")
-        counts.script("digits/train.py", *flags, expected={0})
-        counts.require(content(tmp_path / "run")["epoch"] == 3, "it did not go on")
+    with largest_file(size):
+        script("digits/train.py", *flags, expected={2})
+    assert same(content(tmp_path / "run"), content(finished))
+    script("digits/train.py", *flags, expected={0})
+    assert content(tmp_path / "run")["epoch"] == 3
