@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import os
+import reprlib
 import signal
 import sys
 import threading
@@ -32,6 +33,18 @@ class UserError(Exception):
     def thing(self) -> str:
         """The flag, setting or file in question."""
         return str(self).partition(": ")[0]
+
+
+def short(value: object) -> str:
+    """Return the `repr` of a value, cut if it is long."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 100, 100
 
 
 class Stopped(Exception):

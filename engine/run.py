@@ -23,8 +23,8 @@ from models.neuron import silent_layers, triton_problem
 from models.released import identify, load_released
 
 from . import checkpoint, log, published, results, world
-from .cli import StopRequest, UserError, spare_children
-from .config import EVENT_DATASETS, FIELDS, LOCAL_FIELDS, MODEL_FIELDS, Config, load, plain, short
+from .cli import StopRequest, UserError, short, spare_children
+from .config import EVENT_DATASETS, FIELDS, LOCAL_FIELDS, MODEL_FIELDS, Config, load, plain
 from .data import event, image
 from .data.loaders import Data
 from .log import logger
