@@ -23,9 +23,8 @@ from tabulate import tabulate
 from torch import nn
 
 from engine.cli import UserError
-from engine.config import EVENT_DATASETS, FIELDS, LOCAL_FIELDS, MODEL_FIELDS, PUBLISHED, Config, plain
+from engine.config import EVENT_DATASETS, FIELDS, LOCAL_FIELDS, MODEL_FIELDS, PUBLISHED, Config, plain, read
 from engine.log import logger, setup_console
-from engine.published import all_of
 from engine.run import build_model
 
 from .common import ROOT, main, parser, recipes, write_csv
@@ -170,7 +169,7 @@ def ablations(found: Sequence[dict]) -> list[dict]:
     """Return both data sets of the paper's ablations side by side."""
     rows = [{"attention, embedding": name, "--variant": variant or ""} for variant, name in ABLATIONS.items()]
     for path in (ROOT / "cifar100/cifar100.yml", ROOT / "cifar10-dvs/cifar10-dvs.yml"):
-        configs = {cfg.variant: cfg for cfg in all_of(path)}
+        configs = {cfg.variant: cfg for cfg in read(path).all()}
         for texts, variant in zip(rows, ABLATIONS, strict=True):
             whole = row(configs[variant], found)
             name = whole["data set"]

@@ -1,15 +1,8 @@
 """Evaluate a checkpoint on CIFAR-10: `python cifar10/test.py --checkpoint FILE`, with any flag of `--help`."""
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from engine.cli import guard
+from importlib import import_module
 
 if __name__ == "__main__":
-    with guard():
-        from analysis.energy import EnergyMeter
-        from engine.run import test
-
-        test(Path(__file__).resolve().with_name("cifar10.yml"), EnergyMeter)
+    sys.path.insert(0, f"{sys.path[0]}/..")  # the repository
+    import_module("engine.cli").main("engine.run:test", __file__, "cifar10.yml", "analysis.energy:EnergyMeter")

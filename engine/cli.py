@@ -1,164 +1,176 @@
-"""How a script ends: user errors, exit codes, and signals. Light to import, because it watches the rest load."""
+"""How a script starts and ends: user errors, exit codes, signals. Light to import, because it guards other imports."""
 
 import contextlib
 import errno
 import functools
 import os
+import reprlib
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from pkgutil import resolve_name
 from types import FrameType
 
-LONGEST = 1000  # characters of a message; what the user gave may have any length
+LONGEST = 1000  # characters of a message; a value in it may have any length
+RESUME = "--resume auto continues from the last save"
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class UserError(Exception):
-    """Bad input. Its message is one line that names the thing and the remedy; scripts print it and exit with 2."""
+    """Bad input. Its message is one line `thing: problem; fix`, which a script prints before it exits with `code`."""
+
+    code = 2
 
     def __init__(self, message: str):
-        # a loader's worker hands its exception on with the traceback in front
+        # a DataLoader passes on the error of a worker with the worker's traceback in front
         line = " ".join(message.split(f"{type(self).__name__}: ")[-1].split())
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 + 5 :]}")
 
+    @property
+    def thing(self) -> str:
+        """The flag, setting or file in question."""
+        return str(self).partition(": ")[0]
+
+
+def short(value: object) -> str:
+    """Return the `repr` of a value, cut if it is long."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 100, 100
+
 
 class Stopped(Exception):
-    """A signal asked the run to end, and it is saved.
+    """The end of a run that a signal asked for, after saving.
 
     Args:
-        number: the signal; the script's exit code is 128 + `number`, as the shell's.
-        where: how far the run has come.
+        number: the signal; the exit code is 128 + `number`, as a shell reports it.
+        where: position in the run.
     """
 
     def __init__(self, number: int, where: str):
         self.code = 128 + number
-        super().__init__(f"stopped by {signal.Signals(number).name} {where}; --resume auto goes on from there")
+        super().__init__(f"stopped by {signal.Signals(number).name} {where}; {RESUME}")
+
+
+def main(function: str, script: str, recipe: str, *names: str) -> None:
+    """Run a script: call `function` ("module:name") on the recipe next to `script`, importing it under `guard`."""
+    with guard():
+        resolve_name(function)(Path(script).resolve().with_name(recipe), *names)
 
 
 @contextlib.contextmanager
 def guard() -> Iterator[None]:
-    """Around a script's body, its imports included: what the user can mend ends in one line and exit code 2."""
+    """Print errors that the user can fix as one line, and exit with their code."""
     _open_closed_streams()
-    threading.excepthook = _in_a_thread
+    threading.excepthook = _ignore_os_errors
     try:
         yield
-        _teardown()
-    except UserError as error:
-        _exit(str(error))
-    except Stopped as error:
+    except (UserError, Stopped) as error:
         _exit(str(error), error.code)
     except KeyboardInterrupt:
-        _exit("interrupted; what was done stays: start again, or go on with a run by --resume auto", 130)
+        _exit(f"interrupted; {RESUME}", 130)
     except (OSError, MemoryError, RuntimeError, ImportError) as error:
-        message = _explained(error)
+        message = _explanation(error)
         if message is None:
             raise
-        _exit(message)
+        _exit(message, UserError.code)
     finally:
         _flush()
 
 
 def _open_closed_streams() -> None:
-    """What is printed shall not end up in a file that has got the number of a closed stream."""
+    """Keep output out of the next file that is opened, which gets the number of a closed stream."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, it stays open
 
 
-def _in_a_thread(error: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread raises what it cannot write, and TensorBoard again where it is called: once is enough."""
+def _ignore_os_errors(error: threading.ExceptHookArgs) -> None:
+    """Print errors of threads, but for TensorBoard's failures to write, which it raises in the main thread too."""
     if not issubclass(error.exc_type, OSError):
         threading.__excepthook__(error)
 
 
 def _flush() -> None:
-    """Nobody may be reading any more, as behind `| head`: Python would complain of it when it ends."""
+    """Flush stdout; its reader may be gone (`| head`), which Python would report at exit."""
     try:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _teardown() -> None:
-    from . import world
-
-    world.teardown()
-
-
-def _explained(error: Exception) -> str | None:
-    """What happened to the machine, and what to do; None if `error` is a mistake of ours."""
+def _explanation(error: Exception) -> str | None:
+    """Explain a failure of the machine or the installation; None for a bug of this project."""
     first_line = (str(error).splitlines() or [""])[0]
     if isinstance(error, ImportError):
         is_ours = (error.name or "").split(".")[0] in ("engine", "models", "analysis", "benchmarks")
-        return None if is_ours else f"a package cannot be loaded ({first_line}): pip install -r requirements.txt"
+        return None if is_ours else f"import: {first_line}; pip install -r requirements.txt"
     if isinstance(error, OSError):
         if error.errno in (errno.EMFILE, errno.ENFILE):
             return f"{error.strerror}: raise the limit (ulimit -n), or use fewer --workers"
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if type(error).__name__ == "OutOfMemoryError":
-        return f"the GPU's memory is full: use a smaller --batch-size, or --grad-checkpointing ({first_line})"
+        return f"GPU memory: full ({first_line}); use a smaller --batch-size, or --grad-checkpointing"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return f"the memory is full: use a smaller --batch-size, or fewer --workers ({first_line or 'MemoryError'})"
+        return f"memory: full ({first_line or 'MemoryError'}); use a smaller --batch-size, or fewer --workers"
     if "DataLoader worker" in str(error):
-        return (
-            f"a loader's process has ended ({first_line}): killed for want of memory, or of shared memory? Use fewer "
-            "--workers; --resume auto goes on from what was saved last"
-        )
-    from . import world
-
-    if world.is_lost_peer(error):
-        return (
-            f"lost the other processes ({first_line}); if one of them has ended, see its own message; "
-            "--resume auto goes on from what was saved last"
-        )
+        return f"{first_line}: often out of memory or shared memory; use fewer --workers, and {RESUME}"
     return None
 
 
-def _exit(message: str, code: int = 2) -> None:
+def _exit(message: str, code: int) -> None:
     local_rank = os.environ.get("LOCAL_RANK", "0")
-    if code != 2:  # a signal's, and all processes got it
+    if code != UserError.code:  # a signal, which all ranks got
         if local_rank == "0":
             print(message, file=sys.stderr, flush=True)
         sys.exit(code)
     if local_rank != "0":
-        time.sleep(3)  # most mistakes are every process's: the launcher ends the others once the first has told
-    line = "".join(sign if sign.isprintable() else "?" for sign in " ".join(message.split()))  # names of files hold any
+        time.sleep(3)  # most errors are the same on all ranks, and a launcher ends the others after the first
+    line = "".join(sign if sign.isprintable() else "?" for sign in " ".join(message.split()))  # file names hold any
     print(f"error: {line}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 class StopRequest:
-    """As a context, notes the first of these in `signal`; a SIGINT after it ends the program at once.
+    """Context that keeps the first of `SIGNALS` in `signal`; a later SIGINT interrupts the program at once.
 
-    What is ignored when the context begins, as SIGHUP under nohup, stays so.
+    Signals that are ignored before (SIGHUP under nohup) stay ignored.
     """
 
     def __init__(self):
         self.signal: int | None = None
-        self._before = {}
+        self._handlers = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._note)
+                self._handlers[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = number
-        elif number == signal.SIGINT:  # somebody is in a hurry; SIGTERM comes twice from some launchers
+        elif number == signal.SIGINT:  # the user is in a hurry; some launchers send SIGTERM twice
             raise KeyboardInterrupt
 
 
 @functools.cache
 def spare_children() -> None:
-    """Processes that are forked from now on, loaders', leave the group that a terminal or a launcher sends signals to.
+    """Put each forked process, such as a DataLoader worker, in a process group of its own from its first moment.
 
-    From their first moment: one that got such a signal while it starts would end, and the run with it.
+    A signal from a terminal or a launcher goes to a whole group; a worker that it ended would take the run with it.
     """
-    os.register_at_fork(after_in_child=os.setpgrp)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=os.setpgrp)

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from .cli import UserError
-from .config import MODEL_FIELDS, Config, load, variants
+from .config import MODEL_FIELDS, Config, read
 
 RELEASED = {  # md5 -> recipe in imagenet/
     "60df416983ae326bb14bdb4566444320": "qkformer_10_384",
@@ -44,15 +44,10 @@ def _alike(cfg: Config, folder: Path) -> Config | None:
     keys = [key for key in (*MODEL_FIELDS, "input_size", "split_seed") if key != "ssa_membrane"]
     for path in sorted(folder.glob("*.yml")):
         try:
-            recipes = all_of(path)
+            recipes = read(path).all()
         except UserError:
             continue  # a file of the user's
         for recipe in recipes:
             if all(getattr(recipe, key) == getattr(cfg, key) for key in keys):
                 return recipe
     return None
-
-
-def all_of(path: Path) -> list[Config]:
-    """A recipe and its variants; raises `UserError` as `load` does."""
-    return [load(path), *(load(path, ["--variant", name]) for name in variants(path))]

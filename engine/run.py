@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from pkgutil import resolve_name
 
 import timm.utils
 import torch
@@ -23,8 +24,8 @@ from models.neuron import silent_layers
 from models.released import identify, load_released
 
 from . import checkpoint, log, published, results, world
-from .cli import StopRequest, UserError, spare_children
-from .config import EVENT_DATASETS, FIELDS, LOCAL_FIELDS, MODEL_FIELDS, Config, load, plain, short
+from .cli import StopRequest, UserError, short, spare_children
+from .config import EVENT_DATASETS, FIELDS, LOCAL_FIELDS, MODEL_FIELDS, Config, load, plain
 from .data import event, image
 from .data.loaders import Data
 from .log import logger
@@ -45,19 +46,20 @@ from .trainer import NO_BEST, Trainer, evaluate
 from .world import World
 
 
+@world.membership()
 def train(recipe: Path) -> None:
     """Train as the recipe and the command line say; the script's whole body."""
     _train(recipe, sys.argv[1:])
 
 
-def test(recipe: Path, meter: Callable[[nn.Module], AbstractContextManager]) -> None:
+@world.membership()
+def test(recipe: Path, meter: str) -> None:
     """Evaluate `--checkpoint` as the recipe and the command line say; the script's whole body.
 
     Args:
-        recipe: the script's own.
-        meter: what `--energy` measures a network with while it is evaluated (`analysis.energy.EnergyMeter`).
+        meter: "module:name" of the meter for `--energy`; a name, because analyses import the engine.
     """
-    _test(recipe, sys.argv[1:], meter)
+    _test(recipe, sys.argv[1:], meter and resolve_name(meter))
 
 
 def build_model(cfg: Config) -> nn.Module:

@@ -1,11 +1,12 @@
 """One process or many: a thin layer over torch.distributed that does nothing where there is one process."""
 
+import contextlib
 import datetime
 import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from .cli import UserError
+from .cli import RESUME, UserError
 from .settings import Config
 
 
@@ -138,6 +139,19 @@ def in_turns(make: Callable):
             result = make()
         td.barrier(patient)
     return result
+
+
+@contextlib.contextmanager
+def membership() -> Iterator[None]:
+    """Leave the process group, if there is one, at the end; raise `UserError` if another rank was lost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"another rank: lost ({reason}), see its own message; {RESUME}") from None
+    teardown()
 
 
 def teardown() -> None:

@@ -1,14 +1,8 @@
 """Train on ImageNet-1k: `torchrun --nproc_per_node=8 imagenet/train.py`, with any flag of `--help`."""
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from engine.cli import guard
+from importlib import import_module
 
 if __name__ == "__main__":
-    with guard():
-        from engine.run import train
-
-        train(Path(__file__).resolve().with_name("qkformer_10_384.yml"))
+    sys.path.insert(0, f"{sys.path[0]}/..")  # the repository
+    import_module("engine.cli").main("engine.run:train", __file__, "qkformer_10_384.yml")

@@ -15,7 +15,7 @@ from test_models import lively
 from analysis import attention_masks, attention_statistics, common, firing_rates, membrane, tables
 from analysis.energy import estimate
 from engine import checkpoint, config
-from engine.published import all_of
+from engine.config import read
 from engine.run import build_model
 from models import LIF
 from models.attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
@@ -319,7 +319,7 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     for row in found["imagenet"][6:]:  # of other networks energies alone
         assert row["energy (mJ) paper"]
         assert not row["top-1 (%) paper"]
-    for row, cfg in zip(found["ablations"], all_of(ROOT / "cifar100/cifar100.yml"), strict=True):
+    for row, cfg in zip(found["ablations"], read(ROOT / "cifar100/cifar100.yml").all(), strict=True):
         assert row["CIFAR-100: top-1 (%) here"] == ""
         assert {other["--variant"] for other in found["ablations"]} >= {cfg.variant or ""}
     paper = {row["--variant"]: row["CIFAR10-DVS: top-1 (%) paper"] for row in found["ablations"]}

@@ -10,8 +10,8 @@ import torch
 from scripts import named
 
 from engine import config, world
+from engine.config import read
 from engine.optim import base_lr, batch_advice, create_optimizer, effective_batch, lr_at, total_epochs
-from engine.published import all_of
 from engine.run import build_model
 from models import create_model
 
@@ -204,7 +204,7 @@ PAPER_TOP1 = {
 
 @pytest.mark.parametrize(("column", "recipe"), [(0, "cifar100/cifar100.yml"), (1, "cifar10-dvs/cifar10-dvs.yml")])
 def test_ablations_are_the_paper_s(column, recipe):
-    recipes = {cfg.variant: cfg for cfg in all_of(ROOT / recipe)}
+    recipes = {cfg.variant: cfg for cfg in read(ROOT / recipe).all()}
     assert {name: cfg.paper_top1 for name, cfg in recipes.items()} == {k: v[column] for k, v in PAPER_TOP1.items()}
     assert [name for name, cfg in recipes.items() if cfg.log_top1] == [None]
     for name, cfg in recipes.items():
