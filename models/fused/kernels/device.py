@@ -39,7 +39,7 @@ def current_gradient(grad_spike, h, THRESHOLD: tl.constexpr, grad_v):
         grad_v: gradient of the membrane after the reset, which passes where there was no spike.
     """
     s = spike_probability(h, THRESHOLD)
-    return grad_spike * (s - s * s) * 2 + tl.where(h < THRESHOLD, 0.5, 0.0) * grad_v
+    return grad_spike * (s - s * s) * 2 + tl.where(h < THRESHOLD, 0.5 * grad_v, 0.0)
 
 
 @triton.jit

@@ -74,11 +74,11 @@ def _forward_kernel(
 
 
 @triton.jit
-def _query_gradient_kernel(
-    s, kv, grad_out, grad, grad_u, B, C, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, T: tl.constexpr,
+def _product_gradient_kernel(
+    s, kv, grad_out, grad_product, B, C, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, T: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the query to `grad` [T,B,N,3C], and of q (k^T v) to `grad_u` [T,B,N,C]."""
+    """Gradient [T,B,N,C] of the product q (k^T v)."""
     row = tl.program_id(2) * BN + tl.arange(0, BN)
     head = tl.program_id(1)
     d = tl.arange(0, BD)
@@ -94,28 +94,28 @@ def _query_gradient_kernel(
         frame = (T - 1 - back) * B + tl.program_id(0).to(tl.int64)
         g = _load(grad_out + frame * N * C + head * D, row, N, C, d, D)
         grad_v = current_gradient(g.to(ACC), charges[T - 1 - back], THRESHOLD, grad_v)
-        of_read = (grad_v * SCALE).to(g.dtype)
-        _store(grad_u + frame * N * C + head * D, of_read, row, N, C, d, D)
-        read = _load(kv + (frame * tl.num_programs(1) + head) * D * D, d, D, D, d, D)
-        of_query = _dot(of_read, tl.trans(read).to(g.dtype), ACC)
-        _store(grad + frame * N * 3 * C + head * D, of_query, row, N, 3 * C, d, D)
+        _store(grad_product + frame * N * C + head * D, grad_v * SCALE, row, N, C, d, D)
 
 
 @triton.jit
-def _key_value_gradient_kernel(
-    s, grad_u, grad, C, N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr
+def _input_gradient_kernel(
+    s, kv, grad_product, grad, C, N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of key and value to `grad`, from that of q (k^T v)."""
+    """Gradients of query, key and value from that of the product q (k^T v)."""
     frame = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, BD)
     q = s + frame * N * 3 * C + head * D
-    g = grad_u + frame * N * C + head * D
+    g = grad_product + frame * N * C + head * D
+    out = grad + frame * N * 3 * C + head * D
+    read = tl.trans(_load(kv + (frame * tl.num_programs(1) + head) * D * D, d, D, D, d, D))
     grad_kv = tl.zeros((BD, BD), ACC)
     for first in range(0, N, BN):
         row = first + tl.arange(0, BN)
-        grad_kv += _dot(tl.trans(_load(q, row, N, 3 * C, d, D)), _load(g, row, N, C, d, D), ACC)
-    out = grad + frame * N * 3 * C + head * D
+        of_product = _load(g, row, N, C, d, D)
+        grad_kv += _dot(tl.trans(_load(q, row, N, 3 * C, d, D)), of_product, ACC)
+        _store(out, _dot(of_product, read.to(of_product.dtype), ACC), row, N, 3 * C, d, D)
     for first in range(0, N, BN):
         row = first + tl.arange(0, BN)
         k = _load(q + C, row, N, 3 * C, d, D)
@@ -151,10 +151,10 @@ def backward(s: Tensor, kv: Tensor, grad_out: Tensor, scale: float) -> Tensor:
     steps, batch, tokens, channels = grad_out.shape
     heads = kv.shape[1]
     blocks, acc = _blocks(steps, tokens, channels // heads, s.element_size()), accumulator(s)[1]
-    grad, grad_u = torch.empty_like(s), torch.empty_like(grad_out)
+    grad, grad_product = torch.empty_like(s), torch.empty_like(grad_out)
     smaller = blocks | {"BN": min(blocks["BN"], max(16, 2**11 // blocks["BD"]))}  # gradients take registers, too
-    _query_gradient_kernel[batch, heads, cdiv(tokens, smaller["BN"])](
-        s, kv, grad_out, grad, grad_u, batch, channels, scale, ATTN_THRESHOLD, steps, **smaller, ACC=acc
+    _product_gradient_kernel[batch, heads, cdiv(tokens, smaller["BN"])](
+        s, kv, grad_out, grad_product, batch, channels, scale, ATTN_THRESHOLD, steps, **smaller, ACC=acc
     )
-    _key_value_gradient_kernel[steps * batch, heads](s, grad_u, grad, channels, **blocks, ACC=acc)
+    _input_gradient_kernel[steps * batch, heads](s, kv, grad_product, grad, channels, **blocks, ACC=acc)
     return grad
