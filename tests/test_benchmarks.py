@@ -11,9 +11,9 @@ import torch
 from scripts import ROOT, fail, here, refuses, succeed
 
 from benchmarks import roofline, speed
-from benchmarks.common import Timed, Turns
 from benchmarks.speed import cases, compare, complete, missing, weights
 from benchmarks.spikingjelly2 import Remote
+from benchmarks.turns import Timed, Turns
 from engine.config import load
 
 
@@ -31,7 +31,6 @@ def test_preparing_event_recordings(tmp_path):
             assert both[side]["median"] > 0
         ratio = both["ours"]["median"] / both["spikingjelly"]["median"]
         assert math.isclose(both["ours"]["ratio"], ratio)
-    assert report["data_sets"]["CIFAR10-DVS"]["failure_without_patch"]
 
 
 TINY = "--device cpu --time-steps 1 --batch-size 2 --input-size 16 --rounds 2 --steps 1".split()
@@ -175,11 +174,11 @@ def test_growth_of_a_step(tmp_path, monkeypatch, capfd):
     points = {(row["axis"], row["size"], row["mode"], row["side"]): row for row in run["points"]}
     assert len(points) == 2 * 2 * 2 * 2
     assert all(row["ms"] > 0 for row in points.values())
-    for found in run["exponents"]:
+    for found in (found for found in run["exponents"] if found["mode"] == "train"):
         assert found["fitted"] == {"width": [32, 64], "batch_size": [2, 4]}[found["axis"]]
         low, high = (points[found["axis"], size, "train", found["side"]]["memory_bytes"] for size in found["fitted"])
-        assert math.isclose(found["train memory_bytes"], math.log2(high / low), abs_tol=1e-5)
-        assert 0.8 < found["train memory_bytes"] < 1.2
+        assert math.isclose(found["memory_bytes"], math.log2(high / low), abs_tol=1e-5)
+        assert 0.8 < found["memory_bytes"] < 1.2
 
 
 def test_a_side_that_fails_is_out_and_the_others_go_on():
