@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import joblib
@@ -31,7 +31,8 @@ def machine(name: str, packages: Sequence[str], device: torch.device | None = No
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search("^model name\\s*: (.*)$", cpuinfo, re.MULTILINE)
     where = {"cpu": model[1] if model else platform.processor(), "cores": joblib.cpu_count()}
-    versions = {package: installed(package) for package in packages} | {"python": platform.python_version()}
+    versions = {d.name: d.version for d in distributions() if d.name in packages}
+    versions["python"] = platform.python_version()
     if device is not None and device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         where |= {"gpu": properties.name, "gpu_bytes": properties.total_memory}
@@ -52,14 +53,6 @@ def choose(device: str) -> torch.device:
     setup_console(is_main=True)
     set_arithmetic(Config())
     return setup(device).device
-
-
-def installed(package: str) -> str | None:
-    """Return the version of a package, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def result_path(folder: Path, name: str, device: Mapping[str, object]) -> Path:

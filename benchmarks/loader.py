@@ -1,10 +1,10 @@
-"""Samples a second of the recipes' input pipelines, and the time of each of their steps.
+"""Samples a second of the recipes' input pipelines, and the cores that feed a GPU.
 
     python -m benchmarks.loader [--help]
 
 The data are synthetic, in the true formats and of realistic size, and lie in the system's memory: no disk is measured.
 The loaders of the recipes are timed up to the batch of bytes in the training process, with one worker and with one on
-each core. The steps are timed in one thread, together with those on the device.
+each core.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import itertools
 import math
 import statistics
 import tempfile
@@ -39,7 +38,7 @@ from engine.data.loaders import Data
 from engine.log import logger
 from engine.run import create_data
 
-from .common import RESULTS, machine, result_path, spread, stopwatch, write
+from .common import RESULTS, machine, result_path, spread, write
 from .synthetic import events, fill, jpeg, write_cifar
 
 PACKAGES = ("torch", "torchvision", "timm", "pillow", "numpy", "spikingjelly")
@@ -108,41 +107,11 @@ def synthetic() -> Iterator[None]:
         yield
 
 
-def deliver(loader: DataLoader, batches: int) -> tuple[float, float]:
-    """Return the seconds to the first batch, and after the warm-up those for `batches` of each worker."""
-    start = time.perf_counter()
-    times = [time.perf_counter() - start for _ in loader]
+def seconds(loader: DataLoader, batches: int) -> float:
+    """Return the time for `batches` of each worker, after the warm-up."""
+    times = [time.perf_counter() for _ in loader]
     warm_up = WARM_UP * loader.num_workers - 1
-    return times[0], times[warm_up + batches * loader.num_workers] - times[warm_up]
-
-
-def time_steps(case: Case, cfg: Config, data: Data, device: torch.device, batches: int) -> dict[str, float]:
-    """Return the milliseconds a sample of each step: means over all batches but the first."""
-    loader, times = case.loader(data), defaultdict(list)
-    dataset, feed = getattr(loader.dataset, "dataset", loader.dataset), loader.loader
-    transforms = []
-    if hasattr(dataset, "transform"):
-        transforms, dataset.transform = dataset.transform.transforms, None
-
-    def timed(name: str, call: Callable, *args) -> object:
-        elapsed = stopwatch(device)
-        result = call(*args)
-        times[name].append(elapsed())
-        return result
-
-    for indices in itertools.islice(feed.batch_sampler, 1 + batches):
-        samples = timed("read, decode", lambda chosen: [dataset[i] for i in chosen], indices)
-        for step in transforms:
-            images, labels = zip(*samples, strict=True)
-            images = timed(type(step).__name__, lambda images, step: [step(image) for image in images], images, step)
-            samples = list(zip(images, labels, strict=True))
-        loader.loader = [timed("collate", feed.collate_fn, samples)]
-        images, labels = timed(f"on {device.type}", next, iter(loader))
-        if data.augment:
-            images = timed(f"augment on {device.type}", data.augment, images)
-        if case.part == "train" and data.mixup and cfg.mixup_in == "step":
-            timed(f"mixup on {device.type}", data.mixup, images, labels)
-    return {name: statistics.mean(values[1:]) / feed.batch_size for name, values in times.items()}
+    return times[warm_up + batches * loader.num_workers] - times[warm_up]
 
 
 def measure(case: Case, root: Path, cores: int, repeats: int, batches: int) -> dict:
@@ -150,17 +119,13 @@ def measure(case: Case, root: Path, cores: int, repeats: int, batches: int) -> d
     batch_size = case.config(root, 0).batch_size
     count = (WARM_UP + batches + AHEAD) * cores * batch_size
     case.write(root, *((count, batch_size) if case.part == "train" else (batch_size, count)))
-    rates, first = defaultdict(list), defaultdict(list)
+    rates = defaultdict(list)
     with synthetic():
         here = world.setup("auto")
         loaders = {n: case.loader(create_data(case.config(root, n), here)).loader for n in sorted({1, cores})}
         for _ in range(repeats):
             for workers, loader in loaders.items():
-                start, seconds = deliver(loader, batches)
-                rates[str(workers)].append(batches * workers * loader.batch_size / seconds)
-                first[str(workers)].append(start)
-        cfg = case.config(root, 0)
-        steps = time_steps(case, cfg, create_data(cfg, here, case.part == "train"), here.device, batches)
+                rates[str(workers)].append(batches * workers * loader.batch_size / seconds(loader, batches))
     return {
         "recipe": case.recipe,
         "part": case.part,
@@ -169,25 +134,19 @@ def measure(case: Case, root: Path, cores: int, repeats: int, batches: int) -> d
         "workers_in_recipe": config.load(ROOT / case.recipe).workers,
         "samples_per_s": {workers: spread(values) | {"all": values} for workers, values in rates.items()},
         "samples_per_s_of_a_core": statistics.median(rates[str(cores)]) / cores,
-        "seconds_to_first_batch": dict(first),
-        "ms_per_sample": steps,
     }
 
 
 def table(results: dict[str, dict]) -> str:
     """Format the figures."""
-    rows, notes = [], []
+    rows = []
     for name, result in results.items():
         row = {"samples/s: min median max": name}
         for workers, figures in result["samples_per_s"].items():
             row[f"workers: {workers}"] = "{min:,.0f} {median:,.0f} {max:,.0f}".format(**figures)
-        rows.append(row | {"a core": f"{result['samples_per_s_of_a_core']:,.0f}"})
-        steps = ", ".join(f"{step} {value:.3f}" for step, value in result["ms_per_sample"].items())
-        notes.append(f"{name}, ms a sample: {steps}")
-        if gpu := result.get("gpu"):
-            feeding = f"{gpu['cores']} cores feed a GPU that trains {gpu['samples_per_s']:,.0f} samples/s"
-            notes.append(f"{name}: {feeding}; the recipe has {result['workers_in_recipe']} workers")
-    return "\n".join([tabulate(rows, headers="keys", disable_numparse=True), *notes])
+        row |= {"a core": f"{result['samples_per_s_of_a_core']:,.0f}", "recipe's workers": result["workers_in_recipe"]}
+        rows.append(row | result.get("gpu", {"GPU, samples/s": "", "cores": ""}))
+    return tabulate(rows, headers="keys", disable_numparse=True)
 
 
 def speed_of(text: str) -> tuple[str, float]:
@@ -220,7 +179,7 @@ def run(argv: Sequence[str]) -> None:
             results[name] = measure(case, Path(folder), cores, args.repeats, args.batches or case.batches)
         if name in gpus:
             needed = math.ceil(gpus[name] / results[name]["samples_per_s_of_a_core"])
-            results[name]["gpu"] = {"samples_per_s": gpus[name], "cores": needed}
+            results[name]["gpu"] = {"GPU, samples/s": gpus[name], "cores": needed}
         write(path, report | {"pipelines": results})
     print(path, table(results), sep="\n\n")
 

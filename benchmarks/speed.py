@@ -19,9 +19,8 @@ median counts. A side that cannot run is listed with its reason.
 unfused-compiled, which compiles for minutes, and the last three are measured only if --sides names them.
 
 Every round writes the figures so far to speed-DATE-DEVICE.json; the end adds a figure. After an interruption run the
-same command again. It skips sides that the file has in all rounds, of the same commit, device and arguments. It
-measures the missing sides together with the baseline and ours, because ratios compare sides of one run. Another
---output, or a change that is not committed, starts from scratch.
+same command again. It skips networks and modes of which the file has all sides in all rounds, with the same commit,
+device and arguments. Another --output, or a change that is not committed, starts from scratch.
 """
 
 import argparse
@@ -111,20 +110,14 @@ def complete(runs: Sequence[dict], report: dict) -> list[dict]:
 
 
 def missing(case: Case, mode: str, asked: Sequence[str] | None, results: Sequence[dict]) -> list[str]:
-    """Return the sides to measure: those that `results` lack, with the baseline and ours; none if they lack nothing."""
+    """Return the sides to measure, the baseline first; none if `results` have all of them."""
     baseline, *others = all_sides(case.model, mode, case.device)
     names = [baseline, *(name for name in others if (name in asked if asked else name not in ON_REQUEST))]
-    known = {name for result in results if is_of(result, case, mode) for name in result["sides"]}
-    is_done = known.issuperset(names)
-    skipped = [name for name in names if name in known and (is_done or name not in (baseline, "ours"))]
-    if skipped:
-        print(f"{case.model} {mode}: skips {', '.join(skipped)}, which the file has", flush=True)
-    return [name for name in names if name not in skipped]
-
-
-def is_of(result: dict, case: Case, mode: str) -> bool:
-    """Return True for a result of this network and mode."""
-    return (result["model"], result["mode"]) == (case.model, mode)
+    known = {name for r in results if (r["model"], r["mode"]) == (case.model, mode) for name in r["sides"]}
+    if known.issuperset(names):
+        print(f"{case.model} {mode}: skipped, the file has {', '.join(names)}", flush=True)
+        return []
+    return names
 
 
 def measure(case: Case, mode: str, names: Sequence[str], state: Mapping, args: argparse.Namespace) -> Iterator[dict]:
@@ -180,6 +173,8 @@ def draw(runs: Sequence[dict], path: Path) -> None:
     for result in (result for run in runs for result in run["results"]):
         case = "{model} {mode}, T {time_steps}, {input_size} px, batch {batch_size}".format(**result)
         found |= {(case, name): side["ratio"] for name, side in result["sides"].items() if side.get("ratio")}
+    if not found:
+        return  # the baseline did not run
     cases = dict.fromkeys(case for case, _ in found)
     where = runs[-1]["device"]
     with drawing(path, len(cases), 1, (9, 1 + 0.3 * len(found) + 0.6 * len(cases)), sharex=True) as (figure, axes):
@@ -199,10 +194,9 @@ def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     changed = {key: getattr(args, key) for key in CHANGES if getattr(args, key) is not None}
     found = []
     for model in args.models:
-        recipe, batch_size = ROOT / CONFIGURATIONS[model][0], CONFIGURATIONS[model][1]
-        values = {"batch_size": batch_size} | changed
-        flags = tuple(text for key, value in values.items() for text in (f"--{key}", str(value)))
-        found.append(Case(model, recipe, flags, load(recipe, flags), args.amp, device))
+        recipe, batch_size = CONFIGURATIONS[model]
+        flags = tuple(f"--{key}={value}" for key, value in ({"batch_size": batch_size} | changed).items())
+        found.append(Case(model, ROOT / recipe, flags, load(ROOT / recipe, flags), args.amp, device))
     return found
 
 
@@ -244,9 +238,7 @@ def run(argv: Sequence[str]) -> None:
     earlier, rates = runs_in(path), roofline.measure(device, DTYPES[args.amp])
     print(f"{rates.bytes_per_s / 1e9:.0f} GB/s copied, {rates.operations_per_s / 1e12:.2f} TFLOP/s", flush=True)
     this |= {"arguments": vars(args), "rates": rates._asdict(), "results": []}
-    results = [
-        r for r in complete(earlier, this) if any(is_of(r, case, mode) for case in chosen for mode in args.modes)
-    ]
+    results = [r for r in complete(earlier, this) if r["model"] in args.models and r["mode"] in args.modes]
     for case in chosen:
         wanted = {mode: names for mode in args.modes if (names := missing(case, mode, args.sides, results))}
         if not wanted:
