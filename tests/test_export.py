@@ -8,7 +8,6 @@ import sys
 import onnxruntime
 import pytest
 import torch
-import torchvision.datasets.cifar
 import yaml
 from safetensors.torch import save_file
 from scripts import ROOT, fail, here, named, refuses, result_in
@@ -59,37 +58,30 @@ def test_digits_at_any_batch(tmp_path):
     assert b"Scatter" not in content
 
 
-@pytest.fixture
-def tiny_cifar(data, monkeypatch):
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: True)
-    return ["--data-path", data / "cifar10", "--workers", "0"]
-
-
-def test_cifar_and_what_a_spike_within_rounding_of_the_threshold_does(tmp_path, monkeypatch, tiny_cifar):
+def test_a_spike_within_rounding_of_the_threshold_is_explained(tmp_path, monkeypatch):
     """A neuron exactly at its threshold, which fires, is moved away from it in torch: that is a flip, then an error."""
-    small = ["--time-steps", "2", "--input-size", "16", "--ssa-membrane", "released"]
-    path = untrained(tmp_path / "best.pt", "cifar10/cifar10.yml", *small)
+    flags = ["--time-steps", "2", "--ssa-membrane", "released"]
+    path = untrained(tmp_path / "best.pt", "digits/digits.yml", *flags)
     state = torch.load(path)
     unit = "stages.0.embed.units.0."
     state["state_dict"][unit + "conv.weight"][0] = 0
     state["state_dict"][unit + "bn.bias"][0] = 2.0
     torch.save(state, path)
     with refuses("--batch 2", "--ssa-membrane"):
-        export.run(["--checkpoint", str(path), "--format", "onnx", "--batch", "2", *map(str, tiny_cifar)])
+        export.run(["--checkpoint", str(path), "--format", "onnx", "--batch", "2"])
     graphs, to_onnx = [], export.to_onnx
     monkeypatch.setattr(export, "to_onnx", lambda *args: graphs.append(to_onnx(*args)) or graphs[0])
-    session = exported(path, *tiny_cifar, "--samples", "3")
-    assert session.get_inputs()[0].shape == [1, 3, 16, 16]
+    session = exported(path, "--samples", "3")
+    assert session.get_inputs()[0].shape == [1, 1, 8, 8]
 
-    subject = common.subject(path, list(map(str, tiny_cifar)))
+    subject = common.subject(path, [])
     x, _ = subject.samples(3)
     bias = subject.model.get_parameter(unit + "bn.bias").data
     bias[0] -= 2e-6
     parity = export.compare(subject.model, graphs[0], x.split(1))
-    assert parity.flips.tolist() == [2 * 16 * 16] * 3  # of one channel, in each sample
+    assert parity.flips.tolist() == [2 * 8 * 8] * 3  # of one channel, in each sample
     assert parity.difference.min() > 1e-5 > parity.followed.max()
     assert 0 < parity.distance < 2e-6
-    assert "1536 of " in str(parity)
     parity.require()
     bias[0] -= 1e-3
     with refuses("5.0e-04"):
@@ -101,13 +93,13 @@ def test_cifar_and_what_a_spike_within_rounding_of_the_threshold_does(tmp_path, 
 
 
 def test_a_difference_without_a_spike_that_explains_it_is_refused():
-    """Although the logits agree as soon as the spikes are given."""
     parity = Parity(torch.tensor([0.0, 0.1]), torch.tensor([True, True]), torch.zeros(2), torch.tensor([0, 1]), 1e-7, 9)
     parity.require()
     with refuses(1, 2):
         parity._replace(flips=torch.tensor([1, 0])).require()
 
 
+@pytest.mark.slow
 def test_event_frames_with_membrane_shortcuts(tmp_path):
     flags = ["--time-steps", "2", "--residual", "ms", "--attention", "channel,self"]
     path = untrained(tmp_path / "best.pt", "digits-dvs/digits-dvs.yml", *flags)
@@ -119,13 +111,12 @@ def test_event_frames_with_membrane_shortcuts(tmp_path):
 
 
 def test_safetensors_evaluate_and_finetune_as_the_checkpoint(tmp_path, monkeypatch, capfd):
-    flags = ["--attention", "channel", "token", "self", "--time-steps", "2", "--mean", "0.1", "--input-size", "9"]
-    quick = ["--batch-size", "128", "--lr", "1e-2", "--epochs", "1"]
-    here(monkeypatch, capfd, "digits/train.py", *quick, *flags, "--output-dir", tmp_path / "run")
-    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "run/best.pt")
-    expected = result_in(tmp_path / "run")
+    flags = ["--attention", "channel", "token", "self", "--time-steps", "1", "--mean", "0.1", "--input-size", "9"]
+    path = untrained(tmp_path / "best.pt", "digits/digits.yml", *flags)
+    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", path)
+    expected = result_in(tmp_path)
     output = tmp_path / "out/mine.safetensors"
-    export.run(["--checkpoint", str(tmp_path / "run/best.pt"), "--format", "safetensors", "--output", str(output)])
+    export.run(["--checkpoint", str(path), "--format", "safetensors", "--output", str(output)])
     here(monkeypatch, capfd, "digits/test.py", "--checkpoint", output)
     found = result_in(tmp_path / "out")
     for key in ("top1", "loss", "count", "attention", "time_steps", "mean", "input_size", "lr"):
@@ -139,13 +130,13 @@ def test_safetensors_evaluate_and_finetune_as_the_checkpoint(tmp_path, monkeypat
     monkeypatch.chdir(output.parent)
     namespace = {}
     exec(code, namespace)
-    weights = checkpoint.read(tmp_path / "run/best.pt")["state_dict"]
+    weights = checkpoint.read(path)["state_dict"]
     assert all(torch.equal(value, weights[name]) for name, value in namespace["model"].state_dict().items())
 
     line = fail(monkeypatch, capfd, "digits/train.py", "--resume", output, "--output-dir", tmp_path / "new")
     named(line, output)
-    still = ["--lr", "0", "--min-lr", "0", "--warmup-epochs", "0", "--output-dir", tmp_path / "tuned"]
-    here(monkeypatch, capfd, "digits/train.py", *quick, *flags, "--finetune", output, *still)
+    still = "--lr 0 --min-lr 0 --warmup-epochs 0 --epochs 1 --batch-size 128 --output-dir".split()
+    here(monkeypatch, capfd, "digits/train.py", *flags, "--finetune", output, *still, tmp_path / "tuned")
     tuned = checkpoint.read(tmp_path / "tuned/last.pt")["state_dict"]
     assert torch.equal(tuned["head.weight"], weights["head.weight"])
 
@@ -171,14 +162,11 @@ def test_a_card_has_no_accuracy_that_was_not_measured(tmp_path):
 @pytest.mark.parametrize(
     "write",
     [
-        lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"\xff" * 100),
         lambda path: torch.save({"a": torch.zeros(2)}, path),
         lambda path: cut(path),
-        lambda path: save_file({}, path),
         lambda path: save_file({"a": torch.zeros(2)}, path, {"config": "{"}),
         lambda path: save_file({"a": torch.zeros(2)}, path, {"config": "[1]"}),
-        lambda path: save_file({"a": torch.zeros(2)}, path, {"config": "{}"}),
         lambda path: save_file({"a": torch.zeros(2)}, path),
     ],
 )
@@ -199,10 +187,7 @@ def cut(path):
         (["--format", "onnx"], "--checkpoint"),
         (["--format", "tflite", "--checkpoint", "x.pt"], "tflite"),
         (["--format", "onnx", "--checkpoint", "no.pt"], "no.pt"),
-        (
-            ["--format", "onnx", "--checkpoint", "no.pt", "--batch", "0"],
-            "--batch",
-        ),
+        (["--format", "onnx", "--checkpoint", "no.pt", "--batch", "0"], "--batch"),
         (["--format", "onnx", "--checkpoint", "no.pt", "--output", "x.bin"], "--output x.bin"),
         (["--format", "safetensors", "--checkpoint", "x.safetensors"], "safetensors"),
     ],
