@@ -86,8 +86,8 @@ def start_side(point: Point, mode: str, side: str, args: argparse.Namespace, dev
     torch.manual_seed(0)
     cfg, backend = point.config(args.model), all_sides(args.model, mode, device)[side].lif_backend
     model = network(cfg, width=point.at["width"], lif_backend=backend)
-    make = functools.partial(STEPS[mode], model.to(device), args.amp, device)
-    return Timed(make, random_batch(cfg, device), device, model.parameters() if mode == "train" else None)
+    parameters = model.parameters() if mode == "train" else None
+    return Timed(lambda: STEPS[mode](model.to(device), args.amp, device), random_batch(cfg, device), device, parameters)
 
 
 def measure(point: Point, mode: str, args: argparse.Namespace, device: torch.device) -> list[dict]:
@@ -173,22 +173,18 @@ def chosen(args: argparse.Namespace, device: torch.device) -> list[Point]:
         setattr(args, name, sorted(set(getattr(args, name) or sizes)))
         setattr(args, f"at_{name}", getattr(args, f"at_{name}") or at)
     fixed = {name: getattr(args, f"at_{name}") for name in AXES}
-    points = [
-        Point(axis, size ** AXES[axis].power, fixed | {axis: size})
-        for axis in args.axes
-        for size in getattr(args, axis)
-    ]
+    points = []
     for axis in args.axes:
-        if len(getattr(args, axis)) < 2:
-            raise UserError(
-                f"--{axis.replace('_', '-')} {getattr(args, axis)[0]}: an exponent needs two sizes; add one"
-            )
+        if len(sizes := getattr(args, axis)) < 2:
+            raise UserError(f"--{axis.replace('_', '-')} {sizes[0]}: an exponent needs two sizes; add one")
+        points += [Point(axis, size ** AXES[axis].power, fixed | {axis: size}) for size in sizes]
     for point in points:
         width, channels = point.at["width"], point.at["channels"]
         if point.axis in ATTENTION_AXES and channels % args.heads:
             raise UserError(f"--heads {args.heads}: does not divide {channels} channels; use a divisor")
         try:
-            network(point.config(args.model), width=width)
+            with torch.device("meta"):
+                network(point.config(args.model), width=width)
         except ValueError as error:
             raise UserError(f"width {width}: {error}") from None
     return points
@@ -216,9 +212,7 @@ def run(argv: Sequence[str]) -> None:
     earlier, rows = runs_in(path), []
     fixed = ", ".join(f"{name} {getattr(args, f'at_{name}')}" for name in AXES)
     where = this["device"].get("gpu", "a CPU")
-    title = (
-        f"{args.model}, amp {args.amp}, on {where}; attentions with {args.heads} heads\nwhere another grows: {fixed}"
-    )
+    title = f"{args.model}, amp {args.amp}, on {where}; attentions: {args.heads} heads\nwhere another grows: {fixed}"
     for point in points:
         for mode in (mode for mode in point.modes if mode in args.modes):
             rows += measure(point, mode, args, device)
