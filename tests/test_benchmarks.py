@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,45 +33,28 @@ TINY = "--device cpu --time-steps 1 --batch-size 2 --input-size 16 --rounds 2 --
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def one_thread():
-    """Two wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small_case():
     sizes = {"time_steps": 1, "input_size": 8, "batch_size": 2, "ssa_membrane": None}
     (case,) = cases(argparse.Namespace(models=["qkformer_3_64"], amp="off", **sizes), CPU)
     return case
 
 
-@pytest.fixture
-def by_turns(monkeypatch):
-    """Let steps take 1, 2, 3, ... ms, so that nothing is computed in the turns; interrupt before turn `stop_at`."""
-    state = SimpleNamespace(count=0, stop_at=None)
-
-    def turn(self, steps):
-        if state.count == state.stop_at:
-            raise KeyboardInterrupt
-        state.count += 1
-        return float(state.count)
-
-    monkeypatch.setattr(Timed, "turn", turn)
-    return state
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_the_speed_of_a_step_and_going_on_after_an_interruption(tmp_path, monkeypatch, capfd, by_turns):
+def test_the_speed_of_a_step_and_going_on_after_an_interruption(tmp_path, monkeypatch, capfd):
     def measure(stop_at=None):
-        """Run until turn `stop_at`; return the number of turns and the runs in the file."""
-        by_turns.count, by_turns.stop_at = 0, stop_at
+        """Let turns take 1, 2, 3, ... ms, until turn `stop_at`; return their number and the runs in the file."""
+        turns = []
+
+        def turn(self, steps):
+            if len(turns) == stop_at:
+                raise KeyboardInterrupt
+            turns.append(steps)
+            return float(len(turns))
+
+        monkeypatch.setattr(Timed, "turn", turn)
         with pytest.raises(SystemExit) if stop_at else contextlib.nullcontext():
             here(monkeypatch, capfd, "benchmarks.speed", "--models", "qkformer_3_64", *TINY, "--output", tmp_path)
         (path,) = tmp_path.glob("speed-*.json")
-        return by_turns.count, json.loads(path.read_text())["runs"]
+        return len(turns), json.loads(path.read_text())["runs"]
 
     def rounds(run):
         return {result["mode"]: [len(s["ms"]["rounds"]) for s in result["sides"].values()] for result in run["results"]}
@@ -104,11 +86,7 @@ def test_what_counts_from_earlier_runs():
     network = {"model": "qkformer_3_64", "mode": "eval", "baseline": "unfused-torch"}
     good = network | {"sides": {"unfused-torch": whole, "ours": whole}}
     others = [network | {"sides": {"unfused-torch": baseline, "ours": half}} for baseline in (half, {"not_run": "x"})]
-    changes = [
-        {"git_commit": "5c3a"},
-        {"device": {"cores": 4}},
-        {"arguments": arguments | {"batch_size": 2}},
-    ]
+    changes = [{"git_commit": "5c3a"}, {"device": {"cores": 4}}, {"arguments": arguments | {"batch_size": 2}}]
     runs = [about | change | {"results": [good]} for change in changes]
     runs.append(about | {"arguments": arguments | {"models": ["qkformer_2_64"]}, "results": [*others, good]})
     assert complete(runs, about) == [good]
@@ -136,22 +114,6 @@ def test_speed_of_a_step_on_cuda(tmp_path, monkeypatch, capfd):
             assert figures["ms"]["min"] > 0
             assert figures["peak_bytes"] > 0
             assert figures["ratio"]["min"] > 0
-
-
-@pytest.mark.usefixtures("one_thread", "by_turns")
-def test_growth_of_a_step(tmp_path, monkeypatch, capfd):
-    flags = "--model qkformer_2_64 --device cpu --rounds 1 --axes width batch_size --width 64 32 --at-width 32"
-    sizes = "--batch-size 2 4 --at-batch-size 2 --at-time-steps 1 --at-input-size 16"
-    here(monkeypatch, capfd, "benchmarks.growth", *flags.split(), *sizes.split(), "--output", tmp_path)
-    (path,) = tmp_path.glob("growth-*.json")
-    (run,) = json.loads(path.read_text())["runs"]
-    points = {(row["axis"], row["size"], row["mode"], row["side"]): row for row in run["points"]}
-    assert len(points) == 2 * 2 * 2 * 2
-    for found in (found for found in run["exponents"] if found["mode"] == "train"):
-        assert found["fitted"] == {"width": [32, 64], "batch_size": [2, 4]}[found["axis"]]
-        low, high = (points[found["axis"], size, "train", found["side"]]["memory_bytes"] for size in found["fitted"])
-        assert math.isclose(found["memory_bytes"], math.log2(high / low), abs_tol=1e-5)
-        assert 0.8 < found["memory_bytes"] < 1.2
 
 
 def test_a_side_that_fails_is_out_and_the_others_go_on():
@@ -245,6 +207,7 @@ def test_spikingjelly_2_takes_its_turns_in_a_process_of_its_own(tmp_path):
         ("speed", "--input-size 9999", "input_size"),
         ("growth", "--width 64", "--width"),
         ("growth", "--width 64 72", "heads"),
+        ("growth", "--axes channels --channels 8 16", "--heads"),
     ],
 )
 def test_mistakes_end_in_one_line(monkeypatch, capfd, tmp_path, script, flags, value):

@@ -1,4 +1,4 @@
-"""Energy: every published row is decoded, and what is counted agrees with counters of others."""
+"""Energy: the formulas decode every published row, and the counts agree with other counters."""
 
 import csv
 import json
