@@ -37,7 +37,7 @@ from engine.cli import UserError
 from engine.config import load
 
 from . import roofline
-from .common import RESULTS, ROOT, choose, machine, network, random_batch, release, result_path, runs_in, write
+from .common import RESULTS, ROOT, choose, machine, network, random_batch, result_path, runs_in, write
 from .sides import ON_REQUEST, Case, all_sides
 from .turns import STEPS, Turns, eval_step, reason
 
@@ -245,7 +245,6 @@ def run(argv: Sequence[str]) -> None:
             continue
         state = weights(case)
         agreement = compare(case, state)
-        release(device)
         print(f"{case.model}: ours and the baseline in float32: {agreement}", flush=True)
         for mode, names in wanted.items():
             measured = this["results"]

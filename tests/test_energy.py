@@ -11,12 +11,13 @@ import torch
 import yaml
 from golden_cases import assert_close, load_case
 from scripts import ROOT, fail, here, named, ranks, refuses, result_in
+from test_analysis import untrained
 from test_models import lively
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.energy import AC_PJ, MAC_PJ, energy_mj, estimate, implied_mean_input
 from analysis.energy_report import MJ
-from engine import checkpoint, config
+from engine import config
 from engine.run import build_model
 from models import create_model
 
@@ -175,9 +176,7 @@ def test_membrane_shortcuts_have_binary_inputs():
 
 def test_the_script_measures_while_it_evaluates(tmp_path, monkeypatch, capfd):
     """Over two processes the result is the same."""
-    cfg = config.load(ROOT / "digits/digits.yml", ["--time-steps", "1"])
-    content = {key: {} for key in checkpoint.ENTRIES} | {"epoch": 1, "config": config.plain(cfg)}
-    checkpoint.save(tmp_path / "best.pt", content | {"state_dict": lively(build_model(cfg)).float().state_dict()})
+    untrained(tmp_path / "best.pt", "digits/digits.yml", "--time-steps", "1")
     test = ["--checkpoint", tmp_path / "best.pt", "--energy", "--eval-batch-size", 40]
     here(monkeypatch, capfd, "digits/test.py", *test)
     alone = result_in(tmp_path)["energy"]

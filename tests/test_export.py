@@ -11,22 +11,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from scripts import ROOT, fail, here, named, refuses, result_in
-from test_models import lively
+from test_analysis import untrained
 
 from analysis import common, export
 from analysis.onnx_graph import Parity
 from engine import checkpoint, config
-from engine.config import LOCAL_FIELDS, plain
-from engine.run import build_model
-
-
-def untrained(path, recipe, *flags):
-    """The checkpoint of a run that has not learnt, but whose neurons fire."""
-    cfg = config.load(ROOT / recipe, flags)
-    torch.manual_seed(0)
-    content = {key: {} for key in checkpoint.ENTRIES} | {"epoch": 1, "config": plain(cfg, without=LOCAL_FIELDS)}
-    checkpoint.save(path, content | {"state_dict": lively(build_model(cfg)).float().state_dict()})
-    return path
+from engine.config import plain
 
 
 def exported(path, *flags):
