@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from analysis.common import ROOT, main, parser, positive
 from engine import config, world
@@ -93,8 +94,8 @@ IMAGENET = Case("imagenet/qkformer_10_384.yml", write_images, 16, flags=("--num-
 CASES = {
     "imagenet": IMAGENET,
     "imagenet-test": dataclasses.replace(IMAGENET, part="test"),
-    "cifar10": Case("cifar10/cifar10.yml", functools.partial(write_cifar, 10)),
-    "cifar100": Case("cifar100/cifar100.yml", functools.partial(write_cifar, 100)),
+    "cifar10": Case("cifar10/cifar10.yml", functools.partial(write_cifar, CIFAR10, 10)),
+    "cifar100": Case("cifar100/cifar100.yml", functools.partial(write_cifar, CIFAR100, 100)),
 }
 for _name, _size in (("dvs128-gesture", 350_000), ("cifar10-dvs", 200_000)):
     CASES[_name] = Case(f"{_name}/{_name}.yml", functools.partial(write_frames, _name, _size))

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 from engine.data.aedat import SIDE, Events
 from engine.data.recordings import CIFAR10_DVS, GESTURES
 
-JPEG_SIZE, QUALITY = (500, 375), 89  # 115 kB, the mean of ImageNet's training set
+JPEG_SIZE, QUALITY = (500, 375), 89
 
 
 def events(count: int, random: np.random.Generator) -> Events:
@@ -64,25 +65,22 @@ def write_dvs128_gesture(root: Path, count: int, size: int) -> None:
         (folder / f"trials_to_{part}.txt").write_text("".join(f"{name}.aedat\n" for name in chosen))
 
 
-def write_cifar(classes: int, root: Path, train: int, test: int) -> None:
+def write_cifar(data_set: type[CIFAR10], classes: int, root: Path, train: int, test: int) -> None:
     """Write the pickles of CIFAR-10 or CIFAR-100, as the archive unpacks."""
-    random, (key, meta, label_names) = np.random.default_rng(0), ("labels", "batches.meta", "label_names")
-    folder, parts = root / "cifar-10-batches-py", {f"data_batch_{i}": -(-train // 5) for i in range(1, 6)}
-    parts["test_batch"] = test
-    if classes == 100:
-        folder, parts = root / "cifar-100-python", {"train": train, "test": test}
-        key, meta, label_names = "fine_labels", "meta", "fine_label_names"
+    random, folder = np.random.default_rng(0), root / data_set.base_folder
     folder.mkdir(parents=True)
-    for name, count in parts.items():
+    files = {name: -(-train // len(data_set.train_list)) for name, _ in data_set.train_list}
+    for name, count in (files | {name: test for name, _ in data_set.test_list}).items():
         images = random.integers(0, 256, (count, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": images, key: [i % classes for i in range(count)]}, 2))
-    (folder / meta).write_bytes(pickle.dumps({label_names: [f"class {i}" for i in range(classes)]}, 2))
+        (folder / name).write_bytes(pickle.dumps({"data": images, "labels": [i % classes for i in range(count)]}, 2))
+    names = {data_set.meta["key"]: [f"class {i}" for i in range(classes)]}
+    (folder / data_set.meta["filename"]).write_bytes(pickle.dumps(names, 2))
 
 
 def jpeg(random: np.random.Generator) -> bytes:
-    """Draw a JPEG: coarse noise with fine noise on it."""
+    """Draw a JPEG of 110 kB, as in ImageNet's training set (115 on average): coarse noise with fine noise on it."""
     coarse = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(JPEG_SIZE)
-    image = np.asarray(coarse) + random.normal(0, 19, (*JPEG_SIZE[::-1], 1))
+    image = np.asarray(coarse) + random.normal(0, 24, (*JPEG_SIZE[::-1], 1))
     file = io.BytesIO()
     Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=QUALITY)
     return file.getvalue()
