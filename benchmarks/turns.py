@@ -79,8 +79,8 @@ class Timed:
     """A step on one batch, warmed up and ready to be timed in turns with others.
 
     Attributes:
-        peak_bytes: on CUDA the peak memory of weights, optimizer, gradients and activations; on a CPU the bytes kept
-            for the backward pass, if `parameters` are given.
+        peak_bytes: on CUDA the peak memory of a step, with all that `make` allocates; on a CPU the bytes kept for the
+            backward pass, if `parameters` are given.
     """
 
     def __init__(
