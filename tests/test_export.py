@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from unittest.mock import Mock
 
 import onnxruntime
 import pytest
@@ -18,18 +19,32 @@ from analysis.onnx_graph import Parity
 from engine import checkpoint, config
 from engine.config import plain
 
+UNIT = "stages.0.embed.units.0."
+
 
 def exported(path, *flags):
-    """Export to ONNX; return a session of the file."""
-    export.run(["--checkpoint", str(path), "--format", "onnx", *map(str, flags)])
-    return onnxruntime.InferenceSession(path.with_suffix(".onnx"))
+    """Export to ONNX; return a session of the file, and both graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        graphs, to_onnx = [], export.to_onnx
+        patch.setattr(export, "to_onnx", lambda *args: graphs.append(to_onnx(*args)) or graphs[0])
+        export.run(["--checkpoint", str(path), "--format", "onnx", *map(str, flags)])
+    return onnxruntime.InferenceSession(path.with_suffix(".onnx")), graphs[0]
 
 
-def test_digits_at_any_batch(tmp_path):
-    path = untrained(
-        tmp_path / "best.pt", "digits/digits.yml", "--time-steps", "1", "--attention", "token,channel,self"
-    )
-    session = exported(path, "--samples", "16")
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Export a network of which one channel is exactly at its threshold, where it fires."""
+    path = tmp_path_factory.mktemp("digits") / "best.pt"
+    untrained(path, "digits/digits.yml", "--time-steps", "1", "--attention", "token,channel,self")
+    state = torch.load(path)
+    state["state_dict"][UNIT + "conv.weight"][0] = 0
+    state["state_dict"][UNIT + "bn.bias"][0] = 2.0
+    torch.save(state, path)
+    return path, *exported(path, "--samples", "16")
+
+
+def test_digits_at_any_batch(digits):
+    path, session, _ = digits
     assert session.get_inputs()[0].shape == ["batch", 1, 8, 8]
     assert [output.name for output in session.get_outputs()] == ["logits"]
     subject = common.subject(path, [])
@@ -48,38 +63,37 @@ def test_digits_at_any_batch(tmp_path):
     assert b"Scatter" not in content
 
 
-def test_a_spike_within_rounding_of_the_threshold_is_explained(tmp_path, monkeypatch):
-    """A neuron exactly at its threshold, which fires, is moved away from it in torch: that is a flip, then an error."""
-    flags = ["--time-steps", "2", "--ssa-membrane", "released"]
-    path = untrained(tmp_path / "best.pt", "digits/digits.yml", *flags)
-    state = torch.load(path)
-    unit = "stages.0.embed.units.0."
-    state["state_dict"][unit + "conv.weight"][0] = 0
-    state["state_dict"][unit + "bn.bias"][0] = 2.0
-    torch.save(state, path)
-    with refuses("--batch 2", "--ssa-membrane"):
-        export.run(["--checkpoint", str(path), "--format", "onnx", "--batch", "2"])
-    graphs, to_onnx = [], export.to_onnx
-    monkeypatch.setattr(export, "to_onnx", lambda *args: graphs.append(to_onnx(*args)) or graphs[0])
-    session = exported(path, "--samples", "3")
-    assert session.get_inputs()[0].shape == [1, 1, 8, 8]
-
+def test_a_spike_within_rounding_of_the_threshold_is_explained(digits):
+    """A neuron moved away from its threshold in torch is a flip, then an error."""
+    path, _, graph = digits
     subject = common.subject(path, [])
     x, _ = subject.samples(3)
-    bias = subject.model.get_parameter(unit + "bn.bias").data
+    bias = subject.model.get_parameter(UNIT + "bn.bias").data
     bias[0] -= 2e-6
-    parity = export.compare(subject.model, graphs[0], x.split(1))
-    assert parity.flips.tolist() == [2 * 8 * 8] * 3  # of one channel, in each sample
+    parity = export.compare(subject.model, graph, x.split(1))
+    assert parity.flips.tolist() == [8 * 8] * 3  # of one channel, in each sample
     assert parity.difference.min() > 1e-5 > parity.followed.max()
     assert 0 < parity.distance < 2e-6
     parity.require()
     bias[0] -= 1e-3
     with refuses("5.0e-04"):
-        export.compare(subject.model, graphs[0], x.split(1)).require()
+        export.compare(subject.model, graph, x.split(1)).require()
     bias[0] += 1e-3
     subject.model.head.bias.data += 1e-4
     with refuses("1e-05", "1.0e-04"):
-        export.compare(subject.model, graphs[0], x.split(1)).require()
+        export.compare(subject.model, graph, x.split(1)).require()
+
+
+def test_a_leaking_membrane_is_exported_at_a_batch_of_1(tmp_path, monkeypatch):
+    path = untrained(tmp_path / "best.pt", "digits/digits.yml", "--ssa-membrane", "released")
+    batches = []
+    monkeypatch.setattr(export, "to_onnx", lambda model, x, batch, metadata: batches.append(batch) or Mock())
+    monkeypatch.setattr(export, "compare", Mock())
+    monkeypatch.setattr(export, "_write", Mock())
+    export.run(["--checkpoint", str(path), "--format", "onnx"])
+    assert batches == [1]
+    with refuses("--batch 2", "--ssa-membrane"):
+        export.run(["--checkpoint", str(path), "--format", "onnx", "--batch", "2"])
 
 
 def test_a_difference_without_a_spike_that_explains_it_is_refused():
@@ -93,7 +107,7 @@ def test_a_difference_without_a_spike_that_explains_it_is_refused():
 def test_event_frames_with_membrane_shortcuts(tmp_path):
     flags = ["--time-steps", "2", "--residual", "ms", "--attention", "channel,self"]
     path = untrained(tmp_path / "best.pt", "digits-dvs/digits-dvs.yml", *flags)
-    session = exported(path, "--samples", "4", "--batch", "2")
+    session, _ = exported(path, "--samples", "4", "--batch", "2")
     assert session.get_inputs()[0].shape == [2, 2, 2, 32, 32]
     about = session.get_modelmeta().custom_metadata_map
     assert "[B,T,C,H,W]" in about["input"]
