@@ -9,7 +9,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -24,14 +24,15 @@ from models import create_model
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
+PACKAGES = "torch torchvision triton cupy-cuda13x spikingjelly timm numpy pillow joblib".split()  # versions to record
 
 
-def machine(name: str, packages: Sequence[str], device: torch.device | None = None) -> dict:
+def machine(name: str, device: torch.device | None = None) -> dict:
     """Describe the machine, its load and the versions for the results of `python -m benchmarks.NAME`."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search("^model name\\s*: (.*)$", cpuinfo, re.MULTILINE)
     where = {"cpu": model[1] if model else platform.processor(), "cores": joblib.cpu_count()}
-    versions = {d.name: d.version for d in distributions() if d.name in packages}
+    versions = {d.name: d.version for d in distributions() if d.name in PACKAGES}
     versions["python"] = platform.python_version()
     if device is not None and device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

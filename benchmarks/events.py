@@ -37,7 +37,6 @@ from .synthetic import write_cifar10_dvs, write_dvs128_gesture
 
 FRAMES = 16
 SETTINGS = {"data_type": "frame", "frames_number": FRAMES, "split_by": "number"}
-PACKAGES = ("torch", "numpy", "spikingjelly", "joblib")
 RAW = ("extract", "download")  # folders of a data set that hold no frames
 
 
@@ -130,7 +129,7 @@ def run(argv: Sequence[str]) -> None:
     flags.add_argument("--output", type=Path, default=RESULTS, help=f"folder to write to ({RESULTS})")
     args = flags.parse_args(argv)
     logger.setLevel(logging.ERROR)  # it warns of data sets smaller than the published ones
-    report = machine("events", PACKAGES) | {"frames": FRAMES, "repeats": args.repeats, "data_sets": {}}
+    report = machine("events") | {"frames": FRAMES, "repeats": args.repeats, "data_sets": {}}
     path = result_path(args.output, "events", report["device"])
     for name, case in cases(args.recordings, args.events).items():
         with tempfile.TemporaryDirectory() as folder:

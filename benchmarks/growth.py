@@ -31,7 +31,7 @@ from engine.cli import UserError
 from engine.config import Config, load
 
 from .common import ROOT, machine, network, random_batch, result_path, runs_in, write
-from .speed import CONFIGURATIONS, PACKAGES, all_sides, flags_of, start
+from .speed import CONFIGURATIONS, all_sides, flags_of, start
 from .turns import STEPS, Timed, Turns
 
 
@@ -160,6 +160,9 @@ def draw(rows: Sequence[dict], title: str, path: Path) -> None:
                     plot.plot(*zip(*points, strict=True), "o-", label=label)
                     plot.legend(fontsize=8)
             plot.set(xscale="log", yscale="log", xlabel=f"{letter}, {axis.replace('_', ' ')}")
+            sizes = sorted({row["size"] for row in rows if row["axis"] == axis})
+            plot.set_xticks(sizes, sizes, fontsize=8)
+            plot.minorticks_off()
             plot.set_title(f"{mode}: {name}", fontsize=10)
             plot.grid(alpha=0.25)
         figure.suptitle(title, fontsize=11)
@@ -207,7 +210,7 @@ def run(argv: Sequence[str]) -> None:
         flags.add_argument(f"--at-{name}", type=positive, help="its size while another grows")
     args = flags.parse_args(argv)
     device = start(args)
-    points, this = chosen(args, device), machine("growth", PACKAGES, device)
+    points, this = chosen(args, device), machine("growth", device)
     path = result_path(args.output, "growth", this["device"])
     earlier, rows = runs_in(path), []
     fixed = ", ".join(f"{name} {getattr(args, f'at_{name}')}" for name in AXES)

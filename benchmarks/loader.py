@@ -42,7 +42,6 @@ from engine.run import create_data
 from .common import RESULTS, machine, result_path, spread, write
 from .synthetic import events, fill, jpeg, write_cifar
 
-PACKAGES = ("torch", "torchvision", "timm", "pillow", "numpy", "spikingjelly")
 FILES = 64  # of different content; all others of a data set are links to them
 CLASSES = 4  # of the folder of images
 FRAMES = 16
@@ -172,7 +171,7 @@ def run(argv: Sequence[str]) -> None:
     if others := gpus.keys() - set(args.cases):
         raise UserError(f"--train-images-per-s {min(others)}: not measured; add it to --cases")
     torch.set_num_threads(1)  # as the workers
-    report, cores = machine("loader", PACKAGES), joblib.cpu_count()
+    report, cores = machine("loader"), joblib.cpu_count()
     results, path = {}, result_path(args.output, "loader", report["device"])
     for name in args.cases:
         case = CASES[name]

@@ -52,7 +52,6 @@ CONFIGURATIONS = {  # model -> recipe, batch size
 PUBLISHED = list(CONFIGURATIONS)[:4]  # the default
 CHANGES = ("time_steps", "input_size", "batch_size", "ssa_membrane")  # flags that change a recipe
 DECISIVE = ("rounds", "steps", *CHANGES, "amp", "spikingjelly2")  # arguments that figures depend on
-PACKAGES = ("torch", "triton", "cupy-cuda13x", "spikingjelly", "timm", "numpy")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}  # of convolutions and activations
 CHECKED = {"cpu": 2, "cuda": 16}  # samples whose logits are compared before the timing
 AGREEMENT = 0.5  # share of the samples in which ours has the baseline's class; rounding flips spikes
@@ -233,7 +232,7 @@ def run(argv: Sequence[str]) -> None:
     flags.add_argument("--spikingjelly2", type=Path, metavar="FOLDER", help="see benchmarks/spikingjelly2.py")
     args = flags.parse_args(argv)
     device = start(args)
-    chosen, this = cases(args, device), machine("speed", PACKAGES, device)
+    chosen, this = cases(args, device), machine("speed", device)
     path = result_path(args.output, "speed", this["device"])
     earlier, rates = runs_in(path), roofline.measure(device, DTYPES[args.amp])
     print(f"{rates.bytes_per_s / 1e9:.0f} GB/s copied, {rates.operations_per_s / 1e12:.2f} TFLOP/s", flush=True)
