@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from engine.config import EVENT_DATASETS, MODEL_FIELDS, plain
+from engine.config import EVENT_DATASETS, MODEL_FIELDS, Config, plain
 from engine.log import logger
 
 from .common import Subject
@@ -14,32 +14,35 @@ LIBRARY = "library_name: qkformer\n"  # in every card
 TAGS = ["qkformer", "spiking-neural-network", "spiking-transformer", "arxiv:2403.16552"]
 
 
-def model_card(subject: Subject, name: str) -> str:
-    """Return the model card, in Markdown, of the weights in the file `name`.
+def _front_matter(cfg: Config, top1: float | None) -> str:
+    """Return the YAML that Hugging Face reads.
 
     It names no license, because only those who trained the weights can choose one.
     """
-    cfg, model = subject.cfg, subject.model
-    top1 = _measured(subject)
-    is_image = cfg.dataset not in EVENT_DATASETS
     task = "image-classification"
-    front = ModelCardData(
+    measured = {}
+    if top1 is not None:
+        result = EvalResult(task, cfg.dataset, cfg.dataset, "accuracy", round(top1, 2), metric_name="top-1 (%)")
+        measured = {"metrics": ["accuracy"], "model_name": cfg.model, "eval_results": [result]}
+    return ModelCardData(
         library_name="qkformer",
         tags=TAGS,
         datasets=[cfg.dataset],
-        pipeline_tag=task if is_image else None,
-        metrics=None if top1 is None else ["accuracy"],
-        model_name=cfg.model,
-        eval_results=None
-        if top1 is None
-        else [EvalResult(task, cfg.dataset, cfg.dataset, "accuracy", round(top1, 2), metric_name="top-1 (%)")],
-    )
+        pipeline_tag=None if cfg.dataset in EVENT_DATASETS else task,
+        **measured,
+    ).to_yaml()
+
+
+def model_card(subject: Subject, name: str) -> str:
+    """Return the model card, in Markdown, of the weights in the file `name`."""
+    cfg, model = subject.cfg, subject.model
+    top1 = _measured(subject)
     settings = {key: value for key, value in plain(cfg).items() if key in MODEL_FIELDS[1:] and value is not None}
     arguments = "".join(f"    {key}={value!r},\n" for key, value in settings.items())
-    shape = "images [B,C,H,W]" if is_image else "event frames [B,T,C,H,W]"
+    shape = "event frames [B,T,C,H,W]" if cfg.dataset in EVENT_DATASETS else "images [B,C,H,W]"
     size = f"{cfg.input_size} x {cfg.input_size}"
     return f"""---
-{front.to_yaml()}
+{_front_matter(cfg, top1)}
 ---
 
 # {cfg.model} on {cfg.dataset}

@@ -1,246 +1,228 @@
-"""How time and memory of a step grow with T, resolution, width and batch, one at a time: ours beside the baseline.
+"""Growth of time and memory with the size of a network or of an attention, along one axis at a time.
 
-Training steps and evaluation of a recipe's network on noise, with the sides in turns as in benchmarks/speed.py. Memory
-is the peak on CUDA, and on a CPU what autograd keeps for the backward pass. Exponents are slopes in the log-log plot,
-fitted to the larger half of the sizes: at small ones the time is that of starting the kernels.
+    python -m benchmarks.growth                          # networks: T, resolution, width and batch
+    python -m benchmarks.growth --axes tokens channels   # attentions: tokens N and channels D
 
-Results are appended to growth-DATE-DEVICE.json, with a picture beside it, and exponents are printed: the axes can be
-measured one by one.
+Networks: training steps ("train") and evaluation ("eval") of a recipe's network on noise, ours and the baseline in
+turns as in benchmarks/speed.py. Attentions: forward and backward pass of Q-K attention and of self-attention, as
+q (k^T v), the order of this project, and as (q k^T) v, the order of the paper's equation. "core" runs from the spikes
+of q, k and v to those for the projection. "module" adds the projections, which are quadratic in D. Additions and
+multiply-accumulates of the attentions are counted.
+
+Memory is the peak on CUDA, and on a CPU the bytes that autograd keeps for the backward pass. Exponents are slopes in
+the log-log plot over the larger half of the sizes, because small sizes measure the start of the kernels. Each point is
+written to growth-DATE-DEVICE.json at once; the end adds a figure and prints the exponents. Runs of one day with the
+same settings share the figure.
 """
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from analysis.common import main, parser, positive
-from analysis.growth import KeptBytes, exponent, fitted_sizes
+from analysis.attentions import PARTS, Attention
+from analysis.common import drawing, main, positive
 from engine.cli import UserError
 from engine.config import Config, load
 
-from .common import (
-    RESULTS,
-    ROOT,
-    STEPS,
-    Timed,
-    Turns,
-    choose,
-    machine,
-    network,
-    random_batch,
-    result_path,
-    runs_in,
-    save_picture,
-    write,
-)
-from .speed import CONFIGURATIONS, DTYPES, PACKAGES, all_sides
+from .common import ROOT, machine, network, random_batch, result_path, runs_in, write
+from .speed import CONFIGURATIONS, all_sides, flags_of, start
+from .turns import STEPS, Timed, Turns
 
-AXES = {  # what grows -> its letter, and the power of the setting that it is
-    "time_steps": ("T", 1),
-    "input_size": ("N", 2),  # tokens grow with the pixels
-    "width": ("D", 1),
-    "batch_size": ("B", 1),
+
+class Axis(NamedTuple):
+    """An axis, with its sizes and the size while another grows, on each kind of device."""
+
+    letter: str
+    power: int  # of the flag's value
+    cuda: tuple[list[int], int]
+    cpu: tuple[list[int], int]
+
+
+AXES = {
+    "time_steps": Axis("T", 1, ([1, 2, 4, 8], 4), ([1, 2, 4, 8], 4)),
+    "input_size": Axis("N", 2, ([96, 128, 192, 256, 384], 224), ([8, 12, 16, 24, 32], 16)),  # N grows with the pixels
+    "width": Axis("D", 1, ([96, 192, 384, 768], 384), ([32, 64, 128, 256], 64)),
+    "batch_size": Axis("B", 1, ([4, 8, 16, 32, 64], 16), ([2, 4, 8, 16], 8)),
+    "tokens": Axis("N", 1, *[([49, 100, 196, 400, 784, 1600, 3136], 784)] * 2),
+    "channels": Axis("D", 1, *[([96, 192, 384, 768, 1536], 384)] * 2),
 }
-SIZES = {  # what is measured where nothing else is asked for: small networks on a CPU
-    "cuda": {
-        "model": "qkformer_10_384",
-        "time_steps": [1, 2, 4, 8],
-        "input_size": [96, 128, 192, 256, 384],
-        "width": [96, 192, 384, 768],
-        "batch_size": [4, 8, 16, 32, 64],
-        "at": [4, 224, 384, 16],
-    },
-    "cpu": {
-        "model": "qkformer_3_64",
-        "time_steps": [1, 2, 4, 8],
-        "input_size": [8, 12, 16, 24, 32],
-        "width": [32, 64, 128, 256],
-        "batch_size": [2, 4, 8, 16],
-        "at": [4, 16, 64, 8],
-    },
-}
-PANELS = (  # mode, column, title, unit
-    ("train", "ms", "training step (ms)", 1),
-    ("eval", "ms", "evaluation (ms)", 1),
-    ("train", "memory_bytes", "memory of a training step (MB)", 1e6),
-    ("eval", "memory_bytes", "memory of an evaluation (MB)", 1e6),
-)
+ATTENTION_AXES = ("tokens", "channels")
+MODELS = {"cuda": "qkformer_10_384", "cpu": "qkformer_3_64"}
+COLUMNS = {"ms": ("time (ms)", 1), "memory_bytes": ("memory (MB)", 1e6), "operations": ("operations (million)", 1e6)}
 
 
 class Point(NamedTuple):
-    """A network with its batch, where `axis` has a size and the others stay."""
+    """A size along an axis, with the sizes along all others."""
 
     axis: str
-    size: int
-    cfg: Config
-    width: int
+    size: int  # as plotted
+    at: dict[str, int]  # flag values
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return tuple(PARTS if self.axis in ATTENTION_AXES else STEPS)
+
+    def config(self, model: str) -> Config:
+        """Return the recipe of a network at this point."""
+        keys = ("time_steps", "input_size", "batch_size")
+        return load(ROOT / CONFIGURATIONS[model][0], [f"--{key}={self.at[key]}" for key in keys])
+
+    def attention(self, kind: str, part: str, heads: int) -> Attention:
+        """Return an attention at this point."""
+        return Attention(kind, part, self.at["tokens"], self.at["channels"], heads)
 
 
-def start(at: Point, mode: str, backend: str, amp: str, device: torch.device) -> Timed:
-    """A step ready to be timed; on a CPU its `peak_bytes` are those kept for the backward pass."""
+def start_side(point: Point, mode: str, side: str, args: argparse.Namespace, device: torch.device) -> Timed:
+    """Prepare a step of an attention, or of a network that always has the same weights."""
+    if mode in PARTS:
+        step, spikes, parameters = point.attention(side, mode, args.heads).step(device)
+        return Timed(lambda: step, spikes, device, parameters)
     torch.manual_seed(0)
-    model = network(at.cfg, width=at.width, lif_backend=backend)
-    timed = Timed(lambda: STEPS[mode](model.to(device), amp, device), random_batch(at.cfg, device), device)
-    if device.type == "cpu" and mode == "train":
-        kept = KeptBytes(model.parameters())
-        with kept:
-            timed.step(*timed.batch)
-        timed.peak_bytes = kept.total
-    return timed
+    cfg, backend = point.config(args.model), all_sides(args.model, mode, device)[side].lif_backend
+    model = network(cfg, width=point.at["width"], lif_backend=backend)
+    parameters = model.parameters() if mode == "train" else None
+    return Timed(lambda: STEPS[mode](model.to(device), args.amp, device), random_batch(cfg, device), device, parameters)
 
 
-def measure(at: Point, mode: str, args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """A row for each side."""
-    sides = all_sides(at.cfg.model, mode, device)
-    baseline = next(iter(sides))
-    with Turns(f"{at.axis} {at.size} {mode}", device) as turns:
-        for name in (baseline, "ours"):
-            turns.start(name, functools.partial(start, at, mode, sides[name].lif_backend, args.amp, device))
+def measure(point: Point, mode: str, args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Time the sides in turns; return a row for each. The first is the baseline."""
+    names = PARTS[mode] if mode in PARTS else (next(iter(all_sides(args.model, mode, device))), "ours")
+    with Turns(f"{point.axis} {point.size} {mode}", device) as turns:
+        for name in names:
+            turns.start(name, functools.partial(start_side, point, mode, name, args, device))
         for _ in range(args.rounds):
             turns.round(args.steps)
-    rows = []
-    for name, figures in turns.figures((baseline, "ours"), baseline, at.cfg.batch_size).items():
-        row = {"axis": at.axis, "size": at.size, "mode": mode, "side": name}
+    rows, samples = [], 1 if mode in PARTS else point.at["batch_size"]
+    for name, figures in turns.figures(names, names[0], samples).items():
+        row = {"axis": point.axis, "size": point.size, "mode": mode, "side": name, "figures": figures}
         if "ms" in figures:
             row |= {"ms": figures["ms"]["median"], "memory_bytes": figures["peak_bytes"]}
-        rows.append(row | {"figures": figures})
+        if mode in PARTS:
+            row["operations"] = point.attention(name, mode, args.heads).operations()
+        rows.append(row)
     return rows
 
 
-def line(rows: Sequence[dict], axis: str, mode: str, side: str, column: str) -> list[dict]:
-    """The points of a side along an axis where there is a figure."""
-    return [
-        row
-        for row in rows
-        if (row["axis"], row["mode"], row["side"]) == (axis, mode, side) and row.get(column) is not None
-    ]
+def fitted_sizes(sizes: Iterable[int]) -> list[int]:
+    """Return the larger half of the sizes, at least two."""
+    sizes = sorted(set(sizes))
+    return sizes[-max(2, (len(sizes) + 1) // 2) :]
 
 
-def slope(points: Sequence[dict], column: str) -> float | None:
-    """The exponent of a line; None where it has fewer than two points."""
-    return exponent(points, "size", column) if len(points) > 1 else None
+def exponent(rows: Sequence[dict], column: str) -> float | None:
+    """Fit the slope of log(`column`) against log(size); None with fewer than two sizes."""
+    rows = [row for row in rows if row.get(column)]
+    fitted = fitted_sizes(row["size"] for row in rows)
+    if len(fitted) < 2:
+        return None
+    points = [(row["size"], row[column]) for row in rows if row["size"] in fitted]
+    return round(float(np.polyfit(*np.log(np.array(points, float)).T, 1)[0]), 6) + 0.0  # not -0.0
 
 
-def exponents(rows: Sequence[dict]) -> list[dict]:
-    """The exponents of all that was measured, for each axis and side."""
-    found = []
-    for axis, side in dict.fromkeys((row["axis"], row["side"]) for row in rows):
-        values = {f"{m} {c}": slope(line(rows, axis, m, side, c), c) for m, c, *_ in PANELS}
-        sizes = {row["size"] for row in rows if row["axis"] == axis}
-        found.append({"axis": axis, "side": side, "fitted": fitted_sizes(sizes)} | values)
+def lines(rows: Sequence[dict]) -> dict[tuple[str, str, str], list[dict]]:
+    """Group the rows by axis, mode and side."""
+    found = {}
+    for row in rows:
+        found.setdefault((row["axis"], row["mode"], row["side"]), []).append(row)
     return found
 
 
-def table(found: Sequence[dict]) -> str:
-    """The exponents, to read."""
-    panels = [(title, f"{mode} {column}") for mode, column, title, _ in PANELS]
-    panels = [(title, key) for title, key in panels if any(row[key] is not None for row in found)]
-    body = [
-        [
-            f"{AXES[row['axis']][0]} = {', '.join(map(str, row['fitted']))}",
-            row["side"],
-            *("" if row[key] is None else f"{row[key]:.2f}" for _, key in panels),
-        ]
-        for row in found
+def exponents(rows: Sequence[dict]) -> list[dict]:
+    """Return the exponents of each line."""
+    return [
+        {"axis": axis, "mode": mode, "side": side, "fitted": fitted_sizes(row["size"] for row in line)}
+        | {column: exponent(line, column) for column in COLUMNS}
+        for (axis, mode, side), line in lines(rows).items()
     ]
-    return "Exponents\n" + tabulate(body, ["fitted at", "side", *(title for title, _ in panels)], disable_numparse=True)
 
 
-def draw(rows: Sequence[dict], title: str) -> Figure:
-    """Time and memory against the size, a column an axis."""
-    axes = list(dict.fromkeys(row["axis"] for row in rows))
-    sides = list(dict.fromkeys(row["side"] for row in rows))
-    panels = [panel for panel in PANELS if any(line(rows, axes[0], panel[0], side, panel[1]) for side in sides)]
-    figure = Figure(figsize=(3.6 * len(axes) + 0.6, 3 * len(panels) + 0.6), layout="constrained")
-    grid = figure.subplots(len(panels), len(axes), squeeze=False, sharey="row")
-    for (mode, column, name, unit), row_of_plots in zip(panels, grid, strict=True):
-        for axis, plot in zip(axes, row_of_plots, strict=True):
-            letter = AXES[axis][0]
-            for side in sides:
-                points = line(rows, axis, mode, side, column)
-                power = slope(points, column)
-                label = side if power is None else f"{side}: ${letter}^{{{power:.2f}}}$"
-                plot.plot([p["size"] for p in points], [p[column] / unit for p in points], "o-", label=label)
+def draw(rows: Sequence[dict], title: str, path: Path) -> None:
+    """Draw each column of each mode against the size, a column of panels for each axis."""
+    found = lines(rows)
+    axes = list(dict.fromkeys(axis for axis, *_ in found))
+    panels = dict.fromkeys((mode, key) for key in COLUMNS for row in rows if row.get(key) for mode in [row["mode"]])
+    size = (3.6 * len(axes) + 0.6, 3 * len(panels) + 0.6)
+    with drawing(path, len(panels), len(axes), size, sharey="row") as (figure, plots):
+        places = ((mode, column, axis) for mode, column in panels for axis in axes)
+        for plot, (mode, column, axis) in zip(plots, places, strict=True):
+            letter, (name, unit) = AXES[axis].letter, COLUMNS[column]
+            for (_, _, side), line in (item for item in found.items() if item[0][:2] == (axis, mode)):
+                points = [(row["size"], row[column] / unit) for row in line if row.get(column)]
+                if points:
+                    power = exponent(line, column)
+                    label = side if power is None else f"{side}: ${letter}^{{{power:.2f}}}$"
+                    plot.plot(*zip(*points, strict=True), "o-", label=label)
+                    plot.legend(fontsize=8)
+            plot.set(xscale="log", yscale="log", xlabel=f"{letter}, {axis.replace('_', ' ')}")
             sizes = sorted({row["size"] for row in rows if row["axis"] == axis})
-            plot.set(xscale="log", yscale="log")
-            plot.set_xlabel(f"{letter}, pixels" if axis == "input_size" else f"{letter}, {axis.replace('_', ' ')}")
-            plot.set_title(name, fontsize=10)
             plot.set_xticks(sizes, sizes, fontsize=8)
-            plot.set_xticks([], minor=True)
+            plot.minorticks_off()
+            plot.set_title(f"{mode}: {name}", fontsize=10)
             plot.grid(alpha=0.25)
-            plot.legend(fontsize=8)
-    figure.suptitle(title, fontsize=11)
-    return figure
+        figure.suptitle(title, fontsize=11)
 
 
-def run(argv: Sequence[str]) -> None:
-    ours = parser(__doc__)
-    ours.add_argument("--model", choices=CONFIGURATIONS, help="(qkformer_10_384; on a CPU qkformer_3_64)")
-    ours.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="what grows (all)")
-    for axis in AXES:
-        name = axis.replace("_", "-")
-        ours.add_argument(f"--{name}", type=positive, nargs="+", help="its sizes (four or five)")
-        ours.add_argument(f"--at-{name}", type=positive, help="its size while another grows")
-    ours.add_argument("--modes", nargs="+", choices=STEPS, default=list(STEPS), help="(both)")
-    ours.add_argument("--rounds", type=positive, default=3, help="in each of which both sides have their turn (3)")
-    ours.add_argument("--steps", type=positive, default=5, help="timed in a turn (5)")
-    ours.add_argument("--amp", choices=DTYPES, default="fp16", help="(fp16; off on a CPU, where that is what it means)")
-    ours.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    ours.add_argument("--output", type=Path, default=RESULTS, help=f"folder to write to ({RESULTS})")
-    args = ours.parse_args(argv)
-    device = choose(args.device)
-    points = chosen(args, device)
-    here = machine("growth", PACKAGES, device)
-    rows = []
-    for at in points:
-        for mode in args.modes:
-            rows += measure(at, mode, args, device)
-    path = result_path(args.output, "growth", here["device"])
-    earlier = runs_in(path)
-    fixed = ", ".join(f"{AXES[axis][0]} = {getattr(args, f'at_{axis}') ** AXES[axis][1]}" for axis in AXES)
-    title = f"{args.model} on {here['device'].get('gpu', 'a CPU')}, amp {args.amp}; where another grows, {fixed}"
-    this = here | {"title": title, "arguments": vars(args), "exponents": exponents(rows), "points": rows}
-    write(path, {"runs": [*earlier, this]})
-    save_picture(draw(latest([*earlier, this]), title), path)
-    print(f"\n{title}\n{table(this['exponents'])}\n\n{path}")
+def chosen(args: argparse.Namespace, device: torch.device) -> list[Point]:
+    """Return the points that the flags ask for; raises `UserError` for sizes that do not fit."""
+    args.model = args.model or MODELS[device.type]
+    for name, axis in AXES.items():
+        sizes, at = getattr(axis, device.type)
+        setattr(args, name, sorted(set(getattr(args, name) or sizes)))
+        setattr(args, f"at_{name}", getattr(args, f"at_{name}") or at)
+    fixed = {name: getattr(args, f"at_{name}") for name in AXES}
+    points = []
+    for axis in args.axes:
+        if len(sizes := getattr(args, axis)) < 2:
+            raise UserError(f"--{axis.replace('_', '-')} {sizes[0]}: an exponent needs two sizes; add one")
+        points += [Point(axis, size ** AXES[axis].power, fixed | {axis: size}) for size in sizes]
+    for point in points:
+        width, channels = point.at["width"], point.at["channels"]
+        if point.axis in ATTENTION_AXES and channels % args.heads:
+            raise UserError(f"--heads {args.heads}: does not divide {channels} channels; use a divisor")
+        try:
+            with torch.device("meta"):
+                network(point.config(args.model), width=width)
+        except ValueError as error:
+            raise UserError(f"width {width}: {error}") from None
+    return points
 
 
 def latest(runs: Sequence[dict]) -> list[dict]:
-    """The points of all runs of the last one's title; of what was measured twice, the last."""
+    """Return the points of all runs with the last one's title; of repeated points, the last."""
     rows = [row for run in runs if run["title"] == runs[-1]["title"] for row in run["points"]]
     return list({(row["axis"], row["size"], row["mode"], row["side"]): row for row in rows}.values())
 
 
-def chosen(args: argparse.Namespace, device: torch.device) -> list[Point]:
-    """The points that the flags ask for, which are completed; raises `UserError` for sizes that cannot be."""
-    own = SIZES[device.type]
-    args.model = args.model or own["model"]
-    if device.type == "cpu" and args.amp == "fp16":
-        args.amp = "off"  # as in training
-    for axis, at in zip(AXES, own["at"], strict=True):
-        setattr(args, axis, sorted(set(getattr(args, axis) or own[axis])))
-        setattr(args, f"at_{axis}", getattr(args, f"at_{axis}") or at)
-        if len(getattr(args, axis)) < 2:
-            raise UserError(f"--{axis.replace('_', '-')}: an exponent needs two sizes at least")
-    fixed = {axis: getattr(args, f"at_{axis}") for axis in AXES}
-    points = []
-    for axis in args.axes:
-        for size in getattr(args, axis):
-            sizes = fixed | {axis: size}
-            width = sizes.pop("width")
-            cfg = load(ROOT / CONFIGURATIONS[args.model][0], [f"--{key}={value}" for key, value in sizes.items()])
-            points.append(Point(axis, size ** AXES[axis][1], cfg, width))
-    for width in {at.width for at in points}:
-        try:
-            network(points[0].cfg, width=width)
-        except ValueError as error:
-            raise UserError(f"width {width}: {error}") from None
-    return points
+def run(argv: Sequence[str]) -> None:
+    flags = flags_of(__doc__, (*STEPS, *PARTS), rounds=3)
+    flags.add_argument("--model", choices=CONFIGURATIONS, help="(qkformer_10_384; on a CPU qkformer_3_64)")
+    flags.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES)[:4], help="what grows (the first four)")
+    flags.add_argument("--heads", type=positive, default=6, help="of the attentions; a head grows with D (6)")
+    for axis in AXES:
+        name = axis.replace("_", "-")
+        flags.add_argument(f"--{name}", type=positive, nargs="+", help="its sizes")
+        flags.add_argument(f"--at-{name}", type=positive, help="its size while another grows")
+    args = flags.parse_args(argv)
+    device = start(args)
+    points, this = chosen(args, device), machine("growth", device)
+    path = result_path(args.output, "growth", this["device"])
+    earlier, rows = runs_in(path), []
+    fixed = ", ".join(f"{name} {getattr(args, f'at_{name}')}" for name in AXES)
+    where = this["device"].get("gpu", "a CPU")
+    title = f"{args.model}, amp {args.amp}, on {where}; attentions: {args.heads} heads\nwhere another grows: {fixed}"
+    for point in points:
+        for mode in (mode for mode in point.modes if mode in args.modes):
+            rows += measure(point, mode, args, device)
+            this |= {"title": title, "arguments": vars(args), "exponents": exponents(rows), "points": rows}
+            write(path, {"runs": [*earlier, this]})
+    draw(latest([*earlier, this]), title, path.with_suffix(".png"))
+    print(f"\n{title}\n{tabulate(this['exponents'], headers='keys', floatfmt='.2f')}\n\n{path}")
 
 
 if __name__ == "__main__":

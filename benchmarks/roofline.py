@@ -1,22 +1,17 @@
-"""The least time that a device could take for a step: what the step needs, and how fast the device is.
+"""Least time that a device needs for a step: the step's demand, and the device's rates.
 
-A network is a chain of units (`models.layers.ConvBN`): a convolution with input I and output O, then BatchNorm, then
-pooling or not, then neurons with spikes S; all are counted in elements. An implementation that fuses all that can be
-fused still moves, for each unit,
+A network is a chain of units (`models.layers.ConvBN`): a convolution with input I and output O, BatchNorm, pooling or
+not, and neurons with spikes S, all in elements. Even a fully fused implementation moves, for each unit,
 
-- in an evaluation I + S: BatchNorm is part of the convolution, and the neurons fire before anything is written;
-- in training, forward, I + 3 O + S: the convolution reads I and writes O, which is read for the statistics of the batch
-  and, once these are known, again for the spikes;
-- in training, backward, 2 I + 5 O + 2 S: the neurons are computed once more from O, with the gradient of S, for the
-  sums of BatchNorm's gradient and again for the gradient of O, which is written, and read for those of weights and of
-  input; the former reads I, the latter is written.
+- in evaluation I + S: BatchNorm folds into the convolution, and the neurons run before anything is written;
+- in the forward pass of training I + 3 O + S: O is written, read for the batch statistics, and read for the spikes;
+- in the backward pass 2 I + 5 O + 2 S: O and the gradient of S are read for the sums of BatchNorm's gradient and again
+  for the gradient of O, which is written and read for the gradients of weights (with I) and input (written).
 
-A still image is the same at every time step, so the first unit's I and O count once; that its operations need only be
-done once, too, is neglected (1 % of all). Left out are the products of the attentions, the sums of residuals, the head,
-weights and optimizer: a few percent of the bytes of the published networks.
+A static image is the same at every time step, so I and O of the first unit count once; its operations count T times
+(1 % of all). Attention products, residual sums, head, weights and optimizer are left out: a few percent of the bytes.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,83 +22,69 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.config import Config
 from models.layers import ConvBN
 
-from .common import network, random_batch, release, stopwatch
+from .common import network, random_batch, stopwatch
 
 MOVED = {"eval": (1, 0, 1), "train": (3, 8, 3)}  # how often I, O and S are moved
 COUNTED = 2  # samples, because BatchNorm may refuse one
-REPEATS = 20  # of a measured rate, of which the best is taken: others may use the machine, too
+REPEATS = 20  # of a measured rate; the best counts, because others may use the machine
 GEMM_SIZE, COPY_BYTES, CALLS = {"cpu": 1024, "cuda": 8192}, {"cpu": 2**27, "cuda": 2**32}, {"cpu": 1, "cuda": 10}
 
 
 class Demand(NamedTuple):
-    """What a sample takes: floating-point operations (a multiply-accumulate is two), and elements moved at least."""
+    """Least work for a sample."""
 
-    operations: int
-    elements: int
+    operations: int  # floating-point, a multiply-accumulate is two
+    elements: int  # moved
 
 
 class Rates(NamedTuple):
-    """What a device does at best: bytes read and written a second, floating-point operations a second."""
+    """Best rates of a device, a second."""
 
-    bytes_per_s: float
+    bytes_per_s: float  # read and written
     operations_per_s: float
 
     def floor_ms(self, demand: Demand, samples: int, bytes_per_element: int) -> float:
-        """The time below which no step can be, for it moves so many bytes and computes so much."""
+        """Return the least time of a step."""
         moved = demand.elements * bytes_per_element / self.bytes_per_s
         return 1000 * samples * max(moved, demand.operations / self.operations_per_s)
 
 
 def demand(cfg: Config, mode: str) -> Demand:
-    """What a step of a recipe's network takes per sample, counted on the unfused network without computing it."""
+    """Count the demand of a step per sample, on the meta device."""
     model = network(cfg, lif_backend="torch").train(mode == "train").to("meta")
-    convolved, elements = {}, 0  # of each convolution and of all units
-
-    def keep(conv: nn.Module, _, y: Tensor) -> None:
-        convolved[conv] = y.numel()
+    convolved, elements = {}, []  # of each convolution; of all units
 
     def count(unit: nn.Module, inputs: tuple[Tensor], spikes: Tensor) -> None:
-        nonlocal elements
-        (x,) = inputs
-        alike = len(x) if x.stride(0) == 0 else 1  # time steps that share one image
-        sizes = x.numel() // alike, convolved[unit.conv] // alike, spikes.numel()
-        elements += sum(times * size for times, size in zip(MOVED[mode], sizes, strict=True))
+        same_steps = len(inputs[0]) if inputs[0].stride(0) == 0 else 1  # time steps that share one image
+        sizes = inputs[0].numel() // same_steps, convolved[unit.conv] // same_steps, spikes.numel()
+        elements.append(sum(times * size for times, size in zip(MOVED[mode], sizes, strict=True)))
 
     for unit in model.modules():
         if isinstance(unit, ConvBN):
-            unit.conv.register_forward_hook(keep)
+            unit.conv.register_forward_hook(lambda conv, _, y: convolved.update({conv: y.numel()}))
             unit.register_forward_hook(count)
-    samples, _ = random_batch(dataclasses.replace(cfg, batch_size=COUNTED), torch.device("meta"))
+    samples, _ = random_batch(cfg, torch.device("meta"), COUNTED)
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(mode == "train"):
         logits = model(samples)
         if mode == "train":
             logits.sum().backward()
-    return Demand(counter.get_total_flops() // COUNTED, elements // COUNTED)
+    return Demand(counter.get_total_flops() // COUNTED, sum(elements) // COUNTED)
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Rates:
-    """The rates of a large copy and of a large matrix product of random numbers on `device`, the best of a few."""
-    rates = Rates(_copied(device, COPY_BYTES[device.type]), _multiplied(device, dtype, GEMM_SIZE[device.type]))
-    release(device)
-    return rates
-
-
-def _copied(device: torch.device, length: int) -> float:
-    """Bytes read and written a second."""
-    source = torch.ones(length, dtype=torch.uint8, device=device)
+    """Measure a large copy and a large matrix product of random numbers."""
+    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * length / _best_seconds(lambda: target.copy_(source), device)
-
-
-def _multiplied(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Floating-point operations a second."""
+    copied = 2 * len(source) / _best_seconds(lambda: target.copy_(source), device)
+    size = GEMM_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b), device)
+    multiplied = 2 * size**3 / _best_seconds(lambda: torch.mm(a, b), device)
+    return Rates(copied, multiplied)
 
 
 def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
     calls, times = CALLS[device.type], []
-    for _ in range(REPEATS + 1):  # the first of which warms up
+    for _ in range(REPEATS + 1):  # the first warms up
         elapsed = stopwatch(device)
         for _ in range(calls):
             call()

@@ -1,6 +1,5 @@
-"""The sides of `benchmarks.speed`: networks of this project as they can be computed, and spikingjelly 2's."""
+"""Sides of benchmarks.speed: the networks of this project by every backend, and spikingjelly 2's."""
 
-import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,24 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import Config
+from engine.graphs import GraphedStep
 from models import LIF
 from models.backends import BACKENDS
 
-from .common import STEPS, Step, Timed, network, random_batch
+from .common import network, random_batch
 from .spikingjelly2 import Remote
+from .turns import STEPS, Step, Timed
 
 BASELINE, COMPILED = "unfused-cupy", "unfused-compiled"
-SWITCHES = {  # side -> file and name of a constant of `models.fused`, its other value, and the modes that it matters in
+SWITCHES = {  # side -> file and name of a constant of `models.fused`, its other value, and the modes that use it
     "ours-columns": ("kernels.launch", "COLUMNS_FIRST", True, ("train", "eval")),
     "ours-rows64": ("kernels.linear_lif", "ROWS", 64, ("eval",)),
     "ours-gemm": ("gpu", "ONE_KERNEL", False, ("eval",)),
 }
-ON_REQUEST = (COMPILED, *SWITCHES)  # sides that are measured only if they are named
+ON_REQUEST = (COMPILED, *SWITCHES)  # sides that run only if --sides names them
 
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe at the size that is measured."""
+    """A recipe at the measured size."""
 
     model: str
     recipe: Path
@@ -37,13 +38,10 @@ class Case:
     amp: str
     device: torch.device
 
-    def at(self, batch_size: int) -> Config:
-        return dataclasses.replace(self.cfg, batch_size=batch_size)
-
 
 @dataclass(frozen=True)
 class Side:
-    """A network of this project: its `lif_backend`, and what is done to it before it is used."""
+    """A network of this project: its `lif_backend`, and a preparation."""
 
     lif_backend: str
     prepare: Callable[[nn.Module], object] = lambda model: None
@@ -52,7 +50,7 @@ class Side:
     modes: tuple[str, ...] = tuple(STEPS)
 
     def start(self, case: Case, mode: str, state: Mapping, _) -> Timed:
-        """Ready to be timed, from the weights `state`."""
+        """Prepare a step with the weights `state`."""
 
         def make() -> Step:
             model = network(case.cfg, lif_backend=self.lif_backend)
@@ -61,7 +59,7 @@ class Side:
             step = STEPS[mode](model, case.amp, case.device)
             if self.switch:
                 step = switched(step, *self.switch)
-            return captured(step) if self.graph else step
+            return GraphedStep(step) if self.graph else step
 
         return Timed(make, random_batch(case.cfg, case.device), case.device)
 
@@ -74,22 +72,15 @@ class Foreign:
     modes: tuple[str, ...] = tuple(STEPS)
 
     def start(self, case: Case, mode: str, _, folder: Path | None) -> Remote:
-        """Ready to be timed, in a process of its own, from weights of its own."""
+        """Prepare a step in a process of its own, with other weights."""
         if folder is None:
-            raise ValueError("--spikingjelly2 names no folder with it")
+            raise ValueError("--spikingjelly2: missing; name the folder that holds it")
         settings = {"mode": mode, "amp": case.amp, "device": case.device.type, "precision": self.precision}
         return Remote(folder, case.recipe, case.flags, settings)
 
 
-def captured(step: Step) -> Step:
-    """The step as a CUDA graph."""
-    from engine.graphs import GraphedStep
-
-    return GraphedStep(step)
-
-
 def switched(step: Step, file: str, constant: str, value: object) -> Step:
-    """The step with another value of a constant of `models.fused`."""
+    """Return the step with another value of a constant of `models.fused`."""
     module = importlib.import_module(f"models.fused.{file}")
 
     def other(samples: Tensor, labels: Tensor) -> Tensor:
@@ -100,7 +91,7 @@ def switched(step: Step, file: str, constant: str, value: object) -> Step:
 
 
 def compiled(model: nn.Module) -> None:
-    """Compile `model` but for the neurons whose membrane runs over the batch: a loop of T*B steps is no graph."""
+    """Compile `model` without the neurons whose membrane leaks over the batch: a loop of T*B steps is no graph."""
     torch._dynamo.config.recompile_limit = 64  # there are that many different blocks and units
     for module in model.modules():
         if isinstance(module, LIF) and module.leak_across_batch:
@@ -110,7 +101,7 @@ def compiled(model: nn.Module) -> None:
 
 
 def all_sides(model: str, mode: str, device: torch.device) -> dict[str, Side | Foreign]:
-    """The sides for a network on a device; the first is the baseline."""
+    """Return the sides for a network on a device; the first is the baseline."""
     is_cuda, train = device.type == "cuda", ("train",)
     sides = {BASELINE: Side("cupy")} if is_cuda else {"unfused-torch": Side("torch")}
     sides |= {
@@ -125,10 +116,11 @@ def all_sides(model: str, mode: str, device: torch.device) -> dict[str, Side | F
         sides |= {
             "ours-packed": Side("triton", lambda model: model.set_spike_packing(True), modes=train),
             "ours-checkpointing": Side("triton", lambda model: model.set_grad_checkpointing(True), modes=train),
-            "ours-graphs": Side("triton", graph=True, modes=train),  # last, for a graph's memory is never given back
+            "ours-graphs": Side("triton", graph=True, modes=train),  # last: a graph never releases its memory
         }
+    foreign_too = model == "qkformer_10_384"
     return {
         name: side
         for name, side in sides.items()
-        if mode in side.modes and (model == "qkformer_10_384" or not isinstance(side, Foreign))
+        if mode in side.modes and (foreign_too or not isinstance(side, Foreign))
     }

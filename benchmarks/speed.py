@@ -1,27 +1,26 @@
-"""How long a step takes: the fused networks of this project beside the same unfused and compiled, and spikingjelly 2.
+"""Time of a step: the fused networks of this project, the same unfused and compiled, and spikingjelly 2.
 
 Training steps (forward, loss, backward, AdamW) and evaluation, on noise of the shape of a recipe's data. The sides take
-turns in every round, from the same weights; a ratio is the baseline's time over that of a side in the same round, and
-its median is what counts. A side that cannot run is named with its reason.
+turns in every round, from the same weights. A ratio is the baseline's time over that of a side in the same round; its
+median counts. A side that cannot run is listed with its reason.
 
     unfused-cupy          operation by operation, neurons of spikingjelly's CuPy kernels: the baseline on CUDA
     unfused-torch         operation by operation in torch: the baseline on a CPU
-    unfused-compiled      that under torch.compile, only if --sides names it because it compiles for minutes; neurons
-                          whose membrane leaks over the batch are left out of it, a loop of T*B steps
+    unfused-compiled      that under torch.compile, without the neurons whose membrane leaks over the batch
     spikingjelly2         qkformer_10_384 of spikingjelly 2.0.0 under plain autocast, in a process of its own
-    spikingjelly2-policy  that under its precision policy
+    spikingjelly2-policy  that with neurons in half precision on Triton, under its precision policy
     ours                  lif_backend triton; on a CPU auto
     ours-graphs, ours-packed, ours-checkpointing
-                          that with the whole training step in a CUDA graph, with packed spikes, with checkpointing
-    ours-columns, ours-rows64, ours-gemm
-                          that with other divisions of the work, only if --sides names them: neighbouring programs on
-                          the columns of the same rows; 1x1 convolutions in evaluation with 64 rows a program instead of
-                          128, or by cuBLAS with the neurons in a kernel of their own
+                          the training step in a CUDA graph, with packed spikes, with checkpointing
+    ours-columns          neighbouring programs of a kernel take the columns of the same rows
+    ours-rows64           1x1 convolutions in evaluation with 64 rows a program instead of 128
+    ours-gemm             1x1 convolutions in evaluation by cuBLAS, the neurons in a kernel of their own
 
-Every round writes the figures so far to speed-DATE-DEVICE.json; the end adds a picture. After an interruption run the
-same command again. It skips sides that the file has in all rounds, of the same commit, device and arguments. It
-measures the missing sides together with the baseline and ours, because ratios compare sides of one run.
-Another --output, or a change that is not committed, starts from scratch.
+unfused-compiled, which compiles for minutes, and the last three are measured only if --sides names them.
+
+Every round writes the figures so far to speed-DATE-DEVICE.json; the end adds a figure. After an interruption run the
+same command again. It skips networks and modes of which the file has all sides in all rounds, with the same commit,
+device and arguments. Another --output, or a change that is not committed, starts from scratch.
 """
 
 import argparse
@@ -30,33 +29,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import nn
 
-from analysis.common import main, parser, positive
+from analysis.common import drawing, main, parser, positive
 from engine.cli import UserError
 from engine.config import load
 
 from . import roofline
-from .common import (
-    RESULTS,
-    ROOT,
-    STEPS,
-    Turns,
-    choose,
-    eval_step,
-    machine,
-    network,
-    random_batch,
-    reason,
-    release,
-    result_path,
-    runs_in,
-    save_picture,
-    write,
-)
+from .common import RESULTS, ROOT, choose, machine, network, random_batch, result_path, runs_in, write
 from .sides import ON_REQUEST, Case, all_sides
+from .turns import STEPS, Turns, eval_step, reason
 
 CONFIGURATIONS = {  # model -> recipe, batch size
     "qkformer_10_384": ("imagenet/qkformer_10_384.yml", 128),
@@ -66,58 +49,52 @@ CONFIGURATIONS = {  # model -> recipe, batch size
     "qkformer_3_64": ("digits/digits.yml", 16),
     "qkformer_2_64": ("digits-dvs/digits-dvs.yml", 16),
 }
-PUBLISHED = list(CONFIGURATIONS)[:4]  # measured where nothing else is asked for
-# arguments that figures depend on
-DECISIVE = ("rounds", "steps", "batch_size", "input_size", "time_steps", "ssa_membrane", "amp", "spikingjelly2")
-PACKAGES = ("torch", "triton", "cupy-cuda13x", "spikingjelly", "timm", "numpy")
+PUBLISHED = list(CONFIGURATIONS)[:4]  # the default
+CHANGES = ("time_steps", "input_size", "batch_size", "ssa_membrane")  # flags that change a recipe
+DECISIVE = ("rounds", "steps", *CHANGES, "amp", "spikingjelly2")  # arguments that figures depend on
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}  # of convolutions and activations
-CHECKED = {"cpu": 2, "cuda": 16}  # samples whose logits are compared before anything is timed
-AGREEMENT = 0.5  # of the baseline's classes that ours must share there: rounding flips spikes, so some may differ
-NOTES = {
-    "spikingjelly2": "not the released network: other biases, half of its neurons do not detach the reset, one "
-    "convolution for q, k and v, no leak over the batch; and weights of its own",
-    "spikingjelly2-policy": "the same network, neurons stored in half precision and run on Triton",
-}
+CHECKED = {"cpu": 2, "cuda": 16}  # samples whose logits are compared before the timing
+AGREEMENT = 0.5  # share of the samples in which ours has the baseline's class; rounding flips spikes
 
 
 def weights(case: Case) -> dict:
-    """The weights that every side starts from, with running statistics of a batch: without, hardly a neuron fires."""
+    """Return the weights of all sides, with a batch's running statistics; without these hardly a neuron spikes."""
     model = network(case.cfg, lif_backend="auto").to(case.device).train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0
     with torch.no_grad():
-        model(random_batch(case.at(CHECKED[case.device.type]), case.device)[0])
+        model(random_batch(case.cfg, case.device, CHECKED[case.device.type])[0])
     return {key: value.cpu() for key, value in model.state_dict().items()}
 
 
 def compare(case: Case, state: Mapping) -> dict:
-    """How far ours is from the baseline, in float32: largest difference over the range of the logits, and top-1.
+    """Return the largest difference of ours from the baseline over the range of the logits, and the equal classes.
+
+    Both compute in float32.
 
     Raises:
-        UserError: they agree so little that there is nothing to time.
+        UserError: too few classes are equal.
     """
     sides = all_sides(case.model, "eval", case.device)
-    batch, logits = random_batch(case.at(CHECKED[case.device.type]), case.device), []
+    batch, logits = random_batch(case.cfg, case.device, CHECKED[case.device.type]), []
     for name in (next(iter(sides)), "ours"):
         try:
             model = network(case.cfg, lif_backend=sides[name].lif_backend)
             model.load_state_dict(state)
             logits.append(eval_step(model.to(case.device), "off", case.device)(*batch).double())
-        except Exception as error:  # timing meets it again, and tells
+        except Exception as error:  # the timing meets it again and reports it
             return {"not_run": f"{name}: {reason(error)}"}
     reference, ours = logits
     deviation = ((ours - reference).abs().max() / (reference.max() - reference.min())).item()
     agreement = (ours.argmax(1) == reference.argmax(1)).double().mean().item()
     if not agreement >= AGREEMENT:
-        raise UserError(
-            f"{case.model}: in float32 ours shares {agreement:.0%} of the baseline's classes: mend that before timing"
-        )
+        raise UserError(f"{case.model}: in float32 ours has {agreement:.0%} of the baseline's classes; fix it first")
     return {"samples": len(ours), "deviation": deviation, "same_class": agreement}
 
 
 def complete(runs: Sequence[dict], report: dict) -> list[dict]:
-    """Results of earlier runs that count in this one: of its commit, device and arguments, with all rounds."""
+    """Return the results of earlier runs with the commit, device and arguments of this one, and with all rounds."""
     if report["git_commit"].endswith("+changes"):
         return []
 
@@ -132,27 +109,18 @@ def complete(runs: Sequence[dict], report: dict) -> list[dict]:
 
 
 def missing(case: Case, mode: str, asked: Sequence[str] | None, results: Sequence[dict]) -> list[str]:
-    """Return the sides to measure: those that `results` lack, with the baseline and ours; none if they lack nothing."""
+    """Return the sides to measure, the baseline first; none if `results` have all of them."""
     baseline, *others = all_sides(case.model, mode, case.device)
     names = [baseline, *(name for name in others if (name in asked if asked else name not in ON_REQUEST))]
-    known = {name for result in results if is_of(result, case, mode) for name in result["sides"]}
-    is_done = known.issuperset(names)
-    skipped = [name for name in names if name in known and (is_done or name not in (baseline, "ours"))]
-    if skipped:
-        print(f"{case.model} {mode}: skips {', '.join(skipped)}, which the file has", flush=True)
-    return [name for name in names if name not in skipped]
-
-
-def is_of(result: dict, case: Case, mode: str) -> bool:
-    """Whether a result is of this network and mode."""
-    return (result["model"], result["mode"]) == (case.model, mode)
+    known = {name for r in results if (r["model"], r["mode"]) == (case.model, mode) for name in r["sides"]}
+    if known.issuperset(names):
+        print(f"{case.model} {mode}: skipped, the file has {', '.join(names)}", flush=True)
+        return []
+    return names
 
 
 def measure(case: Case, mode: str, names: Sequence[str], state: Mapping, args: argparse.Namespace) -> Iterator[dict]:
-    """Time the sides `names`, the baseline first, in turns; yield after each round what there is so far.
-
-    That is the times of each side, or why it did not run.
-    """
+    """Time the sides `names`, the baseline first, in turns; yield the figures so far after each round."""
     sides = all_sides(case.model, mode, case.device)
     with Turns(f"{case.model} {mode}", case.device) as turns:
         for name in names:
@@ -163,144 +131,128 @@ def measure(case: Case, mode: str, names: Sequence[str], state: Mapping, args: a
     torch.compiler.reset()
 
 
-def with_floor(result: dict, case: Case, mode: str, rates: roofline.Rates) -> dict:
-    """The result with the least time a step could take on this device, and how many times that each side takes."""
-    need = roofline.demand(case.cfg, mode)
-    size = DTYPES[case.amp].itemsize
+def report_of(case: Case, mode: str, agreement: dict, figures: dict, rates: roofline.Rates) -> dict:
+    """Describe the case, and add the least time that a step takes on this device."""
+    need, size = roofline.demand(case.cfg, mode), DTYPES[case.amp].itemsize
     floor = rates.floor_ms(need, case.cfg.batch_size, size)
-    for figures in result["sides"].values():
-        if "ms" in figures:
-            figures["times_floor"] = figures["ms"]["median"] / floor
+    for side in figures["sides"].values():
+        if "ms" in side:
+            side["times_floor"] = side["ms"]["median"] / floor
+    settings = {key: getattr(case.cfg, key) for key in (*CHANGES, "num_classes")}
     per_sample = {"operations": need.operations, "bytes": need.elements * size}
+    result = {"model": case.model, "mode": mode, "amp": case.amp, **settings, "agreement": agreement, **figures}
     return result | {"floor_ms": floor, "per_sample": per_sample}
 
 
-def about(case: Case, mode: str) -> dict:
-    """What was measured."""
-    keys = ("time_steps", "input_size", "batch_size", "num_classes", "ssa_membrane")
-    return {"model": case.model, "mode": mode, "amp": case.amp} | {key: getattr(case.cfg, key) for key in keys}
-
-
 def table(result: dict) -> str:
-    """The figures of a case, for people."""
+    """Format the figures of a case."""
     rows, notes = [], []
     for name, figures in result["sides"].items():
         if "not_run" in figures:
             notes.append(f"{name} did not run: {figures['not_run']}")
             continue
-        if name in NOTES:
-            notes.append(f"{name}: {NOTES[name]}")
-        ms, ratio, peak = figures["ms"], figures["ratio"], figures["peak_bytes"]
-        rows.append(
-            [
-                name,
-                "{min:.2f} {median:.2f} {max:.2f}".format(**ms),
-                f"{figures['samples_per_s']:.1f}",
-                "" if peak is None else f"{peak / 1e9:.2f}",
-                "" if ratio is None else "{min:.2f} {median:.2f} {max:.2f}".format(**ratio),
-                f"{figures['times_floor']:.2f}",
-            ]
-        )
-    headers = ["side", "ms: min median max", "samples/s", "peak GB", "ratio: min median max", "x floor"]
+        row = {"side": name, "ms": _three(figures["ms"]), "samples/s": f"{figures['samples_per_s']:.1f}"}
+        row["peak GB"] = "" if figures["peak_bytes"] is None else f"{figures['peak_bytes'] / 1e9:.2f}"
+        row["ratio"] = figures["ratio"] and _three(figures["ratio"])
+        rows.append(row | {"x floor": f"{figures['times_floor']:.2f}"})
     title = (
         "{model} {mode}: T = {time_steps}, input {input_size}, batch {batch_size}, amp {amp}, "
-        "ssa_membrane {ssa_membrane}; floor {floor_ms:.3f} ms".format(**result)
+        "ssa_membrane {ssa_membrane}; floor {floor_ms:.3f} ms; min median max of ms and ratio".format(**result)
     )
-    return "\n".join([title, tabulate(rows, headers, disable_numparse=True), *notes])
+    return "\n".join([title, tabulate(rows, headers="keys", disable_numparse=True), *notes])
 
 
-def draw(runs: Sequence[dict]) -> Figure:
-    """The ratio of each side to the baseline, for every case and mode; of what was measured twice, the last."""
+def _three(values: dict[str, float]) -> str:
+    return "{min:.2f} {median:.2f} {max:.2f}".format(**values)
+
+
+def draw(runs: Sequence[dict], path: Path) -> None:
+    """Draw the ratio of each side to the baseline, with minimum and maximum; of repeated ones, the last."""
     found = {}
     for result in (result for run in runs for result in run["results"]):
-        title = "{model} {mode}\nT {time_steps}, {input_size} px, batch {batch_size}".format(**result)
-        ratios = {name: figures.get("ratio") for name, figures in result["sides"].items()}
-        found.setdefault(title, {}).update({name: ratio for name, ratio in ratios.items() if ratio})
-    figure = Figure(figsize=(max(6, 3.2 * len(found)), 4.5), layout="constrained")
-    axis = figure.subplots()
-    names = list(dict.fromkeys(name for ratios in found.values() for name in ratios))
-    for i, name in enumerate(names):
-        at = [x for x, ratios in enumerate(found.values()) if name in ratios]
-        values = [ratios[name] for ratios in found.values() if name in ratios]
-        heights = [value["median"] for value in values]
-        whiskers = [[v["median"] - v["min"] for v in values], [v["max"] - v["median"] for v in values]]
-        places = [x + (i - (len(names) - 1) / 2) * 0.8 / len(names) for x in at]
-        bars = axis.bar(places, heights, 0.8 / len(names), yerr=whiskers, capsize=2, label=name, color=f"C{i}")
-        axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
-    axis.axhline(1, color="gray", linewidth=0.8)
-    axis.set_xticks(range(len(found)), list(found), fontsize=8)
-    axis.set_ylabel("times as fast as the baseline (min, median, max)")
-    axis.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+        case = "{model} {mode}, T {time_steps}, {input_size} px, batch {batch_size}".format(**result)
+        found |= {(case, name): side["ratio"] for name, side in result["sides"].items() if side.get("ratio")}
+    if not found:
+        return  # the baseline did not run
+    cases = dict.fromkeys(case for case, _ in found)
     where = runs[-1]["device"]
-    figure.suptitle(where.get("gpu", f"{where['cpu']}, {where['cores']} cores"), fontsize=10)
-    axis.grid(axis="y", alpha=0.25)
-    return figure
+    with drawing(path, len(cases), 1, (9, 1 + 0.3 * len(found) + 0.6 * len(cases)), sharex=True) as (figure, axes):
+        for axis, case in zip(axes, cases, strict=True):
+            ratios = {name: ratio for (of, name), ratio in reversed(found.items()) if of == case}
+            medians, least, most = ([ratio[key] for ratio in ratios.values()] for key in ("median", "min", "max"))
+            bars = axis.barh(list(ratios), medians)
+            axis.bar_label(bars, fmt="%.2f", fontsize=8, label_type="center")
+            axis.hlines(range(len(ratios)), least, most, color="black")
+            axis.set_title(case, fontsize=9)
+        axes[-1].set_xlabel("times as fast as the baseline (median; lines: minimum to maximum)")
+        figure.suptitle(where.get("gpu", f"{where['cpu']}, {where['cores']} cores"), fontsize=10)
 
 
 def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
-    """The recipes that are measured, changed as the flags say; raises `UserError` for values out of range."""
+    """Return the recipes to measure, changed by the flags; raises `UserError` for values out of range."""
+    changed = {key: getattr(args, key) for key in CHANGES if getattr(args, key) is not None}
     found = []
-    changes = ("time_steps", "input_size", "batch_size", "ssa_membrane")
-    changed = {key: getattr(args, key) for key in changes if getattr(args, key) is not None}
     for model in args.models:
-        recipe, batch_size = ROOT / CONFIGURATIONS[model][0], CONFIGURATIONS[model][1]
-        values = {"batch_size": batch_size} | changed
-        flags = tuple(text for key, value in values.items() for text in (f"--{key}", str(value)))
-        found.append(Case(model, recipe, flags, load(recipe, flags), args.amp, device))
+        recipe, batch_size = CONFIGURATIONS[model]
+        flags = tuple(f"--{key}={value}" for key, value in ({"batch_size": batch_size} | changed).items())
+        found.append(Case(model, ROOT / recipe, flags, load(ROOT / recipe, flags), args.amp, device))
     return found
 
 
-def run(argv: Sequence[str]) -> None:
-    ours = parser(__doc__)
-    ours.add_argument("--models", nargs="+", choices=CONFIGURATIONS, default=PUBLISHED, help="(the four published)")
-    ours.add_argument("--modes", nargs="+", choices=STEPS, default=list(STEPS), help="(both)")
-    cuda = torch.device("cuda")
-    sides = [side for mode in STEPS for side in list(all_sides("qkformer_10_384", mode, cuda))[1:]]
-    sides = list(dict.fromkeys(sides))
-    ours.add_argument(
-        "--sides", nargs="+", choices=sides, help=f"next to the baseline (all but {', '.join(ON_REQUEST)})"
-    )
-    ours.add_argument("--rounds", type=positive, default=5, help="in each of which every side has its turn (5)")
-    ours.add_argument("--steps", type=positive, default=5, help="timed in a turn (5)")
-    ours.add_argument("--batch-size", type=positive, help="(128 and 64 for ImageNet, 64 for CIFAR, 16)")
-    ours.add_argument("--input-size", type=positive, help="height and width (the recipe's)")
-    ours.add_argument("--time-steps", type=positive, help="T (the recipe's)")
-    ours.add_argument("--ssa-membrane", choices=("per_sample", "released"), help="(the recipe's)")
-    ours.add_argument("--amp", choices=DTYPES, default="fp16", help="(fp16; off on a CPU, where that is what it means)")
-    ours.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    ours.add_argument("--spikingjelly2", type=Path, metavar="FOLDER", help="see benchmarks/spikingjelly2.py")
-    ours.add_argument("--output", type=Path, default=RESULTS, help=f"folder to write to, and to go on from ({RESULTS})")
-    args = ours.parse_args(argv)
+def flags_of(doc: str, modes: Sequence[str], rounds: int) -> argparse.ArgumentParser:
+    """Return the flags of the benchmarks that time sides in turns."""
+    flags = parser(doc)
+    flags.add_argument("--modes", nargs="+", choices=modes, default=list(modes), help="(all)")
+    flags.add_argument("--rounds", type=positive, default=rounds, help=f"in each every side has a turn ({rounds})")
+    flags.add_argument("--steps", type=positive, default=5, help="timed in a turn (5)")
+    flags.add_argument("--amp", choices=DTYPES, default="fp16", help="(fp16; on a CPU that means off)")
+    flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    flags.add_argument("--output", type=Path, default=RESULTS, help=f"folder to write to, and to resume ({RESULTS})")
+    return flags
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """Return the device of `flags_of`; on a CPU replace fp16, as training does."""
     device = choose(args.device)
     if device.type == "cpu" and args.amp == "fp16":
-        args.amp = "off"  # as in training
-    chosen = cases(args, device)
-    here = machine("speed", PACKAGES, device)
-    path = result_path(args.output, "speed", here["device"])
-    earlier = runs_in(path)
-    rates = roofline.measure(device, DTYPES[args.amp])
+        args.amp = "off"
+    return device
+
+
+def run(argv: Sequence[str]) -> None:
+    flags = flags_of(__doc__, tuple(STEPS), rounds=5)
+    flags.add_argument("--models", nargs="+", choices=CONFIGURATIONS, default=PUBLISHED, help="(the four published)")
+    cuda = torch.device("cuda")
+    sides = dict.fromkeys(name for mode in STEPS for name in list(all_sides("qkformer_10_384", mode, cuda))[1:])
+    flags.add_argument("--sides", nargs="+", choices=sides, help=f"and the baseline (all but {', '.join(ON_REQUEST)})")
+    flags.add_argument("--batch-size", type=positive, help="(128 and 64 for ImageNet, 64 for CIFAR, 16)")
+    flags.add_argument("--input-size", type=positive, help="height and width (the recipe's)")
+    flags.add_argument("--time-steps", type=positive, help="T (the recipe's)")
+    flags.add_argument("--ssa-membrane", choices=("per_sample", "released"), help="(the recipe's)")
+    flags.add_argument("--spikingjelly2", type=Path, metavar="FOLDER", help="see benchmarks/spikingjelly2.py")
+    args = flags.parse_args(argv)
+    device = start(args)
+    chosen, this = cases(args, device), machine("speed", device)
+    path = result_path(args.output, "speed", this["device"])
+    earlier, rates = runs_in(path), roofline.measure(device, DTYPES[args.amp])
     print(f"{rates.bytes_per_s / 1e9:.0f} GB/s copied, {rates.operations_per_s / 1e12:.2f} TFLOP/s", flush=True)
-    report = here | {"arguments": vars(args), "rates": rates._asdict(), "results": []}
-    results = complete(earlier, report)
-    results = [result for result in results if any(is_of(result, case, mode) for case in chosen for mode in args.modes)]
+    this |= {"arguments": vars(args), "rates": rates._asdict(), "results": []}
+    results = [r for r in complete(earlier, this) if r["model"] in args.models and r["mode"] in args.modes]
     for case in chosen:
         wanted = {mode: names for mode in args.modes if (names := missing(case, mode, args.sides, results))}
         if not wanted:
             continue
         state = weights(case)
         agreement = compare(case, state)
-        release(device)
-        print(f"{case.model}: ours beside the baseline in float32: {agreement}", flush=True)
+        print(f"{case.model}: ours and the baseline in float32: {agreement}", flush=True)
         for mode, names in wanted.items():
-            measured = report["results"]
+            measured = this["results"]
             for figures in measure(case, mode, names, state, args):
-                result = with_floor(about(case, mode) | {"agreement": agreement} | figures, case, mode, rates)
-                report["results"] = [*measured, result]
-                write(path, {"runs": [*earlier, report]})  # whatever becomes of the rest
-    results += report["results"]
-    save_picture(draw(runs_in(path)), path)
-    print(*("\n" + table(result) for result in results), sep="\n")
-    print(f"\n{path}")
+                this["results"] = [*measured, report_of(case, mode, agreement, figures, rates)]
+                write(path, {"runs": [*earlier, this]})  # a killed run keeps its rounds
+    results += this["results"]
+    draw(runs_in(path), path.with_suffix(".png"))
+    print(*("\n" + table(result) for result in results), f"\n{path}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """spikingjelly 2.0.0's `qkformer_10_384`, timed in a process of its own.
 
-This project needs spikingjelly 0.0.0.0.14, and one environment holds one of them. The other is put in a folder by
+One environment holds one spikingjelly, and this project needs 0.0.0.0.14. Install the other one in a folder:
 
     pip install --no-deps --target FOLDER spikingjelly==2.0.0 loguru h5py SciencePlots
 
-which comes first on the path of the process that `Remote` starts; it waits for its turns among the other sides.
-
-The network is of the size of the released one but not the same: other convolutions have biases, half of its neurons do
+The network has the size of the released one but is not the same: other convolutions have biases, half of its neurons do
 not detach the reset, and its self-attention has one convolution for q, k and v.
 """
 
@@ -18,30 +16,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.config import Config, load
 
-from .common import ROOT, STEPS, Timed, choose, installed, random_batch, reason, release
+from .common import ROOT, choose, random_batch, release
+from .turns import STEPS, Timed, reason
 
 
 class Remote:
-    """The side in its process; `turn` and `peak_bytes` are those of `common.Timed`.
+    """A side in its own process, which waits for its turns; `turn` and `peak_bytes` are those of `Timed`.
 
     Args:
-        folder: where spikingjelly 2 is installed.
-        recipe, flags: what its batch is made from.
-        settings: `mode`, `amp` and `device` as everywhere; `precision` is whether its precision policy stores the
-            neurons in the type of the mixed precision and runs them on Triton. Without it they run under plain
-            autocast, where it takes a reference loop in Python for any type but float32.
+        folder: installation of spikingjelly 2, which comes first on the path of the process.
+        recipe, flags: source of the batch.
+        settings: `mode`, `amp`, `device` and `precision`. The precision policy stores the neurons in half precision and
+            runs them on Triton. Without it, plain autocast takes a Python loop for any type but float32.
 
     Raises:
-        ValueError: it does not run here; the message says why.
+        ValueError: the network does not run here.
     """
 
     def __init__(self, folder: Path, recipe: Path, flags: Sequence[str], settings: dict):
         if not (folder / "spikingjelly").is_dir():
-            raise ValueError(f"--spikingjelly2 {folder}: there is no folder spikingjelly in it")
+            raise ValueError(f"--spikingjelly2 {folder}: holds no folder spikingjelly; install it there")
         paths = [str(folder.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, json.dumps({"recipe": str(recipe), "flags": list(flags), **settings})],
@@ -52,13 +50,13 @@ class Remote:
             text=True,
         )
         try:
-            ready = self._answer()
+            self.peak_bytes = self._answer()["peak_bytes"]
         except ValueError:
             self.close()
             raise
-        self.peak_bytes, self.version = ready["peak_bytes"], ready["version"]
 
     def turn(self, steps: int) -> float:
+        """Return the mean time of a step (ms)."""
         print(steps, file=self._process.stdin, flush=True)
         return self._answer()["ms"]
 
@@ -75,22 +73,9 @@ class Remote:
         return answer
 
 
-class FromRest(nn.Module):
-    """A network of spikingjelly, reset before each call as it asks for."""
-
-    def __init__(self, model: nn.Module):
-        from spikingjelly.activation_based import functional
-
-        super().__init__()
-        self.model, self._reset = model, functional.reset_net
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._reset(self.model)
-        return self.model(x)
-
-
 def build(cfg: Config, precision: bool, amp: str, device: torch.device) -> nn.Module:
-    """The network on `device`; with `precision` under its precision policy."""
+    """Create the network on `device`, which resets itself before each call; with `precision` under its policy."""
+    from spikingjelly.activation_based import functional
     from spikingjelly.activation_based.model.qkformer import qkformer_10_384
 
     model = qkformer_10_384(T=cfg.time_steps, in_channels=cfg.in_channels, num_classes=cfg.num_classes).to(device)
@@ -99,29 +84,32 @@ def build(cfg: Config, precision: bool, amp: str, device: torch.device) -> nn.Mo
 
         kind = "fp32" if amp == "off" else amp
         model = prepare_model_for_precision(model, device, {"mode": kind, "neuron_storage": kind}).model
-    return FromRest(model)
+    model.register_forward_pre_hook(lambda *_: functional.reset_net(model))
+    return model
 
 
 def main() -> None:
-    told, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed does not get between the answers
+    """Answer one JSON line for the start, and one for each number of steps on standard input."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # prints of the library stay out of the answers
 
-    def tell(**answer) -> None:
-        print(json.dumps(answer), file=told, flush=True)
+    def answer(**content) -> None:
+        print(json.dumps(content), file=answers, flush=True)
 
     try:
         settings = json.loads(sys.argv[1])
         cfg, device, amp = load(settings["recipe"], settings["flags"]), choose(settings["device"]), settings["amp"]
-        make = STEPS[settings["mode"]]
-        batch = random_batch(cfg, device)
-        timed = Timed(lambda: make(build(cfg, settings["precision"], amp, device), amp, device), batch, device)
+
+        def make() -> Timed:
+            return STEPS[settings["mode"]](build(cfg, settings["precision"], amp, device), amp, device)
+
+        timed = Timed(make, random_batch(cfg, device), device)
         release(device)
-        tell(peak_bytes=timed.peak_bytes, version=installed("spikingjelly"))
+        answer(peak_bytes=timed.peak_bytes)
         for line in sys.stdin:
-            ms = timed.turn(int(line))
+            answer(ms=timed.turn(int(line)))
             release(device)
-            tell(ms=ms)
-    except Exception as error:  # whatever it is, it is the answer
-        tell(error=reason(error))
+    except Exception as error:  # the parent reports it
+        answer(error=reason(error))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Figures of the compiled kernels, for a GPU that need not be present: registers, spills, instructions, host time.
+"""Figures of the compiled kernels, without a GPU: registers, spills, instructions and memory accesses.
 
 The networks of the recipes run a training step and an evaluation on the meta device, at the sizes of
 `benchmarks.speed`; every Triton launch stops after the compiler. For one network and two kernels:
@@ -8,22 +8,19 @@ The networks of the recipes run a training step and an evaluation on the meta de
 A row of the table is a kernel with its optional arguments and switches:
 
     launches      in the step or the evaluation
-    registers     a thread, the most of all compiled variants, and the warps that a multiprocessor can hold with them
+    registers     a thread, the most of all compiled variants; warps: those that a multiprocessor can hold then
     spill         bytes a thread keeps outside registers
     instructions  an element, in the innermost loop with loads (else in the whole kernel); the elements are those of the
                   current, of the pooled map (forward), of the map before pooling (backward), of the query
     accesses      loads (L) and stores (S) of global memory there, in the order of the machine code
-
-The last table is the host time: microseconds of Python a launch, from the call of the wrapper to the driver, and the
-part of them in Triton's own code.
 """
 
-import contextlib
+import math
 import re
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -37,38 +34,15 @@ from analysis.common import main, parser
 from engine.config import EVENT_DATASETS, Config, load
 from models import LIF
 from models.backends import BACKENDS
-from models.fused.kernels import bn_lif, bn_stats, linear_lif, pool, self_attention, token_attention
 
 from .common import ROOT, network
 from .speed import CONFIGURATIONS, PUBLISHED
 
-WRAPPERS = [
-    *((module, name) for module in (bn_lif, pool, token_attention, self_attention) for name in ("forward", "backward")),
-    (linear_lif, "forward"),
-    (bn_stats, "norm_of"),
-]
-KERNELS = sorted({module.__name__.split(".")[-1] for module, _ in WRAPPERS})
+KERNELS = ("bn_lif", "bn_stats", "linear_lif", "pool", "self_attention", "token_attention")
 WARPS, REGISTERS, SHARED = 64, 65536, 233472  # of a multiprocessor of sm_90
 TILE = ("BR", "BC", "BN", "BD", "BH")  # constexprs whose product is the elements of a tile
 OPTIONAL = ("add", "starts", "index", "total", "partial", "grad")  # arguments of kernels that may be None
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-REPEATS = 30  # of a timed step
-
-
-class Driver:
-    """The part of a Triton driver that the compiler asks for."""
-
-    def __init__(self, architecture: int):
-        self.architecture = architecture
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.architecture, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 class Launch(NamedTuple):
@@ -80,30 +54,30 @@ class Launch(NamedTuple):
 
 
 def launch_of(function: jit.JITFunction, kernel: triton.compiler.CompiledKernel, arguments: dict) -> Launch:
+    """Name a launch and count its elements."""
     steps = arguments.get("T", 1)
     chunk = min(steps, arguments.get("CHUNK", steps))
     switches = [key for key in OPTIONAL if arguments.get(key) is not None]
     switches += [key.lower() for key, value in arguments.items() if value is True] + ["long"] * (steps > chunk)
-    elements = chunk
-    for key in TILE:
-        elements *= arguments.get(key, 1)
+    elements = chunk * math.prod(arguments.get(key, 1) for key in TILE)
     name = " ".join([module_of(function), function.fn.__name__.strip("_").removesuffix("_kernel"), *switches])
     elements *= 4 if name.startswith("pool backward") else 1  # its tiles are of 2x2 blocks
     return Launch(kernel, name, max(1, elements // (32 * kernel.metadata.num_warps)))
 
 
 def module_of(function: jit.JITFunction) -> str:
+    """Return the file of a kernel, without folder and suffix."""
     return function.fn.__module__.split(".")[-1]
 
 
 def recipe_of(model: str) -> Config:
-    """The recipe of a network with the batch of `benchmarks.speed`."""
+    """Return the recipe of a network with the batch of `benchmarks.speed`."""
     recipe, batch_size = CONFIGURATIONS[model]
     return load(ROOT / recipe, ["--batch-size", str(batch_size)])
 
 
 def steps_of(cfg: Config, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """A training step and an evaluation of a recipe's network on the meta device, with the Triton kernels."""
+    """Return a training step and an evaluation of a recipe's network on the meta device, with the Triton kernels."""
     with torch.device("meta"):
         model = network(cfg, lif_backend="auto").to(dtype)
         frames = (cfg.time_steps,) if cfg.dataset in EVENT_DATASETS else ()
@@ -114,76 +88,26 @@ def steps_of(cfg: Config, dtype: torch.dtype) -> dict[str, Callable[[], object]]
     return {"train": lambda: model.train()(x).mean().backward(), "eval": torch.no_grad()(lambda: model.eval()(x))}
 
 
-def compiled(
-    step: Callable[[], object], architecture: int, kernels: Sequence[str] = KERNELS, timed: bool = False
-) -> tuple[list[Launch], dict[str, tuple[int, float, float]]]:
-    """Every launch of `kernels` in a step and, if `timed`, what `host_time` returns."""
-    driver.set_active(Driver(architecture))
-    run, found = jit.JITFunction.run, []
+def compiled(step: Callable[[], object], architecture: int, kernels: Sequence[str] = KERNELS) -> list[Launch]:
+    """Compile every launch of `kernels` in a step."""
+    target = GPUTarget("cuda", architecture, 32)
+    zero = lambda *_: 0  # noqa: E731
+    device = SimpleNamespace(get_current_target=lambda: target, get_current_device=zero, get_current_stream=zero)
+    driver.set_active(device)  # the part of a driver that the compiler asks for
+    run, launches = jit.JITFunction.run, []
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         if module_of(self) in kernels:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-            found.append(launch_of(self, kernel, dict(zip(self.arg_names, args, strict=False)) | kwargs))
+            launches.append(launch_of(self, kernel, dict(zip(self.arg_names, args, strict=False)) | kwargs))
 
     with mock.patch.object(jit.JITFunction, "run", compile_only):
         step()
-    return found, host_time(step) if timed else {}
-
-
-def host_time(step: Callable[[], object]) -> dict[str, tuple[int, float, float]]:
-    """Launches of each wrapper, and microseconds a launch in all and in Triton; the fastest of each call counts.
-
-    Every kernel of `step` must have been compiled.
-    """
-    run, calls, inside = jit.JITFunction.run, [], []
-
-    def stop_before_driver(self, *args, grid, warmup, **kwargs):
-        start = time.perf_counter()
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        inside.append(time.perf_counter() - start)
-        return kernel
-
-    def timed(name, wrapper):
-        def call(*args, **kwargs):
-            inside.clear()
-            start = time.perf_counter()
-            result = wrapper(*args, **kwargs)
-            calls.append((name, len(inside), time.perf_counter() - start, sum(inside)))
-            return result
-
-        return call
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(jit.JITFunction, "run", stop_before_driver))
-        # slow on the meta device alone, where torch implements them in Python
-        stack.enter_context(mock.patch.object(torch.Tensor, "sum", lambda partial, *_: partial[0]))
-        stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", new_empty))
-        stack.enter_context(mock.patch.object(torch, "empty_like", lambda x, **more: new_empty(x, x.shape, **more)))
-        for module, name in WRAPPERS:
-            label = f"{module.__name__.split('.')[-1]} {name}"
-            stack.enter_context(mock.patch.object(module, name, timed(label, getattr(module, name))))
-        steps = []
-        for _ in range(REPEATS):
-            calls.clear()
-            step()
-            steps.append(list(calls))
-    totals = {}
-    for same in zip(*steps, strict=True):
-        names, counts, *seconds = zip(*same, strict=True)
-        for key in (names[0], "all"):
-            before = totals.get(key, (0, 0.0, 0.0))
-            totals[key] = tuple(map(sum, zip(before, (counts[0], *map(min, seconds)), strict=True)))
-    return {name: (count, *(1e6 * each / count for each in seconds)) for name, (count, *seconds) in totals.items()}
-
-
-def new_empty(x: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`x.new_empty`, for the meta device."""
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
+    return launches
 
 
 def resources(kernel: triton.compiler.CompiledKernel) -> tuple[int, int]:
-    """Registers of a thread, and the bytes that it spills."""
+    """Return the registers of a thread, and the bytes that it spills."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -193,7 +117,7 @@ def resources(kernel: triton.compiler.CompiledKernel) -> tuple[int, int]:
 
 
 def innermost(sass: str) -> list[str]:
-    """Machine instructions of the longest loop without another in it that loads from memory; else of the whole."""
+    """Return the instructions of the longest innermost loop that loads from memory, else of the whole kernel."""
     lines = [line.split("\t")[-1] for line in sass.splitlines() if line and not line.startswith("Function")]
     labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.endswith(":")}
     loops = []
@@ -207,14 +131,14 @@ def innermost(sass: str) -> list[str]:
 
 
 def accesses(instructions: Iterable[str]) -> str:
-    """Loads and stores of global memory in their order, as in "L8 S4"."""
+    """Format loads and stores of global memory in their order, as in "L8 S4"."""
     order = [found[1][0] for line in instructions if (found := re.search(r"\b(LDG|STG)\b", line))]
     runs = re.findall(r"((.)\2*)", "".join(order))
     return " ".join(f"{kind}{len(run)}" for run, kind in runs)
 
 
 def figures(launches: Sequence[Launch]) -> list[dict]:
-    """One row a name: the largest figures of its variants, and the accesses of that with most instructions."""
+    """Return a row per name: the largest figures of its variants, and the accesses of that with most instructions."""
     variants = {launch.kernel.hash: launch for launch in launches}
     rows = {}
     for launch in variants.values():
@@ -233,7 +157,7 @@ def figures(launches: Sequence[Launch]) -> list[dict]:
 
 
 def resident_warps(kernel: triton.compiler.CompiledKernel, registers: int) -> int:
-    """Warps of this kernel that a multiprocessor holds, as registers and shared memory allow."""
+    """Return the warps of this kernel that a multiprocessor holds, limited by registers and shared memory."""
     warps = kernel.metadata.num_warps
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32) // warps
     by_shared = SHARED // (kernel.metadata.shared + 1024)
@@ -241,27 +165,18 @@ def resident_warps(kernel: triton.compiler.CompiledKernel, registers: int) -> in
 
 
 def run(argv: Sequence[str]) -> None:
-    ours = parser(__doc__)
-    ours.add_argument(
-        "--models",
-        nargs="+",
-        choices=CONFIGURATIONS,
-        default=PUBLISHED,
-        help="networks to compile (the four published)",
-    )
-    ours.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="files of kernels (all)")
-    ours.add_argument("--architecture", type=int, default=90, help="compute capability without its point (90)")
-    ours.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"of the network ({DTYPES[0]})")
-    args = ours.parse_args(argv)
-    dtype, host = getattr(torch, args.dtype), []
+    flags = parser(__doc__)
+    flags.add_argument("--models", nargs="+", choices=CONFIGURATIONS, default=PUBLISHED, help="(the four published)")
+    flags.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="files of kernels (all)")
+    flags.add_argument("--architecture", type=int, default=90, help="compute capability without its point (90)")
+    flags.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"of the network ({DTYPES[0]})")
+    args = flags.parse_args(argv)
     for model in args.models:
         cfg = recipe_of(model)
-        for mode, step in steps_of(cfg, dtype).items():
-            found, times = compiled(step, args.architecture, args.kernels, timed=args.kernels == KERNELS)
+        for mode, step in steps_of(cfg, getattr(torch, args.dtype)).items():
+            launches = compiled(step, args.architecture, args.kernels)
             print(f"\n{model} {mode}: batch {cfg.batch_size}, {args.dtype}, sm_{args.architecture}")
-            print(tabulate(figures(found), headers="keys", floatfmt=".1f"), flush=True)
-            host += [[f"{model} {mode}", wrapper, *values] for wrapper, values in times.items()]
-    print("\n" + tabulate(host, headers=["", "wrapper", "launches", "us a launch", "in Triton"], floatfmt=".1f"))
+            print(tabulate(figures(launches), headers="keys", floatfmt=".1f"), flush=True)
 
 
 if __name__ == "__main__":

@@ -573,7 +573,7 @@ from benchmarks.static import KERNELS, compiled, figures, recipe_of, steps_of
 model, architecture, dtype, *kernels = sys.argv[1:]
 rows = []
 for step in steps_of(recipe_of(model), getattr(torch, dtype)).values():
-    rows += figures(compiled(step, int(architecture), kernels or KERNELS)[0])
+    rows += figures(compiled(step, int(architecture), kernels or KERNELS))
 print(json.dumps(rows))
 """
 

@@ -68,13 +68,6 @@ def test_benchmark_of_the_input_pipelines(tmp_path, monkeypatch, one_core):
     assert list(results) == "imagenet imagenet-test cifar10 cifar100 dvs128-gesture cifar10-dvs".split()
     for result in results.values():
         assert result["samples_per_s_of_a_core"] > 0
-        assert all(value > 0 for value in result["ms_per_sample"].values())
-    for step, names in (
-        ("RandAugment", ["imagenet", "cifar10", "cifar100"]),
-        ("Resize", ["imagenet-test"]),
-        ("mixup on cpu", ["dvs128-gesture", "cifar10-dvs"]),
-    ):
-        assert [name for name, result in results.items() if step in result["ms_per_sample"]] == names
     gpu = results["imagenet"]["gpu"]
     assert gpu["cores"] == math.ceil(1e6 / results["imagenet"]["samples_per_s_of_a_core"])
 

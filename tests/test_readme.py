@@ -30,9 +30,8 @@ SMALL = {  # what makes a command of each folder short
     "dvs128-gesture": [*SHORT, *"--model qkformer_2_64 --batch-size 8".split()],
     "cifar10-dvs": [*SHORT, *"--model qkformer_2_64 --batch-size 8".split()],
     "analysis.membrane": "--batch-sizes 60 120 --shuffles 2".split(),
-    "analysis.growth": "--repeats 1 --tokens 16 64 --channels 96 192 --at-tokens 16".split(),
     "benchmarks.speed": "--models qkformer_3_64 --modes eval --rounds 1 --steps 1 --time-steps 1".split(),
-    "benchmarks.growth": "--axes batch_size --batch-size 1 2 --rounds 1 --steps 1 --at-time-steps 1".split(),
+    "benchmarks.growth": "--axes batch_size tokens --batch-size 1 2 --tokens 4 16 --rounds 1 --steps 1".split(),
     "benchmarks.loader": "--cases cifar10 --repeats 1 --batches 1".split(),
 }
 
