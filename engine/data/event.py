@@ -59,13 +59,9 @@ RAW = {
 
 
 class Frames(Dataset):
-    """Files of a frames folder with labels: ([T,2,H,W] unsigned, label), in the order of spikingjelly's data sets.
+    """Some files of a frames folder with labels: ([T,2,H,W] unsigned, label), in the order of spikingjelly's data sets.
 
-    Args:
-        folder: a folder that `prepare` made.
-        files: some of its files, each in a folder named like its class.
-        classes: class folders in the order of the labels.
-        frames: T.
+    Each file is in a folder named like its class; `classes` are in the order of the labels.
     """
 
     def __init__(self, folder: Path, files: Sequence[str], classes: Sequence[str], frames: int):

@@ -46,12 +46,9 @@ def convert(
     folder: Path,
     frames: int,
 ) -> str | None:
-    """Write the frames of each of a recording's samples; return the recording's problem, if there is one.
+    """Write the frames of each of a recording's samples to `folder`; return the recording's problem, if there is one.
 
-    Args:
-        read: gives the file's content.
-        decode: gives the content's events.
-        samples: file in `folder` -> time span in microseconds, or None for the whole recording.
+    `samples` maps a file to its time span in microseconds, or to None for the whole recording.
     """
     try:
         events = decode(read())

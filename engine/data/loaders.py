@@ -38,13 +38,9 @@ class Data:
 
 
 class TrainLoader:
-    """Training batches, epoch by epoch, from any batch on.
+    """Training batches on the device, epoch by epoch, from any batch on."""
 
-    Args:
-        loader: gives batches on the device; its `loader` is the DataLoader underneath.
-    """
-
-    def __init__(self, loader: Iterable):
+    def __init__(self, loader: PrefetchLoader):
         self.loader, self.source, self.length = loader, loader.loader, len(loader)
         self.dataset, self.sampler = self.source.dataset, self.source.sampler
         self.is_stream = isinstance(self.dataset, IterableDataset)

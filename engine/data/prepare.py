@@ -18,11 +18,7 @@ from .recordings import Recording
 def prepare(root: Path, frames: int, find: Callable[[], list[Recording]], show: bool) -> Path:
     """Return the folder with every sample of the data set in `root` as `frames` frames; make or finish it first.
 
-    Several processes may call it at once: one works and the others wait.
-
-    Args:
-        find: lists the recordings; called only if there is work to do.
-        show: report progress.
+    Several processes may call it at once: one works and the others wait. `find` is called only if there is work to do.
 
     Raises:
         UserError: recordings are missing or damaged, or files cannot be written.
@@ -65,15 +61,10 @@ def _make(folder: Path, frames: int, recordings: list[Recording], show: bool) ->
         results = progress(results, "preparing", max(1, len(left) // 20), show, total=len(left))
         problems = [f"{r.name}: {problem}" for r, problem in zip(left, results, strict=True) if problem]
     except BrokenProcessPool:
-        raise UserError(
-            f"{folder}: a process that prepares it was killed, perhaps out of memory; start again"
-        ) from None
+        raise UserError(f"{folder}: a process was killed, perhaps out of memory; start again, it goes on") from None
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(
-            f"{len(problems)} of {len(recordings)} recordings cannot be used: {'; '.join(problems[:5])}{more}; fetch "
-            "them again, the others are done"
-        )
+        first = ", ".join(problems[:5])
+        raise UserError(f"{len(problems)} of {len(recordings)} recordings are unusable: {first}; fetch them again")
     for path in set(_files(partial)) - set(names):
         (partial / path).unlink()  # halves that a killed process left
     partial.rename(folder)
