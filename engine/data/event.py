@@ -27,7 +27,7 @@ from ..world import World
 from . import digits_dvs, recordings
 from .aedat import SIDE
 from .augment import SNNWideAugment
-from .datasets import Digits
+from .datasets import Digits, data_path
 from .frames import integrate
 from .loaders import Data, create_loader, create_mixup
 from .prepare import contents, prepare
@@ -96,7 +96,7 @@ class DigitsDVS(list):
 
 
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
-    """Loaders of the event frames that `cfg` describes; the first run makes frames of the recordings.
+    """Create the loaders of the event frames that `cfg` describes; the first run makes frames of the recordings.
 
     Raises:
         UserError: recordings are missing or damaged, the settings do not fit the data set, or a batch is larger
@@ -134,9 +134,7 @@ def collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
 
 def _from_recordings(cfg: Config, world: World) -> tuple[Frames, Frames, dict[str, list[str]]]:
     """Return training set, test set, and the files of each."""
-    if cfg.data_path is None:
-        raise UserError(f"dataset {cfg.dataset}: its folder is unknown; use --data-path")
-    root, raw = Path(cfg.data_path), RAW[cfg.dataset]
+    root, raw = data_path(cfg, must_exist=False), RAW[cfg.dataset]
     find = functools.partial(raw.find, root, cfg.download)
     if cfg.download:
         root.mkdir(parents=True, exist_ok=True)

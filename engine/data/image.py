@@ -20,7 +20,7 @@ from .loaders import Data, Seeded, create_loader, create_mixup
 
 
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
-    """Loaders of the images that `cfg` describes.
+    """Create the loaders of the images that `cfg` describes.
 
     Raises:
         UserError: the data set does not fit `cfg` (see `create_dataset`), its training and test set have different
@@ -61,7 +61,7 @@ def _train_transform(cfg: Config, mean: tuple[float, ...]) -> object:
 
 
 def _transform(cfg: Config, mean: tuple[float, ...], **settings) -> object:
-    """timm's transform from a PIL image to uint8 [C,H,W]."""
+    """Return timm's transform from a PIL image to uint8 [C,H,W]."""
     size = (cfg.in_channels, cfg.input_size, cfg.input_size)
     settings |= {"interpolation": cfg.interpolation, "mean": mean, "use_prefetcher": True}
     transform = timm.data.create_transform(size, **settings)
@@ -70,7 +70,7 @@ def _transform(cfg: Config, mean: tuple[float, ...], **settings) -> object:
 
 
 def _readable(names: list[str]) -> list[str]:
-    """Class names, with words in place of ImageNet's WordNet numbers."""
+    """Replace ImageNet's WordNet numbers by words."""
     if not is_imagenet(names):
         return names
     imagenet = timm.data.ImageNetInfo()

@@ -50,7 +50,7 @@ class TrainLoader:
         return self.length
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of an epoch from number `first` on; only a stream reads those before."""
+        """Return batches of an epoch from number `first` on; only a stream reads those before."""
         for part in (self.sampler, self.dataset):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
@@ -98,7 +98,7 @@ class Seeded(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[object, int]]:
-        """Samples of one batch; a DataLoader calls this, then mixes and collates."""
+        """Return the samples of one batch; a DataLoader calls this, then mixes and collates."""
         reseed(self.seed, self.epoch, indices[0], BATCH)
         return [self.dataset[index] for index in indices]
 
@@ -122,7 +122,7 @@ def reseed(*numbers: int) -> None:
 def create_loader(
     cfg: Config, world: World, dataset: Dataset, train: bool, collate: Callable, mean: Sequence, std: Sequence
 ) -> "TrainLoader | Iterable":
-    """Loader of shuffled whole training batches, or of one rank's share of the test set.
+    """Create a loader of shuffled whole training batches, or of one rank's share of the test set.
 
     The share is whole batches, round-robin: no sample counts twice, and a membrane that leaks over the batch meets the
     same neighbours as on one rank.
@@ -172,7 +172,7 @@ def _shards_per_rank(cfg: Config, dataset: IterableDataset) -> int:
 
 
 def create_mixup(cfg: Config) -> object | None:
-    """timm's object that mixes the samples of a batch, in the loader or in the training step; None without mixup."""
+    """Create timm's object that mixes the samples of a batch, in the loader or in the training step, if `cfg` mixes."""
     if not mixes(cfg):
         return None
     kind = timm.data.FastCollateMixup if cfg.mixup_in == "loader" else timm.data.Mixup

@@ -55,7 +55,7 @@ class Recording:
 
 
 def cifar10_dvs(root: Path, download: bool) -> list[Recording]:
-    """Recordings of CIFAR10-DVS: for each class a zip archive or a folder of *.aedat.
+    """List the recordings of CIFAR10-DVS: for each class a zip archive or a folder of *.aedat.
 
     Raises:
         UserError: a class or recording is missing, or an archive is damaged.
@@ -75,13 +75,13 @@ def cifar10_dvs(root: Path, download: bool) -> list[Recording]:
 
 
 def _first_of(root: Path, *names: str) -> Path | None:
-    """The first that exists, in `root` itself or where spikingjelly keeps archives and extracts them to."""
+    """Return the first that exists, in `root` itself or where spikingjelly keeps archives and extracts them to."""
     candidates = [root / place / name for name in names for place in ("download", "", "extract")]
     return next((path for path in candidates if path.exists()), None)
 
 
 def _later(read: Callable[..., bytes], *arguments: object) -> Opener:
-    """Opener of a file that any process can read."""
+    """Return the opener of a file that any process can read."""
     return lambda: functools.partial(read, *arguments)
 
 
@@ -158,7 +158,7 @@ def _download(root: Path) -> None:
 
 
 def dvs128_gesture(root: Path, download: bool) -> list[Recording]:
-    """Recordings of DVS128 Gesture: its archive, or the folder that it unpacks to; `download` does nothing.
+    """List the recordings of DVS128 Gesture: its archive, or the folder that it unpacks to; `download` does nothing.
 
     Raises:
         UserError: a list, a table of labels or a recording is missing or damaged.
@@ -194,7 +194,7 @@ def dvs128_gesture(root: Path, download: bool) -> list[Recording]:
 
 
 def _gestures(table: str, place: str, stem: str, where: str) -> dict[str, tuple[int, int]]:
-    """File -> time span, of each line of a recording's table of labels."""
+    """Return file -> time span for each line of a recording's table of labels."""
     samples, counts = {}, {}
     for number, row in enumerate(table.splitlines(), 1):
         if number == 1 or not row:
