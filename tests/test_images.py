@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import itertools
 import math
-import os
 import pickle
 import urllib.request
 from pathlib import Path
@@ -52,13 +51,7 @@ def command(name, launcher="python", script="train.py"):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "launcher", "flags"),
-    [
-        ("imagenet", "python", IMAGENET),
-        ("imagenet", "launch", IMAGENET),
-        ("imagenet", "torchrun", IMAGENET),
-        ("cifar10", "torchrun", CIFAR),
-        ("cifar100", "python", CIFAR),
-    ],
+    [("imagenet", "launch", IMAGENET), ("cifar10", "torchrun", CIFAR), ("cifar100", "python", CIFAR)],
 )
 def test_train_resume_test(data, tmp_path, name, launcher, flags):
     """The loss falls, and the evaluation is the same to the last digit, however many processes share it."""
@@ -267,27 +260,3 @@ def test_batches_equal_those_of_timms_own_tensors(name, data, monkeypatch):
     pairs = list(zip(batches(ToNumpy), batches(MaybePILToTensor), strict=True))
     assert len(pairs) > 8
     assert all(torch.equal(a, b) for a, b in pairs)
-
-
-@pytest.mark.parametrize(
-    ("flags", "train", "size"),
-    [
-        pytest.param(
-            "--device cpu --input-size 32 --time-steps 1 --batch-size 8 --lif-backend torch",
-            25,
-            40,
-            marks=pytest.mark.slow,
-        ),
-        pytest.param("--device cuda --batch-size 32 --lif-backend cupy", 200, 256, marks=pytest.mark.gpu),
-    ],
-    ids=["small", "imagenet"],
-)
-def test_fifty_steps_lower_the_loss(tmp_path, flags, train, size):
-    """10-384 by its recipe but for the data; where there is a GPU at 224 x 224, T = 4, in fp16, with CuPy's neurons."""
-    root = image_folder(tmp_path / "data", train=train, test=2, size=size)
-    fixed = "--num-classes 4 --epochs 2 --warmup-epochs 0 --accum-iter 1 --lr 3e-4 --workers 4"
-    start = ["-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=1", "imagenet/train.py"]
-    command = [*start, *fixed.split(), *flags.split(), "--data-path", root, "--output-dir", tmp_path / "run"]
-    succeed(*command, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0") if "cuda" in flags else "")
-    first, second = [row["train_loss"] for row in rows(tmp_path / "run")]
-    assert second < first

@@ -76,8 +76,8 @@ def shards(root, classes=4, train=64, test=37, per_shard=8):
         for name, start, length in zip(names, starts, lengths, strict=True):
             with tarfile.open(Path(root, name), "w") as archive:
                 for i in range(start, start + length):
-                    _add(archive, f"{i:06d}.jpg", _jpeg(pixels(i % classes, classes, 40, random)))
-                    _add(archive, f"{i:06d}.cls", str(i % classes).encode())
+                    add(archive, f"{i:06d}.jpg", _jpeg(pixels(i % classes, classes, 40, random)))
+                    add(archive, f"{i:06d}.cls", str(i % classes).encode())
         info["splits"][split] = {
             "name": split,
             "num_samples": count,
@@ -94,7 +94,8 @@ def _jpeg(array):
     return file.getvalue()
 
 
-def _add(archive, name, content):
+def add(archive, name, content):
+    """Add a file to a tar archive."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
@@ -160,7 +161,7 @@ def dvs128_gesture(root, train=4, test=1, count=500, extracted=False):
     Path(root, "download").mkdir(parents=True)
     with tarfile.open(Path(root, "download", "DvsGesture.tar.gz"), "w:gz") as archive:
         for name, content in files.items():
-            _add(archive, f"DvsGesture/{name}", content)
+            add(archive, f"DvsGesture/{name}", content)
     return Path(root)
 
 
