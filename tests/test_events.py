@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pytest
 import tiny_data
@@ -363,17 +362,6 @@ def test_a_killed_worker_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("joblib.Parallel.__call__", broken)
     with refuses(root / "frames_4"):
         prepare(root, 4, find(root), False)
-
-
-def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
-    root = cifar10_dvs(tmp_path, per_class=1, count=50)
-
-    def refuse(self, **kwargs):
-        raise PermissionError(errno.EACCES, "Permission denied", str(root))
-
-    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
-    with refuses(root / "frames_4", "Permission denied", "--data-path"):
-        prepare(root, 4, list, False)
 
 
 @pytest.mark.parametrize(

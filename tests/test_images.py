@@ -96,10 +96,10 @@ def test_workers_and_ranks_share_shards(data):
     cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", [*SHARDS, str(data / "shards")])
     stream = create_dataset(cfg, True)
     stream.reader.dist_num_replicas = 2
-    assert loaders._shards_per_rank(cfg, stream) == 4  # of 8
+    assert loaders._shards_per_rank(stream) == 4  # of 8
     stream.reader.dist_num_replicas = 9
     with refuses(9, 8):
-        loaders._shards_per_rank(cfg, stream)
+        loaders._shards_per_rank(stream)
 
 
 @pytest.mark.parametrize(("copy", "count"), [(True, 16), (False, 8)], ids=["too many", "too few"])

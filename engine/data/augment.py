@@ -22,11 +22,7 @@ class SNNWideAugment:
     """Transform of frames [B,T,C,H,W]: a random flip of each sample, then one random operation.
 
     One nearest-neighbour sampling of the whole batch moves all pixels; pixels from outside are 0. Random numbers are
-    torch's, from the CPU's generator.
-
-    Args:
-        hflip: probability of the horizontal flip.
-        wide: False flips alone.
+    torch's, from the CPU's generator. `hflip` is the probability of a flip; without `wide` it is all that happens.
     """
 
     def __init__(self, hflip: float, wide: bool):

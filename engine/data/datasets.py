@@ -96,11 +96,7 @@ class Digits(Dataset):
 
 
 def read_image(file: object, mode: str = "RGB") -> Image.Image:
-    """Return the image in `file`, a path or an open file.
-
-    Raises:
-        UserError: it cannot be decoded.
-    """
+    """Return the image in `file`, a path or an open file; an undecodable one raises UserError with its name."""
     try:
         with warnings.catch_warnings(), Image.open(file, formats=FORMATS) as image:
             warnings.simplefilter("ignore")  # Pillow's about EXIF data and palettes are harmless

@@ -24,12 +24,7 @@ THRESHOLD = 0.2  # change of the log intensity that makes an event
 
 
 def record(images: np.ndarray, seed: int) -> list[Events]:
-    """Return a recording of each image as it goes round the circle once, from a random point.
-
-    Args:
-        images: [B,8,8] uint8.
-        seed: of the starting points.
-    """
+    """Return a recording of each image [B,8,8] uint8 as it goes round the circle once, from a random point."""
     scene = torch.from_numpy(images)[:, None].float() / 255  # [B,1,8,8]
     scene = F.interpolate(scene, (DIGIT, DIGIT), mode="bilinear")
     scene = F.pad(scene, [(SIDE - DIGIT) // 2] * 4)  # [B,1,S,S]

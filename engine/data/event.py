@@ -96,12 +96,7 @@ class DigitsDVS(list):
 
 
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
-    """Create the loaders of the event frames that `cfg` describes; the first run makes frames of the recordings.
-
-    Raises:
-        UserError: recordings are missing or damaged, the settings do not fit the data set, or a batch is larger
-            than it.
-    """
+    """Create the loaders of the event frames that `cfg` describes; the first run makes frames of the recordings."""
     is_simulated = cfg.dataset == "digits-dvs"
     names = list(Digits.classes if is_simulated else RAW[cfg.dataset].classes.values())
     side = digits_dvs.SIDE if is_simulated else SIDE
@@ -136,9 +131,7 @@ def _from_recordings(cfg: Config, world: World) -> tuple[Frames, Frames, dict[st
     """Return training set, test set, and the files of each."""
     root, raw = data_path(cfg, must_exist=False), RAW[cfg.dataset]
     find = functools.partial(raw.find, root, cfg.download)
-    if cfg.download:
-        root.mkdir(parents=True, exist_ok=True)
-    elif not root.is_dir():
+    if not root.is_dir() and not cfg.download:
         find()  # raises the error that lists the files needed
     folder = distributed.in_turns(lambda: prepare(root, cfg.time_steps, find, world.is_main))
     files = contents(folder, raw.classes)

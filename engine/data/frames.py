@@ -19,13 +19,8 @@ LARGEST = 2**30  # bytes of a recording; no real one has as many
 def integrate(events: Events, frames: int, side: int = SIDE) -> np.ndarray:
     """Count the events of each pixel and polarity in parts of N // frames events; the last part takes the rest.
 
-    Equals spikingjelly's `integrate_events_by_fixed_frames_number` with `split_by="number"`.
-
-    Returns:
-        [frames,2,side,side], unsigned integers.
-
-    Raises:
-        DamagedRecording: fewer events than frames.
+    Equals spikingjelly's `integrate_events_by_fixed_frames_number` with `split_by="number"`, as unsigned integers
+    [frames,2,side,side]. Fewer events than frames raise DamagedRecording.
     """
     count = len(events.t)
     if count < frames:

@@ -126,9 +126,6 @@ def create_loader(
 
     The share is whole batches, round-robin: no sample counts twice, and a membrane that leaks over the batch meets the
     same neighbours as on one rank.
-
-    Raises:
-        UserError: the training set is too small for a batch on each rank, or has fewer shards than ranks.
     """
     is_stream, ranks = isinstance(dataset, IterableDataset), world.world_size
     batch_size = cfg.batch_size if train else cfg.eval_batch_size or cfg.batch_size
@@ -140,7 +137,7 @@ def create_loader(
         )
     sampler = None
     if is_stream:
-        workers = min(workers, _shards_per_rank(cfg, dataset))
+        workers = min(workers, _shards_per_rank(dataset))
         dataset.set_loader_cfg(workers)  # its length depends on them
     elif not train:
         sampler = [i for i in range(len(dataset)) if i // batch_size % ranks == world.rank]
@@ -164,10 +161,10 @@ def create_loader(
     return _RoundRobin(loader, world) if is_stream else loader
 
 
-def _shards_per_rank(cfg: Config, dataset: IterableDataset) -> int:
+def _shards_per_rank(dataset: IterableDataset) -> int:
     shards, ranks = len(dataset.reader.split_info.filenames), dataset.reader.dist_num_replicas
     if shards < ranks:
-        raise UserError(f"{cfg.dataset}: {ranks} ranks cannot share {shards} shards; start fewer ranks")
+        raise UserError(f"{dataset.reader.root}: {ranks} ranks cannot share {shards} shards; start fewer ranks")
     return shards // ranks
 
 
