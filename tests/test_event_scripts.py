@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm.data
 import torch
-from scripts import ROOT, fail, here, named, ranks, result_in, rows_in, succeed
+from scripts import fail, here, named, ranks, result_in, rows_in, succeed
 from tiny_data import cifar10_dvs, dvs128_gesture
 
 import engine.run
@@ -134,11 +134,3 @@ def test_colours_of_events():
     assert picture[0].tolist() == [[1, 0, 0], [0, 0, 1]]  # red and blue
     assert (picture[1] == 1).all()  # on white
     assert (pictures.of_events(torch.zeros(1, 2, 2, 2, dtype=torch.uint8)) == 1).all()
-
-
-def test_scripts_are_found_from_their_own_folder(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(ROOT / "dvs128-gesture")
-    line = fail(
-        monkeypatch, capfd, "dvs128-gesture/train.py", "--config", "dvs128-gesture_mlp4", "--data-path", tmp_path
-    )
-    named(line, "DvsGesture.tar.gz")
