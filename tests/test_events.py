@@ -134,9 +134,13 @@ def one_thread(monkeypatch):
 @pytest.mark.parametrize("extracted", [False, True])
 def test_dvs128_gesture_is_that_of_spikingjelly(extracted, tmp_path, one_core, one_thread, monkeypatch):
     monkeypatch.setattr(sj.utils, "check_integrity", lambda fpath, md5: True)
-    ours = load("dvs128-gesture", dvs128_gesture(tmp_path / "ours", extracted=extracted), "--batch-size", "4")
+    ours = load(
+        "dvs128-gesture",
+        dvs128_gesture(tmp_path / "ours", extracted=extracted),
+        *"--batch-size 4 --time-steps 4".split(),
+    )
     root = dvs128_gesture(tmp_path / "theirs")
-    arguments = {"data_type": "frame", "frames_number": 16, "split_by": "number"}
+    arguments = {"data_type": "frame", "frames_number": 4, "split_by": "number"}
     for part, loader in (("train", ours.train), ("test", ours.test)):
         theirs = DVS128Gesture(str(root), train=part == "train", **arguments)
         dataset = getattr(loader.dataset, "dataset", loader.dataset)
@@ -151,9 +155,9 @@ def test_dvs128_gesture_is_that_of_spikingjelly(extracted, tmp_path, one_core, o
 
 def test_cifar10_dvs_is_that_of_spikingjelly(tmp_path, one_core, one_thread, old_numpy, monkeypatch):
     monkeypatch.setattr(sj.utils, "check_integrity", lambda fpath, md5: True)
-    ours = load("cifar10-dvs", cifar10_dvs(tmp_path / "ours", per_class=12))
-    root = cifar10_dvs(tmp_path / "theirs", per_class=12)
-    theirs = CIFAR10DVS(str(root), data_type="frame", frames_number=16, split_by="number")
+    ours = load("cifar10-dvs", cifar10_dvs(tmp_path / "ours", per_class=11), "--time-steps", "4")
+    root = cifar10_dvs(tmp_path / "theirs", per_class=11)
+    theirs = CIFAR10DVS(str(root), data_type="frame", frames_number=4, split_by="number")
     parts = sj.split_to_train_test_set(0.9, theirs, 10)
     for loader, part in zip((ours.train, ours.test), parts, strict=True):
         dataset = getattr(loader.dataset, "dataset", loader.dataset)
@@ -161,7 +165,7 @@ def test_cifar10_dvs_is_that_of_spikingjelly(tmp_path, one_core, one_thread, old
         for (frames, label), (their_frames, their_label) in zip(dataset, part, strict=True):
             assert label == their_label
             assert np.array_equal(frames, their_frames)
-    assert "cat/cifar10_cat_9.npy" in ours.split["test"]  # in the order of text, 10 and 11 come before 9
+    assert "cat/cifar10_cat_9.npy" in ours.split["test"]  # in the order of text, 10 comes before 9
 
 
 def test_the_split_needs_names_alone():
