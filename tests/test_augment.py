@@ -60,9 +60,10 @@ def test_every_operation_magnitude_sign_and_flip_is_drawn_as_often_as_it_should(
         return sampling(*arguments)
 
     monkeypatch.setattr(augment, "sampling", record)
+    monkeypatch.setattr(augment, "_move", lambda frames, matrices: frames)
     torch.manual_seed(0)
     for _ in range(10):
-        SNNWideAugment(0.5, wide=True)(torch.ones(1000, 1, 1, 16, 16))
+        SNNWideAugment(0.5, wide=True)(torch.ones(1000, 1, 1, 4, 4))
     operations, _, flips = zip(*drawn, strict=True)
     assert is_uniform(operations, OPERATIONS)
     assert is_uniform(flips, [False, True])
@@ -101,15 +102,6 @@ def test_cutout_erases_a_square_of_all_frames(monkeypatch):
     assert 0.1 < areas.max() <= 0.1105
     assert abs(areas.mean() - 0.0555) < 5 * 0.0315 / math.sqrt(400)  # of a uniform area
     assert np.abs(np.mean(corners, 0) - 0.5).max() < 5 * 0.29 / math.sqrt(400)  # of a uniform place
-
-
-def test_all_frames_of_a_sample_are_changed_alike():
-    torch.manual_seed(0)
-    frames = torch.poisson(torch.rand(64, 1, 2, 32, 32) * 3).expand(-1, 4, -1, -1, -1)
-    out = SNNWideAugment(0.5, wide=True)(frames.clone())
-    assert torch.equal(out, out[:, :1].expand_as(out))
-    changed = (out != frames).flatten(1).any(1).float().mean()
-    assert 0.8 < changed < 1  # unflipped identity, and a magnitude of nearly nothing, leave some as they are
 
 
 def test_flips_alone():

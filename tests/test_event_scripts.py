@@ -1,64 +1,52 @@
 """Event data sets through the scripts, from raw recordings to accuracy."""
 
 import json
-import runpy
-import signal
+import pickle
 
+import numpy as np
 import pytest
 import timm.data
 import torch
-from scripts import ROOT, fail, here, named, ranks, result_in, rows_in, run, signal_at_step, succeed
+from scripts import fail, here, named, ranks, result_in, rows_in, succeed
 from tiny_data import cifar10_dvs, dvs128_gesture
 
 import engine.run
-from engine import checkpoint, pictures
+from engine import pictures
+from engine.data import digits_dvs
+from engine.data.event import DigitsDVS
 
 TINY = "--epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --time-steps 2 --batch-size 4 --workers 0 --threads 1".split()
 
 
-@pytest.mark.parametrize("name", ["cifar10-dvs", "dvs128-gesture"])
-def test_from_recordings_to_accuracy(name, tmp_path, one_core, monkeypatch, capfd):
-    """Train, be killed, resume to the same weights, test."""
-    make = {"cifar10-dvs": cifar10_dvs, "dvs128-gesture": dvs128_gesture}[name]
-    make(tmp_path / "data", {"cifar10-dvs": 2, "dvs128-gesture": 1}[name], count=300)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "make"), [("cifar10-dvs", cifar10_dvs), ("dvs128-gesture", dvs128_gesture)])
+def test_from_recordings_to_accuracy(name, make, tmp_path, one_core, monkeypatch, capfd):
+    make(tmp_path / "data", 2, count=300)
     flags = ["--data-path", tmp_path / "data", "--mixup-off-epoch", "1", *TINY]
     mixing, mix = [], timm.data.Mixup.__call__
     monkeypatch.setattr(
         timm.data.Mixup, "__call__", lambda self, *batch: mixing.append(self.mixup_enabled) or mix(self, *batch)
     )
-    here(monkeypatch, capfd, f"{name}/train.py", *flags, "--output-dir", tmp_path / "whole")
+    here(monkeypatch, capfd, f"{name}/train.py", *flags, "--output-dir", tmp_path / "run")
     (tmp_path / "data/download").rename(tmp_path / "prepared already")
     half = len(mixing) // 2
-    assert half > 1
     assert mixing == [True] * half + [False] * half
-    second = signal_at_step(signal.SIGKILL, half + 1)
-    killed = run(f"{name}/train.py", *flags, "--output-dir", tmp_path / "cut", "--device", "cpu", before=second)
-    assert killed.returncode == -signal.SIGKILL
-    assert checkpoint.read(tmp_path / "cut/last.pt")["epoch"] == 1
-    here(
-        monkeypatch,
-        capfd,
-        f"{name}/train.py",
-        *("--data-path", tmp_path / "data", "--workers", "0", "--threads", "1"),
-        *("--output-dir", tmp_path / "cut", "--resume", "auto"),
-    )
-    whole, cut = (checkpoint.read(tmp_path / run / "last.pt") for run in ("whole", "cut"))
-    assert all(torch.equal(value, cut["state_dict"][key]) for key, value in whole["state_dict"].items())
     test = [f"{name}/test.py", "--data-path", tmp_path / "data", "--workers", "0", "--checkpoint"]
-    here(monkeypatch, capfd, *test, tmp_path / "cut/last.pt")
-    result, recorded = result_in(tmp_path / "cut"), rows_in(tmp_path / "cut")[-1]
+    here(monkeypatch, capfd, *test, tmp_path / "run/last.pt")
+    result, recorded = result_in(tmp_path / "run"), rows_in(tmp_path / "run")[-1]
     assert (result["loss"], result["top1"]) == (recorded["test_loss"], recorded["test_top1"])
     for picture in ("samples.png", "learning_curve.png", "last.predictions.png"):
-        assert (tmp_path / "cut" / picture).exists()
-    split = json.loads((tmp_path / "cut/split.json").read_text())
+        assert (tmp_path / "run" / picture).exists()
+    split = json.loads((tmp_path / "run/split.json").read_text())
     assert result["count"] == len(split["test"]) > 0
     assert not set(split["train"]) & set(split["test"])
 
 
 def test_a_shuffled_split_goes_with_the_run(tmp_path, one_core, monkeypatch, capfd):
-    cifar10_dvs(tmp_path / "data", per_class=3, count=50)
-    flags = ["--data-path", tmp_path / "data", *TINY, "--epochs", "1", "--batch-size", "20", "--time-steps", "1"]
-    here(monkeypatch, capfd, "cifar10-dvs/train.py", *flags, "--split-seed", "3", "--output-dir", tmp_path / "run")
+    cifar10_dvs(tmp_path / "data", per_class=2, count=50)
+    flags = ["--data-path", tmp_path / "data", *TINY, "--epochs", "1", "--batch-size", "10", "--time-steps", "1"]
+    train = ["cifar10-dvs/train.py", *flags, "--output-dir", tmp_path / "run"]
+    here(monkeypatch, capfd, *train, "--split-seed", "3")
     split = json.loads((tmp_path / "run/split.json").read_text())
     test = ["cifar10-dvs/test.py", "--data-path", tmp_path / "data", "--checkpoint", tmp_path / "run/last.pt"]
     unwarned = here(monkeypatch, capfd, *test)
@@ -66,41 +54,25 @@ def test_a_shuffled_split_goes_with_the_run(tmp_path, one_core, monkeypatch, cap
     warned = here(monkeypatch, capfd, *test, "--split-seed", "4")
     assert len(warned.splitlines()) > len(unwarned.splitlines())
     assert str(tmp_path / "run/last.pt") in " ".join(line for line in warned.splitlines() if "warning" in line)
-    assert str(tmp_path / "run/last.pt") not in " ".join(line for line in unwarned.splitlines() if "warning" in line)
-    again = ["cifar10-dvs/train.py", *flags, "--split-seed", "4", "--output-dir", tmp_path / "next"]
-    here(monkeypatch, capfd, *again, "--finetune", tmp_path / "run/last.pt")
+    record = tmp_path / "run/split.json"
     for content in ("5", '{"train": 5}', '{"train": [["a"]], "test": []}', "{"):
-        (tmp_path / "next/split.json").write_text(content)
-        named(fail(monkeypatch, capfd, *test[:-1], tmp_path / "next/last.pt"), tmp_path / "next/split.json")
+        record.write_text(content)
+        named(fail(monkeypatch, capfd, *test), record)
     split["test"].pop()
-    (tmp_path / "run/split.json").write_text(json.dumps(split))
-    resume = [*flags, "--epochs", "2", "--output-dir", tmp_path / "run", "--resume", "auto"]
-    named(fail(monkeypatch, capfd, "cifar10-dvs/train.py", *resume), tmp_path / "run/split.json")
+    record.write_text(json.dumps(split))
+    named(fail(monkeypatch, capfd, *train, "--epochs", "2", "--resume", "auto"), record)
 
 
 def test_a_checkpoint_of_other_events_or_another_network_is_refused(tmp_path, monkeypatch, capfd):
     """Before the data are read."""
-    flags = [*TINY, "--epochs", "1", "--batch-size", "700", "--output-dir", tmp_path]
+    flags = [*TINY, "--epochs", "1", "--batch-size", "1400", "--time-steps", "1", "--output-dir", tmp_path]
     here(monkeypatch, capfd, "digits-dvs/train.py", *flags)
     monkeypatch.setattr(engine.run, "create_data", None)
     for name in ("dvs128-gesture", "digits"):
         line = fail(monkeypatch, capfd, f"{name}/test.py", "--checkpoint", tmp_path / "last.pt")
         named(line, tmp_path / "last.pt", "digits-dvs", name)
     resume = ["--output-dir", tmp_path, "--resume", "auto", "--time-steps", "3"]
-    named(fail(monkeypatch, capfd, "digits-dvs/train.py", *resume), "time_steps", 2, 3)
-
-
-def test_an_interruption_by_keyboard_ends_in_one_line(monkeypatch, capfd):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(engine.run, "create_data", interrupt)
-    monkeypatch.setattr("sys.argv", ["train.py"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "digits-dvs/train.py"), run_name="__main__")
-    assert end.value.code == 130
-    (line,) = capfd.readouterr().err.splitlines()
-    named(line, "--resume auto")
+    named(fail(monkeypatch, capfd, "digits-dvs/train.py", *resume), "time_steps", 1, 3)
 
 
 def test_two_processes_start_on_raw_recordings(tmp_path):
@@ -118,11 +90,10 @@ def test_two_processes_start_on_raw_recordings(tmp_path):
 
 
 def test_digits_before_an_event_camera(tmp_path, monkeypatch, capfd):
-    flags = "--epochs 2 --time-steps 2 --attention token channel --channels-last".split()
+    flags = "--epochs 2 --time-steps 1 --batch-size 64 --attention token channel --channels-last".split()
     here(monkeypatch, capfd, "digits-dvs/train.py", *flags, "--output-dir", tmp_path)
     first, second = rows_in(tmp_path)
     assert second["train_loss"] < first["train_loss"]
-    assert second["test_top1"] > 20
     assert (tmp_path / "samples.png").exists()
     assert not (tmp_path / "split.json").exists()
 
@@ -135,11 +106,6 @@ def test_the_recipe_learns_the_digits_before_an_event_camera(tmp_path, seed):
 
 
 def test_the_simulated_camera_sees_changes_alone():
-    import numpy as np
-
-    from engine.data import digits_dvs
-    from engine.data.event import DigitsDVS
-
     dark = digits_dvs.record(np.zeros((1, 8, 8), np.uint8), seed=0)[0]
     assert len(dark.t) == 0
     dot = np.zeros((1, 8, 8), np.uint8)
@@ -149,14 +115,13 @@ def test_the_simulated_camera_sees_changes_alone():
     on = np.zeros((32, 32), int)
     np.add.at(on, (events.y, events.x), 2 * events.p - 1)
     assert np.abs(on).max() <= 1  # a full turn ends where it began, but for less than one threshold
-    turn = np.hypot(events.x - 16, events.y - 16)
-    assert turn.max() < 12
-    data = DigitsDVS(train=False, frames=8)
+    assert np.hypot(events.x - 16, events.y - 16).max() < 12
+    data, again = DigitsDVS(train=False, frames=8), DigitsDVS(train=False, frames=8)
+    assert pickle.loads(pickle.dumps(data)).labels == data.labels  # as workers get it under spawn
+    counts = np.stack([frames.sum((1, 2, 3)) for frames, _ in data[:20]])
     assert data[0][0].shape == (8, 2, 32, 32)
-    counts = np.stack([data[i][0].sum((1, 2, 3)) for i in range(20)])
     assert (counts[:, :1] == counts[:, :7]).all()  # parts of equal number
     assert 5_000 < counts.sum(1).mean() < 20_000
-    again = DigitsDVS(train=False, frames=8)
     assert np.array_equal(data[7][0], again[7][0])
 
 
@@ -169,11 +134,3 @@ def test_colours_of_events():
     assert picture[0].tolist() == [[1, 0, 0], [0, 0, 1]]  # red and blue
     assert (picture[1] == 1).all()  # on white
     assert (pictures.of_events(torch.zeros(1, 2, 2, 2, dtype=torch.uint8)) == 1).all()
-
-
-def test_scripts_are_found_from_their_own_folder(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(ROOT / "dvs128-gesture")
-    line = fail(
-        monkeypatch, capfd, "dvs128-gesture/train.py", "--config", "dvs128-gesture_mlp4", "--data-path", tmp_path
-    )
-    named(line, "DvsGesture.tar.gz")

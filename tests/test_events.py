@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pytest
+import tiny_data
 import torch
 from scripts import ROOT, fail, named, refuses, run
 from spikingjelly import datasets as sj
@@ -39,6 +39,7 @@ from engine.world import World
 
 RANDOM = np.random.default_rng(0)
 FEW = events(3, 10, 1003, RANDOM)
+GESTURE = "DvsGesture.tar.gz"
 
 
 @pytest.fixture(autouse=True)
@@ -57,17 +58,6 @@ def load(name, root, *flags, rank=0, world_size=1):
     return create_data(cfg, World(rank, world_size, torch.device("cpu")))
 
 
-def test_aedat2_is_read_as_by_spikingjelly(old_numpy, tmp_path):
-    (tmp_path / "x.aedat").write_bytes(aedat2(*FEW))
-    theirs, ours = CIFAR10DVS.load_origin_data(str(tmp_path / "x.aedat")), read_aedat2(aedat2(*FEW))
-    assert all(np.array_equal(theirs[key], getattr(ours, key)) for key in "txyp")
-    t, x, y, p = FEW
-    assert np.array_equal(ours.x, 127 - y)
-    assert np.array_equal(ours.y, 127 - x)
-    assert np.array_equal(ours.p, 1 - p)
-    assert np.array_equal(ours.t, t)
-
-
 def test_aedat31_is_read_as_by_spikingjelly(tmp_path):
     content = aedat31(*FEW, per_packet=100)
     header = struct.pack("<HHIIIIII", 1, 1, 8, 4, 0, 100, 100, 100)
@@ -77,8 +67,6 @@ def test_aedat31_is_read_as_by_spikingjelly(tmp_path):
     theirs, ours = sj.load_aedat_v3(str(tmp_path / "x.aedat")), read_aedat31(content)
     assert all(np.array_equal(theirs[key], getattr(ours, key)) for key in "txyp")
     assert ours.t[0] == FEW[0][0] + 2**31
-    assert np.array_equal(ours.x, FEW[1])
-    assert len(ours.t) == 1003
 
 
 @pytest.mark.parametrize("frames", [1, 7, 16])
@@ -90,6 +78,11 @@ def test_frames_are_those_of_spikingjelly(frames):
     assert ours[-1].sum() == 1003 // frames + 1003 % frames  # the last takes the rest
 
 
+def test_counts_above_a_byte():
+    frames = integrate(Events(*(np.full(1000, value) for value in (0, 5, 6, 1))), 2)
+    assert (frames.dtype, frames[0, 1, 6, 5]) == (np.uint16, 500)
+
+
 def test_a_recording_is_cut_by_time_in_order_or_not():
     events_in_order, spans = Events(*FEW), [(0, 400_000), (300_000, 700_000), None, (900_000, 900_000)]
     shuffled = Events(*(values[RANDOM.permutation(1003)] for values in FEW))
@@ -98,13 +91,6 @@ def test_a_recording_is_cut_by_time_in_order_or_not():
             start, end = span or (0, 10**6)
             chosen = (recording.t >= start) & (recording.t < end)
             assert all(np.array_equal(a, b[chosen]) for a, b in zip(part, recording, strict=True))
-
-
-def test_counts_above_a_byte():
-    one_pixel = Events(*(np.full(1000, value) for value in (0, 5, 6, 1)))
-    frames = integrate(one_pixel, 2)
-    assert frames[0, 1, 6, 5] == 500
-    assert frames.dtype == np.uint16
 
 
 @pytest.mark.parametrize(
@@ -148,9 +134,13 @@ def one_thread(monkeypatch):
 @pytest.mark.parametrize("extracted", [False, True])
 def test_dvs128_gesture_is_that_of_spikingjelly(extracted, tmp_path, one_core, one_thread, monkeypatch):
     monkeypatch.setattr(sj.utils, "check_integrity", lambda fpath, md5: True)
-    ours = load("dvs128-gesture", dvs128_gesture(tmp_path / "ours", extracted=extracted), "--batch-size", "4")
+    ours = load(
+        "dvs128-gesture",
+        dvs128_gesture(tmp_path / "ours", extracted=extracted),
+        *"--batch-size 4 --time-steps 4".split(),
+    )
     root = dvs128_gesture(tmp_path / "theirs")
-    arguments = {"data_type": "frame", "frames_number": 16, "split_by": "number"}
+    arguments = {"data_type": "frame", "frames_number": 4, "split_by": "number"}
     for part, loader in (("train", ours.train), ("test", ours.test)):
         theirs = DVS128Gesture(str(root), train=part == "train", **arguments)
         dataset = getattr(loader.dataset, "dataset", loader.dataset)
@@ -159,17 +149,15 @@ def test_dvs128_gesture_is_that_of_spikingjelly(extracted, tmp_path, one_core, o
             assert label == their_label
             assert np.array_equal(frames, their_frames)
     assert ours.classes[2] == "other gestures"  # the folders 0, 1, 10, 2, ...: label 2 is gesture 11
-    assert [Path(file).name for file in ours.split["test"] if "/10/" in file] == [
-        "user05_led_0.npy",
-        "user05_led_1.npy",
-    ]
+    names = [Path(file).name for file in ours.split["test"] if "/10/" in file]
+    assert names == ["user05_led_0.npy", "user05_led_1.npy"]
 
 
 def test_cifar10_dvs_is_that_of_spikingjelly(tmp_path, one_core, one_thread, old_numpy, monkeypatch):
     monkeypatch.setattr(sj.utils, "check_integrity", lambda fpath, md5: True)
-    ours = load("cifar10-dvs", cifar10_dvs(tmp_path / "ours", per_class=12))
-    root = cifar10_dvs(tmp_path / "theirs", per_class=12)
-    theirs = CIFAR10DVS(str(root), data_type="frame", frames_number=16, split_by="number")
+    ours = load("cifar10-dvs", cifar10_dvs(tmp_path / "ours", per_class=11), "--time-steps", "4")
+    root = cifar10_dvs(tmp_path / "theirs", per_class=11)
+    theirs = CIFAR10DVS(str(root), data_type="frame", frames_number=4, split_by="number")
     parts = sj.split_to_train_test_set(0.9, theirs, 10)
     for loader, part in zip((ours.train, ours.test), parts, strict=True):
         dataset = getattr(loader.dataset, "dataset", loader.dataset)
@@ -177,7 +165,7 @@ def test_cifar10_dvs_is_that_of_spikingjelly(tmp_path, one_core, one_thread, old
         for (frames, label), (their_frames, their_label) in zip(dataset, part, strict=True):
             assert label == their_label
             assert np.array_equal(frames, their_frames)
-    assert "cat/cifar10_cat_9.npy" in ours.split["test"]  # in the order of text, 10 and 11 come before 9
+    assert "cat/cifar10_cat_9.npy" in ours.split["test"]  # in the order of text, 10 comes before 9
 
 
 def test_the_split_needs_names_alone():
@@ -266,24 +254,18 @@ def test_several_at_once(tmp_path, one_core):
     assert len(contents(root / "frames_4", CIFAR10_CLASSES)) == 20
 
 
-def rewrite(archive, change):
-    """Write a zip or tar archive anew with `change(name, content)`; None leaves the file out."""
-    if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive) as old:
+def rewrite(path, change):
+    """Write a zip or tar archive again with `change(name, content)`; None leaves the file out."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as old:
             files = {name: old.read(name) for name in old.namelist()}
-        with zipfile.ZipFile(archive, "w") as new:
-            for name, content in files.items():
-                if (content := change(name, content)) is not None:
-                    new.writestr(name, content)
-        return
-    with tarfile.open(archive) as old:
-        files = {member.name: old.extractfile(member).read() for member in old}
-    with tarfile.open(archive, "w:gz") as new:
-        for name, content in files.items():
-            if (content := change(name, content)) is not None:
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                new.addfile(member, io.BytesIO(content))
+    else:
+        with tarfile.open(path) as old:
+            files = {member.name: old.extractfile(member).read() for member in old}
+    changed = ((name, change(name, content)) for name, content in files.items())
+    with zipfile.ZipFile(path, "w") if path.suffix == ".zip" else tarfile.open(path, "w:gz") as new:
+        for name, content in ((name, content) for name, content in changed if content is not None):
+            new.writestr(name, content) if path.suffix == ".zip" else tiny_data.add(new, name, content)
 
 
 def replace(what, by):
@@ -295,28 +277,19 @@ def replace(what, by):
     ("archive", "change", "value"),
     [
         ("cat.zip", replace("cat_1.aedat", lambda c: c[:-3]), "cifar10_cat_1.aedat"),
-        ("cat.zip", replace("cat_1.aedat", b""), "cifar10_cat_1.aedat"),
         ("cat.zip", replace("cat_1.aedat", aedat2(*FEW)[: 27 + 40]), "cifar10_cat_1.aedat"),
         ("cat.zip", replace("cat_1.aedat", None), "cifar10_cat_1."),
         ("cat.zip", lambda name, content: None, "cat.zip"),
-        ("DvsGesture.tar.gz", replace("01_led.aedat", lambda c: c[:-9]), "user01_led.aedat"),
-        ("DvsGesture.tar.gz", replace("01_led.aedat", None), "user01_led.aedat"),
-        ("DvsGesture.tar.gz", replace("01_led_labels.csv", None), "user01_led_labels.csv"),
-        ("DvsGesture.tar.gz", replace("to_test.txt", None), "trials_to_test.txt"),
-        ("DvsGesture.tar.gz", replace("to_test.txt", b"user01_led.aedat"), "user01_led.aedat"),
-        (
-            "DvsGesture.tar.gz",
-            replace("01_led_labels.csv", b"class\n12,0,9\n"),
-            "'12,0,9'",
-        ),
-        ("DvsGesture.tar.gz", replace("01_led_labels.csv", b"class\n1,7,7\n"), "'1,7,7'"),
-        ("DvsGesture.tar.gz", replace("01_led_labels.csv", b"class\n1,1\n"), "'1,1'"),
-        ("DvsGesture.tar.gz", replace("01_led_labels.csv", b"class\n"), "user01_led_labels.csv"),
-        (
-            "DvsGesture.tar.gz",
-            replace("01_led_labels.csv", b"class\n1,90000000,95000000\n"),
-            "user01_led.aedat",
-        ),
+        (GESTURE, replace("01_led.aedat", lambda c: c[:-9]), "user01_led.aedat"),
+        (GESTURE, replace("01_led.aedat", None), "user01_led.aedat"),
+        (GESTURE, replace("01_led_labels.csv", None), "user01_led_labels.csv"),
+        (GESTURE, replace("to_test.txt", None), "trials_to_test.txt"),
+        (GESTURE, replace("to_test.txt", b"user01_led.aedat"), "user01_led.aedat"),
+        (GESTURE, replace("01_led_labels.csv", b"class\n12,0,9\n"), "'12,0,9'"),
+        (GESTURE, replace("01_led_labels.csv", b"class\n1,7,7\n"), "'1,7,7'"),
+        (GESTURE, replace("01_led_labels.csv", b"class\n1,1\n"), "'1,1'"),
+        (GESTURE, replace("01_led_labels.csv", b"class\n"), "user01_led_labels.csv"),
+        (GESTURE, replace("01_led_labels.csv", b"class\n1,90000000,95000000\n"), "user01_led.aedat"),
     ],
 )
 def test_what_is_wrong_with_the_recordings_is_named(archive, change, value, tmp_path, one_core):
@@ -356,19 +329,6 @@ def test_no_flipped_bit_in_a_tar_goes_unnoticed(tmp_path):
     assert len(recordings.dvs128_gesture(tmp_path, False)) == 2
 
 
-@pytest.mark.parametrize("error", [RuntimeError("encrypted"), OSError("bad stream"), KeyError("x")])
-def test_an_archive_that_cannot_be_unpacked_is_named(error, tmp_path, one_core, monkeypatch):
-    def read(archive, member):
-        if member.endswith("cat_1.aedat"):
-            raise error
-        return zipfile.ZipFile(archive).read(member)
-
-    root = cifar10_dvs(tmp_path, per_class=2, count=50)
-    monkeypatch.setattr(recordings, "read_member", read)
-    with refuses(1, 20, "cat.zip", "cifar10_cat_1.aedat"):
-        prepare(root, 4, find(root), False)
-
-
 def test_members_may_be_named_as_they_like(tmp_path, one_core):
     root = cifar10_dvs(tmp_path, per_class=2, count=50)
     path = root / "download/cat.zip"
@@ -406,29 +366,6 @@ def test_a_killed_worker_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("joblib.Parallel.__call__", broken)
     with refuses(root / "frames_4"):
         prepare(root, 4, find(root), False)
-
-
-def test_one_who_waits_is_told(tmp_path, one_core, monkeypatch):
-    root, told = cifar10_dvs(tmp_path, per_class=1, count=50), threading.Event()
-    monkeypatch.setattr(logger, "info", lambda line: told.set())
-    with filelock.FileLock(root / "frames_4.lock"):
-        waiting = threading.Thread(target=prepare, args=(root, 4, find(root), False))
-        waiting.start()
-        told.wait()
-        assert not (root / "frames_4.partial").exists()
-    waiting.join()
-    assert len(contents(root / "frames_4", CIFAR10_CLASSES)) == 10
-
-
-def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
-    root = cifar10_dvs(tmp_path, per_class=1, count=50)
-
-    def refuse(self, **kwargs):
-        raise PermissionError(errno.EACCES, "Permission denied", str(root))
-
-    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
-    with refuses(root / "frames_4", "Permission denied", "--data-path"):
-        prepare(root, 4, list, False)
 
 
 @pytest.mark.parametrize(
@@ -488,15 +425,6 @@ def test_batches_are_counts_on_the_device(dtype, device):
     assert all(values.device.type == device for batch in batches for values in batch)
     assert {batch[0].dtype for batch in batches} == {torch.float32}
     assert np.array_equal(torch.cat([batch[0] for batch in batches]).cpu(), np.stack(frames))
-
-
-def test_counts_of_more_than_a_byte_reach_the_network(tmp_path, one_core):
-    root = cifar10_dvs(tmp_path, per_class=2, count=50)
-    crowd = Events(*(np.full(2000, value) for value in (0, 5, 6, 1)))
-    rewrite(root / "download/airplane.zip", replace("airplane_0.aedat", aedat2(*crowd)))
-    plain = "--hflip 0 --auto-augment none --batch-size 10 --time-steps 2".split()
-    ((batch, _),) = load("cifar10-dvs", root, *plain).train.batches(0)
-    assert batch.max() == 1000
 
 
 def test_what_to_place_where_is_said_first(tmp_path, monkeypatch, capfd):
@@ -572,19 +500,7 @@ def test_a_disk_that_fills_up(tmp_path, one_core, monkeypatch):
     assert len(contents(prepare(root, 4, find(root), False), CIFAR10_CLASSES)) == 20
 
 
-@pytest.mark.parametrize(
-    ("flags", "value"),
-    [
-        (["--num-classes", "11"], "num_classes"),
-        (["--input-size", "64"], "input_size"),
-        (["--auto-augment", "rand-m9"], "rand-m9"),
-        (["--mixup-in", "loader"], "mixup_in"),
-        (["--cutmix", "1"], "cutmix"),
-        (["--mean", "0,0"], "mean"),
-        (["--dataset", "dvs128-gesture", "--split-seed", "1"], "split_seed"),
-    ],
-)
-def test_settings_that_do_not_fit_event_frames(flags, value, tmp_path, one_core):
-    cifar10_dvs(tmp_path, per_class=2, count=50)
-    with refuses(value):
-        load("cifar10-dvs", tmp_path, *flags)
+@pytest.mark.parametrize(("key", "value"), [("num_classes", "11"), ("input_size", "64"), ("auto_augment", "rand-m9")])
+def test_settings_that_do_not_fit_event_frames(key, value, tmp_path):
+    with refuses(key, value):
+        load("cifar10-dvs", tmp_path, f"--{key}", value)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 
 import pytest
 import timm.utils
@@ -55,6 +56,36 @@ def test_a_kept_worker_starts_each_evaluation_anew(data):
     expected = list(load("imagenet/qkformer_10_384.yml", *flags, "--workers", 0).test)
     for _ in range(2):
         assert same(list(loaded.test), expected)
+
+
+CASES = [
+    ("digits/digits.yml", None, ["--mixup", 0.5]),
+    ("imagenet/qkformer_10_384.yml", "imagenet", ["--num-classes", 4]),
+    ("cifar10-dvs/cifar10-dvs.yml", "events", []),
+]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "folder", "flags"), CASES, ids=[folder or recipe.split("/")[0] for recipe, folder, _ in CASES]
+)
+def test_workers_can_be_spawned(recipe, folder, flags, data, tmp_path, one_core):
+    """As on macOS and Windows: all that they get pickles."""
+    root = cifar10_dvs(tmp_path, per_class=2, count=50) if folder == "events" else data / str(folder)
+    loaded = load(recipe, *flags, "--batch-size", 4, "--data-path", root, "--workers", 1)
+    for source in (loaded.train.source, loaded.test.loader):
+        pickle.dumps((source.dataset, source.collate_fn, source.worker_init_fn))
+
+
+@pytest.mark.slow
+def test_spawned_workers_load_what_forked_ones_do(data):
+    flags = ["--data-path", data / "imagenet", "--num-classes", 4, "--input-size", 32, "--batch-size", 4]
+    batches = []
+    for method in ("fork", "spawn"):
+        loaded = load("imagenet/qkformer_10_384.yml", *flags, "--workers", 1)
+        loaded.train.source.multiprocessing_context = loaded.test.loader.multiprocessing_context = method
+        timm.utils.random_seed(0)
+        batches.append([*loaded.train.batches(0), *loaded.test])
+    assert same(*batches)
 
 
 def test_benchmark_of_the_input_pipelines(tmp_path, monkeypatch, one_core):

@@ -1,18 +1,13 @@
 """Tiny data sets in the true formats: a folder of JPEGs, CIFAR's pickles, WebDataset's shards, event recordings.
 
 The images of a class have its colour and the events its place, so that a network learns them in a few steps.
-
-Run as a script, it runs the script given as its arguments with torchvision's md5 check of CIFAR switched off.
 """
 
 import colorsys
 import io
 import json
-import os
 import pickle
-import runpy
 import struct
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -76,8 +71,8 @@ def shards(root, classes=4, train=64, test=37, per_shard=8):
         for name, start, length in zip(names, starts, lengths, strict=True):
             with tarfile.open(Path(root, name), "w") as archive:
                 for i in range(start, start + length):
-                    _add(archive, f"{i:06d}.jpg", _jpeg(pixels(i % classes, classes, 40, random)))
-                    _add(archive, f"{i:06d}.cls", str(i % classes).encode())
+                    add(archive, f"{i:06d}.jpg", _jpeg(pixels(i % classes, classes, 40, random)))
+                    add(archive, f"{i:06d}.cls", str(i % classes).encode())
         info["splits"][split] = {
             "name": split,
             "num_samples": count,
@@ -94,7 +89,8 @@ def _jpeg(array):
     return file.getvalue()
 
 
-def _add(archive, name, content):
+def add(archive, name, content):
+    """Add a file to a tar archive."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
@@ -160,14 +156,5 @@ def dvs128_gesture(root, train=4, test=1, count=500, extracted=False):
     Path(root, "download").mkdir(parents=True)
     with tarfile.open(Path(root, "download", "DvsGesture.tar.gz"), "w:gz") as archive:
         for name, content in files.items():
-            _add(archive, f"DvsGesture/{name}", content)
+            add(archive, f"DvsGesture/{name}", content)
     return Path(root)
-
-
-if __name__ == "__main__":
-    from torchvision.datasets import cifar, utils
-
-    cifar.check_integrity = utils.check_integrity = lambda path, md5=None: os.path.isfile(path)
-    script = next(word for word in sys.argv[1:] if word.endswith(".py"))  # a launcher may put a flag in front
-    sys.argv = [script, *(word for word in sys.argv[1:] if word != script)]
-    runpy.run_path(script, run_name="__main__")

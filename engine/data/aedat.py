@@ -35,20 +35,14 @@ class Events(NamedTuple):
         for span in spans:
             if span is None:
                 yield self
-            elif in_order:
-                chosen = slice(*np.searchsorted(self.t, span))
-                yield Events(*(values[chosen] for values in self))
-            else:
-                chosen = (self.t >= span[0]) & (self.t < span[1])
-                yield Events(*(values[chosen] for values in self))
+                continue
+            start, end = span
+            chosen = slice(*np.searchsorted(self.t, span)) if in_order else (self.t >= start) & (self.t < end)
+            yield Events(*(values[chosen] for values in self))
 
 
 def read_aedat2(content: bytes) -> Events:
-    """Return the events of a CIFAR10-DVS recording, turned upright as spikingjelly does.
-
-    Raises:
-        DamagedRecording: it is empty, cut, or not AEDAT 2.0.
-    """
+    """Return the events of a CIFAR10-DVS recording, turned upright as spikingjelly does; or raise DamagedRecording."""
     if not content.startswith(b"#!AER-DAT2.0"):
         raise DamagedRecording("not a recording in the format AEDAT 2.0" if content else "empty")
     data = memoryview(content)[re.match(rb"(#[^\n]*\n)*", content).end() :]  # after comments
@@ -59,11 +53,7 @@ def read_aedat2(content: bytes) -> Events:
 
 
 def read_aedat31(content: bytes) -> Events:
-    """Return the events of a DVS128 Gesture recording.
-
-    Raises:
-        DamagedRecording: it is empty, cut, not AEDAT 3.1, or has events outside the sensor.
-    """
+    """Return the events of a DVS128 Gesture recording; or raise DamagedRecording."""
     if not content.startswith(b"#!AER-DAT3.1"):
         raise DamagedRecording("not a recording in the format AEDAT 3.1" if content else "empty")
     header = re.match(rb".*?#!END-HEADER\r\n", content, re.DOTALL)

@@ -1,4 +1,4 @@
-"""SNN wide augment, on the device: a flip and one operation a sample, the same for all its frames.
+"""SNN wide augment, on the device: a flip and one operation per sample, the same for all its frames.
 
 The operations and magnitudes are those of the released DVS training (from Spikformer's, after Li et al., "Neuromorphic
 Data Augmentation for Training Spiking Neural Networks", ECCV 2022).
@@ -19,14 +19,10 @@ CUTOUT_AREA = (0.001, 0.11)  # of the frame, a square
 
 
 class SNNWideAugment:
-    """Frames [B,T,C,H,W] to frames of the same shape: each sample is flipped, then one operation is done to it.
+    """Transform of frames [B,T,C,H,W]: a random flip of each sample, then one random operation.
 
-    All that moves pixels is one nearest-neighbour sampling of the whole batch; what comes from outside is 0.
-    Random numbers are torch's, from the CPU's generator.
-
-    Args:
-        hflip: probability of the horizontal flip.
-        wide: False flips alone.
+    One nearest-neighbour sampling of the whole batch moves all pixels; pixels from outside are 0. Random numbers are
+    torch's, from the CPU's generator. `hflip` is the probability of a flip; without `wide` it is all that happens.
     """
 
     def __init__(self, hflip: float, wide: bool):
@@ -49,7 +45,7 @@ class SNNWideAugment:
 
 
 def sampling(operation: str, magnitude: float, flip: bool, height: int, width: int) -> list[list[float]]:
-    """Where the pixels come from, as the 2x3 matrix of `affine_grid`; signs as in torchvision.
+    """Return the 2x3 matrix of `affine_grid` from the pixels of the result to their sources; signs as in torchvision.
 
     Args:
         magnitude: shear in radians, shift in pixels (rounded towards 0), or angle in degrees.

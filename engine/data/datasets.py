@@ -56,7 +56,7 @@ def _require_label(cfg: Config, label: object) -> object:
 
 
 def class_names(dataset: Dataset) -> list[str]:
-    """Names in the order of the labels; none if the data set does not list them."""
+    """Return names in the order of the labels; none if the data set does not list them."""
     if hasattr(dataset, "classes"):
         return [name if isinstance(name, str) else name[0] for name in dataset.classes]  # torch/imagenet has synonyms
     indices = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
@@ -64,7 +64,7 @@ def class_names(dataset: Dataset) -> list[str]:
 
 
 def is_imagenet(names: list[str]) -> bool:
-    """Whether these are the classes of ImageNet-1k, by their WordNet numbers."""
+    """Compare the names with the WordNet numbers of ImageNet-1k's classes."""
     return len(names) == 1000 and names == timm.data.ImageNetInfo().label_names()
 
 
@@ -96,11 +96,7 @@ class Digits(Dataset):
 
 
 def read_image(file: object, mode: str = "RGB") -> Image.Image:
-    """Return the image in `file`, a path or an open file.
-
-    Raises:
-        UserError: it cannot be decoded.
-    """
+    """Return the image in `file`, a path or an open file; an undecodable one raises UserError with its name."""
     try:
         with warnings.catch_warnings(), Image.open(file, formats=FORMATS) as image:
             warnings.simplefilter("ignore")  # Pillow's about EXIF data and palettes are harmless
@@ -114,8 +110,8 @@ def _mode(cfg: Config) -> str:
 
 
 def _image_folder(cfg: Config, train: bool) -> ImageFolder:
-    """`train` or `val` of a folder, with a folder per class in each."""
-    split, root = "train" if train else "val", _existing_folder(cfg)
+    """Return `train` or `val` of a folder, with a folder per class in each."""
+    split, root = "train" if train else "val", data_path(cfg)
     folders = {
         part: next((root / name for name in names if (root / name).is_dir()), None)
         for part, names in SPLIT_FOLDERS.items()
@@ -123,7 +119,9 @@ def _image_folder(cfg: Config, train: bool) -> ImageFolder:
     if folders[split] is None:
         raise UserError(f"{root}: no folder {split}; make train and val, each with a folder per class")
     if all(folders.values()):
-        _require_apart(**folders)
+        train_folder, val_folder = (folder.resolve() for folder in folders.values())
+        if train_folder.is_relative_to(val_folder) or val_folder.is_relative_to(train_folder):
+            raise UserError(f"{folders['train']} and {folders['val']} overlap; keep test images apart")
     try:
         dataset = ImageFolder(str(folders[split]), loader=functools.partial(read_image, mode=_mode(cfg)))
     except FileNotFoundError as error:
@@ -136,12 +134,6 @@ def _image_folder(cfg: Config, train: bool) -> ImageFolder:
     if train and folders["val"]:
         _warn_of_copies(dataset, folders["val"])
     return dataset
-
-
-def _require_apart(train: Path, val: Path) -> None:
-    real, other = train.resolve(), val.resolve()
-    if real.is_relative_to(other) or other.is_relative_to(real):
-        raise UserError(f"{train} and {val} overlap; keep test images apart from training images")
 
 
 def _warn_of_copies(train: ImageFolder, val: Path, most: int = 64) -> None:
@@ -161,17 +153,18 @@ def _warn_of_copies(train: ImageFolder, val: Path, most: int = 64) -> None:
         )
 
 
-def _existing_folder(cfg: Config) -> Path:
+def data_path(cfg: Config, must_exist: bool = True) -> Path:
+    """Return the folder of the data set, absolute."""
     if cfg.data_path is None:
         raise UserError(f"dataset {cfg.dataset}: its folder is unknown; use --data-path")
     root = Path(cfg.data_path).resolve()
-    if not root.is_dir() and not cfg.download:
+    if must_exist and not root.is_dir():
         raise UserError(f"{root}: no such folder; use --data-path, or --download for CIFAR")
     return root
 
 
 def _of_timm(cfg: Config, train: bool) -> Dataset:
-    """torchvision's data sets (`torch/`), WebDataset shards (`wds/`) and Hugging Face (`hfds/`)."""
+    """Return a data set of torchvision (`torch/`), of WebDataset shards (`wds/`) or of Hugging Face (`hfds/`)."""
     kind = cfg.dataset.lower().split("/")[0]
     if kind not in ("torch", "wds", "hfds") or "/" not in cfg.dataset:
         raise UserError(
@@ -179,7 +172,7 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
             "torch/cifar10, wds/NAME, hfds/NAME"
         )
     # shards are files of a folder here: under an address like pipe:COMMAND, their names would be commands
-    root = cfg.data_path if kind == "hfds" else str(_existing_folder(cfg))
+    root = cfg.data_path if kind == "hfds" else str(data_path(cfg, must_exist=not cfg.download))
     split, mode = cfg.train_split if train else cfg.val_split, _mode(cfg)
 
     def make() -> Dataset:

@@ -1,7 +1,7 @@
 """Handwritten digits before a simulated event camera: an event data set that needs no download.
 
-As CIFAR10-DVS was recorded, images on a monitor moving along a closed path before a sensor (Li et al., "CIFAR10-DVS: An
-Event-Stream Dataset for Object Classification", 2017), so here the digits of scikit-learn move along a circle.
+CIFAR10-DVS was recorded from images that move along a closed path on a monitor (Li et al., "CIFAR10-DVS: An
+Event-Stream Dataset for Object Classification", 2017). Here scikit-learn's digits move along a circle.
 
 Shapes: B digits, S side of the sensor.
 """
@@ -24,12 +24,7 @@ THRESHOLD = 0.2  # change of the log intensity that makes an event
 
 
 def record(images: np.ndarray, seed: int) -> list[Events]:
-    """A recording of each image as it goes round the circle once, from a random point.
-
-    Args:
-        images: [B,8,8] uint8.
-        seed: of the starting points.
-    """
+    """Return a recording of each image [B,8,8] uint8 as it goes round the circle once, from a random point."""
     scene = torch.from_numpy(images)[:, None].float() / 255  # [B,1,8,8]
     scene = F.interpolate(scene, (DIGIT, DIGIT), mode="bilinear")
     scene = F.pad(scene, [(SIDE - DIGIT) // 2] * 4)  # [B,1,S,S]
@@ -45,7 +40,7 @@ def record(images: np.ndarray, seed: int) -> list[Events]:
 
 
 def _log_intensity(scene: Tensor, angle: Tensor) -> Tensor:
-    """What the sensor sees, [B,S,S], with the scene at each `angle` [B] (radians) of the circle."""
+    """Log intensity on the sensor, [B,S,S], with the scene at each `angle` [B] (radians) of the circle."""
     shift = torch.stack([angle.cos(), angle.sin()], 1) * (2 * RADIUS / SIDE)  # [B,2], x and y
     matrices = torch.cat([torch.eye(2).expand(len(scene), 2, 2), -shift[:, :, None]], 2)  # [B,2,3]
     grid = F.affine_grid(matrices, scene.shape, align_corners=False)
@@ -53,7 +48,7 @@ def _log_intensity(scene: Tensor, angle: Tensor) -> Tensor:
 
 
 def _events(changes: np.ndarray) -> Events:
-    """The events of changes [STEPS,S,S], in thresholds: as many as the number says, ON for a positive one."""
+    """Events of changes [STEPS,S,S], in thresholds: one per threshold, ON for a positive change."""
     t, y, x = changes.nonzero()
     values = changes[t, y, x]
     return Events(*(np.repeat(column, np.abs(values)) for column in (t, x, y, (values > 0).astype(np.int64))))

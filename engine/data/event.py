@@ -27,7 +27,7 @@ from ..world import World
 from . import digits_dvs, recordings
 from .aedat import SIDE
 from .augment import SNNWideAugment
-from .datasets import Digits
+from .datasets import Digits, data_path
 from .frames import integrate
 from .loaders import Data, create_loader, create_mixup
 from .prepare import contents, prepare
@@ -59,13 +59,9 @@ RAW = {
 
 
 class Frames(Dataset):
-    """Files of a frames folder with labels: ([T,2,H,W] unsigned, label), in the order of spikingjelly's data sets.
+    """Some files of a frames folder with labels: ([T,2,H,W] unsigned, label), in the order of spikingjelly's data sets.
 
-    Args:
-        folder: a folder that `prepare` made.
-        files: some of its files, each in a folder named like its class.
-        classes: class folders in the order of the labels.
-        frames: T.
+    Each file is in a folder named like its class; `classes` are in the order of the labels.
     """
 
     def __init__(self, folder: Path, files: Sequence[str], classes: Sequence[str], frames: int):
@@ -100,12 +96,7 @@ class DigitsDVS(list):
 
 
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
-    """Loaders of the event frames that `cfg` describes; the first run makes frames of the recordings.
-
-    Raises:
-        UserError: recordings are missing or damaged, the settings do not fit the data set, or a batch is larger
-            than it.
-    """
+    """Create the loaders of the event frames that `cfg` describes; the first run makes frames of the recordings."""
     is_simulated = cfg.dataset == "digits-dvs"
     names = list(Digits.classes if is_simulated else RAW[cfg.dataset].classes.values())
     side = digits_dvs.SIDE if is_simulated else SIDE
@@ -138,13 +129,9 @@ def collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
 
 def _from_recordings(cfg: Config, world: World) -> tuple[Frames, Frames, dict[str, list[str]]]:
     """Return training set, test set, and the files of each."""
-    if cfg.data_path is None:
-        raise UserError(f"dataset {cfg.dataset}: its folder is unknown; use --data-path")
-    root, raw = Path(cfg.data_path), RAW[cfg.dataset]
+    root, raw = data_path(cfg, must_exist=False), RAW[cfg.dataset]
     find = functools.partial(raw.find, root, cfg.download)
-    if cfg.download:
-        root.mkdir(parents=True, exist_ok=True)
-    elif not root.is_dir():
+    if not root.is_dir() and not cfg.download:
         find()  # raises the error that lists the files needed
     folder = distributed.in_turns(lambda: prepare(root, cfg.time_steps, find, world.is_main))
     files = contents(folder, raw.classes)

@@ -19,13 +19,8 @@ LARGEST = 2**30  # bytes of a recording; no real one has as many
 def integrate(events: Events, frames: int, side: int = SIDE) -> np.ndarray:
     """Count the events of each pixel and polarity in parts of N // frames events; the last part takes the rest.
 
-    Equals spikingjelly's `integrate_events_by_fixed_frames_number` with `split_by="number"`.
-
-    Returns:
-        [frames,2,side,side], unsigned integers.
-
-    Raises:
-        DamagedRecording: fewer events than frames.
+    Equals spikingjelly's `integrate_events_by_fixed_frames_number` with `split_by="number"`, as unsigned integers
+    [frames,2,side,side]. Fewer events than frames raise DamagedRecording.
     """
     count = len(events.t)
     if count < frames:
@@ -46,12 +41,9 @@ def convert(
     folder: Path,
     frames: int,
 ) -> str | None:
-    """Write the frames of each of a recording's samples; return the recording's problem, if there is one.
+    """Write the frames of each of a recording's samples to `folder`; return the recording's problem, if there is one.
 
-    Args:
-        read: gives the file's content.
-        decode: gives the content's events.
-        samples: file in `folder` -> time span in microseconds, or None for the whole recording.
+    `samples` maps a file to its time span in microseconds, or to None for the whole recording.
     """
     try:
         events = decode(read())

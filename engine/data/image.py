@@ -20,17 +20,11 @@ from .loaders import Data, Seeded, create_loader, create_mixup
 
 
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
-    """Loaders of the images that `cfg` describes.
-
-    Raises:
-        UserError: the data set does not fit `cfg` (see `create_dataset`), its training and test set have different
-            classes, a batch is larger than the set, or timm does not know the augmentation.
-    """
+    """Create the loaders of the images that `cfg` describes."""
     mean, std = cfg.mean or timm.data.IMAGENET_DEFAULT_MEAN, cfg.std or timm.data.IMAGENET_DEFAULT_STD
     test_set = create_dataset(cfg, train=False)
     names = class_names(test_set)
-    crop_pct = cfg.crop_pct or (0.875 if cfg.input_size <= 224 else 1.0)  # as the released ImageNet code
-    test_set.transform = _transform(cfg, mean, crop_pct=crop_pct)
+    test_set.transform = _transform(cfg, mean, train=False)
     test = create_loader(cfg, world, test_set, False, fast_collate, mean, std)
     show = functools.partial(pictures.of_image, mean, std)
     classes = _readable(names) or [str(i) for i in range(cfg.num_classes)]
@@ -40,7 +34,7 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     train_set = create_dataset(cfg, train=True)
     if different := set(class_names(train_set)) ^ set(names):
         raise UserError(f"{cfg.dataset}: only one of training and test set has the class {min(different)}; complete it")
-    train_set.transform = _train_transform(cfg, mean)
+    train_set.transform = _transform(cfg, mean, train=True)
     if not isinstance(train_set, IterableDataset):
         train_set = Seeded(train_set, cfg.seed)
     mixup, erasing = create_mixup(cfg), None
@@ -50,27 +44,26 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     return Data(create_loader(cfg, world, train_set, True, collate, mean, std), test, classes, mixup, show, erasing)
 
 
-def _train_transform(cfg: Config, mean: tuple[float, ...]) -> object:
-    names = ("scale", "ratio", "hflip", "color_jitter", "auto_augment")
+def _transform(cfg: Config, mean: tuple[float, ...], train: bool) -> object:
+    """Return timm's transform from a PIL image to uint8 [C,H,W]."""
+    settings = {"interpolation": cfg.interpolation, "mean": mean, "use_prefetcher": True, "is_training": train}
+    if train:
+        names = ("scale", "ratio", "hflip", "color_jitter", "auto_augment")
+        settings |= {name: getattr(cfg, name) for name in names}
+    else:  # the default is that of the released ImageNet code
+        settings["crop_pct"] = cfg.crop_pct or (0.875 if cfg.input_size <= 224 else 1.0)
     try:
-        return _transform(cfg, mean, is_training=True, **{name: getattr(cfg, name) for name in names})
+        transform = timm.data.create_transform((cfg.in_channels, cfg.input_size, cfg.input_size), **settings)
     except (AssertionError, KeyError, ValueError, IndexError):
         if not cfg.auto_augment:
             raise
         raise UserError(f"auto_augment = {cfg.auto_augment!r}: unknown policy; see timm's auto_augment.py") from None
-
-
-def _transform(cfg: Config, mean: tuple[float, ...], **settings) -> object:
-    """timm's transform from a PIL image to uint8 [C,H,W]."""
-    size = (cfg.in_channels, cfg.input_size, cfg.input_size)
-    settings |= {"interpolation": cfg.interpolation, "mean": mean, "use_prefetcher": True}
-    transform = timm.data.create_transform(size, **settings)
     transform.transforms[-1] = ToNumpy()  # collates faster than timm's tensor
     return transform
 
 
 def _readable(names: list[str]) -> list[str]:
-    """Class names, with words in place of ImageNet's WordNet numbers."""
+    """Replace ImageNet's WordNet numbers by words."""
     if not is_imagenet(names):
         return names
     imagenet = timm.data.ImageNetInfo()

@@ -38,13 +38,9 @@ class Data:
 
 
 class TrainLoader:
-    """Training batches, epoch by epoch, from any batch on.
+    """Training batches on the device, epoch by epoch, from any batch on."""
 
-    Args:
-        loader: gives batches on the device; its `loader` is the DataLoader underneath.
-    """
-
-    def __init__(self, loader: Iterable):
+    def __init__(self, loader: PrefetchLoader):
         self.loader, self.source, self.length = loader, loader.loader, len(loader)
         self.dataset, self.sampler = self.source.dataset, self.source.sampler
         self.is_stream = isinstance(self.dataset, IterableDataset)
@@ -54,7 +50,7 @@ class TrainLoader:
         return self.length
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of an epoch from number `first` on; only a stream reads those before."""
+        """Return batches of an epoch from number `first` on; only a stream reads those before."""
         for part in (self.sampler, self.dataset):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
@@ -102,7 +98,7 @@ class Seeded(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[object, int]]:
-        """Samples of one batch; a DataLoader calls this, then mixes and collates."""
+        """Return the samples of one batch; a DataLoader calls this, then mixes and collates."""
         reseed(self.seed, self.epoch, indices[0], BATCH)
         return [self.dataset[index] for index in indices]
 
@@ -126,13 +122,10 @@ def reseed(*numbers: int) -> None:
 def create_loader(
     cfg: Config, world: World, dataset: Dataset, train: bool, collate: Callable, mean: Sequence, std: Sequence
 ) -> "TrainLoader | Iterable":
-    """Loader of shuffled whole training batches, or of one rank's share of the test set.
+    """Create a loader of shuffled whole training batches, or of one rank's share of the test set.
 
     The share is whole batches, round-robin: no sample counts twice, and a membrane that leaks over the batch meets the
     same neighbours as on one rank.
-
-    Raises:
-        UserError: the training set is too small for a batch on each rank, or has fewer shards than ranks.
     """
     is_stream, ranks = isinstance(dataset, IterableDataset), world.world_size
     batch_size = cfg.batch_size if train else cfg.eval_batch_size or cfg.batch_size
@@ -144,7 +137,7 @@ def create_loader(
         )
     sampler = None
     if is_stream:
-        workers = min(workers, _shards_per_rank(cfg, dataset))
+        workers = min(workers, _shards_per_rank(dataset))
         dataset.set_loader_cfg(workers)  # its length depends on them
     elif not train:
         sampler = [i for i in range(len(dataset)) if i // batch_size % ranks == world.rank]
@@ -168,15 +161,15 @@ def create_loader(
     return _RoundRobin(loader, world) if is_stream else loader
 
 
-def _shards_per_rank(cfg: Config, dataset: IterableDataset) -> int:
+def _shards_per_rank(dataset: IterableDataset) -> int:
     shards, ranks = len(dataset.reader.split_info.filenames), dataset.reader.dist_num_replicas
     if shards < ranks:
-        raise UserError(f"{cfg.dataset}: {ranks} ranks cannot share {shards} shards; start fewer ranks")
+        raise UserError(f"{dataset.reader.root}: {ranks} ranks cannot share {shards} shards; start fewer ranks")
     return shards // ranks
 
 
 def create_mixup(cfg: Config) -> object | None:
-    """timm's object that mixes the samples of a batch, in the loader or in the training step; None without mixup."""
+    """Create timm's object that mixes the samples of a batch, in the loader or in the training step, if `cfg` mixes."""
     if not mixes(cfg):
         return None
     kind = timm.data.FastCollateMixup if cfg.mixup_in == "loader" else timm.data.Mixup

@@ -18,33 +18,15 @@ from .recordings import Recording
 def prepare(root: Path, frames: int, find: Callable[[], list[Recording]], show: bool) -> Path:
     """Return the folder with every sample of the data set in `root` as `frames` frames; make or finish it first.
 
-    Several processes may call it at once: one works and the others wait.
-
-    Args:
-        find: lists the recordings; called only if there is work to do.
-        show: report progress.
-
-    Raises:
-        UserError: recordings are missing or damaged, or files cannot be written.
+    Several processes may call it at once: one works and the others wait. `find` is called only if there is work to do.
     """
     folder = root / f"frames_{frames}"
     if folder.exists():
         return folder
-    lock = filelock.FileLock(root / f"{folder.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        logger.info(f"another process prepares {folder}: waiting for it")
-        lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be made ({error.strerror}); use --data-path with a folder of links to the recordings"
-        ) from None
-    try:
+    logger.info(f"preparing {folder}, or waiting for another process that does")
+    with filelock.FileLock(root / f"{folder.name}.lock"):
         if not folder.exists():
             _make(folder, frames, find(), show)
-    finally:
-        lock.release()
     return folder
 
 
@@ -53,8 +35,8 @@ def _make(folder: Path, frames: int, recordings: list[Recording], show: bool) ->
     names = sorted(name for recording in recordings for name in recording.samples)
     left = [r for r in recordings if not all((partial / name).exists() for name in r.samples)]
     logger.info(
-        f"preparing {folder}, once: {len(names):,} samples of {frames} frames from {len(recordings):,} recordings, "
-        f"{len(left):,} of them still to do; {len(names) * frames * 2 * SIDE**2 / 1e9:.1f} GB at a byte a pixel"
+        f"{len(names):,} samples of {frames} frames from {len(recordings):,} recordings, {len(left):,} still to do; "
+        f"{len(names) * frames * 2 * SIDE**2 / 1e9:.1f} GB at a byte a pixel"
     )
     for place in {(partial / name).parent for name in names}:
         place.mkdir(parents=True, exist_ok=True)
@@ -65,15 +47,10 @@ def _make(folder: Path, frames: int, recordings: list[Recording], show: bool) ->
         results = progress(results, "preparing", max(1, len(left) // 20), show, total=len(left))
         problems = [f"{r.name}: {problem}" for r, problem in zip(left, results, strict=True) if problem]
     except BrokenProcessPool:
-        raise UserError(
-            f"{folder}: a process that prepares it was killed, perhaps out of memory; start again"
-        ) from None
+        raise UserError(f"{folder}: a process was killed, perhaps out of memory; start again, it goes on") from None
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(
-            f"{len(problems)} of {len(recordings)} recordings cannot be used: {'; '.join(problems[:5])}{more}; fetch "
-            "them again, the others are done"
-        )
+        first = ", ".join(problems[:5])
+        raise UserError(f"{len(problems)} of {len(recordings)} recordings are unusable: {first}; fetch them again")
     for path in set(_files(partial)) - set(names):
         (partial / path).unlink()  # halves that a killed process left
     partial.rename(folder)

@@ -3,11 +3,10 @@
 Archives are read in place and never extracted, changed or deleted.
 """
 
-import contextlib
 import functools
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +37,6 @@ GESTURES = (
     "clockwise, left arm counter-clockwise, arm roll, air drums, air guitar, other gestures"
 ).split(", ")  # 1 to 11 in the tables of labels
 TEXTS = (".txt", ".csv")  # lists of trials and tables of labels
-LARGEST_TEXT = 2**20  # bytes
 MOST_FILES = 10_000  # in the archive of DVS128 Gesture, which has some 250
 
 Opener = Callable[[], Callable[[], bytes]]  # opens a file in this process; any process can call the result
@@ -55,11 +53,7 @@ class Recording:
 
 
 def cifar10_dvs(root: Path, download: bool) -> list[Recording]:
-    """Recordings of CIFAR10-DVS: for each class a zip archive or a folder of *.aedat.
-
-    Raises:
-        UserError: a class or recording is missing, or an archive is damaged.
-    """
+    """List the recordings of CIFAR10-DVS: for each class a zip archive or a folder of *.aedat."""
     if download:
         _download(root)
     sources = {name: _first_of(root, f"{name}.zip", name) for name in CIFAR10_DVS}
@@ -75,56 +69,56 @@ def cifar10_dvs(root: Path, download: bool) -> list[Recording]:
 
 
 def _first_of(root: Path, *names: str) -> Path | None:
-    """The first that exists, in `root` itself or where spikingjelly keeps archives and extracts them to."""
+    """Return the first that exists, in `root` itself or where spikingjelly keeps archives and extracts them to."""
     candidates = [root / place / name for name in names for place in ("download", "", "extract")]
     return next((path for path in candidates if path.exists()), None)
 
 
 def _later(read: Callable[..., bytes], *arguments: object) -> Opener:
-    """Opener of a file that any process can read."""
+    """Return the opener of a file that any process can read."""
     return lambda: functools.partial(read, *arguments)
-
-
-@contextlib.contextmanager
-def _intact(archive: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # a damaged archive makes its reader fail in any way
-        if isinstance(error, OSError) and error.filename:
-            raise
-        raise UserError(f"{archive}: damaged ({str(error) or type(error).__name__}); fetch it again") from None
 
 
 def _list(source: Path) -> tuple[dict[str, bytes], dict[str, Opener]]:
     """Return lists and tables by name, and the opener of each recording, of a folder, a zip or a tar archive."""
-    texts, opens = {}, {}
     if source.is_dir():
-        for path in sorted(path for path in source.iterdir() if path.is_file()):
-            if path.suffix in TEXTS and path.stat().st_size > LARGEST_TEXT:
-                raise UserError(f"{path}: too large for a list or a table of labels; fetch it again")
-            if path.suffix in TEXTS:
-                texts[path.name] = path.read_bytes()
-            elif path.suffix == ".aedat":
-                opens[path.name] = _later(Path.read_bytes, path)
-    elif source.suffix == ".zip":
-        with _intact(source), zipfile.ZipFile(source) as archive:
-            names = [(Path(name).name, name) for name in archive.namelist() if name.endswith(".aedat")]
-        # macOS adds files whose names start with a dot
-        opens = {name: _later(read_member, source, path) for name, path in names if not name.startswith(".")}
-    else:
-        logger.info(f"reading {source} for its contents; its events are read after that")
-        with _intact(source):
-            archive = tarfile.open(source, "r:gz")  # noqa: SIM115, `opens` read it
-            for number, member in enumerate(archive):
-                name = Path(member.name).name
-                if number == MOST_FILES or member.size > (LARGEST_TEXT if name.endswith(TEXTS) else LARGEST):
-                    raise tarfile.ReadError("too many files, or too large ones")
-                if member.isfile() and name.endswith(TEXTS):
-                    texts[name] = archive.extractfile(member).read()
-                elif member.isfile() and name.endswith(".aedat"):
-                    opens[name] = lambda m=member: functools.partial(bytes, archive.extractfile(m).read())
-            while archive.fileobj.read(2**20):
-                pass  # the checksum of the whole is at its end
+        return _list_folder(source)
+    try:
+        return _list_zip(source) if source.suffix == ".zip" else _list_tar(source)
+    except Exception as error:  # a damaged archive makes its reader fail in any way
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise UserError(f"{source}: damaged ({str(error) or type(error).__name__}); fetch it again") from None
+
+
+def _list_folder(folder: Path) -> tuple[dict[str, bytes], dict[str, Opener]]:
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    texts = {path.name: path.read_bytes() for path in paths if path.suffix in TEXTS}
+    opens = {path.name: _later(Path.read_bytes, path) for path in paths if path.suffix == ".aedat"}
+    return texts, opens
+
+
+def _list_zip(archive: Path) -> tuple[dict[str, bytes], dict[str, Opener]]:
+    with zipfile.ZipFile(archive) as file:
+        names = {Path(name).name: name for name in file.namelist() if name.endswith(".aedat")}
+    # macOS adds files whose names start with a dot
+    return {}, {name: _later(read_member, archive, path) for name, path in names.items() if not name.startswith(".")}
+
+
+def _list_tar(archive: Path) -> tuple[dict[str, bytes], dict[str, Opener]]:
+    logger.info(f"reading {archive} for its contents; its events are read after that")
+    texts, opens = {}, {}
+    file = tarfile.open(archive, "r:gz")  # noqa: SIM115, `opens` read it
+    for number, member in enumerate(file):
+        name = Path(member.name).name
+        if number == MOST_FILES or member.size > LARGEST:
+            raise tarfile.ReadError("too many files, or too large ones")
+        if member.isfile() and name.endswith(TEXTS):
+            texts[name] = file.extractfile(member).read()
+        elif member.isfile() and name.endswith(".aedat"):
+            opens[name] = lambda m=member: functools.partial(bytes, file.extractfile(m).read())
+    while file.fileobj.read(2**20):
+        pass  # the checksum of the whole is at its end
     return texts, opens
 
 
@@ -158,11 +152,7 @@ def _download(root: Path) -> None:
 
 
 def dvs128_gesture(root: Path, download: bool) -> list[Recording]:
-    """Recordings of DVS128 Gesture: its archive, or the folder that it unpacks to; `download` does nothing.
-
-    Raises:
-        UserError: a list, a table of labels or a recording is missing or damaged.
-    """
+    """List the recordings of DVS128 Gesture: its archive, or the folder that it unpacks to; `download` does nothing."""
     source = _first_of(root, "DvsGesture.tar.gz", "DvsGesture")
     if source is None and (root / "trials_to_train.txt").exists():
         source = root
@@ -194,7 +184,7 @@ def dvs128_gesture(root: Path, download: bool) -> list[Recording]:
 
 
 def _gestures(table: str, place: str, stem: str, where: str) -> dict[str, tuple[int, int]]:
-    """File -> time span, of each line of a recording's table of labels."""
+    """Return file -> time span for each line of a recording's table of labels."""
     samples, counts = {}, {}
     for number, row in enumerate(table.splitlines(), 1):
         if number == 1 or not row:
