@@ -136,7 +136,3 @@ def test_a_variant_changes_what_it_lists(recipe):
     assert config.load(path, ["--variant", "short"], recorded).variant == "short"
     with refuses("--variant other", "short"):
         config.load(path, ["--variant", "other"], recorded)
-
-
-def test_there_are_recipes():
-    assert "digits/digits.yml" in [str(path.relative_to(ROOT)) for path in RECIPES]
