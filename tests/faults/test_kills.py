@@ -54,6 +54,7 @@ def without_a_worker(rng, count):
         (at_any_instruction, 1, 1, 1),
         (in_a_save, 1, 0, 2),
         (without_a_worker, 1, 1, 1),
+        (one_after_a_step, 2, 0, 1),
         pytest.param(at_any_instruction, 1, 0, 6, marks=FULL),
         pytest.param(at_any_instruction, 1, 1, 4, marks=FULL),
         pytest.param(in_a_save, 1, 0, 8, marks=FULL),
