@@ -60,27 +60,6 @@ def train_epochs(run, count=2):
     return losses
 
 
-def test_lr_of_a_schedule_per_epoch_runs_underneath_the_warmup():
-    flags = "--lr 1e-3 --epochs 400 --cooldown-epochs 10 --warmup-epochs 20 --warmup-lr 1e-5 --no-warmup-prefix"
-    cfg = configure(*flags.split())
-    for epoch in (0, 1, 19):
-        assert lr_at(cfg, epoch) == pytest.approx(1e-5 + epoch * (1e-3 - 1e-5) / 20, rel=1e-12)
-    for epoch in (20, 200, 399):
-        cosine = 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 400)) / 2
-        assert lr_at(cfg, epoch) == pytest.approx(cosine, rel=1e-12)
-    assert lr_at(cfg, 400) == lr_at(cfg, 409) == 1e-5
-
-
-def test_lr_of_a_schedule_per_iteration_starts_behind_the_warmup():
-    flags = "--epochs 200 --warmup-epochs 5 --warmup-lr 0 --min-lr 1e-6 --warmup-prefix --accum-iter 2"
-    cfg = configure(*flags.split())
-    cfg = dataclasses.replace(cfg, lr=None, blr=6e-4)
-    top = 6e-4 * 128 * 2 / 256
-    assert lr_at(cfg, 2.5) == pytest.approx(top / 2, rel=1e-12)
-    cosine = 1e-6 + (top - 1e-6) * (1 + math.cos(math.pi * (100.25 - 5) / 195)) / 2
-    assert lr_at(cfg, 100.25) == pytest.approx(cosine, rel=1e-12)
-
-
 def test_updates_accumulate_and_step_the_rate_per_iteration():
     flags = "--batch-size 240 --accum-iter 2 --lr-step iteration --mixup 0.5 --mixup-in step --time-steps 1"
     cfg = configure(*flags.split())
