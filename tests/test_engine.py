@@ -61,13 +61,15 @@ def train_epochs(run, count=2):
 
 
 def test_updates_accumulate_and_step_the_rate_per_iteration():
-    flags = "--batch-size 240 --accum-iter 2 --lr-step iteration --mixup 0.5 --mixup-in step --time-steps 1"
-    cfg = configure(*flags.split())
-    run, rates = trainer(cfg, batches=5), []
+    cfg = configure("--accum-iter", "4", "--lr-step", "iteration", "--mixup", "0.5", "--mixup-in", "step")
+    cfg = dataclasses.replace(cfg, time_steps=1)
+    run, rates = trainer(cfg), []
     step = run.optimizer.step
     run.optimizer.step = lambda: (rates.append(run.optimizer.param_groups[0]["lr"]), step())
     run.train_epoch("test")
-    assert rates == [lr_at(cfg, first / 5) for first in (0, 2, 4)]  # the last update has one step, not two
+    steps = len(run.data.train)
+    assert steps == 11  # the last update has three steps, not four
+    assert rates == [lr_at(cfg, first / steps) for first in (0, 4, 8)]
 
 
 def test_accumulated_gradients_are_the_mean_over_the_update(monkeypatch):
@@ -107,6 +109,13 @@ def test_loss_sequence_of_a_fixed_seed():
     run.criterion = lambda logits, target: losses.append(criterion(logits, target)) or losses[-1]
     run.train_epoch("test")
     assert [loss.item() for loss in losses] == pytest.approx(LOSSES, rel=1e-9)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    run = trainer(configure(), batches=2)
+    run.criterion = lambda logits, target: logits.sum() * float("nan")
+    with refuses("epoch 1"):
+        run.train_epoch("test")
 
 
 def test_mixed_precision_trains():

@@ -52,18 +52,8 @@ def test_a_known_file_is_evaluated_by_its_recipe(data, tmp_path, monkeypatch, ca
     assert published.recipe_of(path, ROOT / "imagenet") is None
     monkeypatch.setitem(published.RELEASED, digest, "qkformer_10_384")
     monkeypatch.setattr(published, "accuracies", lambda cfg, folder: {"paper": 78.8, "log": 78.85})
-    flags = [
-        "--data-path",
-        data / "five",
-        "--num-classes",
-        "4",
-        "--workers",
-        "0",
-        "--both-membranes",
-        "--time-steps",
-        1,
-    ]
-    here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *flags)
+    flags = ["--data-path", data / "five", "--num-classes", "4", "--workers", "0", "--both-membranes"]
+    here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *flags, "--time-steps", 1)
     about = result_in(tmp_path)
     assert (about["model"], about["input_size"]) == ("qkformer_10_384", 224)
     assert about["published_top1"] == {"paper": 78.8, "log": 78.85}
