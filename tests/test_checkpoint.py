@@ -146,19 +146,3 @@ def test_bad_files_are_named_in_one_line(tmp_path, write, values):
     write(tmp_path / "file.pth")
     with refuses(tmp_path / "file.pth", *values):
         checkpoint.read(tmp_path / "file.pth")
-
-
-def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    content = {key: {} for key in checkpoint.ENTRIES} | {"state_dict": {"w": torch.ones(2)}, "epoch": 1}
-    checkpoint.save(path, content)
-
-    def full_disk(content, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with refuses(path, "No space left"):
-        checkpoint.save(path, content | {"epoch": 2})
-    assert checkpoint.read(path)["epoch"] == 1
-    assert os.listdir(tmp_path) == ["last.pt"]

@@ -18,7 +18,6 @@ from engine.data.image import create_data
 from engine.optim import create_optimizer, lr_at
 from engine.run import _agree_on_triton, build_model, setup
 from engine.trainer import Trainer, autocast, evaluate
-from models import HierarchicalSpikingTransformer
 
 DIGITS = Path(__file__).resolve().parents[1] / "digits/digits.yml"
 LOSSES = [2.3030338925685037, 2.312364332910037, 2.2400097693761825, 2.2621201550727075, 2.1888208477107765]
@@ -260,14 +259,6 @@ def test_a_step_can_be_replayed(accum_iter, monkeypatch):
     assert replayed.step.captured
     for ours, expected in zip(replayed.model.parameters(), eager.model.parameters(), strict=True):
         assert torch.equal(ours, expected)
-
-
-def test_spikes_are_packed_if_asked(monkeypatch):
-    asked = []
-    network = HierarchicalSpikingTransformer
-    monkeypatch.setattr(network, "set_spike_packing", lambda model, enable: asked.append(enable), raising=False)
-    build_model(configure()), build_model(configure("--pack-spikes"))
-    assert asked == [False, True]
 
 
 @pytest.mark.parametrize(
