@@ -154,7 +154,7 @@ def signal_at_step(number: int, step: int) -> AtStep:
 
 
 class Gate:
-    """A place where a child waits: `before=AtStep(gate.wait, 1)`, or `before=gate.wait`."""
+    """A place where a child waits until the test lets it go on: `before=AtStep(gate.wait, 1)`."""
 
     def __init__(self):
         self.outside, self.inside = multiprocessing.Pipe()

@@ -91,7 +91,7 @@ def die_after(cpu_seconds: float) -> None:
 
 
 class Counts:
-    """The functions above under the names that test_data.py has for them."""
+    """The functions above under the names that test_data.py uses."""
 
     script = staticmethod(script)
 

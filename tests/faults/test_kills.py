@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or robbed of a process end with the weights of a run that never was."""
+"""Runs that are killed or stopped, or lose a process, end with the weights of an uninterrupted run."""
 
 import multiprocessing
 import os
@@ -67,7 +67,7 @@ def without_a_worker(rng, count):
     ],
 )
 def test_a_run_goes_on_after(end, count, workers, lives, tmp_path, whole):
-    """Kill runs, one after the other, in so many lives."""
+    """End so many lives of one run or, once it is done, of the next."""
     rng, left, number = random.Random(f"{count} {workers}"), lives, 0
     while left:
         number += 1
