@@ -17,7 +17,7 @@ FULL = pytest.mark.slow
 
 
 def at_any_instruction(rng, count):
-    return {"before": partial(die_after, rng.uniform(0.2, 4))}
+    return {"before": partial(die_after, rng.uniform(0.2, 2))}
 
 
 def after_a_step(rng, count):
@@ -45,11 +45,11 @@ def kill_a_worker():
 
 
 def without_a_worker(rng, count):
-    return {"before": AtStep(kill_a_worker, rng.randint(1, UPDATES[count])), "expected": (0, 2)}
+    return {"before": AtStep(kill_a_worker, rng.randint(1, 3)), "expected": (0, 2)}
 
 
 @pytest.mark.parametrize(
-    ("end", "count", "workers", "lives"),
+    ("end", "count", "workers", "faults"),
     [
         (at_any_instruction, 1, 1, 1),
         (in_a_save, 1, 0, 2),
@@ -66,15 +66,15 @@ def without_a_worker(rng, count):
         pytest.param(without_a_worker, 1, 1, 4, marks=FULL),
     ],
 )
-def test_a_run_goes_on_after(end, count, workers, lives, tmp_path, whole):
-    """End so many lives of one run or, once it is done, of the next."""
-    rng, left, number = random.Random(f"{count} {workers}"), lives, 0
+def test_a_run_goes_on_after(end, count, workers, faults, tmp_path, whole):
+    """Repeat the fault in one run or, once that is done, in the next."""
+    rng, left, number = random.Random(f"{count} {workers}"), faults, 0
     while left:
         number += 1
         chain = Chain(tmp_path / f"chain{number}", whole(count), count, workers)
         while left and not chain.done:
             chain.life(**end(rng, count))
-            left -= 1
+            left -= not chain.done
         chain.finish()
 
 
