@@ -1,4 +1,4 @@
-"""A script of which one rank kills itself after the optimizer's n-th step, and not again once it is restarted.
+"""Run a script of which one rank kills itself after the optimizer's n-th step, but not after a restart.
 
 python dies.py RANK STEP SCRIPT [flag ...]
 """

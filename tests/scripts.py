@@ -154,7 +154,7 @@ def signal_at_step(number: int, step: int) -> AtStep:
 
 
 class Gate:
-    """A place where a child waits: `before=AtStep(gate.wait, 1)`, or `before=gate.wait`."""
+    """A place where a child waits until the test lets it go on: `before=AtStep(gate.wait, 1)`."""
 
     def __init__(self):
         self.outside, self.inside = multiprocessing.Pipe()
@@ -255,35 +255,35 @@ def refuses(*values):
     named(str(error.value), *values)
 
 
+def execute(script, *arguments):
+    """Run a script, or a module as `python -m` does, in this process, where patches count."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        if script.endswith(".py"):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        else:
+            patch.delitem(sys.modules, script, raising=False)  # runpy warns about a module that is imported already
+            runpy.run_module(script, run_name="__main__")
+
+
 def here(monkeypatch, capfd, script, *arguments):
-    """Run a script, or a module as `python -m` does, in this process, where patches count; return stdout."""
-    device = ["--device", "cpu"] if script.endswith(".py") else []
-    monkeypatch.setattr(sys, "argv", [script, *device, *map(str, arguments)])
+    """Run as `execute` does, on the CPU; return stdout."""
     capfd.readouterr()
     threads = torch.get_num_threads()
-    _execute(monkeypatch, script)
+    execute(script, *(["--device", "cpu"] if script.endswith(".py") else []), *arguments)
     torch.set_num_threads(threads)
     return capfd.readouterr().out
 
 
 def fail(monkeypatch, capfd, script, *arguments):
-    """Run as `here` does; assert exit code 2 and one error, and return its line."""
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    """Run as `execute` does; assert exit code 2 and one error, and return its line."""
     with pytest.raises(SystemExit) as end:
-        _execute(monkeypatch, script)
+        execute(script, *arguments)
     assert end.value.code == 2
     lines = capfd.readouterr().err.splitlines()
     assert lines[-1].startswith("error: ")
     assert not [line for line in lines[:-1] if line.startswith(("error: ", "Traceback"))]
     return lines[-1]
-
-
-def _execute(monkeypatch, script):
-    if script.endswith(".py"):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    else:
-        monkeypatch.delitem(sys.modules, script, raising=False)  # runpy warns about a module that is imported already
-        runpy.run_module(script, run_name="__main__")
 
 
 def result_in(folder):

@@ -61,11 +61,9 @@ def test_the_saved_configuration_reads_back(recipe, tmp_path):
         ("lr: 1\n3: 3", "", "3"),
         ("lr: fast", "", "fast"),
         ("lr: 1\nepochs: 2.5", "", "2.5"),
-        ("lr: 1\nepochs: true", "", "True"),
         ("lr: 1\nepochs: [3]", "", "[3]"),
         ("lr: 1\nepochs:", "", "epochs"),
         ("lr: 1\nshortcut: 1", "", "shortcut"),
-        ("lr: 1\nmodel: 10", "", "10"),
         ("lr: 1\nmean: [a, b, c]", "", "'a'"),
         ("lr: 1\nepochs: 0", "", "epochs"),
         ("lr: 1\nhflip: 1.5", "", "1.5"),
@@ -75,13 +73,10 @@ def test_the_saved_configuration_reads_back(recipe, tmp_path):
         ("lr: 1\nin_channels: 1", "", "mean"),
         ("epochs: 3", "", "blr"),
         ("lr: 1\nmixup: 1\nbatch_size: 3", "", "batch_size"),
-        ("- lr", "", "recipe.yml"),
         ("", "", "recipe.yml"),
         ("lr: [1", "", "recipe.yml"),
         ("lr: !!python/object/apply:os.system [ls]", "", "recipe.yml"),
         ("lr: 1\nlr: 2", "", "'lr'"),
-        ("lr: 2024-99-99", "", "recipe.yml"),
-        ("lr: " + 3000 * "[", "", "recipe.yml"),
         ("lr: 1\nstd: [0, 1, 1]", "", "std"),
         ("lr: 1\nscale: [0.5, 0.1]", "", "scale"),
         ("lr: 1\nseed: 4294967296", "", "4294967296"),
@@ -89,12 +84,9 @@ def test_the_saved_configuration_reads_back(recipe, tmp_path):
         ("lr: 1", "--epochz 3", "--epochz"),
         ("lr: 1", "--epochs=x", "'x'"),
         ("lr: 1", "--epoch 3", "--epoch"),
-        ("lr: 1", "--epochs", "--epochs"),
-        ("lr: 1", "what", "what"),
         ("lr: 1", "--batch-size -1", "-1"),
         ("lr: 1", "--variant short", "recipe.yml"),
         ("lr: 1\nvariants: {a: {lr: 2}}", "--variant b", "--variant b"),
-        ("lr: 1\nvariants: [a]", "", "variants"),
         ("lr: 1\nvariants: {a: {lrr: 2}}", "", "lrr"),
         ("lr: 1\nvariants: {a: 3}", "", "recipe.yml"),
         ("lr: 1\nvariant: a", "", "'variant'"),
@@ -136,7 +128,3 @@ def test_a_variant_changes_what_it_lists(recipe):
     assert config.load(path, ["--variant", "short"], recorded).variant == "short"
     with refuses("--variant other", "short"):
         config.load(path, ["--variant", "other"], recorded)
-
-
-def test_there_are_recipes():
-    assert "digits/digits.yml" in [str(path.relative_to(ROOT)) for path in RECIPES]

@@ -12,14 +12,12 @@ import torch
 from PIL import Image
 from scripts import refuses
 
-from benchmarks.common import choose
 from engine import checkpoint, config, world
 from engine.cli import UserError
 from engine.data.image import create_data
 from engine.optim import create_optimizer, lr_at
 from engine.run import _agree_on_triton, build_model, setup
 from engine.trainer import Trainer, autocast, evaluate
-from models import HierarchicalSpikingTransformer
 
 DIGITS = Path(__file__).resolve().parents[1] / "digits/digits.yml"
 LOSSES = [2.3030338925685037, 2.312364332910037, 2.2400097693761825, 2.2621201550727075, 2.1888208477107765]
@@ -61,27 +59,6 @@ def train_epochs(run, count=2):
     return losses
 
 
-def test_lr_of_a_schedule_per_epoch_runs_underneath_the_warmup():
-    flags = "--lr 1e-3 --epochs 400 --cooldown-epochs 10 --warmup-epochs 20 --warmup-lr 1e-5 --no-warmup-prefix"
-    cfg = configure(*flags.split())
-    for epoch in (0, 1, 19):
-        assert lr_at(cfg, epoch) == pytest.approx(1e-5 + epoch * (1e-3 - 1e-5) / 20, rel=1e-12)
-    for epoch in (20, 200, 399):
-        cosine = 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 400)) / 2
-        assert lr_at(cfg, epoch) == pytest.approx(cosine, rel=1e-12)
-    assert lr_at(cfg, 400) == lr_at(cfg, 409) == 1e-5
-
-
-def test_lr_of_a_schedule_per_iteration_starts_behind_the_warmup():
-    flags = "--epochs 200 --warmup-epochs 5 --warmup-lr 0 --min-lr 1e-6 --warmup-prefix --accum-iter 2"
-    cfg = configure(*flags.split())
-    cfg = dataclasses.replace(cfg, lr=None, blr=6e-4)
-    top = 6e-4 * 128 * 2 / 256
-    assert lr_at(cfg, 2.5) == pytest.approx(top / 2, rel=1e-12)
-    cosine = 1e-6 + (top - 1e-6) * (1 + math.cos(math.pi * (100.25 - 5) / 195)) / 2
-    assert lr_at(cfg, 100.25) == pytest.approx(cosine, rel=1e-12)
-
-
 def test_updates_accumulate_and_step_the_rate_per_iteration():
     cfg = configure("--accum-iter", "4", "--lr-step", "iteration", "--mixup", "0.5", "--mixup-in", "step")
     cfg = dataclasses.replace(cfg, time_steps=1)
@@ -113,15 +90,15 @@ def test_accumulated_gradients_are_the_mean_over_the_update(monkeypatch):
 
 @pytest.mark.parametrize("where", ["loader", "step"])
 def test_mixup_ends_at_its_epoch_in_the_workers_too(where):
-    cfg = configure("--mixup", "1", "--mixup-off-epoch", "1", "--mixup-in", where, "--workers", "2", "--smoothing", "0")
-    cfg = dataclasses.replace(cfg, time_steps=1)
-    run, mixed = trainer(cfg), []
+    flags = (
+        f"--mixup 1 --mixup-off-epoch 1 --mixup-in {where} --workers 2 --smoothing 0 --time-steps 1 --batch-size 240"
+    )
+    run, mixed = trainer(configure(*flags.split()), batches=5), []
     criterion = run.criterion
     run.criterion = lambda logits, target: mixed.append((target.max(1).values < 1).any()) or criterion(logits, target)
     train_epochs(run)
-    first, second = mixed[:11], mixed[11:]
-    assert sum(first) >= 9
-    assert not any(second)
+    assert sum(mixed[:5]) >= 4
+    assert not any(mixed[5:])
 
 
 def test_loss_sequence_of_a_fixed_seed():
@@ -146,7 +123,6 @@ def test_mixed_precision_trains():
     assert math.isfinite(run.train_epoch("test"))
     assert any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
     result = evaluate(run.cfg, run.world, run.model, list(itertools.islice(run.data.test, 1)))
-    assert result["count"] == 120
     assert math.isfinite(result["loss"])
 
 
@@ -167,11 +143,6 @@ def test_the_papers_augmentations_never_fail(policy):
     image = Image.new("RGB", (16, 16), (200, 100, 50))
     for _ in range(4000):
         transform(image)
-
-
-def test_an_unknown_augmentation_is_named():
-    with refuses("foo"):
-        create_data(configure("--auto-augment", "foo"), world.setup("cpu"))
 
 
 def test_resuming_keeps_the_configured_optimizer_settings():
@@ -247,7 +218,7 @@ def test_fp16_is_float32_on_a_cpu():
 
 def test_the_evaluation_does_not_depend_on_the_order_of_batches():
     run = trainer(configure("--eval-batch-size", "7"))
-    batches = list(run.data.test)
+    batches = list(itertools.islice(run.data.test, 9))
     results = [evaluate(run.cfg, run.world, run.model, order) for order in (batches, batches[::-1])]
     assert results[0] == results[1]
     with refuses():
@@ -290,14 +261,6 @@ def test_a_step_can_be_replayed(accum_iter, monkeypatch):
         assert torch.equal(ours, expected)
 
 
-def test_spikes_are_packed_if_asked(monkeypatch):
-    asked = []
-    network = HierarchicalSpikingTransformer
-    monkeypatch.setattr(network, "set_spike_packing", lambda model, enable: asked.append(enable), raising=False)
-    build_model(configure()), build_model(configure("--pack-spikes"))
-    assert asked == [False, True]
-
-
 @pytest.mark.parametrize(
     ("flags", "benchmark", "tf32"), [([], True, False), (["--no-cudnn-benchmark", "--tf32"], False, True)]
 )
@@ -330,13 +293,6 @@ def test_kernels_that_fail_on_every_rank_end_only_what_needs_them(flags, is_test
     with pytest.raises(UserError) if is_refused else contextlib.nullcontext():
         _agree_on_triton(configure(*flags), world.World(0, 1, torch.device("cuda")))
     assert len(tests) == is_tested
-
-
-def test_benchmarks_compute_as_training_does(monkeypatch):
-    used = []
-    monkeypatch.setattr("benchmarks.common.set_arithmetic", used.append)
-    choose("cpu")
-    assert used == [config.Config()]
 
 
 @pytest.mark.gpu

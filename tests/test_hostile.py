@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import shutil
 import struct
 import tarfile
@@ -15,13 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm.data.dataset
-from PIL import EpsImagePlugin, Image, UnidentifiedImageError
+from PIL import EpsImagePlugin, Image
 from scripts import ROOT, fail, named, refuses
-from tiny_data import cifar10_dvs, dvs128_gesture, image_folder, shards
+from tiny_data import cifar, cifar10_dvs, dvs128_gesture, image_folder, shards
 
 from engine import config, world
 from engine.cli import UserError
-from engine.data import datasets
 from engine.data.datasets import create_dataset
 from engine.log import logger
 from engine.run import create_data
@@ -55,6 +55,17 @@ def refusal(recipe, *flags, train=True):
     return str(error.value)
 
 
+@pytest.mark.parametrize("place", ["data_batch_3", "test_batch", "batches.meta"])
+def test_a_payload_in_cifars_pickles_does_not_run(place, tmp_path, mark):
+    path = cifar(tmp_path, 10, train=10, test=10) / "cifar-10-batches-py" / place
+    content = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(content | {"extra": Payload()}))
+    refusal("cifar10/cifar10.yml", "--data-path", tmp_path)
+    assert not mark.exists()
+    pickle.loads(path.read_bytes())  # as others read it
+    assert mark.exists()
+
+
 IMAGENET = ["imagenet/qkformer_10_384.yml", "--num-classes", "4", "--data-path"]
 
 
@@ -86,6 +97,10 @@ def png(side):
 RED = Image.new("RGB", (8, 8), (255, 0, 0))
 
 
+def loader_of_tests(flags):
+    return create_data(config.load(ROOT / IMAGENET[0], list(map(str, flags))), world.setup("cpu"), train=False).test
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -97,35 +112,25 @@ RED = Image.new("RGB", (8, 8), (255, 0, 0))
     ],
     ids=["empty", "cut", "svg", "bomb", "eps"],
 )
-def test_what_is_no_image_is_named(content, tmp_path):
-    where = ["--workers", "0", "--input-size", "32", *IMAGENET[1:], tmp_path / "data"]
-    path = image_folder(tmp_path / "data", train=1, test=1) / "val/n00000001/1_0.JPEG"
-    path.write_bytes(content)
-    data = create_data(config.load(ROOT / IMAGENET[0], list(map(str, where))), world.setup("cpu"), train=False)
-    with refuses(path):
-        list(data.test)
-
-
-def test_postscript_is_not_run(tmp_path, monkeypatch, mark):
-    """Pillow hands it to the program gs, here one that leaves a mark."""
+def test_what_is_no_image_is_named_and_not_run(content, tmp_path, monkeypatch, mark):
+    """Pillow hands PostScript to the program gs, here one that leaves a mark."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {mark}\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
-    path = tmp_path / "a.jpg"
-    path.write_bytes(encoded(RED, "EPS"))
+    path = image_folder(tmp_path / "data", train=1, test=1) / "val/n00000001/1_0.JPEG"
+    path.write_bytes(content)
     with refuses(path):
-        datasets.read_image(path)
+        list(loader_of_tests(["--workers", "0", "--input-size", "32", *IMAGENET[1:], tmp_path / "data"]))
     assert not mark.exists()
-    with pytest.raises(UnidentifiedImageError):  # what gs was to draw
-        Image.open(path).load()
-    assert mark.exists()
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"])
-def test_the_formats_of_photographs_are_read(kind, tmp_path):
-    (tmp_path / "a").write_bytes(encoded(RED, kind))
-    assert datasets.read_image(tmp_path / "a").getpixel((4, 4))[0] > 250
+def test_the_formats_of_photographs_are_read(tmp_path):
+    folder = image_folder(tmp_path / "data", train=1, test=1) / "val/n00000001"
+    for kind in ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"):
+        (folder / f"{kind}.jpg").write_bytes(encoded(RED, kind))
+    loader = loader_of_tests(["--workers", "0", "--input-size", "32", *IMAGENET[1:], tmp_path / "data"])
+    assert sum(len(labels) for _, labels in loader) == 13
 
 
 def test_the_name_of_a_shard_is_no_command(tmp_path, mark):
@@ -175,15 +180,14 @@ def test_a_label_without_an_output_is_named(label, value, monkeypatch):
             samples[0]
 
 
-def test_a_label_in_a_file_is_named(tmp_path, monkeypatch, capfd):
+def test_a_label_in_a_shard_is_named(tmp_path, monkeypatch, capfd):
     tar(
         shards(tmp_path / "data", train=8, test=8) / "tiny-train-0000.tar",
         {"3.jpg": encoded(RED, "JPEG"), "3.cls": b"9"},
     )
-    small = "--batch-size 8 --workers 1 --time-steps 1 --epochs 9 --input-size 32 --dataset wds/tiny".split()
-    where = [*IMAGENET[1:], tmp_path / "data", "--output-dir", tmp_path / "run"]
-    line = fail(monkeypatch, capfd, "imagenet/train.py", *small, *where)
-    named(line, "wds/tiny", 9)
+    small = "--model qkformer_3_64 --batch-size 8 --workers 1 --time-steps 1 --epochs 9 --input-size 32".split()
+    where = ["--dataset", "wds/tiny", *IMAGENET[1:], tmp_path / "data", "--output-dir", tmp_path / "run"]
+    named(fail(monkeypatch, capfd, "imagenet/train.py", *small, *where), "wds/tiny", 9)
 
 
 @pytest.mark.parametrize(
@@ -294,10 +298,6 @@ def test_a_zip_bomb(content, how, tmp_path, one_core):
     found, (_, most) = events(CIFAR, tmp_path), tracemalloc.get_traced_memory()
     named(found, path, "x.aedat")
     assert most < 2**25
-    if len(how) == 1 and how["file_size"] == 100:  # as it is unpacked otherwise
-        with pytest.raises(zipfile.BadZipFile):
-            zipfile.ZipFile(path).read("cat/x.aedat")
-        assert tracemalloc.get_traced_memory()[1] > 2**26
     tracemalloc.stop()
 
 

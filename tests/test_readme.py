@@ -29,6 +29,7 @@ SMALL = {  # what makes a command of each folder short
     "digits-dvs": "--epochs 1 --time-steps 1 --batch-size 128".split(),
     "dvs128-gesture": [*SHORT, *"--model qkformer_2_64 --batch-size 8".split()],
     "cifar10-dvs": [*SHORT, *"--model qkformer_2_64 --batch-size 8".split()],
+    "analysis.export": "--format safetensors".split(),  # test_export.py has ONNX, which takes long to import
     "analysis.membrane": "--batch-sizes 60 120 --shuffles 2".split(),
     "benchmarks.speed": "--models qkformer_3_64 --modes eval --rounds 1 --steps 1 --time-steps 1".split(),
     "benchmarks.growth": "--axes batch_size tokens --batch-size 1 2 --tokens 4 16 --rounds 1 --steps 1".split(),

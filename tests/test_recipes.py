@@ -10,8 +10,7 @@ import torch
 from scripts import named
 
 from engine import config, world
-from engine.config import read
-from engine.optim import base_lr, batch_advice, create_optimizer, effective_batch, lr_at, total_epochs
+from engine.optim import base_lr, batch_advice, create_optimizer, effective_batch, lr_at, set_lr, total_epochs
 from engine.run import build_model
 from models import create_model
 
@@ -74,12 +73,8 @@ def test_cifar10_dvs_rates_are_those_of_the_log(recipe):
     [
         ("cifar10-dvs/cifar10-dvs.yml", 1_504_138, None),
         ("cifar10-dvs/cifar10-dvs_t10.yml", 1_504_138, None),
-        ("dvs128-gesture/dvs128-gesture.yml", 1_504_395, "as the paper counts it (MLP ratio 1, 1.50 M parameters)"),
-        (
-            "dvs128-gesture/dvs128-gesture_mlp4.yml",
-            1_999_371,
-            "as the released code builds it (MLP ratio 4, 2.00 M",
-        ),
+        ("dvs128-gesture/dvs128-gesture.yml", 1_504_395, "1.50 M"),
+        ("dvs128-gesture/dvs128-gesture_mlp4.yml", 1_999_371, "2.00 M"),
     ],
 )
 def test_event_recipes_build_the_networks_that_they_tell(recipe, parameters, told):
@@ -112,9 +107,9 @@ def test_a_recipes_header_says_what_its_settings_do(processes, path):
     assert batch_advice(cfg) is None
     if path.parent.name.startswith("digits"):
         return
-    assert f"effective batch {cfg.effective_batch}" in header
-    assert (f"{cfg.paper_top1:.2f} % top-1 (paper)" if cfg.paper_top1 else "# expected   not known") in header
-    assert cfg.log_top1 is None or re.search(rf"{cfg.log_top1}0* % \(log\)", header)
+    assert re.search(rf"batch {cfg.effective_batch}\b", header)
+    assert cfg.paper_top1 is None or f"{cfg.paper_top1:.2f} %" in header
+    assert cfg.log_top1 is None or re.search(rf"{cfg.log_top1}0* %", header)
     assert f"{path.parent.name}/train.py" in header
     assert f"T = {cfg.time_steps}" in header.splitlines()[0]
     assert cfg.ssa_membrane == "released"
@@ -170,8 +165,6 @@ def test_layer_decay_goes_by_depth():
 
 
 def test_the_rate_of_a_layer_is_scaled():
-    from engine.optim import set_lr
-
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr_scale": 0.5}, {"params": [torch.zeros(1)]}], lr=1)
     set_lr(optimizer, 0.1)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.1]
@@ -204,7 +197,7 @@ PAPER_TOP1 = {
 
 @pytest.mark.parametrize(("column", "recipe"), [(0, "cifar100/cifar100.yml"), (1, "cifar10-dvs/cifar10-dvs.yml")])
 def test_ablations_are_the_paper_s(column, recipe):
-    recipes = {cfg.variant: cfg for cfg in read(ROOT / recipe).all()}
+    recipes = {cfg.variant: cfg for cfg in config.read(ROOT / recipe).all()}
     assert {name: cfg.paper_top1 for name, cfg in recipes.items()} == {k: v[column] for k, v in PAPER_TOP1.items()}
     assert [name for name, cfg in recipes.items() if cfg.log_top1] == [None]
     for name, cfg in recipes.items():

@@ -5,7 +5,7 @@ import hashlib
 import json
 
 import torch
-from scripts import ROOT, fail, here, named, result_in
+from scripts import ROOT, fail, here, named, result_in, rows_in
 
 from engine import checkpoint, config, published
 from models import create_model
@@ -53,9 +53,9 @@ def test_a_known_file_is_evaluated_by_its_recipe(data, tmp_path, monkeypatch, ca
     monkeypatch.setitem(published.RELEASED, digest, "qkformer_10_384")
     monkeypatch.setattr(published, "accuracies", lambda cfg, folder: {"paper": 78.8, "log": 78.85})
     flags = ["--data-path", data / "five", "--num-classes", "4", "--workers", "0", "--both-membranes"]
-    here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *flags)
+    here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *flags, "--time-steps", 1)
     about = result_in(tmp_path)
-    assert (about["model"], about["time_steps"], about["input_size"]) == ("qkformer_10_384", 4, 224)
+    assert (about["model"], about["input_size"]) == ("qkformer_10_384", 224)
     assert about["published_top1"] == {"paper": 78.8, "log": 78.85}
     assert about["membranes"]["released"]["top1"] == about["top1"]
     assert about["count"] == 5
@@ -103,36 +103,33 @@ def test_an_unknown_file_is_known_by_its_shapes(data, tmp_path, monkeypatch, cap
 
 
 def test_fine_tuning_and_resuming_from_released_weights(data, tmp_path, monkeypatch, capfd):
-    path = released_file(tmp_path / "released.pth")
-    weights = checkpoint.read(path)["state_dict"]
-    small = [*SMALL, "--data-path", data / "five", "--lr", "0", "--warmup-lr", "0", "--min-lr", "0"]
-    tune = ["imagenet/train.py", *small, "--finetune", path, "--epochs", "1", "--output-dir", tmp_path / "tuned"]
-    here(monkeypatch, capfd, *tune)
-    tuned = checkpoint.read(tmp_path / "tuned/last.pt")
-    model = create_model("qkformer_10_384", num_classes=4)
-    model.load_state_dict(tuned["state_dict"])
-    ours = to_released(model)
-    assert all(torch.equal(ours[key], weights[key]) for key in ours if key.endswith("conv.weight"))
-    head = ours["head.weight"]
-    assert 1e-5 < head.std() < 3e-5
-    assert not ours["head.bias"].any()
+    network = {"name": "qkformer_3_64", "in_channels": 3}
+    weights = checkpoint.read(released_file(tmp_path / "released.pth", num_classes=1000, **network))["state_dict"]
+    small = [*"imagenet/train.py --model qkformer_3_64 --lr 0 --warmup-lr 0 --min-lr 0".split(), *SMALL]
+    small += ["--data-path", data / "five"]
+    tune = ["--finetune", tmp_path / "released.pth", "--epochs", "1", "--output-dir", tmp_path / "tuned"]
+    here(monkeypatch, capfd, *small, *tune)
+    model = create_model(**network, num_classes=4)
+    model.load_state_dict(checkpoint.read(tmp_path / "tuned/last.pt")["state_dict"])
+    tuned = to_released(model)
+    assert all(torch.equal(tuned[key], weights[key]) for key in tuned if key.endswith("conv.weight"))
+    assert 1e-5 < tuned["head.weight"].std() < 3e-5
+    assert not tuned["head.bias"].any()
 
     (tmp_path / "resumed").mkdir()
-    path = released_file(tmp_path / "resumed/four.pth", num_classes=4)  # in the very folder of the new run
-    resume = ["imagenet/train.py", *small, "--resume", path, "--output-dir", tmp_path / "resumed"]
-    here(monkeypatch, capfd, *resume, "--epochs", "201")
-    assert json.loads((tmp_path / "resumed/metrics.jsonl").read_text())["epoch"] == 200
+    path = released_file(tmp_path / "resumed/four.pth", num_classes=4, **network)  # in the very folder of the new run
+    here(monkeypatch, capfd, *small, "--resume", path, "--output-dir", tmp_path / "resumed", "--epochs", "201")
+    assert [row["epoch"] for row in rows_in(tmp_path / "resumed")] == [200]
     assert checkpoint.read(tmp_path / "resumed/last.pt")["epoch"] == 201
-    line = fail(monkeypatch, capfd, "imagenet/train.py", *small, "--resume", released_file(tmp_path / "1k.pth"))
-    named(line, "head.weight")
+    named(fail(monkeypatch, capfd, *small, "--resume", tmp_path / "released.pth"), "head.weight")
     torch.save(weights, tmp_path / "bare.pth")
-    line = fail(monkeypatch, capfd, "imagenet/train.py", *small, "--resume", tmp_path / "bare.pth")
+    line = fail(monkeypatch, capfd, *small, "--resume", tmp_path / "bare.pth")
     named(line, tmp_path / "bare.pth", "--finetune")
 
 
 def test_a_recipe_named_on_the_command_line_is_not_ignored_by_a_resumed_run(tmp_path, monkeypatch, capfd):
     """Else `--config ..._384 --resume last.pt` would go on at 224 without a word."""
-    quick = ["--batch-size", "128", "--epochs", "1", "--time-steps", "1"]
+    quick = ["--batch-size", "480", "--epochs", "1", "--time-steps", "1"]
     here(monkeypatch, capfd, "digits/train.py", *quick, "--output-dir", tmp_path / "run")
     other = tmp_path / "other.yml"
     other.write_text((ROOT / "digits/digits.yml").read_text() + "clip_grad: 1\n")

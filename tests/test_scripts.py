@@ -6,52 +6,33 @@ import signal
 
 import pytest
 import torch
-from scripts import (
-    ROOT,
-    TORCHRUN,
-    fail,
-    here,
-    named,
-    ranks,
-    refused,
-    result_in,
-    rows_in,
-    run,
-    signal_at_step,
-    succeed,
-)
+from scripts import ROOT, fail, here, named, ranks, refused, result_in, rows_in, run, same, signal_at_step, succeed
 
 from engine import checkpoint
-from models import backends
+from models import backends, create_model
+from models.released import to_released
 
-QUICK = ["--batch-size", "128", "--lr", "1e-2"]  # 11 steps an epoch
+QUICK = "--batch-size 240 --lr 1e-2 --warmup-epochs 0 --time-steps 1".split()  # 5 steps an epoch
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Three epochs of the recipe, with fewer steps in time, for all tests of this file."""
+    """Three epochs of the recipe, with fewer steps, for all tests of this file."""
     folder = tmp_path_factory.mktemp("digits") / "run"
-    succeed("digits/train.py", "--output-dir", folder, "--epochs", "3", "--time-steps", "2")
+    succeed("digits/train.py", "--output-dir", folder, *"--epochs 3 --time-steps 1 --batch-size 32 --lr 1e-2".split())
     return folder
 
 
 def test_three_epochs_learn_the_digits(trained):
     rows = rows_in(trained)
     assert [row["epoch"] for row in rows] == [0, 1, 2]
-    assert rows[-1]["test_top1"] >= 75
+    assert rows[-1]["test_top1"] >= 50
     assert rows[-1]["train_loss"] < 0.7 * rows[0]["train_loss"]
 
 
 def test_a_run_leaves_its_records(trained):
-    assert {path.name for path in trained.iterdir()} >= {
-        "config.yml",
-        "run.json",
-        "metrics.jsonl",
-        "last.pt",
-        "best.pt",
-        "learning_curve.png",
-        "tensorboard",
-    }
+    names = "config.yml run.json metrics.jsonl last.pt best.pt learning_curve.png tensorboard".split()
+    assert {path.name for path in trained.iterdir()} >= set(names)
     assert list((trained / "tensorboard").iterdir())
     (about,) = json.loads((trained / "run.json").read_text())
     assert about["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -66,24 +47,24 @@ def test_the_best_checkpoint_evaluates_to_the_accuracy_of_its_epoch(trained, tmp
     assert (tmp_path / "best.predictions.png").exists()
 
 
-def test_the_networks_settings_come_from_the_checkpoint(tmp_path, monkeypatch, capfd):
-    settings = ["--attention", "channel", "token", "self", "--time-steps", "2", "--ssa-membrane", "released"]
-    here(monkeypatch, capfd, "digits/train.py", *QUICK, "--epochs", "1", *settings, "--output-dir", tmp_path)
-    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "last.pt", "--eval-batch-size", "128")
-    result = result_in(tmp_path)
+def test_the_settings_come_from_the_checkpoint(tmp_path, monkeypatch, capfd):
+    settings = "--attention channel token self --time-steps 2 --ssa-membrane released --input-size 12 --mlp-ratio 1"
+    settings = [*QUICK, *settings.split(), "--amp", "bf16", "--eval-batch-size", "50", "--epochs", "1"]
+    here(monkeypatch, capfd, "digits/train.py", *settings, "--output-dir", tmp_path)
+    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "last.pt")
+    (recorded,), result = rows_in(tmp_path), result_in(tmp_path)
+    assert (result["loss"], result["top1"]) == (recorded["test_loss"], recorded["test_top1"])
     assert (result["attention"], result["time_steps"]) == (["channel", "token", "self"], 2)
-    assert result["top1"] == rows_in(tmp_path)[-1]["test_top1"]
-    output = here(
-        monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "last.pt", "--ssa-membrane", "per_sample"
-    )
-    named(output, "ssa_membrane", "'per_sample'", "'released'")
+    assert (result["input_size"], result["amp"], result["eval_batch_size"]) == (12, "bf16", 50)
+    other = ["--checkpoint", tmp_path / "last.pt", "--ssa-membrane", "per_sample"]
+    named(here(monkeypatch, capfd, "digits/test.py", *other), "ssa_membrane", "'per_sample'", "'released'")
     assert result_in(tmp_path)["ssa_membrane"] == "per_sample"
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
-    arguments = ["digits/train.py", *QUICK, "--epochs", "3", "--time-steps", "1", "--seed", "7"]
+    arguments = ["digits/train.py", *QUICK, *"--mlp-ratio 1 --epochs 2 --seed 7".split()]
     succeed(*arguments, "--output-dir", tmp_path / "whole")
-    killed = run(*arguments, "--output-dir", tmp_path / "cut", before=signal_at_step(signal.SIGKILL, 15))
+    killed = run(*arguments, "--output-dir", tmp_path / "cut", before=signal_at_step(signal.SIGKILL, 7))
     assert killed.returncode == -signal.SIGKILL
     assert checkpoint.read(tmp_path / "cut/last.pt")["epoch"] == 1
     with (tmp_path / "cut/metrics.jsonl").open("a") as file:  # as if killed between record and checkpoint, and later
@@ -91,24 +72,21 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     succeed("digits/train.py", "--output-dir", tmp_path / "cut", "--resume", "auto")  # settings as recorded
     assert [start["first_epoch"] for start in json.loads((tmp_path / "cut/run.json").read_text())] == [0, 1]
     whole, cut = (checkpoint.read(tmp_path / name / "last.pt") for name in ("whole", "cut"))
-    assert all(torch.equal(whole["state_dict"][key], cut["state_dict"][key]) for key in whole["state_dict"])
+    assert same(whole["state_dict"], cut["state_dict"])
     assert whole["best"] == cut["best"]
-    rows = [rows_in(tmp_path / name) for name in ("whole", "cut")]
-    for row in rows[0] + rows[1]:
-        del row["seconds"]
-    assert rows[0] == rows[1]
+    assert rows_in(tmp_path / "whole", "seconds") == rows_in(tmp_path / "cut", "seconds")
 
 
 def test_two_ranks(tmp_path):
     """The evaluation counts every sample once, whoever evaluates."""
-    train = "--batch-size 64 --lr 1e-2 --epochs 1 --time-steps 1 --output-dir".split()
-    succeed(*TORCHRUN, "digits/train.py", *train, tmp_path / "run")
-    (recorded,) = rows_in(tmp_path / "run")  # by the main process alone
-    test, results = ["digits/test.py", "--checkpoint", tmp_path / "run/last.pt", "--output-dir"], []
-    for count in (1, 2):
-        children = ranks(count, *test, tmp_path / str(count), log=tmp_path / f"log{count}")
+    commands = [(2, ["digits/train.py", *QUICK, *"--mlp-ratio 1 --epochs 1 --output-dir".split(), tmp_path / "run"])]
+    test = ["digits/test.py", "--checkpoint", tmp_path / "run/last.pt", "--output-dir"]
+    commands += [(count, [*test, tmp_path / str(count)]) for count in (1, 2)]
+    for count, words in commands:
+        children = ranks(count, *words, log=tmp_path / "log")
         assert [child.wait() for child in children] == [0] * count, children[0].output
-        results.append(result_in(tmp_path / str(count)))
+    (recorded,) = rows_in(tmp_path / "run")  # by the main process alone
+    results = [result_in(tmp_path / str(count)) for count in (1, 2)]
     for key in ("loss", "top1", "top5"):
         assert results[0][key] == results[1][key]
         assert results[0][key] == pytest.approx(recorded[f"test_{key}"], rel=1e-6)  # what was recorded is saved
@@ -135,10 +113,7 @@ def test_two_ranks(tmp_path):
         (["test.py", "--checkpoint", "no\nsuch.pt"], "such.pt"),
         (["train.py", "--resume", "no/such.pt"], "no/such.pt"),
         (["train.py", "--checkpoint", "x.pt"], "--checkpoint"),
-        (
-            ["train.py", "--lif-backend", "cupy"],
-            "cupy",
-        ),
+        (["train.py", "--lif-backend", "cupy"], "cupy"),
         (["train.py", "--pack-spikes"], "--pack-spikes"),
         (["train.py", "--cuda-graphs"], "--cuda-graphs"),
         (["train.py", "--device", "cuda"], "--device"),
@@ -168,61 +143,35 @@ def test_the_environment_of_a_launcher_is_checked(monkeypatch, capfd):
     named(fail(monkeypatch, capfd, "digits/train.py"), "LOCAL_RANK")
 
 
-def test_evaluation_under_the_conditions_of_the_run(tmp_path, monkeypatch, capfd):
-    settings = ["--input-size", "12", "--mean", "0.1", "--amp", "bf16", "--ssa-membrane", "released"]
-    quick = ["--batch-size", "96", "--eval-batch-size", "50", "--lr", "1e-2", "--epochs", "1", "--time-steps", "2"]
-    here(monkeypatch, capfd, "digits/train.py", *quick, *settings, "--output-dir", tmp_path)
-    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "last.pt")
-    recorded, tested = json.loads((tmp_path / "metrics.jsonl").read_text()), result_in(tmp_path)
-    assert (tested["loss"], tested["top1"]) == (recorded["test_loss"], recorded["test_top1"])
-    assert (tested["input_size"], tested["amp"], tested["eval_batch_size"]) == (12, "bf16", 50)
-
-
 def test_a_run_can_branch_off_into_another_folder(trained, tmp_path, monkeypatch, capfd):
     """Its settings are the recipe's and the flags', its best is its own, and the first run stays as it was."""
-    folder = trained
-    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    longer = ["--time-steps", "2", "--epochs", "4", "--weight-decay", "0", "--batch-size", "128"]
-    here(
-        monkeypatch,
-        capfd,
-        "digits/train.py",
-        "--resume",
-        folder / "last.pt",
-        "--output-dir",
-        tmp_path / "branch",
-        *longer,
-    )
-    state = checkpoint.read(tmp_path / "branch/best.pt")
+    before = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    words = [*QUICK, "--epochs", "4", "--weight-decay", "0", "--resume", trained / "last.pt", "--output-dir", tmp_path]
+    here(monkeypatch, capfd, "digits/train.py", *words)
+    state = checkpoint.read(tmp_path / "best.pt")
     assert (state["epoch"], state["best"]["epoch"], state["config"]["weight_decay"]) == (4, 3, 0)
-    (start,) = json.loads((tmp_path / "branch/run.json").read_text())
+    (start,) = json.loads((tmp_path / "run.json").read_text())
     assert start["first_epoch"] == 3
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
 
 
 def test_nothing_is_overwritten(trained, monkeypatch, capfd):
-    folder = trained
-    before = (folder / "last.pt").read_bytes()
-    again = ["digits/train.py", "--output-dir", folder]
-    named(fail(monkeypatch, capfd, *again), folder, "--resume auto")
-    named(fail(monkeypatch, capfd, *again, "--resume", folder / "best.pt"), folder)
+    before = (trained / "last.pt").read_bytes()
+    again = ["digits/train.py", "--output-dir", trained]
+    named(fail(monkeypatch, capfd, *again), trained, "--resume auto")
+    named(fail(monkeypatch, capfd, *again, "--resume", trained / "best.pt"), trained)
     for flag, value, key in [("--time-steps", "3", "time_steps"), ("--opt", "sgd", "opt")]:
         named(fail(monkeypatch, capfd, *again, "--resume", "auto", flag, value), key, value)
-    assert (folder / "last.pt").read_bytes() == before
+    assert (trained / "last.pt").read_bytes() == before
 
 
 def test_a_released_checkpoint_evaluates(trained, tmp_path, monkeypatch, capfd):
     """A file under released names, in the format of timm's saver, gives the same accuracy."""
-    from models import create_model
-    from models.released import to_released
-
-    folder = trained
-    model = create_model("qkformer_3_64")
-    model.load_state_dict(checkpoint.read(folder / "best.pt")["state_dict"])
+    state, model = checkpoint.read(trained / "best.pt"), create_model("qkformer_3_64")
+    model.load_state_dict(state["state_dict"])
     torch.save({"arch": "QKFormer", "epoch": 5, "state_dict": to_released(model)}, tmp_path / "released.pth.tar")
-    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "released.pth.tar", "--time-steps", 2)
-    result = result_in(tmp_path)
-    assert result["top1"] == checkpoint.read(folder / "best.pt")["best"]["test_top1"]
+    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "released.pth.tar", "--time-steps", 1)
+    assert result_in(tmp_path)["top1"] == state["best"]["test_top1"]
     torch.save({"state_dict": {"head.weight": torch.zeros(10, 64)}}, tmp_path / "poor.pth.tar")
     line = fail(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "poor.pth.tar")
     named(line, "poor.pth.tar")

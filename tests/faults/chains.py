@@ -49,7 +49,6 @@ class Chain:
     count: int = 1
     workers: int = 0
     lives: int = 0
-    kills: int = 0
     done: bool = False
     saved: tuple[int, int] = (-1, -1)  # epochs, and steps of the next
 
@@ -73,7 +72,6 @@ class Chain:
         end()
         codes = [child.wait() for child in children]
         killed = [code in (-signal.SIGKILL, -signal.SIGXFSZ, -signal.SIGPROF) for code in codes]
-        self.kills += sum(killed)
         for child, code, is_killed in zip(children, codes, killed, strict=True):
             judge(name, code, child.output, {code} if is_killed else {0, 2} if any(killed) else expected)
         self.done = set(codes) == {0}

@@ -5,14 +5,12 @@ import dataclasses
 import io
 import os
 import resource
-import runpy
 import signal
 import sys
 import traceback
 from collections.abc import Collection, Iterator
-from unittest import mock
 
-from scripts import ROOT, same  # noqa: F401
+from scripts import execute, same  # noqa: F401
 
 from engine.cli import UserError
 
@@ -22,23 +20,18 @@ LONGEST_LINE = 2000  # characters of an error message
 
 def script(name: str, *arguments: object, expected: Collection[int]) -> str:
     """Run a script, or a module, in this process; assert that it ends well and return its output."""
-    words = [name, *map(str, arguments)]
     output = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace", write_through=True)
     code = 0
-    with mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
-            if name.endswith(".py"):
-                runpy.run_path(str(ROOT / name), run_name="__main__")
-            else:
-                sys.modules.pop(name, None)  # runpy warns about a module that is imported already
-                runpy.run_module(name, run_name="__main__")
+            execute(name, *arguments)
         except SystemExit as end:
             code = end.code
         except Exception:
             code = 1
             traceback.print_exc()
     text = output.buffer.getvalue().decode()
-    judge(str(words)[:500], code, text, expected)
+    judge(f"{name} {arguments}"[:500], code, text, expected)
     return text
 
 
@@ -98,7 +91,7 @@ def die_after(cpu_seconds: float) -> None:
 
 
 class Counts:
-    """The functions above under the names that test_data.py has for them."""
+    """The functions above under the names that test_data.py uses."""
 
     script = staticmethod(script)
 

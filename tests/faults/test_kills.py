@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or robbed of a process end with the weights of a run that never was."""
+"""Runs that are killed or stopped, or lose a process, end with the weights of an uninterrupted run."""
 
 import multiprocessing
 import os
@@ -17,7 +17,7 @@ FULL = pytest.mark.slow
 
 
 def at_any_instruction(rng, count):
-    return {"before": partial(die_after, rng.uniform(0.2, 4))}
+    return {"before": partial(die_after, rng.uniform(0.2, 2))}
 
 
 def after_a_step(rng, count):
@@ -45,15 +45,16 @@ def kill_a_worker():
 
 
 def without_a_worker(rng, count):
-    return {"before": AtStep(kill_a_worker, rng.randint(1, UPDATES[count])), "expected": (0, 2)}
+    return {"before": AtStep(kill_a_worker, rng.randint(1, 3)), "expected": (0, 2)}
 
 
 @pytest.mark.parametrize(
-    ("end", "count", "workers", "lives"),
+    ("end", "count", "workers", "faults"),
     [
         (at_any_instruction, 1, 1, 1),
         (in_a_save, 1, 0, 2),
         (without_a_worker, 1, 1, 1),
+        (one_after_a_step, 2, 0, 1),
         pytest.param(at_any_instruction, 1, 0, 6, marks=FULL),
         pytest.param(at_any_instruction, 1, 1, 4, marks=FULL),
         pytest.param(in_a_save, 1, 0, 8, marks=FULL),
@@ -65,15 +66,15 @@ def without_a_worker(rng, count):
         pytest.param(without_a_worker, 1, 1, 4, marks=FULL),
     ],
 )
-def test_a_run_goes_on_after(end, count, workers, lives, tmp_path, whole):
-    """Kill runs, one after the other, in so many lives."""
-    rng, left, number = random.Random(f"{count} {workers}"), lives, 0
+def test_a_run_goes_on_after(end, count, workers, faults, tmp_path, whole):
+    """Repeat the fault in one run or, once that is done, in the next."""
+    rng, left, number = random.Random(f"{count} {workers}"), faults, 0
     while left:
         number += 1
         chain = Chain(tmp_path / f"chain{number}", whole(count), count, workers)
         while left and not chain.done:
             chain.life(**end(rng, count))
-            left -= 1
+            left -= not chain.done
         chain.finish()
 
 
