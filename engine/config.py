@@ -51,6 +51,7 @@ class Layers:
     recipe: dict[str, object]
     variants: dict[str, dict[str, object]]  # name -> changes
     flags: dict[str, object]
+    folder: Path  # of the script
 
     def config(self, recorded: Mapping[str, object] | None = None, validate: bool = True) -> Config:
         """Merge the layers.
@@ -100,7 +101,7 @@ def read(yaml_path: str | Path, argv: Sequence[str] = ()) -> Layers:
     """
     flags = _read_flags(argv)
     path = _recipe_path(Path(yaml_path), flags.get("config"))
-    return Layers(path, *_read_yaml(path), flags)
+    return Layers(path, *_read_yaml(path), flags, Path(yaml_path).parent)
 
 
 def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded=None, validate: bool = True) -> Config:

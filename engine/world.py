@@ -92,6 +92,18 @@ def set_arithmetic(cfg: Config) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = cfg.tf32
 
 
+def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """Return the mixed precision `amp` ("fp16", "bf16" or "off"); on a CPU fp16 is slow, and float32 used instead."""
+    if amp == "off" or (amp == "fp16" and device.type == "cpu"):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, {"fp16": torch.float16, "bf16": torch.bfloat16}[amp])
+
+
+def in_memory_format(cfg: Config, images: Tensor) -> Tensor:
+    """Return images [B,C,H,W] in the memory format of `cfg`; event frames [B,T,C,H,W] keep theirs."""
+    return images.contiguous(memory_format=torch.channels_last) if cfg.channels_last and images.dim() == 4 else images
+
+
 def _translate_slurm() -> bool:
     """Set what torchrun would set, in a process that `srun` started as one of several and torchrun did not."""
     env = os.environ
