@@ -176,7 +176,7 @@ def _settings_to_train(layers: Layers, start: Start) -> Config:
         recipe = layers.config(validate=False)
         for key, value, recorded in differences(recipe, plain(cfg), plain(cfg, without=LOCAL_FIELDS)):
             raise UserError(
-                f"--config {layers.path}: has {key} = {value!r}, the run in {start.folder} {recorded!r}; omit the "
+                f"--config {layers.path}: has {key} = {value!r}, {start.path} was trained with {recorded!r}; omit the "
                 "flag, or branch off with --output-dir NEW"
             )
     recorded = start.state["config"] if start.is_ours else plain(cfg)
