@@ -59,14 +59,14 @@ def evaluate(
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": int(count)}
 
 
-class Published(NamedTuple):
+class Figures(NamedTuple):
     """Published figures of a network: top-1 (percent) by source ("paper", "log"), and energy (mJ)."""
 
     top1: dict[str, float] = {}  # noqa: RUF012, a tuple's default
     energy_mj: float | None = None
 
 
-def published(cfg: Config, layers: Layers) -> Published:
+def published(cfg: Config, layers: Layers) -> Figures:
     """Return the figures of the recipe or variant in the script's folder with the network and input of `cfg`.
 
     `ssa_membrane` may differ, because the comparison of the two is of interest.
@@ -75,8 +75,8 @@ def published(cfg: Config, layers: Layers) -> Published:
     for recipe in _recipes(layers):
         if all(getattr(recipe, key) == getattr(cfg, key) for key in keys):
             top1 = {"paper": recipe.paper_top1, "log": recipe.log_top1}
-            return Published({source: value for source, value in top1.items() if value}, recipe.paper_energy_mj)
-    return Published()
+            return Figures({source: value for source, value in top1.items() if value}, recipe.paper_energy_mj)
+    return Figures()
 
 
 def _recipes(layers: Layers) -> Iterator[Config]:
@@ -96,7 +96,7 @@ def membranes(cfg: Config) -> list[str]:
     return [cfg.ssa_membrane]
 
 
-def report(cfg: Config, membrane: str, result: dict, figures: Published) -> None:
+def report(cfg: Config, membrane: str, result: dict, figures: Figures) -> None:
     """Print the accuracy with one kind of membrane, and the published figures."""
     which = f" (ssa_membrane {membrane})" if cfg.both_membranes else ""
     logger.info(
@@ -108,7 +108,7 @@ def report(cfg: Config, membrane: str, result: dict, figures: Published) -> None
         logger.info(f"published: {', '.join(parts)}")
 
 
-def write(cfg: Config, folder: Path, results: dict[str, dict], figures: Published, gallery: "Gallery", energy) -> None:
+def write(cfg: Config, folder: Path, results: dict[str, dict], figures: Figures, gallery: "Gallery", energy) -> None:
     """Write the numbers, the picture of the answers and, if it was measured, the energy."""
     name = Path(cfg.checkpoint).stem  # several checkpoints may share a folder
     written = [folder / f"{name}.test.json", folder / f"{name}.predictions.png"]

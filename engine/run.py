@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from models.backends import triton_problem
-from models.neuron import silent_layers
 
 from . import checkpoint, log
 from . import world as distributed
-from .cli import StopRequest, UserError, short, spare_children
+from .cli import UserError, short, spare_children
 from .config import EVENT_DATASETS, LOCAL_FIELDS, MODEL_FIELDS, Config, Layers, plain, read
 from .data import event, image
 from .data.loaders import Data
@@ -28,7 +27,7 @@ from .log import logger
 from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs
 from .run_dir import Start, checkpoint_to_test, find_run, records, runs_of, warn_of_seen, writing_to
 from .trainer import Trainer
-from .weights import build_model, differences, load_weights, settings_of, warn_of_other_network
+from .weights import build_model, differences, load_weights, settings_of, warn_of_other_network, warn_of_silence
 from .world import World
 
 
@@ -50,14 +49,13 @@ def train(recipe: Path) -> None:
     data = create_data(cfg, world)
     model = _model_to_train(cfg, world, start, data)
     folder = start.folder or Path(distributed.from_main(str(runs_of(cfg) / time.strftime("%Y%m%d-%H%M%S"))))
-    with StopRequest() as stop, writing_to(folder):
-        trainer = Trainer(cfg, world, model, create_optimizer(cfg, model), data, folder, stop)
-        if start.state:
-            trainer.resume(start.state, start.path, new_run=not start.continues)
-        _announce(trainer)
-        with records(cfg, folder, data, trainer.epoch) if world.is_main else contextlib.nullcontext() as run_log:
-            while trainer.epoch < total_epochs(cfg):
-                _train_one_epoch(trainer, run_log)
+    trainer = Trainer(cfg, world, model, create_optimizer(cfg, model), data, folder)
+    if start.state:
+        trainer.resume(start.state, start.path, new_run=not start.continues)
+    _announce(trainer)
+    with trainer.stop, writing_to(folder), records(cfg, world, folder, data, trainer.epoch) as run_log:
+        while trainer.epoch < total_epochs(cfg):
+            _train_one_epoch(trainer, run_log)
     logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {folder}")
 
 
@@ -254,15 +252,3 @@ def _announce(trainer: Trainer) -> None:
         logger.warning(f"warning: {advice}")
     if trainer.epoch >= total_epochs(cfg):
         logger.info(f"nothing left to train: {trainer.epoch} of {total_epochs(cfg)} epochs are done")
-
-
-@torch.inference_mode()
-def warn_of_silence(model: nn.Module, images: Tensor) -> None:
-    """Warn about layers with no spikes on these images; nothing after them can learn."""
-    model.eval()
-    if names := silent_layers(model, images):
-        more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
-        logger.warning(
-            f"warning: {', '.join(names[:3])}{more}: no spikes on {len(images)} test samples; if this lasts, lower lr "
-            "or start from other weights"
-        )

@@ -195,8 +195,11 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def records(cfg: Config, folder: Path, data: Data, first_epoch: int) -> Iterator[RunLog]:
-    """Record settings, provenance and data of a run in its folder, and give its log."""
+def records(cfg: Config, world: World, folder: Path, data: Data, first_epoch: int) -> Iterator[RunLog | None]:
+    """Record settings, provenance and data of a run in its folder, and give the main rank its log."""
+    if not world.is_main:
+        yield None
+        return
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder)
     if first_epoch and _recorded_split(folder) not in (None, data.split):

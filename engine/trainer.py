@@ -9,6 +9,7 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from . import checkpoint
 from . import world as distributed
@@ -31,17 +32,10 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        cfg: Config,
-        world: World,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        data: Data,
-        folder: Path | None = None,
-        stop: StopRequest | None = None,
+        self, cfg: Config, world: World, model: nn.Module, optimizer: Optimizer, data: Data, folder: Path | None = None
     ):
         self.cfg, self.world, self.model, self.optimizer, self.data = cfg, world, model, optimizer, data
-        self.folder, self.stop = folder, stop or StopRequest()
+        self.folder, self.stop = folder, StopRequest()
         self.ema = ModelEmaV3(model, decay=cfg.ema_decay) if cfg.ema_decay is not None else None
         if cfg.compile:
             model.compile()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from timm.layers import trunc_normal_
-from torch import nn
+from torch import Tensor, nn
 
 from models import create_model
+from models.neuron import silent_layers
 from models.released import identify, load_released
 
 from .cli import UserError, short
@@ -129,3 +130,15 @@ def differences(cfg: Config, recorded: dict, keys: Sequence[str]) -> Iterator[tu
     """Yield (key, value in `cfg`, value recorded) of each setting among `keys` that differs."""
     values = plain(cfg)
     return ((key, values[key], recorded.get(key)) for key in keys if values[key] != recorded.get(key))
+
+
+@torch.inference_mode()
+def warn_of_silence(model: nn.Module, images: Tensor) -> None:
+    """Warn about layers with no spikes on these images; nothing after them can learn."""
+    model.eval()
+    if names := silent_layers(model, images):
+        more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
+        logger.warning(
+            f"warning: {', '.join(names[:3])}{more}: no spikes on {len(images)} test samples; if this lasts, lower lr "
+            "or start from other weights"
+        )

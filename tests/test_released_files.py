@@ -8,7 +8,7 @@ import torch
 from scripts import ROOT, fail, here, named, result_in
 
 from engine import checkpoint, config, weights
-from engine.evaluate import Published, published
+from engine.evaluate import Figures, published
 from models import create_model
 from models.released import identify, to_released
 
@@ -52,7 +52,7 @@ def test_a_known_file_is_evaluated_by_its_recipe(data, tmp_path, monkeypatch, ca
     digest = hashlib.md5(path.read_bytes()).hexdigest()
     assert weights.recipe_of(path, ROOT / "imagenet") is None
     monkeypatch.setitem(weights.RELEASED, digest, "qkformer_10_384")
-    monkeypatch.setattr("engine.run.published", lambda *_: Published({"paper": 78.8, "log": 78.85}))
+    monkeypatch.setattr("engine.run.published", lambda *_: Figures({"paper": 78.8, "log": 78.85}))
     flags = ["--data-path", data / "five", "--num-classes", "4", "--workers", "0", "--both-membranes"]
     here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *flags)
     about = result_in(tmp_path)
