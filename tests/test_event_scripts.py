@@ -11,7 +11,8 @@ from scripts import ROOT, fail, here, named, ranks, result_in, rows_in, run, sig
 from tiny_data import cifar10_dvs, dvs128_gesture
 
 import engine.run
-from engine import checkpoint, pictures
+from engine import checkpoint
+from engine.data import pictures
 
 TINY = "--epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --time-steps 2 --batch-size 4 --workers 0 --threads 1".split()
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from .log import label
+from ..log import label
 
 
 def of_image(mean: Sequence[float], std: Sequence[float], image: Tensor) -> Tensor:
