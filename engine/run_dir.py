@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -150,10 +150,12 @@ def checkpoint_to_test(cfg: Config) -> Path:
     return runs[-1]
 
 
-def _read_json(path: Path, default: object, is_valid) -> object:
+def _read_json(path: Path, default: object, is_valid: Callable[[object], bool]) -> object:
     """Return the content of a record, or `default` if there is none; raise `UserError` if it is damaged."""
+    if not path.exists():
+        return default
     try:
-        content = json.loads(path.read_text()) if path.exists() else default
+        content = json.loads(path.read_text())
         if is_valid(content):
             return content
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -163,11 +165,8 @@ def _read_json(path: Path, default: object, is_valid) -> object:
 
 def _recorded_split(folder: Path) -> dict[str, list[str]] | None:
     """Return the files of training and test set that a run in `folder` recorded, if any."""
-
-    def is_valid(split):
-        return split is None or all(isinstance(file, str) for part in ("train", "test") for file in split[part])
-
-    return _read_json(folder / SPLIT, None, is_valid)
+    path = folder / SPLIT
+    return _read_json(path, None, lambda split: all(isinstance(f, str) for f in split["train"] + split["test"]))
 
 
 def warn_of_seen(data: Data, path: Path) -> None:
