@@ -18,7 +18,7 @@ def option(default, help: str, **rules):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Kind of recipe."""
+    """Identity of a recipe."""
 
     variant: str | None = option(None, "variant of the recipe, such as an ablation")
     effective_batch: int | None = option(None, "images per update; a run with another number warns", low=1)
@@ -26,7 +26,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Published:
-    """Figures of others."""
+    """Published figures."""
 
     paper_top1: float | None = option(None, "accuracy in the paper (%)", low=0, high=100)
     log_top1: float | None = option(None, "best accuracy in the published log (%)", low=0, high=100)
@@ -44,9 +44,11 @@ class Model:
         4, "T: time steps per image, or frames per recording", low=1, high=1024, flags=["--time-step"]
     )
     attention: tuple[str, ...] | None = option(None, "token, channel or self for each stage (default: the model's)")
-    mlp_ratio: float | None = option(None, "hidden over outer channels of the MLP (same)", low=0.1, high=64)
+    mlp_ratio: float | None = option(
+        None, "hidden over outer channels of the MLP (default: the model's)", low=0.1, high=64
+    )
     shortcut: bool = option(True, "SPEDS with its shortcut")
-    embed: str | None = option(None, "patch embedding of Spikformer (same)", choices=("sps", "speds"))
+    embed: str | None = option(None, "patch embedding of Spikformer (default: the model's)", choices=("sps", "speds"))
     ssa_scale: float | None = option(None, "factor in the self-attention (default: 0.125)", low=1e-6)
     residual: str = option("sew", "residuals add spikes (sew) or membrane currents (ms)", choices=("sew", "ms"))
     ssa_membrane: str = option(
@@ -68,7 +70,7 @@ class Data:
     )
     input_size: int = option(32, "height and width of the input", low=1, high=8192, flags=["--img-size"])
     batch_size: int = option(64, "images per rank and step", low=1, high=65536, flags=["-b"])
-    eval_batch_size: int | None = option(None, "the same of evaluations (default: batch_size)", low=1, high=65536)
+    eval_batch_size: int | None = option(None, "batch_size of evaluations (default: batch_size)", low=1, high=65536)
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     auto_augment: str | None = option(
         None, "timm's policy, such as rand-m9-mstd0.5-inc1; for event frames: snn-wide", flags=["--aa"]
@@ -83,12 +85,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Image:
-    """The same, of images only."""
+    """Data settings of images; event frames need the defaults."""
 
     train_split: str = option("train", "training split of a data set of timm's")
     val_split: str = option("validation", "test split of a data set of timm's")
     mean: tuple[float, ...] | None = option(None, "mean of each channel (default: ImageNet's)")
-    std: tuple[float, ...] | None = option(None, "standard deviation of each channel (same)", low=1e-6)
+    std: tuple[float, ...] | None = option(None, "standard deviation of each channel (default: ImageNet's)", low=1e-6)
     interpolation: str = option("bicubic", "resizing filter", choices=("bicubic", "bilinear", "nearest"))
     scale: tuple[float, ...] = option((1.0, 1.0), "random resized crop: least and most area", low=0.01, high=1)
     ratio: tuple[float, ...] = option((1.0, 1.0), "random resized crop: least and most aspect ratio", low=0.01)
@@ -109,7 +111,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Optim:
-    """Training."""
+    """Training: optimizer, schedule, precision, checkpoints."""
 
     opt: str = option("adamw", "timm's optimizer")
     lr: float | None = option(None, "learning rate (default: blr * effective batch / 256)", low=0, high=1000)
@@ -130,7 +132,7 @@ class Optim:
     ema_decay: float | None = option(None, "decay of averaged weights, to be evaluated (default: none)", low=0, high=1)
     drop_path: float = option(0.0, "stochastic depth: rate of the last block, linear from 0", low=0, high=0.99)
     amp: str = option("off", "mixed precision of the training", choices=("fp16", "bf16", "off"))
-    eval_amp: str | None = option(None, "the same of evaluations (default: amp)", choices=("fp16", "bf16", "off"))
+    eval_amp: str | None = option(None, "amp of evaluations (default: amp)", choices=("fp16", "bf16", "off"))
     sync_bn: bool = option(False, "BatchNorm over the batches of all ranks")
     channels_last: bool = option(False, "keep images in channels-last memory")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
@@ -141,7 +143,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Machine:
-    """What belongs to a computer or a command."""
+    """Settings of a computer or a command, not of a run."""
 
     config: str = option("", "recipe in place of the script's own: a file, or its name next to the script")
     data_path: str | None = option(None, "folder of the data set; in a YAML relative to it", flags=["--data-dir"])
