@@ -195,7 +195,7 @@ def conflicts(c: Config) -> Iterator[tuple[str, str]]:
             yield key, f"is for images; {c.dataset} has event frames"
     for key in () if is_events else ("mean", "std"):
         if len(getattr(c, key) or (0, 0, 0)) != c.in_channels:  # ImageNet's have 3
-            yield key, f"needs one number per channel (in_channels is {c.in_channels})"
+            yield key, "needs one number per channel (in_channels)"
     mixes = c.mixup or c.cutmix or c.cutmix_minmax
     kernels = c.lif_backend in ("auto", "triton")
     rules = (
@@ -207,7 +207,7 @@ def conflicts(c: Config) -> Iterator[tuple[str, str]]:
         (is_events and c.mixup and c.mixup_in != "step", "mixup_in", "set it to step for event frames"),
         (c.split_seed is not None and c.dataset != "cifar10-dvs", "split_seed", "only cifar10-dvs is split here"),
         (c.lr is None and c.blr is None, "lr", "set lr, or blr to scale with the batch"),
-        (c.warmup_prefix and c.warmup_epochs >= c.epochs, "warmup_epochs", f"must be below epochs ({c.epochs})"),
+        (c.warmup_prefix and c.warmup_epochs >= c.epochs, "warmup_epochs", "must be below epochs"),
         (mixes and c.batch_size % 2, "batch_size", "must be even, because mixup pairs the images of a batch"),
         (c.compile and c.lif_backend not in ("auto", "torch"), "lif_backend", "use auto or torch with compile"),
         (
