@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from engine import checkpoint
 from engine.cli import UserError, guard
-from engine.config import Config, Parser, load
+from engine.config import Config, Parser, load, read
 from engine.data.loaders import Data
 from engine.log import progress
 from engine.run import build_model, create_data, load_weights, settings_of, setup
@@ -146,7 +146,7 @@ def subject(path: Path, flags: Sequence[str], name: str = "") -> Subject:
     world = setup(load(recipe, flags, validate=False))
     if world.world_size > 1:
         raise UserError("WORLD_SIZE: the analyses run in one process; start them with python -m")
-    cfg = settings_of(state, path, recipe, flags)
+    cfg = settings_of(state, path, read(recipe, flags))
     model = build_model(cfg).to(world.device).eval()
     load_weights(cfg, model, state, path)
     return Subject(path, cfg, world, model, name)

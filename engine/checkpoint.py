@@ -1,9 +1,10 @@
-"""Checkpoints: ours, written atomically, and the released ones. None is trusted: reading never runs code."""
+"""Checkpoints: ours, written atomically, and the released ones. All are untrusted: reading never runs code."""
 
 import argparse
 import contextlib
 import errno
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -20,12 +21,14 @@ from .cli import UserError
 
 FORMAT = "qkformer-1"
 ENTRIES = ("state_dict", "optimizer", "scaler", "epoch", "position", "best", "config")
+START = {"steps_done": 0, "order": {}, "processes": [{"loss_sum": 0, "seen": 0}]}  # position at the start of an epoch
+AGAIN = "fetch it again, or use an older checkpoint"
 
 
 def read(path: str | Path) -> dict:
     """Read a checkpoint of ours, or a released one of ImageNet, CIFAR, DVS or MS-QKFormer, onto the CPU.
 
-    A file `*.safetensors` holds weights, and if `analysis.export` wrote it, the settings of the run that trained them.
+    A file `*.safetensors` holds weights and, if `analysis.export` wrote it, the settings of the run that trained them.
 
     Returns:
         The file's own entries, plus `state_dict` (name -> tensor, as named in the file) and `format`:
@@ -33,79 +36,67 @@ def read(path: str | Path) -> dict:
         file of weights alone.
 
     Raises:
-        UserError: it is missing, cut or altered, holds no weights, or holds anything but plain data. Objects other than
-            `argparse.Namespace` are refused unread, for unpickling one can run code.
+        UserError: the file is missing, truncated or altered, holds no weights, or anything but plain data. Objects
+            other than `argparse.Namespace` are refused, because unpickling them can run code.
     """
-    if not Path(path).is_file():
-        raise UserError(f"checkpoint {path} {'is no file' if os.path.lexists(path) else 'does not exist'}")
-    with open(path, "rb"):  # whether it may be read is not a question of what it holds
-        pass
-    if Path(path).suffix == ".safetensors":
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: {'not a file' if os.path.lexists(path) else 'does not exist'}; name a checkpoint")
+    if path.suffix == ".safetensors":
+        path.open("rb").close()  # an OSError, if any, says more than safetensors
         return _read_safetensors(path)
-    if _is_archive(path):
-        _verify(path)
+    content = path.read_bytes()
     try:
+        if content.startswith(b"PK\x03\x04"):  # the archive that torch writes since 1.6
+            _verify(content, path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # torch's about pickles of other kinds, which it then refuses
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            warnings.simplefilter("ignore")  # about pickles of other kinds, which torch then refuses
+            content = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
-        raise UserError(f"checkpoint {path}: refused, {_reason(error)}") from None
-    except Exception as error:  # a damaged file makes the reader fail in any way
-        _raise_if_of_the_machine(error)
-        raise UserError(
-            f"checkpoint {path}: truncated, or not a checkpoint; fetch it again, or take an older one"
-        ) from None
+        raise UserError(f"{path}: refused, {_reason(error)}") from None
+    except Exception as error:  # a damaged file makes the readers fail in many ways
+        is_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if is_memory or getattr(error, "errno", None) == errno.EIO:
+            raise
+        raise UserError(f"{path}: truncated, or not a checkpoint; {AGAIN}") from None
     if not isinstance(content, Mapping):
-        raise UserError(f"checkpoint {path}: holds no weights but a {type(content).__name__}")
+        raise UserError(f"{path}: holds a {type(content).__name__} and no weights; name another file")
     return _recognised(dict(content), path)
 
 
-def _is_archive(path: str | Path) -> bool:
-    """Whether torch takes the file for the archive that it writes since 1.6: by its first bytes alone."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+def _verify(content: bytes, path: Path) -> None:
+    """Compare each part of a checkpoint's archive with its checksum, which torch writes but does not check."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        parts = archive.infolist()
+        is_plain = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+        is_plain &= not any(part.external_attr & 16 for part in parts)  # torch reads folders from stray memory
+        if not is_plain or sum(part.file_size for part in parts) > len(content):
+            raise UserError(f"{path}: refused, its parts are packed or marked as torch never does; fetch it again")
+        if altered := archive.testzip():
+            raise UserError(f"{path}: altered ({altered} differs from its checksum); {AGAIN}")
 
 
-def _verify(path: str | Path) -> None:
-    """Compare each part of the archive that a checkpoint is with its checksum, which torch writes and does not read."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-            is_plain = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
-            is_plain &= not any(part.external_attr & 16 for part in parts)  # of folders torch reads what was in memory
-            is_plain &= sum(part.file_size for part in parts) <= os.path.getsize(path)
-            altered = archive.testzip() if is_plain else None
-    except Exception as error:  # a damaged archive makes the reader fail in any way
-        _raise_if_of_the_machine(error)
-        raise UserError(f"checkpoint {path}: truncated or altered; fetch it again, or take an older one") from None
-    if not is_plain:
-        raise UserError(
-            f"checkpoint {path}: refused, its parts are packed or marked as torch never does; fetch it again"
-        )
-    if altered:
-        raise UserError(
-            f"checkpoint {path}: altered, {altered} in it is not what was written; fetch it again, or take an older one"
-        )
+def _reason(error: pickle.UnpicklingError) -> str:
+    names = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)|function ([\w.]+)", str(error))
+    if names:
+        name = next(filter(None, names.groups()))
+        return f"it holds {name}, which could run code; ask its author for the weights alone"
+    return "it is damaged, or holds more than plain data; fetch it again, or ask its author for the weights alone"
 
 
-def _raise_if_of_the_machine(error: Exception) -> None:
-    """Raise what says nothing about the file: the memory is full, or the disk fails."""
-    is_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-    if is_memory or getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOMEM):
-        raise error
-
-
-def _read_safetensors(path: str | Path) -> dict:
+def _read_safetensors(path: Path) -> dict:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise UserError(f"checkpoint {path}: needs safetensors ({error}): pip install -r requirements.txt") from None
+        raise UserError(f"{path}: needs safetensors ({error}); pip install -r requirements.txt") from None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except SafetensorError:
-        raise UserError(f"checkpoint {path}: truncated, or not a safetensors file; fetch it again") from None
+        raise UserError(f"{path}: truncated, or not a safetensors file; fetch it again") from None
     if "config" not in metadata:
         return _recognised(weights, path)
     try:
@@ -113,14 +104,14 @@ def _read_safetensors(path: str | Path) -> dict:
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict) or not weights:
-        raise UserError(f"checkpoint {path}: damaged, its config is not what it should be, or it holds no weights")
+        raise UserError(f"{path}: damaged config, or no weights; fetch it again")
     if metadata.get("sha256", digest := fingerprint(weights, metadata["config"])) != digest:
-        raise UserError(f"checkpoint {path}: altered, it differs from its checksum; fetch it again")
+        raise UserError(f"{path}: altered, it differs from its checksum; fetch it again")
     return {"format": "qkformer", "state_dict": weights, "config": config}
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor], config: str) -> str:
-    """SHA-256 of weights and settings, for safetensors' format has no checksum of its own."""
+    """Return the SHA-256 of weights and settings, because safetensors has no checksum of its own."""
     digest = hashlib.sha256(config.encode())
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -128,26 +119,16 @@ def fingerprint(weights: Mapping[str, torch.Tensor], config: str) -> str:
     return digest.hexdigest()
 
 
-def _reason(error: pickle.UnpicklingError) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)|function ([\w.]+)", str(error))
-    if found:
-        name = next(filter(None, found.groups()))
-        return f"it holds {name}, not plain data, and could run code; ask its author for the weights alone"
-    return "it is damaged, or holds more than plain data; fetch it again or ask its author for the weights alone"
-
-
-def _recognised(content: dict, path: str | Path) -> dict:
-    found = list(content)
+def _recognised(content: dict, path: Path) -> dict:
+    entries = ", ".join(map(str, list(content)[:10])) or "none"
     if content.get("format") == FORMAT:
-        content = {"position": {"steps_done": 0, "order": {}, "processes": [{"loss_sum": 0, "seen": 0}]}} | content
-        if absent := [key for key in ENTRIES if key not in content]:
-            raise UserError(f"checkpoint {path}: damaged, it lacks {', '.join(absent)}")
+        content = {"position": START} | content
         kinds = dict.fromkeys(("optimizer", "scaler", "position", "best", "config"), dict) | {"epoch": int}
-        if wrong := [key for key, kind in kinds.items() if not isinstance(content[key], kind)]:
-            raise UserError(f"checkpoint {path}: damaged, its {', '.join(wrong)} is not what it should be")
+        if wrong := [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]:
+            raise UserError(f"{path}: damaged ({', '.join(wrong)}); {AGAIN}")
         if content.get("state_dict_ema") is not None and not _is_weights(content["state_dict_ema"]):
-            raise UserError(f"checkpoint {path}: damaged, its state_dict_ema holds no weights")
-        kind, state_dict = "qkformer", content["state_dict"]
+            raise UserError(f"{path}: damaged (state_dict_ema); {AGAIN}")
+        kind, state_dict = "qkformer", content.get("state_dict")
     elif "state_dict" in content:
         kind, state_dict = ("cifar" if "arch" in content else "weights"), content["state_dict"]
     elif "model" in content:
@@ -155,8 +136,7 @@ def _recognised(content: dict, path: str | Path) -> dict:
     else:
         kind, state_dict, content = "weights", content, {}
     if not _is_weights(state_dict):
-        entries = ", ".join(map(str, found[:10])) or "none"
-        raise UserError(f"checkpoint {path}: holds no weights; its entries are {entries}")
+        raise UserError(f"{path}: holds no weights; its entries are {entries}")
     return content | {"format": kind, "state_dict": dict(state_dict)}
 
 
@@ -168,16 +148,16 @@ def _is_weights(value: object) -> bool:
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
-    """Whether each element is there: a few bytes can also be shown as an enormous tensor."""
+    """Tell if each element is stored: strides can show a few bytes as an enormous tensor."""
     is_plain = tensor.layout is torch.strided
     return is_plain and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def save(path: str | Path, content: dict, keep: int = 0) -> None:
-    """Write a checkpoint of plain data atomically: a crash leaves the old file or the new one, never half of it.
+    """Write a checkpoint of plain data atomically: a crash leaves the old file or the new one.
 
     Args:
-        keep: how many of the files before are kept, as last-1.pt (the one before), last-2.pt and so on of last.pt.
+        keep: number of older files to keep: of last.pt as last-1.pt (the one before), last-2.pt and so on.
 
     Raises:
         UserError: it cannot be written; the old file stays.
@@ -196,13 +176,13 @@ def save(path: str | Path, content: dict, keep: int = 0) -> None:
         temporary.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch's writer hides it
         reason = getattr(cause, "strerror", None) or cause
-        raise UserError(f"cannot write the checkpoint {path}: {reason}; what was saved before stays") from None
+        raise UserError(f"{path}: cannot be written ({reason}); earlier checkpoints stay") from None
 
 
 def kept(path: Path) -> list[Path]:
-    """The checkpoint, and those before it that `save` has kept: what there is, the newest first."""
+    """Return the checkpoint, if it exists, and the older ones that `save` kept, newest first."""
     pattern = re.compile(rf"{re.escape(path.stem)}-(\d+){re.escape(path.suffix)}")
-    numbers = {int(found[1]): file for file in path.parent.glob("*") if (found := pattern.fullmatch(file.name))}
+    numbers = {int(match[1]): file for file in path.parent.glob("*") if (match := pattern.fullmatch(file.name))}
     return [path] * path.exists() + [file for _, file in sorted(numbers.items())]
 
 
@@ -222,8 +202,8 @@ def _rotate(files: list[Path]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the disk keep the names, too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # some file systems cannot, and the file is there
+    """Flush the names of files to the disk, too."""
+    with contextlib.suppress(OSError):  # Windows opens no folders, and some file systems cannot
+        descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
-    os.close(descriptor)
+        os.close(descriptor)

@@ -172,5 +172,5 @@ def spare_children() -> None:
 
     A signal from a terminal or a launcher goes to a whole group; a worker that it ended would take the run with it.
     """
-    if hasattr(os, "register_at_fork"):
+    if hasattr(os, "fork"):
         os.register_at_fork(after_in_child=os.setpgrp)

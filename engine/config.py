@@ -19,28 +19,14 @@ from pathlib import Path
 import yaml
 
 from .cli import UserError, short
-from .settings import EVENT_DATASETS, FIELDS, Config, conflicts, group
+from .settings import EVENT_DATASETS, FIELDS, Config, Machine, Model, Published, conflicts, names
 
 __all__ = ["EVENT_DATASETS", "FIELDS", "Config", "load"]
 _TYPES = typing.get_type_hints(Config)
-MODEL_FIELDS = group("model")  # arguments of a network
-LOCAL_FIELDS = group("machine")  # not recorded in checkpoints
-PUBLISHED = group("published")
-# flags of the released scripts and of launchers without effect here, with their number of values
-IGNORED = {
-    "--local-rank": 1,  # of torch.distributed.launch; the environment variable LOCAL_RANK counts
-    "--world-size": 1,
-    "--dist-url": 1,
-    "--dist-on-itp": 0,
-    "--dist-eval": 0,  # evaluation is always shared
-    "--pin-mem": 0,
-    "--no-pin-mem": 0,
-    "--global-pool": 0,
-    "--cls-token": 0,
-    "--log-dir": 1,  # TensorBoard writes to the folder of the run
-    "--start-epoch": 1,  # checkpoints record their epoch
-    "--resplit": 0,
-}
+MODEL_FIELDS, LOCAL_FIELDS, PUBLISHED = names(Model), names(Machine), names(Published)
+# flags of the released scripts and of launchers without effect here: with a value, and without
+IGNORED = "--local-rank --world-size --dist-url --log-dir --start-epoch".split()
+IGNORED_SWITCHES = "--dist-on-itp --dist-eval --pin-mem --no-pin-mem --global-pool --cls-token --resplit".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +37,7 @@ class Layers:
     recipe: dict[str, object]
     variants: dict[str, dict[str, object]]  # name -> changes
     flags: dict[str, object]
+    folder: Path  # of the script
 
     def config(self, recorded: Mapping[str, object] | None = None, validate: bool = True) -> Config:
         """Merge the layers.
@@ -100,7 +87,7 @@ def read(yaml_path: str | Path, argv: Sequence[str] = ()) -> Layers:
     """
     flags = _read_flags(argv)
     path = _recipe_path(Path(yaml_path), flags.get("config"))
-    return Layers(path, *_read_yaml(path), flags)
+    return Layers(path, *_read_yaml(path), flags, Path(yaml_path).parent)
 
 
 def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded=None, validate: bool = True) -> Config:
@@ -206,9 +193,9 @@ def _read_flags(argv: Sequence[str]) -> dict[str, object]:
         else:
             kwargs |= {"nargs": "+" if _is_tuple(_TYPES[key]) else None, "metavar": "|".join(rules["choices"]) or "X"}
         parser.add_argument(_flag(key), *rules["flags"], **kwargs)
-    for flag, values in IGNORED.items():
-        kind = {"metavar": "X"} if values else {"action": "store_true"}
-        parser.add_argument(flag, help=argparse.SUPPRESS, dest=f"ignored{flag}", **kind)
+    for flag in IGNORED + IGNORED_SWITCHES:
+        action = "store" if flag in IGNORED else "store_true"
+        parser.add_argument(flag, help=argparse.SUPPRESS, dest=f"ignored{flag}", action=action)
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
@@ -252,5 +239,5 @@ def _scalar(kind: type, value: object, where: str) -> object:
                 return number
     except (ValueError, OverflowError):
         pass
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-    raise UserError(f"{where}: {short(value)} is not {names[kind]}")
+    kinds = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    raise UserError(f"{where}: {short(value)} is not {kinds[kind]}")

@@ -1,4 +1,4 @@
-"""CUDA graphs: the kernels of a step recorded once, then launched all together, without Python in between."""
+"""CUDA graphs: the kernels of a step, captured once and then launched together, without Python in between."""
 
 from collections.abc import Callable
 
@@ -7,17 +7,16 @@ from torch import Tensor
 
 
 class GraphedStep:
-    """A function of tensors on a CUDA device that a CUDA graph replays once it has been called a few times.
+    """A function of CUDA tensors that a CUDA graph replays after a few calls.
 
-    The first calls run it as it is, on a stream of their own: they choose algorithms and set up libraries, which cannot
-    be captured. The next call captures it, and from then on only its kernels run, on copies of the inputs.
+    The first calls run on a side stream as they are: they choose algorithms and set up libraries, which a graph cannot
+    capture. The next call is captured. From then on only its kernels run, on copies of the inputs.
 
-    Every call does what the function does to tensors that outlive it, such as running statistics. Gradients that are
-    `None` when a backward pass is captured are written anew by every replay, others are added to where they lie; so
-    nothing may set them to `None` between two calls.
+    Each call changes tensors that outlive it, such as running statistics, as the function does. A replay overwrites
+    gradients that were `None` at the capture, and adds to others; set none of them to `None` between calls.
 
     Args:
-        step: the function. It must not wait for the device, and everything but its tensors is frozen when captured.
+        step: the function. It must not wait for the device; all but its tensors is frozen at the capture.
         warmup: calls before the capture.
     """
 
@@ -27,20 +26,20 @@ class GraphedStep:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The function's result, detached; the next call overwrites it.
+        """Return the function's result, detached; the next call overwrites it.
 
         Raises:
-            ValueError: an input has another shape than when the function was captured.
+            ValueError: an input has another shape than at the capture.
         """
         if self.warmup:
             self.warmup -= 1
             return self._run(inputs)
         if self.graph is None:
             self._capture(inputs)
-        for ours, value in zip(self.inputs, inputs, strict=True):
-            if ours.shape != value.shape:
-                raise ValueError(f"a CUDA graph captured for {tuple(ours.shape)} cannot take {tuple(value.shape)}")
-            ours.copy_(value)
+        for captured, value in zip(self.inputs, inputs, strict=True):
+            if captured.shape != value.shape:
+                raise ValueError(f"a CUDA graph captured for {tuple(captured.shape)} cannot take {tuple(value.shape)}")
+            captured.copy_(value)
         self.graph.replay()
         return self.output
 
@@ -55,6 +54,6 @@ class GraphedStep:
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         self.inputs = [value.clone() for value in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        # the threads of a loader may allocate pinned memory meanwhile, which only this mode permits
+        # only this mode lets the threads of a loader allocate pinned memory meanwhile
         with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             self.output = self.step(*self.inputs).detach()

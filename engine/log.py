@@ -1,4 +1,4 @@
-"""What a run leaves behind: lines and a progress bar, JSON lines, TensorBoard, and what produced them."""
+"""Output of a run: lines and a progress bar, metrics, TensorBoard, learning curve, and provenance."""
 
 import json
 import logging
@@ -10,23 +10,23 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .cli import UserError
-from .pictures import learning_curve
 
 logger = logging.getLogger("qkformer")
 ROOT = Path(__file__).resolve().parents[1]
-DRAWN = ("lr", "train_loss", "test_loss", "test_top1")  # figures of an epoch that the learning curve shows
+DRAWN = ("lr", "train_loss", "test_loss", "test_top1")  # in the learning curve
 PACKAGES = ("torch", "torchvision", "timm", "spikingjelly", "numpy")
 
 
 def setup_console(is_main: bool) -> None:
-    """Print the lines of `engine` and `models` on standard output, from the main process only."""
+    """Print the lines of `engine` and `models` on stdout, from the main rank only."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.handleError = lambda record: None  # a run goes on when nobody reads what it says any more
+    handler.handleError = lambda record: None  # a run continues without a reader of its output
     for source in (logger, logging.getLogger("models")):
         source.handlers = [handler]
         source.propagate = False
@@ -38,8 +38,10 @@ def progress(
 ) -> Iterator:
     """Yield from `loader` with a bar on a terminal, else with a plain line every `interval` steps.
 
-    `status()` gives the values to show; it is called only when they are shown. `total` is needed where `loader` has
-    no length, and `done` where it gives only the steps behind the first ones.
+    Args:
+        status: returns the values to show; called only when they are shown.
+        total: steps, if `loader` has no length.
+        done: steps before the first of `loader`.
     """
     total = len(loader) if total is None else total
     bar = tqdm(loader, desc=what, total=total, initial=done, leave=False, disable=not show or not sys.stderr.isatty())
@@ -56,7 +58,7 @@ def progress(
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that a crash leaves the old file or the new one, never half of it."""
+    """Write a file atomically: a crash leaves the old file or the new one."""
     temporary = Path(f"{path}.tmp")
     with temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -76,7 +78,7 @@ class RunLog:
         self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_epoch)
 
     def _read(self, first_epoch: int) -> list[dict]:
-        """What is recorded of the epochs before `first_epoch`."""
+        """Return the records of the epochs before `first_epoch`."""
         try:
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
             rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a crash may leave half a line
@@ -85,7 +87,7 @@ class RunLog:
         except (ValueError, TypeError, KeyError, RecursionError):
             is_valid = False
         if not is_valid:
-            raise UserError(f"{self.path}: damaged; move it away to go on without the history")
+            raise UserError(f"{self.path}: damaged; move it away to continue without the history")
         return rows
 
     def epoch(self, row: dict) -> None:
@@ -105,8 +107,39 @@ class RunLog:
             learning_curve(self.history, self.folder / "learning_curve.png")
 
 
+def learning_curve(history: list[dict], path: Path) -> None:
+    """Draw losses, accuracy and learning rate over the epochs."""
+    epochs = [row["epoch"] + 1 for row in history]
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for key, name in (("train_loss", "training"), ("test_loss", "test")):
+        axes[0].plot(epochs, [row[key] for row in history], marker=".", label=name)
+    axes[0].set(ylabel="loss", ylim=(0, None))
+    axes[0].legend()
+    top1 = [row["test_top1"] for row in history]
+    best = max(range(len(top1)), key=top1.__getitem__)
+    axes[1].plot(epochs, top1, marker=".", color="tab:orange")
+    name = f"best: {top1[best]:.2f} % (epoch {epochs[best]})"
+    axes[1].plot(epochs[best], top1[best], "o", color="tab:red", label=name)
+    axes[1].set(ylabel="test top-1 accuracy (%)")
+    axes[1].legend(loc="lower right")
+    axes[2].plot(epochs, [row["lr"] for row in history], marker=".", color="tab:green")
+    axes[2].set(ylabel="learning rate", ylim=(0, None))
+    for axis in axes:
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def label(name: str, most: int = 15) -> str:
+    """Return a name for a picture, cut to `most` characters, with no formula in it."""
+    name = name if len(name) <= most else f"{name[: most - 1]}…"
+    return name.replace("$", r"\$")
+
+
 def provenance() -> dict:
-    """What produced a result: git commit, versions of the packages, command line, time."""
+    """Return git commit, versions of packages, command line and time."""
     return {
         "git_commit": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
         "command": sys.argv,
@@ -116,7 +149,7 @@ def provenance() -> dict:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints in this repository; nothing where there is no git, or no repository."""
+    """Return git's output in this repository; nothing without git or a repository."""
     try:
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
     except OSError:

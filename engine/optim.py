@@ -1,4 +1,4 @@
-"""Optimizer and learning rate. The rate is a function of the epoch alone, so resuming needs no schedule state."""
+"""Optimizer and learning rate. The rate depends on the epoch alone, so resuming needs no schedule state."""
 
 import functools
 import warnings
@@ -14,44 +14,42 @@ from .config import Config
 
 
 def effective_batch(cfg: Config) -> int:
-    """Images per update, over all processes and accumulated steps."""
+    """Return the images per update, over all ranks and accumulated steps."""
     return cfg.batch_size * cfg.accum_iter * world.world_size()
 
 
 def base_lr(cfg: Config) -> float:
-    """The learning rate at the top of the schedule: `lr`, or `blr` per 256 images of effective batch."""
+    """Return the peak learning rate: `lr`, or `blr` per 256 images of effective batch."""
     return cfg.lr if cfg.lr is not None else cfg.blr * effective_batch(cfg) / 256
 
 
 def batch_advice(cfg: Config) -> str | None:
-    """One line if the effective batch is not what the recipe means, with the flags that restore it; else None."""
-    target, processes = cfg.effective_batch, world.world_size()
-    if target is None or effective_batch(cfg) == target:
+    """Return a line if the effective batch is not the recipe's, with flags that restore it; else None."""
+    target, ranks = cfg.effective_batch, world.world_size()
+    if target in (None, effective_batch(cfg)):
         return None
     recipe_lr = "" if cfg.lr is not None else f" ({cfg.blr * target / 256:.3g})"
-    line = (
-        f"effective batch {effective_batch(cfg)} (learning rate {base_lr(cfg):.3g}), where the recipe means "
-        f"{target}{recipe_lr}: "
-    )
-    if target % processes:
-        return line + f"{processes} processes cannot share {target} images evenly; use another number of them"
-    share = target // processes
+    batch, lr = effective_batch(cfg), base_lr(cfg)
+    line = f"effective batch {batch} (learning rate {lr:.3g}): the recipe has {target}{recipe_lr}; "
+    if target % ranks:
+        return line + f"{ranks} ranks cannot share {target} images evenly, use another number"
+    share = target // ranks
     batch = max(n for n in range(1, cfg.batch_size + 1) if share % n == 0)
     flags = [f"--batch-size {batch}"] if batch != cfg.batch_size else []
     flags += [f"--accum-iter {share // batch}"] if share // batch != cfg.accum_iter else []
-    return line + f"{' '.join(flags)} would restore it"
+    return line + f"restore it by {' '.join(flags)}"
 
 
 def total_epochs(cfg: Config) -> int:
-    """Epochs of the schedule and of the cool-down behind it."""
+    """Return the epochs of the schedule and of the cool-down after it."""
     return cfg.epochs + cfg.cooldown_epochs
 
 
 def create_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer `cfg.opt`; biases and BatchNorm are not decayed unless `cfg.decay_1d`.
+    """Return timm's optimizer `cfg.opt`; biases and BatchNorm are not decayed unless `cfg.decay_1d`.
 
-    With `cfg.layer_decay` below 1 there is a group for each depth of the network, see its `group_matcher`. On a GPU
-    AdamW is torch's fused one, which also skips a step that overflows in fp16 without asking the GPU whether it did.
+    With `cfg.layer_decay` below 1 each depth of the network has a group, see its `group_matcher`. On a GPU AdamW is
+    torch's fused one, which skips steps that overflow in fp16 without a synchronisation.
     """
     fused = {"fused": True} if cfg.opt == "adamw" and next(model.parameters()).is_cuda else {}
     try:
@@ -64,15 +62,15 @@ def create_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
             layer_decay=cfg.layer_decay if cfg.layer_decay < 1 else None,
             **fused,
         )
-    except Exception as error:  # some optimizers need packages or devices of their own, and say so in many ways
-        raise UserError(f"opt = {cfg.opt!r}: {error}") from None
+    except Exception as error:  # optimizers that miss a package or device raise errors of many kinds
+        raise UserError(f"opt = {cfg.opt!r}: {error}; use adamw") from None
     if getattr(optimizer, "is_second_order", False):
-        raise UserError(f"opt = {cfg.opt!r}: needs second derivatives, which spikes do not have; use adamw")
+        raise UserError(f"opt = {cfg.opt!r}: needs second derivatives, which spikes have not; use adamw")
     return optimizer
 
 
 def lr_at(cfg: Config, epoch: float) -> float:
-    """Learning rate at a (fractional) epoch, from timm's schedulers."""
+    """Return the learning rate at a (fractional) epoch, from timm's schedulers."""
     optimizer, scheduler = _schedule(cfg, base_lr(cfg))
     scheduler.step(epoch)
     return optimizer.param_groups[0]["lr"]
@@ -88,7 +86,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def _schedule(cfg: Config, lr: float):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's about stepping a schedule before its optimizer
+        warnings.simplefilter("ignore")  # about stepping a schedule before its optimizer
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=cfg.sched,

@@ -1,246 +1,222 @@
-"""The folder of a run: which one to go on with, which checkpoint to take, and what is recorded in it."""
+"""The folder of a run: its lock, the checkpoint to resume, and its records."""
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, NamedTuple
 
-import torch
 import yaml
 
-from . import checkpoint, log, world
+from . import checkpoint, log
+from . import world as distributed
 from .cli import UserError
-from .config import FIELDS, LOCAL_FIELDS, Config, load, plain
+from .config import Config, plain
 from .data.loaders import Data
 from .log import RunLog, logger
-from .trainer import Trainer
 from .world import World
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 SPLIT = "split.json"
 LOCK = ".lock"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of writing, where they name no file
-_held = {}  # folder -> its locked file, for as long as this process lives
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of writing that name no file
+_locks = {}  # folder -> its locked file; closing it would unlock it
 
 
-def find_run(cfg: Config, here: World) -> tuple[Path | None, Path | None, dict | None]:
-    """The folder to write to (None: a new one), and the checkpoint to go on from and its content (None: a start)."""
+class Start(NamedTuple):
+    """Where a run starts: its folder (None: a new one), and the checkpoint to resume, if any."""
+
+    folder: Path | None
+    path: Path | None
+    state: dict | None
+
+    @property
+    def is_ours(self) -> bool:
+        """The checkpoint is of this project."""
+        return self.state is not None and self.state["format"] == "qkformer"
+
+    @property
+    def continues(self) -> bool:
+        """The checkpoint's own run continues, rather than one that branches off into another folder."""
+        return self.is_ours and self.folder.resolve() == self.path.parent.resolve()
+
+
+def find_run(cfg: Config, world: World) -> Start:
+    """Return the folder to write to, locked if it exists, and the checkpoint to resume."""
     folder = Path(cfg.output_dir) if cfg.output_dir else None
-    if here.is_main and folder and folder.exists():
-        with writing_to(folder):
-            claim(folder)
-    path = world.from_main(_checkpoint_to_resume(cfg, folder) if here.is_main else None)  # others may not see its disk
-    state = checkpoint.read(path) if path else None
-    if state and state["format"] == "qkformer" and "optimizer" not in state:
-        raise UserError(
-            f"--resume {path}: holds weights and no optimizer, so there is no run to go on with; --finetune starts a "
-            "new one from its weights"
-        )
-    if state and state["format"] == "qkformer":
-        folder = folder or path.parent
-        if here.is_main and folder.exists():
-            with writing_to(folder):
-                claim(folder)
-    elif state and (state["format"] != "imagenet" or not isinstance(state.get("epoch"), int)):
-        raise UserError(
-            f"--resume {path}: neither a checkpoint of this project nor one of the released ImageNet training, so "
-            "there is no run to go on with; --finetune starts a new one from its weights"
-        )
-    newest = next(iter(checkpoint.kept(folder / "last.pt")), None) if folder else None
+    path = state = None
+    if world.is_main:  # other ranks may not see its disk
+        claim(folder)
+        path, state = _checkpoint_to_resume(cfg, folder)
+    path = distributed.from_main(path)
+    if path and state is None:
+        state = checkpoint.read(path)
+    start = Start(folder or (path.parent if path and state["format"] == "qkformer" else None), path, state)
+    fix = "use --finetune to start a new run from its weights"
+    if start.is_ours and "optimizer" not in state:
+        raise UserError(f"--resume {path}: holds no optimizer state; {fix}")
+    if state and not start.is_ours and (state["format"] != "imagenet" or not isinstance(state.get("epoch"), int)):
+        raise UserError(f"--resume {path}: not a checkpoint of this project or of the released ImageNet code; {fix}")
+    if world.is_main:
+        claim(start.folder)
+    newest = next(iter(checkpoint.kept(start.folder / "last.pt")), None) if start.folder else None
     if newest and not (path and path.samefile(newest)):
-        raise UserError(f"{folder} holds a run already: go on with --resume auto, or choose another --output-dir")
-    return folder, path, state
+        raise UserError(f"{start.folder}: holds a run; use --resume auto, or another --output-dir")
+    return start
 
 
-def claim(folder: Path) -> None:
-    """Lock a run's folder for this process until it ends; raises `UserError` if another run writes to it."""
-    if folder.resolve() in _held:
+def claim(folder: Path | None) -> None:
+    """Lock an existing folder until this process ends; raise `UserError` if another run writes to it."""
+    if not folder or not folder.exists() or folder.resolve() in _locks:
         return
-    file = open(folder / LOCK, "a+")  # noqa: SIM115, closing it would unlock it
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no child inherits it, as `flock`'s, and it works over NFS
-    except BlockingIOError:
-        file.seek(0)
-        raise UserError(
-            f"another run is writing to {folder} ({file.read(200).strip() or 'its process is not known'}): choose "
-            "another --output-dir, or end that one first"
-        ) from None
-    except OSError as error:
-        logger.warning(f"warning: {folder} cannot be locked ({error.strerror}): let no second run write to it")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _held[folder.resolve()] = file
-    for half in folder.glob("*.pt.tmp"):  # of a save that was killed
-        if half.name in ("last.pt.tmp", "best.pt.tmp"):
-            half.unlink()
+    with writing_to(folder):
+        file = open(folder / LOCK, "a+")  # noqa: SIM115, closing it would unlock it
+        try:
+            _lock(file)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            other = file.read(200).strip() or "unknown process"
+            raise UserError(f"{folder}: another run writes to it ({other}); use another --output-dir") from None
+        except (OSError, ImportError) as error:
+            logger.warning(f"warning: {folder}: cannot be locked ({error}); start no second run in it")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        _locks[folder.resolve()] = file
+        for name in ("last.pt.tmp", "best.pt.tmp"):  # of a save that was killed
+            (folder / name).unlink(missing_ok=True)
 
 
-def _whole_checkpoint(folder: Path) -> Path | None:
-    """The newest that can be read; what is damaged is put aside."""
+def _lock(file: IO) -> None:
+    """Lock a file for this process and none of its children, which `flock` and filelock would include."""
+    if fcntl:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        import msvcrt
+
+        file.seek(2**30)  # Windows also locks reading, and the text at the start must stay readable
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
+    """Return the newest readable checkpoint and its content; damaged files are renamed to *.damaged."""
     best = folder / "best.pt"
     candidates = [*checkpoint.kept(folder / "last.pt"), *([best] if best.exists() else [])]
     for path in candidates:
         try:
-            checkpoint.read(path)
+            return path, checkpoint.read(path)
         except UserError as error:
-            aside = path.with_name(f"{path.name}.damaged")
-            path.replace(aside)
-            logger.warning(f"warning: {error}; it is kept as {aside.name}, and the one before is taken")
-            continue
-        return path
+            renamed = path.replace(path.with_name(f"{path.name}.damaged"))
+            logger.warning(f"warning: {error}; renamed to {renamed.name}, trying an older one")
     if candidates:
-        raise UserError(f"{folder}: no checkpoint can be read; the run can only start anew, with --output-dir NEW")
-    return None
+        raise UserError(f"{folder}: no readable checkpoint; start again with --output-dir NEW")
+    return None, None
 
 
-def _checkpoint_to_resume(cfg: Config, folder: Path | None) -> Path | None:
-    if not folder and cfg.resume == "auto":
-        raise UserError("--resume auto needs --output-dir, the folder of the run to go on with")
-    if not folder and world.may_restart():
-        raise UserError("torchrun --max-restarts needs --output-dir, so that a restart finds the run it goes on with")
-    if (cfg.resume == "auto" or world.may_restart()) and folder.is_dir() and (path := _whole_checkpoint(folder)):
-        if cfg.resume not in (None, "auto"):
-            logger.info(f"--resume {cfg.resume} is left aside, for {folder} holds a run to go on with (--max-restarts)")
-        return path
-    return Path(cfg.resume) if cfg.resume not in (None, "auto") else None
+def _checkpoint_to_resume(cfg: Config, folder: Path | None) -> tuple[Path | None, dict | None]:
+    may_restart, named = distributed.may_restart(), cfg.resume not in (None, "auto")
+    if not folder and (cfg.resume == "auto" or may_restart):
+        cause = "--resume auto" if cfg.resume == "auto" else "torchrun --max-restarts"
+        raise UserError(f"{cause}: needs --output-dir, to find the run again")
+    if (cfg.resume == "auto" or may_restart) and (newest := newest_checkpoint(folder))[0]:
+        if named:
+            logger.info(f"--resume {cfg.resume}: ignored after a restart; {folder} holds the run")
+        return newest
+    return (Path(cfg.resume) if named else None), None
 
 
 def runs_of(cfg: Config) -> Path:
-    """Where runs of this recipe, or of its variant, go without `--output-dir`."""
+    """Return the folder of a recipe's runs without `--output-dir`."""
     return Path("output", "-".join(filter(None, (Path(cfg.config).stem, cfg.variant))))
 
 
 def checkpoint_to_test(cfg: Config) -> Path:
-    """What the flags name, else `best.pt` of the recipe's last run in `output/`."""
+    """Return the checkpoint that the flags name, else `best.pt` of the recipe's last run in `output/`."""
     named = cfg.checkpoint or cfg.resume or cfg.finetune
     if named == "auto" and cfg.output_dir:
         named = Path(cfg.output_dir) / "last.pt"
     if named:
         return Path(named)
-    runs = runs_of(cfg)
-    found = sorted(runs.glob("*/best.pt"), key=os.path.getmtime)
-    if not found:
-        raise UserError(f"test.py needs --checkpoint FILE, such as best.pt of a run (there is none in {runs})")
-    return found[-1]
+    runs = sorted(runs_of(cfg).glob("*/best.pt"), key=os.path.getmtime)
+    if not runs:
+        raise UserError(f"--checkpoint: missing, and {runs_of(cfg)} holds no best.pt of a run; name a file")
+    return runs[-1]
 
 
-def recorded_settings(cfg: Config, recipe: Path, argv: Sequence[str], path: Path, state: dict) -> Config:
-    """Those of the run that goes on, under the flags; a recipe named on the command line must say the same."""
-    recorded = load(recipe, argv, state["config"])
-    if cfg.config != str(recipe):
-        for key in FIELDS:
-            if key not in LOCAL_FIELDS and getattr(cfg, key) != getattr(recorded, key):
-                raise UserError(
-                    f"{path} is of a run with {key} = {getattr(recorded, key)!r}, where {cfg.config} has "
-                    f"{getattr(cfg, key)!r}: --output-dir NEW branches off, and without --config the run goes on"
-                )
-    return recorded
-
-
-def differences(cfg: Config, state: dict, keys: Sequence[str]) -> list[tuple[str, object, object]]:
-    """(key, our value, the checkpoint's value) of each setting among `keys` that differs."""
-    ours, theirs = plain(cfg), state["config"]
-    return [(key, ours[key], theirs.get(key)) for key in keys if ours[key] != theirs.get(key)]
-
-
-def recorded_split(folder: Path) -> dict[str, list[str]] | None:
-    """The files of training and test set that a run in `folder` recorded, if it did."""
-    path = folder / SPLIT
+def _read_json(path: Path, default: object, is_valid: Callable[[object], bool]) -> object:
+    """Return the content of a record, or `default` if there is none; raise `UserError` if it is damaged."""
     if not path.exists():
-        return None
+        return default
     try:
-        split = json.loads(path.read_text())
-        is_valid = all(isinstance(file, str) for part in ("train", "test") for file in split[part])
+        content = json.loads(path.read_text())
+        if is_valid(content):
+            return content
     except (ValueError, TypeError, KeyError, RecursionError):
-        is_valid = False
-    if not is_valid:
-        raise UserError(f"{path}: damaged; move it away to go on without the record of the split")
-    return split
+        pass
+    raise UserError(f"{path}: damaged; move it away to continue without this record")
 
 
-def warn_of_seen(data: Data, checkpoint: Path) -> None:
-    """Say so if test samples are among those that the run of `checkpoint` recorded as its training samples."""
-    trained = (recorded_split(checkpoint.parent) or {}).get("train", ())
+def _recorded_split(folder: Path) -> dict[str, list[str]] | None:
+    """Return the files of training and test set that a run in `folder` recorded, if any."""
+    path = folder / SPLIT
+    return _read_json(path, None, lambda split: all(isinstance(f, str) for f in split["train"] + split["test"]))
+
+
+def warn_of_seen(data: Data, path: Path) -> None:
+    """Warn about test samples that the run of the checkpoint `path` recorded as training samples."""
+    trained = (_recorded_split(path.parent) or {}).get("train", ())
     if data.split and (seen := set(trained).intersection(data.split["test"])):
-        logger.warning(
-            f"warning: {len(seen)} of {len(data.split['test'])} test samples are training samples of {checkpoint}"
-        )
+        samples = len(data.split["test"])
+        logger.warning(f"warning: {path}: trained on {len(seen)} of {samples} test samples; its accuracy is too high")
 
 
 @contextlib.contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Raise `UserError` where the run's folder cannot be made or written to; a full disk does not say what was."""
+    """Raise `UserError` if the folder of a run cannot be made or written to."""
     try:
         yield
     except OSError as error:
-        ours, theirs = folder.absolute(), Path(error.filename or folder).absolute()
-        is_ours = theirs.is_relative_to(ours) or ours.is_relative_to(theirs)
-        if not is_ours or not (error.filename or error.errno in FULL):
+        paths = folder.absolute(), Path(error.filename or folder).absolute()
+        is_inside = paths[1].is_relative_to(paths[0]) or paths[0].is_relative_to(paths[1])
+        if not is_inside or not (error.filename or error.errno in FULL):
             raise
         raise UserError(
-            f"{folder} cannot be written to ({error.filename or 'a file in it'}: {error.strerror or error}): make room "
-            "or choose another --output-dir; what was saved before stays"
+            f"{error.filename or folder}: {error.strerror or error}; make room or use another --output-dir. Earlier "
+            "checkpoints stay"
         ) from None
 
 
 @contextlib.contextmanager
-def records(cfg: Config, here: World, folder: Path, data: Data, first_epoch: int) -> Iterator[RunLog | None]:
-    """Write what the run is, and is trained on, to its folder, and give the main process its log."""
-    if not here.is_main:
+def records(cfg: Config, world: World, folder: Path, data: Data, first_epoch: int) -> Iterator[RunLog | None]:
+    """Record settings, provenance and data of a run in its folder, and give the main rank its log."""
+    if not world.is_main:
         yield None
         return
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder)
-    if first_epoch and recorded_split(folder) not in (None, data.split):
-        raise UserError(
-            f"{folder / SPLIT} is not how the data are split now: --split-seed or the data are others than when the "
-            "run began; go on with what they were, or start anew with --output-dir NEW"
-        )
+    if first_epoch and _recorded_split(folder) not in (None, data.split):
+        raise UserError(f"{folder / SPLIT}: the data are split otherwise now; use the same --split-seed and data")
     if data.split:
         log.write_whole(folder / SPLIT, json.dumps(data.split, indent=0) + "\n")
     if data.preview:
         data.preview(folder / "samples.png")
-    about = folder / "run.json"
-    try:
-        starts = json.loads(about.read_text()) if about.exists() else []
-        is_valid = isinstance(starts, list)
-    except (ValueError, RecursionError):
-        is_valid = False
-    if not is_valid:
-        raise UserError(f"{about}: damaged; move it away to go on without the record of earlier starts")
+    starts = _read_json(folder / "run.json", [], lambda content: isinstance(content, list))
     starts.append({**log.provenance(), "first_epoch": first_epoch, "config": plain(cfg)})
-    log.write_whole(about, json.dumps(starts, indent=2) + "\n")
+    log.write_whole(folder / "run.json", json.dumps(starts, indent=2) + "\n")
     settings = plain(cfg, without=("config", "variant", "output_dir", "resume", "checkpoint"))
     (folder / "config.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
     run_log = RunLog(folder, first_epoch)
     try:
         yield run_log
     except BaseException:
-        with contextlib.suppress(OSError):  # a full disk, say, of which more is to be told
+        with contextlib.suppress(OSError):  # the first error matters, such as a full disk
             run_log.close()
         raise
     run_log.close()
-
-
-def save(cfg: Config, here: World, folder: Path, trainer: Trainer, is_best: bool) -> None:
-    """Write `last.pt`, and `best.pt` if it is, from the main process; all of them call it.
-
-    Raises:
-        UserError: weights are not finite, which no loss need show (a membrane that is not, never fires).
-    """
-    content = trainer.state() | {"config": plain(cfg, without=LOCAL_FIELDS)}
-    if not here.is_main:
-        return
-    weights = [*content["state_dict"].values(), *(content["state_dict_ema"] or {}).values()]
-    if not torch.stack([value.isfinite().all() for value in weights]).all():
-        raise UserError(
-            f"the weights are no longer finite in epoch {trainer.epoch + 1}: lower lr, or use --clip-grad 1 or bf16; "
-            "what was saved before stays"
-        )
-    if is_best:  # first: killed in between, the epoch is evaluated again
-        checkpoint.save(folder / "best.pt", content)
-    checkpoint.save(folder / "last.pt", content, cfg.keep)

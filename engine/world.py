@@ -1,4 +1,4 @@
-"""One process or many: a thin layer over torch.distributed that does nothing where there is one process."""
+"""Ranks and devices: a thin layer over torch.distributed that does nothing in a single process."""
 
 import contextlib
 import datetime
@@ -18,6 +18,8 @@ from torch.distributed.rendezvous import rendezvous
 from .cli import RESUME, UserError
 from .settings import Config
 
+ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # set by a launcher
+
 
 @dataclass(frozen=True)
 class World:
@@ -35,65 +37,54 @@ class World:
 def setup(device: str) -> World:
     """Join the process group that a launcher announced in the environment, if any.
 
-    torchrun and torch.distributed.launch set RANK, WORLD_SIZE and LOCAL_RANK; under a bare `srun` Slurm's variables
-    are taken for them.
-
     Args:
         device: "cpu", "cuda", or "auto" for CUDA where torch sees it. NCCL connects GPUs, gloo CPUs.
 
     Raises:
-        UserError: CUDA is asked for and there is none, there are fewer devices than processes on this node, or
-            the environment is not a launcher's.
+        UserError: no CUDA, more ranks than GPUs on this machine, or an incomplete environment.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+        raise UserError("--device cuda: torch sees no CUDA device; use --device cpu")
     is_slurm = _translate_slurm()
     try:
-        rank, local_rank, world_size = (
-            int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-        )
-        if not 0 <= rank < world_size or local_rank < 0:
+        rank, local_rank, size = (int(os.environ.get(key, key == "WORLD_SIZE")) for key in ENVIRONMENT)
+        if not 0 <= rank < size or local_rank < 0:
             raise ValueError
     except ValueError:
-        raise UserError(
-            "RANK, LOCAL_RANK and WORLD_SIZE in the environment must be whole numbers, RANK below WORLD_SIZE; start "
-            "with torchrun"
-        ) from None
+        raise UserError(f"{', '.join(ENVIRONMENT)}: not integers with RANK < WORLD_SIZE; start with torchrun") from None
     where = torch.device(device)
     if device == "cuda":
         gpus = torch.cuda.device_count()
         index = 0 if is_slurm and gpus == 1 else local_rank  # Slurm may show each task its own GPU alone
         if index >= gpus:
-            raise UserError(f"process {local_rank} of this node has no GPU: start {gpus} processes")
+            raise UserError(f"LOCAL_RANK {local_rank}: no GPU left on this machine; start {gpus} processes")
         torch.cuda.set_device(index)
         where = torch.device(device, index)
-    if world_size == 1:
-        return World(0, 1, where)
+    if size > 1:
+        _join(where)
+        return World(td.get_rank(), td.get_world_size(), where)
+    return World(0, 1, where)
+
+
+def _join(device: torch.device) -> None:
+    address = os.environ.get("MASTER_ADDR", "localhost")
     try:
-        socket.getaddrinfo(os.environ.get("MASTER_ADDR", "localhost"), None)  # torch would ask for half an hour
+        socket.getaddrinfo(address, None)  # torch would ask for half an hour
         store, rank, world_size = next(rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun's restarted processes get the store of those that died, with their addresses in it; on several
-            # machines their numbers of restarts differ, see the README
+            # torchrun's restarted ranks get the store of the dead ones, with their addresses in it; on several
+            # machines the numbers of restarts differ, see the README
             store = td.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend, device_id = ("nccl", where) if device == "cuda" else ("gloo", None)
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         td.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
     except (ValueError, RuntimeError, socket.gaierror) as error:
-        where = os.environ.get("MASTER_ADDR", "MASTER_ADDR, which is not set")
-        raise UserError(f"cannot join the other processes at {where}, start with torchrun: {error}") from None
-    return World(td.get_rank(), td.get_world_size(), where)
-
-
-def set_arithmetic(cfg: Config) -> None:
-    """Set how a GPU computes convolutions and float32."""
-    torch.backends.cudnn.benchmark = cfg.cudnn_benchmark
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = cfg.tf32
+        raise UserError(f"MASTER_ADDR {address}: cannot join the other ranks ({error}); start with torchrun") from None
 
 
 def _translate_slurm() -> bool:
-    """Set what torchrun would set, in a process that `srun` started as one of several and torchrun did not."""
+    """Set torchrun's variables in a process that `srun` started as one of several, without torchrun."""
     env = os.environ
     if "WORLD_SIZE" in env or "SLURM_PROCID" not in env or env.get("SLURM_STEP_NUM_TASKS", "1") == "1":
         return False
@@ -106,48 +97,15 @@ def _translate_slurm() -> bool:
     return True
 
 
-def local_rank() -> int:
-    """Number of this process among those of its machine."""
-    value = os.environ.get("LOCAL_RANK", "0")
-    return int(value) if value.isdigit() else 0
-
-
-def may_restart() -> bool:
-    """Whether torchrun would start the processes anew after a failure."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
-
-
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether `error` is what a process sees when another one of its group has died."""
-    signs = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
-    is_network = isinstance(error, td.DistError) or any(sign in str(error).lower() for sign in signs)
-    return td.is_initialized() and is_network
-
-
-def in_turns(make: Callable):
-    """What `make` returns: in the main process first, then in one process of each machine, then in the others.
-
-    For what only one process at a time should write to a disk, which may be shared by machines or not; it may take
-    a day.
-    """
-    if not td.is_initialized():
-        return make()
-    patient = td.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-    mine = 0 if td.get_rank() == 0 else 1 if local_rank() == 0 else 2
-    for turn in range(3):
-        if turn == mine:
-            result = make()
-        td.barrier(patient)
-    return result
-
-
 @contextlib.contextmanager
 def membership() -> Iterator[None]:
     """Leave the process group, if there is one, at the end; raise `UserError` if another rank was lost."""
     try:
         yield
     except RuntimeError as error:
-        if not is_lost_peer(error):
+        signs = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
+        is_network = isinstance(error, td.DistError) or any(sign in str(error).lower() for sign in signs)
+        if not td.is_initialized() or not is_network:
             raise
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"another rank: lost ({reason}), see its own message; {RESUME}") from None
@@ -157,59 +115,94 @@ def membership() -> Iterator[None]:
 def teardown() -> None:
     """Leave the process group, if there is one."""
     if td.is_initialized():
-        # gloo's threads need the interpreter to free what the last collective sent, and torch, waiting for the threads
-        # to end, does not let go of it: they get their moment before
+        # torch waits for gloo's threads without releasing the interpreter, which they need to free the last message
         time.sleep(0.2)
         td.destroy_process_group()
 
 
+def may_restart() -> bool:
+    """Tell if torchrun restarts the ranks after a failure."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
+def set_arithmetic(cfg: Config) -> None:
+    """Set how a GPU computes convolutions and float32."""
+    torch.backends.cudnn.benchmark = cfg.cudnn_benchmark
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = cfg.tf32
+
+
+def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """Return the mixed precision `amp` ("fp16", "bf16" or "off"); fp16 is slow on a CPU, which uses float32."""
+    if amp == "off" or (amp == "fp16" and device.type == "cpu"):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, {"fp16": torch.float16, "bf16": torch.bfloat16}[amp])
+
+
+def in_memory_format(cfg: Config, images: Tensor) -> Tensor:
+    """Return images [B,C,H,W] in the memory format of `cfg`; event frames [B,T,C,H,W] keep theirs."""
+    return images.contiguous(memory_format=torch.channels_last) if cfg.channels_last and images.dim() == 4 else images
+
+
+def in_turns(make: Callable):
+    """Return `make()`, called in the main rank first, then in one rank of each machine, then in the others.
+
+    For files that one process at a time should write, on disks that machines may share; it may take a day.
+    """
+    if not td.is_initialized():
+        return make()
+    patient = td.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+    mine = 0 if td.get_rank() == 0 else 1 if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+    for turn in range(3):
+        if turn == mine:
+            result = make()
+        td.barrier(patient)
+    return result
+
+
 def world_size() -> int:
-    """Number of processes."""
+    """Return the number of ranks."""
     return td.get_world_size() if td.is_initialized() else 1
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The elementwise sum of every process's `values` (in place)."""
+    """Return the elementwise sum of all ranks' `values` (in place)."""
     if td.is_initialized():
         td.all_reduce(values)
     return values
 
 
 class Agreement:
-    """Lets the processes decide together; its own connection, so that a GPU is not waited for. Made by all at once."""
+    """A connection for decisions of all ranks that does not wait for a GPU; all ranks make it at once."""
 
     def __init__(self):
         self.group = td.new_group(backend="gloo") if td.is_initialized() else None
 
     def largest(self, value: int) -> int:
-        """The largest of all processes' values."""
-        if self.group is None:
-            return value
+        """Return the largest of all ranks' values."""
         box = torch.tensor(value)
-        td.all_reduce(box, td.ReduceOp.MAX, self.group)
+        if self.group is not None:
+            td.all_reduce(box, td.ReduceOp.MAX, self.group)
         return int(box)
 
 
 def from_main(value):
-    """The main process's `value`, in every process."""
+    """Return the main rank's `value` in every rank."""
+    box = [value]
     if td.is_initialized():
-        box = [value]
         td.broadcast_object_list(box)
-        value = box[0]
-    return value
+    return box[0]
 
 
 def gather(values: list) -> list:
-    """The lists of all processes, one behind the other, in every process."""
-    if not td.is_initialized():
-        return values
-    lists = [None] * td.get_world_size()
-    td.all_gather_object(lists, values)
-    return [value for one in lists for value in one]
+    """Return the lists of all ranks, concatenated, in every rank."""
+    lists = [values] * world_size()
+    if td.is_initialized():
+        td.all_gather_object(lists, values)
+    return [value for part in lists for value in part]
 
 
 def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with BatchNorm over all processes' batches: torch's on GPUs, and ours on a CPU, where torch has none."""
+    """Return `model` with BatchNorm over all ranks' batches: torch's on GPUs, ours on CPUs, where torch has none."""
     if device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
@@ -219,9 +212,9 @@ def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm whose mean and variance are differentiable sums over all processes. [B,C,...], unchanged."""
+    """BatchNorm whose mean and variance are differentiable sums over all ranks. [B,C,...], unchanged."""
 
-    process_group = None  # all processes, as in torch's
+    process_group = None  # all ranks, as in torch's
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass  # any number of dimensions

@@ -48,7 +48,7 @@ def main(result, *flags):
         step()
 
     trainer.optimizer.step = record
-    loss = trainer.train_epoch("first")
+    loss = trainer.train_epoch()
     batchnorms = sum("Sync" in type(m).__name__ for m in model.modules())
     if here.is_main:
         torch.save({"gradients": gradients, "state": model.state_dict(), "loss": loss, "synced": batchnorms}, result)

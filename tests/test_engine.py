@@ -15,9 +15,10 @@ from scripts import refuses
 from engine import checkpoint, config, world
 from engine.cli import UserError
 from engine.data.image import create_data
+from engine.evaluate import evaluate
 from engine.optim import create_optimizer, lr_at
 from engine.run import _agree_on_triton, build_model, setup
-from engine.trainer import Trainer, autocast, evaluate
+from engine.trainer import Trainer, autocast
 
 DIGITS = Path(__file__).resolve().parents[1] / "digits/digits.yml"
 LOSSES = [2.3030338925685037, 2.312364332910037, 2.2400097693761825, 2.2621201550727075, 2.1888208477107765]
@@ -53,9 +54,9 @@ class FirstBatches:
 
 def train_epochs(run, count=2):
     losses = []
-    for run.epoch in range(count):
-        run.begin_epoch()
-        losses.append(run.train_epoch("test"))
+    for epoch in range(count):
+        run.begin_epoch(epoch)
+        losses.append(run.train_epoch())
     return losses
 
 
@@ -65,7 +66,7 @@ def test_updates_accumulate_and_step_the_rate_per_iteration():
     run, rates = trainer(cfg), []
     step = run.optimizer.step
     run.optimizer.step = lambda: (rates.append(run.optimizer.param_groups[0]["lr"]), step())
-    run.train_epoch("test")
+    run.train_epoch()
     steps = len(run.data.train)
     assert steps == 11  # the last update has three steps, not four
     assert rates == [lr_at(cfg, first / steps) for first in (0, 4, 8)]
@@ -81,7 +82,7 @@ def test_accumulated_gradients_are_the_mean_over_the_update(monkeypatch):
     criterion = run.criterion
     run.criterion = lambda logits, target: labels.append(target) or criterion(logits, target)
     labels = []
-    run.train_epoch("test")
+    run.train_epoch()
     run.model.zero_grad()
     torch.stack([criterion(run.model(x), y) for x, y in zip(batches[:3], labels, strict=True)]).mean().backward()
     for ours, expected in zip(gradients, run.model.parameters(), strict=True):
@@ -106,7 +107,7 @@ def test_loss_sequence_of_a_fixed_seed():
     run, losses = trainer(configure("--warmup-epochs", "0", "--lr", "1e-2"), batches=5, dtype=torch.float64), []
     criterion = run.criterion
     run.criterion = lambda logits, target: losses.append(criterion(logits, target)) or losses[-1]
-    run.train_epoch("test")
+    run.train_epoch()
     assert [loss.item() for loss in losses] == pytest.approx(LOSSES, rel=1e-9)
 
 
@@ -114,25 +115,24 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     run = trainer(configure(), batches=2)
     run.criterion = lambda logits, target: logits.sum() * float("nan")
     with refuses("epoch 1"):
-        run.train_epoch("test")
+        run.train_epoch()
 
 
 def test_mixed_precision_trains():
     run = trainer(configure("--amp", "bf16"), batches=2)
     before = [p.clone() for p in run.model.parameters()]
-    assert math.isfinite(run.train_epoch("test"))
+    assert math.isfinite(run.train_epoch())
     assert any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
     result = evaluate(run.cfg, run.world, run.model, list(itertools.islice(run.data.test, 1)))
     assert math.isfinite(result["loss"])
 
 
 def test_a_test_loss_that_is_not_finite_is_not_saved():
-    run, saved = trainer(configure("--lr", "1", "--epochs", "1"), batches=1), []
-    run.train_epoch = lambda *_: 1.0
+    run = trainer(configure("--lr", "1", "--epochs", "1"), batches=1)
     run.model.head.bias.data[0] = float("inf")
+    result = evaluate(run.cfg, run.world, run.model, run.data.test)
     with refuses("epoch 1"):
-        run.fit(None, saved.append)
-    assert not saved
+        run.end_epoch(result)
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9-n1-mstd0.4-inc1"])
@@ -147,7 +147,7 @@ def test_the_papers_augmentations_never_fail(policy):
 
 def test_resuming_keeps_the_configured_optimizer_settings():
     first, second = trainer(configure(), batches=1), trainer(configure("--weight-decay", "0.5"), batches=1)
-    first.train_epoch("test")
+    first.train_epoch()
     second.restore(first.state())
     assert {group["weight_decay"] for group in second.optimizer.param_groups} == {0.5}
     assert second.optimizer.state_dict()["state"][0]["step"] == 1
@@ -176,7 +176,7 @@ def test_the_digits_split_is_fixed_and_disjoint():
 def test_the_average_of_the_weights_is_kept_evaluated_and_resumed():
     run = trainer(configure("--ema-decay", "0.75"), batches=1, dtype=torch.float64)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    run.train_epoch("test")
+    run.train_epoch()
     for name, average in run.ema.module.state_dict().items():
         after = run.model.state_dict()[name]
         if average.is_floating_point():
@@ -195,7 +195,7 @@ def test_the_average_of_the_weights_is_kept_evaluated_and_resumed():
 def test_gradients_are_clipped_to_their_norm(limit):
     run, norms = trainer(configure("--clip-grad", str(limit)), batches=1, dtype=torch.float64), []
     run.optimizer.step = lambda: norms.append(torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()]))
-    run.train_epoch("test")
+    run.train_epoch()
     (norm,) = norms
     assert norm == pytest.approx(limit, rel=1e-3) if limit < 1 else 0.01 < norm < 100
 
@@ -204,7 +204,7 @@ def test_cutmix_mixes_too():
     run, targets = trainer(configure("--cutmix", "1", "--smoothing", "0"), batches=2), []
     criterion = run.criterion
     run.criterion = lambda logits, target: targets.append(target) or criterion(logits, target)
-    run.train_epoch("test")
+    run.train_epoch()
     assert all(((target > 0).sum(1) <= 2).all() for target in targets)
     assert any((target.max(1).values < 1).any() for target in targets)
 
@@ -334,9 +334,8 @@ def test_a_run_moves_between_cpu_and_gpu(tmp_path):
     for run in runs:
         if run is not runs[0]:
             run.restore(checkpoint.read(tmp_path / "last.pt"))
-        run.train_epoch("test")
-        run.epoch += 1
-        run.begin_epoch()  # a state at the end of an epoch has nothing left to train
+        run.train_epoch()
+        run.begin_epoch(run.epoch + 1)  # a state at the end of an epoch has nothing left to train
         checkpoint.save(tmp_path / "last.pt", run.state() | {"config": {}})
     assert [run.optimizer.param_groups[0]["fused"] for run in runs] == [None, True, None]
     assert runs[2].optimizer.state_dict()["state"][0]["step"] == 3

@@ -11,8 +11,7 @@ from scripts import fail, here, named, ranks, result_in, rows_in, succeed
 from tiny_data import cifar10_dvs, dvs128_gesture
 
 import engine.run
-from engine import pictures
-from engine.data import digits_dvs
+from engine.data import digits_dvs, pictures
 from engine.data.event import DigitsDVS
 
 TINY = "--epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --time-steps 2 --batch-size 4 --workers 0 --threads 1".split()

@@ -11,7 +11,7 @@ from scripts import ROOT, result_in
 
 import engine.run
 from engine.data.loaders import Data
-from engine.pictures import Gallery
+from engine.evaluate import Gallery
 
 SCRIPTS = {
     "QKFormer_10_384_T4_B2_224_s0": "imagenet",

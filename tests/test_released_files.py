@@ -7,7 +7,8 @@ import json
 import torch
 from scripts import ROOT, fail, here, named, result_in, rows_in
 
-from engine import checkpoint, config, published
+from engine import checkpoint, config, weights
+from engine.evaluate import Figures, published
 from models import create_model
 from models.released import identify, to_released
 
@@ -49,9 +50,9 @@ def test_a_known_file_is_evaluated_by_its_recipe(data, tmp_path, monkeypatch, ca
     """Recognised by its md5: the recipe's resolution, membrane and batch, and its published figure."""
     path = released_file(tmp_path / "weights.pth", num_classes=4)
     digest = hashlib.md5(path.read_bytes()).hexdigest()
-    assert published.recipe_of(path, ROOT / "imagenet") is None
-    monkeypatch.setitem(published.RELEASED, digest, "qkformer_10_384")
-    monkeypatch.setattr(published, "accuracies", lambda cfg, folder: {"paper": 78.8, "log": 78.85})
+    assert weights.recipe_of(path, ROOT / "imagenet") is None
+    monkeypatch.setitem(weights.RELEASED, digest, "qkformer_10_384")
+    monkeypatch.setattr("engine.run.published", lambda *_: Figures({"paper": 78.8, "log": 78.85}))
     flags = ["--data-path", data / "five", "--num-classes", "4", "--workers", "0", "--both-membranes"]
     here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *flags, "--time-steps", 1)
     about = result_in(tmp_path)
@@ -67,7 +68,7 @@ def test_published_figures_stand_beside_their_own_network_only():
         found, shown = identify(to_released(create_model(name, **arguments)))
         folder = ROOT / ("cifar100" if arguments else "imagenet")
         cfg = config.load(next(folder.glob("*.yml")), [], {"model": found, **shown})
-        assert set(published.accuracies(cfg, folder)) == {"paper", "log"}
+        assert set(published(cfg, config.read(next(folder.glob("*.yml")))).top1) == {"paper", "log"}
     for flags, figures in [
         ("", {"paper": 78.8, "log": 78.85}),
         ("--ssa-membrane per_sample --batch-size 7", {"paper": 78.8, "log": 78.85}),
@@ -80,9 +81,9 @@ def test_published_figures_stand_beside_their_own_network_only():
         ("--num-classes 4", {}),
     ]:
         cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", flags.split())
-        assert published.accuracies(cfg, ROOT / "imagenet") == figures
-    assert len(published.RELEASED) == 5
-    assert all((ROOT / f"imagenet/{name}.yml").exists() for name in published.RELEASED.values())
+        assert published(cfg, config.read(ROOT / "imagenet/qkformer_10_384.yml")).top1 == figures
+    assert len(weights.RELEASED) == 5
+    assert all((ROOT / f"imagenet/{name}.yml").exists() for name in weights.RELEASED.values())
 
 
 def settings_in(path):

@@ -12,7 +12,7 @@ import torch
 from scripts import ROOT, fail, here, named, refuses, rows_in, run, same, signal_at_step, succeed
 from tiny_data import cifar10_dvs
 
-from engine import checkpoint, config, run_dir, world
+from engine import checkpoint, config, world
 from engine import run as engine_run
 from engine.cli import Stopped, StopRequest, guard
 from engine.data.loaders import TrainLoader
@@ -64,10 +64,10 @@ def trainer(*flags):
 
 def test_an_epoch_of_another_order_begins_anew(capfd):
     first, other, saved = trainer("--epochs", "1"), trainer("--batch-size", "120"), []
-    stop = StopRequest()
-    stop.signal = signal.SIGTERM
+    first.save = lambda: saved.append(first.state())
+    first.stop.signal = signal.SIGTERM
     with pytest.raises(Stopped):
-        first.fit(None, lambda is_best: saved.append(first.state()), stop)
+        first.train_epoch()
     engine_run.log.setup_console(True)
     other.restore(saved[0])
     assert (first.steps_done, other.steps_done) == (1, 0)
@@ -81,8 +81,9 @@ def test_an_update_is_never_cut_in_two():
     """What is saved every two updates is where no gradient is left over."""
     saved = []
     one = trainer("--save-steps", "1", "--accum-iter", "2", "--epochs", "1")
-    one.fit(None, lambda is_best: saved.append(one.steps_done))
-    assert saved == [2, 4, 0]
+    one.save = lambda: saved.append(one.steps_done)
+    one.train_epoch()
+    assert saved == [2, 4]
 
 
 def test_a_second_interrupt_is_not_held_up():
@@ -164,12 +165,13 @@ def test_a_layer_without_spikes_is_named(capfd):
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     """The loss need not tell: a membrane that is not a number never fires."""
     one = trainer("--epochs", "1")
-    run_dir.save(one.cfg, one.world, tmp_path, one, True)
+    one.folder = tmp_path
+    one.save(True)
     before = (tmp_path / "last.pt").read_bytes()
     with torch.no_grad():
         one.model.get_submodule("stages.1.blocks.0.mlp.fc1.conv").weight[0] = float("nan")
     with refuses("epoch 1"):
-        run_dir.save(one.cfg, one.world, tmp_path, one, True)
+        one.save(True)
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
     assert (tmp_path / "last.pt").read_bytes() == before
 
@@ -188,7 +190,7 @@ def test_a_collapsed_loss_scale_ends_the_run():
     one = trainer("--epochs", "1")
     one.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-11)
     with refuses("fp16", "epoch 1", "--amp bf16"):
-        one.train_epoch("test")
+        one.train_epoch()
 
 
 @pytest.mark.parametrize(

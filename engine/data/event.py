@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .. import pictures
 from .. import world as distributed
 from ..cli import UserError
 from ..config import Config
 from ..log import logger
 from ..world import World
-from . import digits_dvs, recordings
+from . import digits_dvs, pictures, recordings
 from .aedat import SIDE
 from .augment import SNNWideAugment
 from .datasets import Digits, data_path

@@ -11,10 +11,10 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import ToNumpy
 from torch.utils.data import IterableDataset
 
-from .. import pictures
 from ..cli import UserError
 from ..config import Config
 from ..world import World
+from . import pictures
 from .datasets import class_names, create_dataset, is_imagenet
 from .loaders import Data, Seeded, create_loader, create_mixup
 

@@ -59,7 +59,7 @@ def fitting(key):
     return default | default | (st.booleans() if isinstance(field.default, bool) else numbers | texts | st.lists(texts))
 
 
-FITTING = st.lists(st.sampled_from(list(config.FIELDS)[2:]), max_size=8, unique=True).flatmap(
+FITTING = st.lists(st.sampled_from(sorted({*config.FIELDS} - {"config", "variant"})), max_size=8, unique=True).flatmap(
     lambda keys: st.fixed_dictionaries({key: fitting(key) for key in keys} | {"lr": st.just(1e-3)})
 )
 

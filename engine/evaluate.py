@@ -1,0 +1,157 @@
+"""Evaluation: accuracy over a test set, published figures next to it, and the report that test.py writes."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from . import log
+from . import world as distributed
+from .cli import StopRequest, UserError
+from .config import MODEL_FIELDS, Config, Layers, plain, read
+from .log import logger, progress
+from .world import World, autocast, in_memory_format
+
+
+@torch.inference_mode()
+def evaluate(
+    cfg: Config,
+    world: World,
+    model: nn.Module,
+    loader: Iterable,
+    name: str = "test",
+    on_batch: Callable[[Tensor, Tensor, Tensor], object] | None = None,
+    stop: StopRequest | None = None,
+) -> dict:
+    """Return the accuracy over the whole test set, each sample counted once, for any number of ranks.
+
+    Args:
+        on_batch: called with the images, labels and logits of each batch of this rank.
+        stop: a signal ends the evaluation early.
+
+    Returns:
+        `loss` (mean cross-entropy), `top1` and `top5` (percent), `count` (samples).
+    """
+    model.eval()
+    batches = []  # of each: loss, top-1, top-5, count
+    for images, labels in progress(loader, name, cfg.log_interval, world.is_main):
+        with autocast(cfg.eval_amp or cfg.amp, world.device):
+            logits = model(in_memory_format(cfg, images))
+        losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        samples = [losses, hits[:, 0], hits.sum(1), torch.ones_like(losses)]
+        batches.append(torch.stack([value.double() for value in samples]).sum(1))
+        if on_batch:
+            on_batch(images, labels, logits)
+        if stop and stop.signal:
+            break
+    rows = distributed.gather(torch.stack(batches).tolist() if batches else [])
+    if not rows:
+        raise UserError("test set: empty; check --data-path")
+    # fsum rounds once: the result does not depend on which rank had which batch
+    loss, top1, top5, count = map(math.fsum, zip(*rows, strict=True))
+    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": int(count)}
+
+
+class Figures(NamedTuple):
+    """Published figures of a network: top-1 (percent) by source ("paper", "log"), and energy (mJ)."""
+
+    top1: dict[str, float] = {}  # noqa: RUF012, a tuple's default
+    energy_mj: float | None = None
+
+
+def published(cfg: Config, layers: Layers) -> Figures:
+    """Return the figures of the recipe or variant in the script's folder with the network and input of `cfg`.
+
+    `ssa_membrane` may differ, because the comparison of the two is of interest.
+    """
+    keys = {*MODEL_FIELDS, "input_size", "split_seed"} - {"ssa_membrane"}
+    for recipe in _recipes(layers):
+        if all(getattr(recipe, key) == getattr(cfg, key) for key in keys):
+            top1 = {"paper": recipe.paper_top1, "log": recipe.log_top1}
+            return Figures({source: value for source, value in top1.items() if value}, recipe.paper_energy_mj)
+    return Figures()
+
+
+def _recipes(layers: Layers) -> Iterator[Config]:
+    """Yield the recipe of a run and its variants, then the others of the script's folder."""
+    yield from layers.all()
+    for path in sorted({*layers.folder.glob("*.yml")} - {layers.path}):
+        with contextlib.suppress(UserError):  # a file of the user's
+            yield from read(path).all()
+
+
+def membranes(cfg: Config) -> list[str]:
+    """Return the kinds of `ssa_membrane` to evaluate with, the configured one first."""
+    if cfg.both_membranes and cfg.residual == "sew":
+        return sorted(("released", "per_sample"), key=lambda kind: kind != cfg.ssa_membrane)
+    if cfg.both_membranes:
+        logger.warning("warning: --both-membranes: residual ms has one kind of membrane")
+    return [cfg.ssa_membrane]
+
+
+def report(cfg: Config, membrane: str, result: dict, figures: Figures) -> None:
+    """Print the accuracy with one kind of membrane, and the published figures."""
+    which = f" (ssa_membrane {membrane})" if cfg.both_membranes else ""
+    logger.info(
+        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} "
+        f"on {result['count']} samples{which}"
+    )
+    if figures.top1:
+        parts = [f"{value:.2f} % ({source}; {result['top1'] - value:+.2f})" for source, value in figures.top1.items()]
+        logger.info(f"published: {', '.join(parts)}")
+
+
+def write(cfg: Config, folder: Path, results: dict[str, dict], figures: Figures, gallery: "Gallery", energy) -> None:
+    """Write the numbers, the picture of the answers and, if it was measured, the energy."""
+    name = Path(cfg.checkpoint).stem  # several checkpoints may share a folder
+    written = [folder / f"{name}.test.json", folder / f"{name}.predictions.png"]
+    settings = plain(cfg, without=("config", "output_dir", "energy")) | {"recipe": Path(cfg.config).stem}
+    content = {**next(iter(results.values())), "published_top1": figures.top1, **settings, **log.provenance()}
+    if cfg.both_membranes:
+        content["membranes"] = results
+    if energy:
+        content["energy"] = energy.summary()
+        written += energy.write(folder, name)
+    log.write_whole(written[0], json.dumps(content, indent=2) + "\n")
+    gallery.draw(written[1])
+    logger.info(f"written: {', '.join(map(str, written))}")
+
+
+class Gallery:
+    """Test samples with the model's answers: first the mistakes, then right answers, `rows` x `columns` in all."""
+
+    rows, columns = 4, 10
+
+    def __init__(self, classes: Sequence[str], show: Callable[[Tensor], Tensor]):
+        """`show` turns a sample as the network sees it into [H,W,3] or [H,W,1], 0 to 1."""
+        self.classes, self.show = classes, show
+        self.wrong, self.right = [], []
+
+    def add(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
+        """Keep what is still needed of a batch: samples [B,...] as the network sees them, logits [B,classes]."""
+        size = self.rows * self.columns
+        answers = logits.argmax(1)
+        for kept, chosen, limit in ((self.wrong, answers != labels, size // 2), (self.right, answers == labels, size)):
+            for i in chosen.nonzero()[: limit - len(kept), 0].tolist():
+                kept.append((images[i].float().cpu(), labels[i].item(), answers[i].item()))
+
+    def draw(self, path: Path) -> None:
+        """Write the picture; mistakes are red, with the truth."""
+        figure = Figure(figsize=(11, 1.5 * self.rows), layout="constrained")
+        axes = figure.subplots(self.rows, self.columns)
+        for axis in axes.flat:
+            axis.axis("off")
+        for axis, (image, label, answer) in zip(axes.flat, self.wrong + self.right, strict=False):
+            axis.imshow(self.show(image).numpy(), cmap="gray", vmin=0, vmax=1)
+            said, true = (log.label(self.classes[index]) for index in (answer, label))
+            title, color = (said, "black") if label == answer else (f"{said}\nis {true}", "tab:red")
+            axis.set_title(title, fontsize=8, color=color)
+        figure.suptitle("Test samples with the model's answers; mistakes first, in red", fontsize=11)
+        figure.savefig(path, dpi=110)

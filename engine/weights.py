@@ -1,0 +1,144 @@
+"""Weights: from a file to settings, from settings to a network, and from the file into the network."""
+
+import dataclasses
+import hashlib
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from models import create_model
+from models.neuron import silent_layers
+from models.released import identify, load_released
+
+from .cli import UserError, short
+from .config import EVENT_DATASETS, FIELDS, MODEL_FIELDS, Config, Layers, plain, read
+from .log import logger
+
+RELEASED = {  # md5 -> recipe in imagenet/
+    "60df416983ae326bb14bdb4566444320": "qkformer_10_384",
+    "85dd1f94c87ba5ec908fed5d0a3f7f69": "qkformer_10_512",
+    "dc1595408ed1bd40346be2bdaf5015d5": "qkformer_10_768",
+    "ba20af8eb450d4ec9c71009fde8e7125": "qkformer_10_768_288",
+    "99a671118f67a680aa38b6ac5aae449a": "qkformer_10_768_384",
+}
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Return the network of `cfg`; raise `UserError` if its settings conflict."""
+    settings = {key: getattr(cfg, key) for key in MODEL_FIELDS if key != "model"}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    try:
+        model = create_model(cfg.model, **settings, drop_path=cfg.drop_path, lif_backend=cfg.lif_backend)
+        model.set_spike_packing(cfg.pack_spikes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    model.set_grad_checkpointing(cfg.grad_checkpointing)
+    return model.to(memory_format=torch.channels_last) if cfg.channels_last else model
+
+
+def settings_of(state: dict, path: Path, layers: Layers) -> Config:
+    """Return the settings to evaluate a checkpoint with: its record, its published row or its shapes, under flags."""
+    if state["format"] == "qkformer":
+        cfg = layers.config(state["config"])
+        own = layers.config(validate=False).dataset  # of the script, or of --dataset
+        if own != cfg.dataset and {own, cfg.dataset} & set(EVENT_DATASETS):
+            raise UserError(f"{path}: trained on {cfg.dataset}, this script is for {own}; use {cfg.dataset}'s")
+        if own != cfg.dataset:
+            logger.warning(f"warning: {path}: trained on {cfg.dataset}; evaluating on that, not on {own}")
+        for key, value, recorded in differences(cfg, state["config"], MODEL_FIELDS):
+            logger.warning(f"warning: {path}: trained with {key} = {short(recorded)}, evaluated with {value!r}")
+    elif "config" not in layers.flags and (known := recipe_of(path, layers.folder)):
+        cfg = dataclasses.replace(read(known), flags=layers.flags).config()
+        logger.info(f"{path}: the released checkpoint of {known.stem}, recognised by its md5")
+    else:
+        cfg = layers.config(_shown_by(state, path))
+    return dataclasses.replace(cfg, checkpoint=str(path))
+
+
+def recipe_of(path: Path, folder: Path) -> Path | None:
+    """Return the recipe in `folder` of a released checkpoint, known by its md5."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "md5").hexdigest()
+    recipe = folder / f"{RELEASED[digest]}.yml" if digest in RELEASED else None
+    return recipe if recipe and recipe.exists() else None
+
+
+def _shown_by(state: dict, path: Path) -> dict[str, object]:
+    """Infer settings of a checkpoint of another project: the network from shapes, T and size from its `args`."""
+    try:
+        name, arguments = identify(state["state_dict"])
+    except ValueError as error:
+        logger.warning(f"warning: {path}: {error}; trying recipe and flags")
+        return {}
+    if arguments["residual"] == "ms":
+        arguments["ssa_membrane"] = "per_sample"
+    shown = []
+    for key, theirs in (("time_steps", "time_step"), ("time_steps", "T"), ("input_size", "input_size")):
+        value = getattr(state.get("args"), theirs, None)
+        if isinstance(value, int) and FIELDS[key].metadata["low"] <= value <= FIELDS[key].metadata["high"]:
+            arguments[key] = value
+            shown.append(key)
+    logger.info(
+        f"{path}: {name}, recognised by its shapes, with {' and '.join(shown) or 'neither T nor size'} recorded. "
+        "Other values: --time-steps, --input-size (224, 288 and 384 have the same shapes), --ssa-membrane"
+    )
+    return {"model": name, **arguments}
+
+
+def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, new_head: bool = False) -> None:
+    """Load a checkpoint's weights, under our names or released ones; raise `UserError` if they do not fit."""
+    weights = state["state_dict"]
+    if cfg.use_ema and state.get("state_dict_ema"):
+        weights = state["state_dict_ema"]
+        logger.info(f"{path}: using the averaged weights (--no-use-ema for the others)")
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    head = weights.get("head.weight")
+    if new_head and head is not None and len(head) != model.num_classes:
+        logger.info(f"{path}: new head for {model.num_classes} classes in place of {len(head)}")
+        trunc_normal_(model.head.weight, std=2e-5)  # as the released fine-tuning
+        weights |= {"head.weight": model.head.weight, "head.bias": model.head.bias}
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {name} holds values that are not finite; use an older checkpoint")
+    trained = state.get("config", {}).get("model", cfg.model)
+    try:
+        if any(name.startswith("stages.") for name in weights):
+            model.load_state_dict(weights)
+        else:
+            load_released(model, weights)
+    except (ValueError, RuntimeError) as error:
+        other = f"trained as {short(trained)}, not {cfg.model!r}; " if trained != cfg.model else ""
+        raise UserError(f"{path}: {other}{textwrap.shorten(str(error), 400)}") from None
+
+
+def warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:
+    """Warn about settings that change the network but not the shapes of its weights."""
+    recorded = state.get("config") or {
+        "ssa_membrane": "released" if cfg.residual == "sew" else "per_sample",
+        "time_steps": getattr(state.get("args"), "time_step", cfg.time_steps),
+    }
+    keys = [key for key in ("ssa_membrane", "residual", "time_steps", "attention") if key in recorded]
+    for key, value, trained in differences(cfg, recorded, keys):
+        logger.warning(f"warning: {path}: trained with {key} = {short(trained)}, this run has {value!r}")
+
+
+def differences(cfg: Config, recorded: dict, keys: Sequence[str]) -> Iterator[tuple[str, object, object]]:
+    """Yield (key, value in `cfg`, value recorded) of each setting among `keys` that differs."""
+    values = plain(cfg)
+    return ((key, values[key], recorded.get(key)) for key in keys if values[key] != recorded.get(key))
+
+
+@torch.inference_mode()
+def warn_of_silence(model: nn.Module, images: Tensor) -> None:
+    """Warn about layers with no spikes on these images; nothing after them can learn."""
+    model.eval()
+    if names := silent_layers(model, images):
+        more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
+        logger.warning(
+            f"warning: {', '.join(names[:3])}{more}: no spikes on {len(images)} test samples; if this lasts, lower lr "
+            "or start from other weights"
+        )
