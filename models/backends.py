@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .fused import cpu, plan
-from .fused.coverage import Coverage
+from .fused.coverage import Coverage, Covered
 from .neuron import ALPHA, LIF, TAU, THRESHOLD, is_continued, torch_lif
 from .qkformer import HierarchicalSpikingTransformer
 
@@ -141,18 +141,20 @@ class FastPath:
     def __call__(self, model: HierarchicalSpikingTransformer, x: Tensor) -> Tensor | None:
         if torch.compiler.is_compiling() or model.residual != "sew" or model.embed != "speds" or is_continued():
             return None
-        ops = self._ops(model, x) if x.numel() else None
-        return None if ops is None else plan.forward_features(model, x, ops)
-
-    def _ops(self, model: HierarchicalSpikingTransformer, x: Tensor) -> ModuleType | None:
-        """`gpu` or `cpu`, whichever computes the modules' answer for x."""
         covered = self.coverage.of(model.stages)
-        if covered.function is triton_lif or (covered.function is auto_lif and x.is_cuda and launches("triton")):
-            from .fused import autograd, gpu  # which import Triton
+        ops = _ops(covered, x) if x.numel() else None
+        pack = model.spike_packing and model.training and not covered.drops
+        return None if ops is None else plan.forward_features(model, x, ops, pack)
 
-            return gpu if x.device.type != "cpu" or autograd.interpreted() else None
-        learns = covered.trains or torch.is_grad_enabled()
-        return cpu if covered.function is auto_lif and x.device.type == "cpu" and not learns else None
+
+def _ops(covered: Covered, x: Tensor) -> ModuleType | None:
+    """`gpu` or `cpu`, whichever computes for x what the modules of a covered network do; None if neither."""
+    if covered.function is triton_lif or (covered.function is auto_lif and x.is_cuda and launches("triton")):
+        from .fused import autograd, gpu  # which import Triton
+
+        return gpu if x.device.type != "cpu" or autograd.interpreted() else None
+    learns = covered.trains or torch.is_grad_enabled()
+    return cpu if covered.function is auto_lif and x.device.type == "cpu" and not learns else None
 
 
 def set_lif_backend(model: nn.Module, backend: str) -> None:

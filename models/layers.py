@@ -4,6 +4,7 @@ Shapes: T time steps, B batch, C channels, H height, W width, N = H*W tokens.
 """
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
@@ -93,6 +94,23 @@ class DropPath(nn.Module):
         if not self.rate or not self.training:
             return x
         return drop_path(x.transpose(0, 1), self.rate, training=True).transpose(0, 1)
+
+
+class Chain(nn.Sequential):
+    """Modules one after the other, each of which can be recomputed in the backward pass; chains inside decide alone."""
+
+    def __init__(self, *modules: nn.Module | OrderedDict[str, nn.Module]):
+        super().__init__(*modules)
+        self.grad_checkpointing = False
+
+    def recomputes(self, module: nn.Module) -> bool:
+        """Whether the backward pass computes `module` again instead of reading its activations."""
+        return self.grad_checkpointing and self.training and not isinstance(module, Chain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self:
+            x = checkpointed(module, x) if self.recomputes(module) else module(x)
+        return x
 
 
 def checkpointed(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from .embed import SPEDS, SPS
-from .layers import DropPath, SpikingMLP, checkpointed
+from .layers import Chain, DropPath, SpikingMLP
 from .neuron import LIF, continued
 
 ATTENTIONS = {"token": TokenQKAttention, "channel": ChannelQKAttention, "self": SpikingSelfAttention}
@@ -120,7 +120,7 @@ class HierarchicalSpikingTransformer(nn.Module):
         self.shortcut, self.ssa_membrane, self.time_steps = shortcut, ssa_membrane, time_steps
         self.embed = embed
         self.in_channels, self.num_classes = in_channels, num_classes
-        self.grad_checkpointing = self.spike_packing = False
+        self.spike_packing = False
 
         first_units, first_branch, later_units = EMBEDS[family]
         rates = iter(calculate_drop_path_rates(drop_path, sum(depths)))
@@ -135,7 +135,7 @@ class HierarchicalSpikingTransformer(nn.Module):
             )
             options = self_attn if kind == "self" else attn
             blocks = [Block(kind, dim, heads, mlp_ratio, residual, next(rates), options) for _ in range(depth)]
-            self.stages.append(nn.Sequential(OrderedDict(embed=first, blocks=nn.Sequential(*blocks))))
+            self.stages.append(Chain(OrderedDict(embed=first, blocks=Chain(*blocks))))
         self.lif = LIF() if residual == "ms" else nn.Identity()
         self.head = nn.Linear(width, num_classes)
         trunc_normal_(self.head.weight, std=0.02)
@@ -156,8 +156,7 @@ class HierarchicalSpikingTransformer(nn.Module):
         else:
             x = x.transpose(0, 1)  # [T,B,C,H,W]
         for stage in self.stages:
-            for module in (stage.embed, *stage.blocks):
-                x = checkpointed(module, x) if self.grad_checkpointing and self.training else module(x)
+            x = stage(x)
         return x
 
     def forward_head(self, x: Tensor) -> Tensor:
@@ -206,7 +205,9 @@ class HierarchicalSpikingTransformer(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each SPEDS and block in the backward pass instead of keeping its activations (timm's name)."""
-        self.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Chain):
+                module.grad_checkpointing = enable
 
     def set_spike_packing(self, enable: bool = True) -> None:
         """On the fused path keep spikes for the backward pass as bits and bytes: less memory for a little more time.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..embed import SPEDS
-from ..layers import DropPath, SpikingConv, checkpointed
+from ..layers import Chain, DropPath, SpikingConv, checkpointed
 
 
 class Run(NamedTuple):
@@ -23,25 +23,27 @@ class Run(NamedTuple):
     pack: bool = False  # keep spikes for the backward pass packed
 
 
-def forward_features(model: nn.Module, x: Tensor, ops: ModuleType) -> Tensor:
+def forward_features(model: nn.Module, x: Tensor, ops: ModuleType, pack: bool = False) -> Tensor:
     """That of `HierarchicalSpikingTransformer`: [B,C,H,W] or [B,T,C,H,W] to [T,B,C,H,W]."""
     if x.dim() == 4:
         x, steps = x[None], model.time_steps  # [1,B,C,H,W]
     else:
         x, steps = x.transpose(0, 1), x.shape[1]  # [T,B,C,H,W]
     x = x.permute(0, 1, 3, 4, 2).contiguous()  # [T,B,H,W,C]
-    run = Run(steps, ops, model.spike_packing and model.training)
-    recomputes = model.grad_checkpointing and model.training
+    run = Run(steps, ops, pack)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         for stage in model.stages:
-            for module in (stage.embed, *stage.blocks):
-                compute = functools.partial(forward, module, run=run)
-                x = checkpointed(module, x, compute) if recomputes else compute(x)
+            x = forward(stage, x, run)
     return x.permute(0, 1, 4, 2, 3)
 
 
 def forward(m: nn.Module, x: Tensor, run: Run) -> Tensor:
-    """A `SPEDS` or `Block`: [T,B,H,W,C] to [T,B,H',W',C']; the first SPEDS takes the image [1,B,H,W,C], too."""
+    """A `Chain`, `SPEDS` or `Block`: [T,B,H,W,C] to [T,B,H',W',C']; the first SPEDS also takes an image [1,B,H,W,C]."""
+    if isinstance(m, Chain):
+        for module in m:
+            compute = functools.partial(forward, module, run=run)
+            x = checkpointed(module, x, compute) if m.recomputes(module) else compute(x)
+        return x
     return _speds(m, x, run) if isinstance(m, SPEDS) else _block(m, x, run)
 
 

@@ -1,0 +1,290 @@
+"""The fused path against the modules after a user changed anything that it reads: equal answers, or it stands aside."""
+
+import copy
+from collections import OrderedDict
+from types import FunctionType
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from models import create_model, set_lif_backend
+from models.layers import SpikingConv
+from models.neuron import LIF, silent_layers, torch_lif
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+METHODS = ("forward", "attend", "_over_time", "_conv_forward", "_check_input_dim", "_call_impl")
+DICTS = ("_modules", "_parameters", "_buffers")
+SETTINGS = {
+    "width": 32,
+    "depths": (1, 1, 1),
+    "heads": 2,
+    "attention": ("token", "channel", "self"),
+    "mlp_ratio": 1,
+    "ssa_scale": 0.5,
+}
+
+
+def network(seed=0, time_steps=2):
+    """A network of every kind of module, whose neurons fire; and images."""
+    torch.manual_seed(seed)
+    model = create_model("qkformer_4_384", time_steps=time_steps, num_classes=3, **SETTINGS).double()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in norms:
+        m.weight.data.fill_(1.5)
+        m.bias.data.fill_(0.6)
+        m.momentum = 1.0
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    set_lif_backend(model, "torch")
+    with torch.no_grad():
+        model(x)  # running statistics that fit
+    for m in norms:
+        m.momentum = 0.1
+    assert not silent_layers(model.eval(), x)
+    return model, x
+
+
+def doubled(function):
+    return lambda *x, **more: 2 * function(*x, **more)
+
+
+class Doubled(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *x):
+        return 2 * self.module(*x)
+
+
+def patch(m, name, also_delete=False):
+    if also_delete:
+        del m.spare
+    method = getattr(m, name)
+    setattr(m, name, doubled(method) if name != "_check_input_dim" else lambda x: 1 / 0)
+
+
+def hook(m, name, replace):
+    """Register a hook that changes what passes, in a new dictionary or the present one."""
+    if replace:
+        setattr(m, name, OrderedDict())
+    if name == "_forward_hooks":
+        m.register_forward_hook(lambda m, x, y: 2 * y)
+    elif name == "_forward_pre_hooks":
+        m.register_forward_pre_hook(lambda m, x: tuple(2 * part for part in x))
+    elif name == "_backward_hooks":
+        m.register_full_backward_hook(lambda m, x, y: None)
+    else:
+        m.register_full_backward_pre_hook(lambda m, y: None)
+
+
+def other(value):
+    """Another value of the type; None for what has no other."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return 0.5 * value + 0.1
+    if isinstance(value, str):
+        return "circular" if value == "zeros" else value + "x"
+    if isinstance(value, FunctionType):
+        return doubled(value)
+    if isinstance(value, tuple | list) and value and isinstance(value[0], int):
+        return type(value)(part + 1 for part in value)
+    return None
+
+
+def set_data(tensor, change):
+    tensor.data = change(tensor.data)
+
+
+def changes_of(m):
+    """{label: change of a module} of every attribute, child, tensor, hook and method of `m`."""
+    found = {}
+    for name, value in vars(m).items():
+        if (new := other(value)) is not None:
+            found[name] = lambda m, name=name, new=new: setattr(m, name, new)
+        if isinstance(value, float):
+            found[f"{name} as a tensor"] = lambda m, name=name: setattr(m, name, torch.tensor(getattr(m, name)))
+    for name in HOOKS:
+        for replace in (False, True):
+            found[f"{name} {replace}"] = lambda m, name=name, replace=replace: hook(m, name, replace)
+    for name in METHODS:
+        if hasattr(m, name) and not (name == "forward" and isinstance(m, nn.ModuleList)):
+            for delete in (False, True):
+                found[f"{name}() {delete}"] = lambda m, name=name, delete=delete: patch(m, name, delete)
+    for name in m._modules:
+        if getattr(m, name) is not None:
+            found[f"{name} replaced"] = lambda m, name=name: m._modules.update({name: Doubled(m._modules[name])})
+    for kind in ("_parameters", "_buffers"):
+        for name, tensor in getattr(m, kind).items():
+            if tensor is None or not tensor.dim():
+                continue
+            for label, change in {
+                "halved": lambda x: x * 0.5,
+                "shorter": lambda x: x[:-1],
+                "strided": lambda x: torch.stack([x, x + 1], -1)[..., 0],
+            }.items():
+                found[f"{name} {label}"] = lambda m, name=name, change=change: set_data(getattr(m, name), change)
+            found[f"{name} removed"] = lambda m, name=name: setattr(m, name, None)
+    for name in DICTS:
+        found[f"{name} copied"] = lambda m, name=name: m.__dict__.update({name: dict(m.__dict__[name])})
+    return found
+
+
+def places():
+    """{kind: a module's name}: the last of every kind in the stages, and of units with pooling or tokens."""
+    model, _ = network()
+    found = {}
+    for name, m in model.stages.named_modules():
+        pools = isinstance(m, SpikingConv) and isinstance(m.pool, nn.MaxPool2d)
+        tokens = isinstance(m, SpikingConv) and isinstance(m.conv, nn.Conv1d)
+        found[type(m).__name__ + " pools" * pools + " tokens" * tokens] = name
+    return found
+
+
+PLACES = places()
+
+
+def changed(model, place, change):
+    model = copy.deepcopy(model)
+    m = model.stages.get_submodule(place)
+    m.spare = 1
+    with torch.no_grad():
+        model.fast_path.coverage.of(model.stages)  # the answer from before the change
+    change(m)
+    return model
+
+
+def by_modules(model):
+    """A copy of the network that its modules compute."""
+    model = copy.deepcopy(model)
+    model.fast_path = None
+    for m in model.modules():
+        if isinstance(m, LIF) and m.function.__name__ in ("auto_lif", "triton_lif"):
+            m.function = torch_lif
+    return model
+
+
+def outcome(model, x):
+    """The logits, or the error that the network raises."""
+    torch.manual_seed(0)
+    try:
+        return model(x).detach()
+    except Exception as error:
+        return error
+
+
+def assert_equal(found, expected):
+    if isinstance(expected, Exception):
+        assert isinstance(found, Exception), expected
+    else:
+        assert not isinstance(found, Exception), found
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_evaluation_without_gradients_is_that_with_gradients(kind):
+    model, x = network()
+    set_lif_backend(model, "auto")
+    before, effects = model(x).detach(), 0
+    for label, change in changes_of(model.stages.get_submodule(PLACES[kind])).items():
+        trial = changed(model, PLACES[kind], change)
+        with torch.no_grad():
+            found = outcome(trial, x)
+        expected = outcome(trial, x)
+        try:
+            assert_equal(found, expected)
+        except AssertionError as error:
+            raise AssertionError(f"{kind}: {label}: {error}") from None
+        effects += isinstance(expected, Exception) or not torch.allclose(before, expected, equal_nan=True)
+    assert effects or kind == "ModuleList"  # which nothing calls
+
+
+def answer(model):
+    try:
+        return model.fast_path.coverage.of(model.stages).function
+    except Exception:
+        return None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU the interpreter runs the kernels")
+def test_the_kernels_follow_all_changes_that_leave_them_in_use():
+    """A training step after all of these changes together: logits, gradients and running statistics."""
+    model, x = network(time_steps=1)
+    set_lif_backend(model, "triton")
+    names = []
+    for place in PLACES.values():
+        for label, change in changes_of(model.stages.get_submodule(place)).items():
+            is_attribute = not label.endswith(("True", "False", "replaced", "copied")) and label != "branch"
+            if is_attribute and answer(changed(model, place, change)) is not None:
+                change(model.stages.get_submodule(place))
+                names.append(label)
+    assert {"eps", "momentum", "scale", "rate", "leak_across_batch", "weight halved", "running_var halved"} <= set(
+        names
+    )
+    assert answer(model) is not None
+    results = []
+    for trained in (by_modules(model), model):
+        torch.manual_seed(0)
+        logits = trained.train()(x)
+        logits.square().sum().backward()
+        results.append([logits.detach(), *(p.grad for p in trained.parameters()), *trained.buffers()])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_stages_and_their_blocks_are_called(learns):
+    model, x = network()
+    set_lif_backend(model, "auto")
+    called = []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda *_: called.append("stage"))
+        stage.blocks.register_forward_hook(lambda *_: called.append("blocks"))
+    with torch.set_grad_enabled(learns):
+        model(x)
+    assert called == ["blocks", "stage"] * 3
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, nn.DataParallel, Doubled])
+def test_wrapped_stages_compute(wrap):
+    model, x = network()
+    set_lif_backend(model, "auto")
+    expected = model(x)
+    model.stages[1] = wrap(model.stages[1])
+    calls = []
+    model.stages[1].register_forward_hook(lambda *_: calls.append(1))
+    found = model(x)
+    assert calls == [1]
+    assert torch.equal(found, expected) == (wrap is not Doubled)
+    with torch.no_grad():
+        assert torch.equal(model(x), found)
+
+
+def test_a_wrapped_stage_is_computed_again_in_the_backward_pass():
+    model, x = network()
+    calls = []
+    model.stages[1].blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.stages[1] = checkpoint_wrapper(model.stages[1])
+    model(x).sum().backward()
+    assert calls == [1, 1]
+
+
+def test_changed_classes_and_global_hooks_count(monkeypatch):
+    model, x = network()
+    set_lif_backend(model, "auto")
+    assert answer(model) is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(SpikingConv, "forward", nn.Identity.forward)
+        assert answer(model) is None
+    assert answer(model) is not None
+    called = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    assert sum(isinstance(module, LIF) for module in called) == sum(isinstance(m, LIF) for m in model.modules())
+    assert answer(model) is not None
