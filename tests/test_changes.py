@@ -203,6 +203,36 @@ def test_evaluation_without_gradients_is_that_with_gradients(kind):
     assert effects or kind == "ModuleList"  # which nothing calls
 
 
+OTHERS = {  # changes of the block and the SPEDS of a stage
+    "kind of pooling": lambda block, speds: setattr(speds.units[1], "pool", nn.AvgPool2d(3, 2, 1)),
+    "projection": lambda block, speds: setattr(block.attn, "proj", nn.Identity()),
+    "mean of all batches": lambda block, speds: setattr(block.mlp.fc1.bn, "momentum", None),
+    "affine": lambda block, speds: setattr(block.mlp.fc1, "bn", nn.BatchNorm2d(16, affine=False).double().eval()),
+    "frozen": lambda block, speds: block.attn.q.bn.train(),
+    "groups": lambda block, speds: setattr(block.mlp.fc1, "conv", nn.Conv2d(16, 16, 1, groups=2).double()),
+    "strides": lambda block, speds: setattr(block.attn.q.conv, "stride", 1),
+    "parametrization": lambda block, speds: nn.utils.parametrizations.weight_norm(block.mlp.fc1.conv),
+    "width": lambda block, speds: setattr(block.attn, "q", SpikingConv(16, 32, tokens=True).double().eval()),
+    "learned threshold": lambda block, speds: setattr(block.mlp.fc1.lif, "threshold", nn.Parameter(torch.ones(()))),
+    "thresholds": lambda block, speds: setattr(block.mlp.fc1.lif, "threshold", torch.full((16, 1, 1), 0.8)),
+    "leak": lambda block, speds: setattr(block.attn.k.lif, "leak_across_batch", True),
+    "leak of images": lambda block, speds: setattr(speds.units[0].lif, "leak_across_batch", True),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_replaced_parts_count(name):
+    model, x = network()
+    set_lif_backend(model, "auto")
+    assert answer(model) is not None
+    OTHERS[name](model.stages[1].blocks[0], model.stages[0 if "images" in name else 1].embed)
+    assert answer(model) is None
+    assert answer(copy.deepcopy(model)) is None
+    with torch.no_grad():
+        found = outcome(model, x)
+    assert_equal(found, outcome(model, x))
+
+
 def answer(model):
     try:
         return model.fast_path.coverage.of(model.stages).function

@@ -133,6 +133,8 @@ def _is_plain(m: nn.Module) -> bool:
     if any(attributes[name] for name in HOOKS) or any(hasattr(kind, name) for name in attributes):
         return False
     tensors = [*m._parameters.values(), *m._buffers.values()]
+    if tensors and kind not in (*CONVS, *NORMS):
+        return False
     return all(tensor is None or type(tensor) in (Tensor, nn.Parameter) for tensor in tensors) and all(
         isinstance(attributes[name], types) for name, types in TYPES.items() if name in attributes
     )

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..attention import SpikingSelfAttention
 from ..layers import ConvBN, SpikingConv
-from ..neuron import THRESHOLD
+from ..neuron import TAU, THRESHOLD
 from .plan import Run, attend_by_module, convolution
 
 
@@ -39,7 +39,7 @@ def lif_(x: Tensor) -> Tensor:
     """Multi-step LIF neurons, in place: currents [T, ...] become spikes."""
     v = torch.zeros_like(x[0])
     for h in x:
-        torch.lerp(v, h, 0.5, out=h)  # the membrane's step, tau being 2
+        torch.lerp(v, h, 1 / TAU, out=h)
         v = h.masked_fill(h >= THRESHOLD, 0.0)
         torch.ge(h, THRESHOLD, out=h)
     return x
