@@ -1,4 +1,4 @@
-"""When the fused path may replace the modules: each is as this project builds it, and nothing watches or changes it."""
+"""Safety of the fused path: it replaces modules only as this project builds them, unwatched and unchanged."""
 
 from collections.abc import Callable
 from operator import itemgetter
@@ -54,13 +54,13 @@ class Covered(NamedTuple):
 
 
 class Coverage:
-    """The answer for the stages of one network, kept until something changes that it depends on."""
+    """Memory of the answer for the stages of one network, until anything that it depends on changes."""
 
     def __init__(self):
         self._snapshot: _Snapshot | None = None
 
     def of(self, stages: nn.ModuleList) -> Covered:
-        """The answer; every forward pass asks."""
+        """Return the answer; every forward pass asks."""
         snapshot = self._snapshot
         if snapshot is None or not snapshot.holds(stages):
             snapshot = self._snapshot = _Snapshot(stages)  # in one step, because threads may share a network
@@ -68,7 +68,7 @@ class Coverage:
 
 
 class _Snapshot:
-    """The answer, with all that it depends on: attributes, children, hooks and parameters of every module."""
+    """Answer, with everything that it depends on: attributes, children, hooks and parameters of every module."""
 
     def __init__(self, stages: nn.ModuleList):
         self.modules = list(stages.modules())
@@ -86,14 +86,14 @@ class _Snapshot:
         self.answer = _answer(self.modules)
 
     def holds(self, stages: nn.ModuleList) -> bool:
-        """Whether nothing has changed, asked of C as far as possible: a loop here would take longer than a kernel."""
+        """Return whether nothing has changed. Loops run in C: one in Python takes longer than a kernel."""
         try:
             return stages is self.modules[0] and self.dicts == self.copies and self._state() == self.state
         except Exception:  # of a comparison: tensors, say, give no bool
             return False
 
     def _state(self) -> tuple:
-        """What equal dictionaries do not show."""
+        """Collect the parts of the state that comparing dictionaries misses."""
         return (
             any(self.hooks) or bool(_has_any_global_hook()),
             list(map(type, self.modules)),
@@ -105,7 +105,7 @@ class _Snapshot:
 
 
 def _answer(modules: list[nn.Module]) -> Covered:
-    """The answer for modules in the order of `nn.Module.modules`, parents first."""
+    """Return the answer for modules in the order of `nn.Module.modules`, parents first."""
     stages, nothing = modules[0], Covered(None)
     if _has_any_global_hook() or _methods() != UNPATCHED or type(stages) is not nn.ModuleList:
         return nothing
@@ -122,13 +122,13 @@ def _answer(modules: list[nn.Module]) -> Covered:
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
-    """The type; torch's SyncBatchNorm for any BatchNorm whose class has a `process_group`, as the engine's on a CPU."""
+    """Return the type; SyncBatchNorm for any BatchNorm whose class has a `process_group`, as the engine's on a CPU."""
     kind = type(module)
     return nn.SyncBatchNorm if issubclass(kind, _BatchNorm) and hasattr(kind, "process_group") else kind
 
 
 def _is_plain(m: nn.Module) -> bool:
-    """Whether nothing watches or patches a module, and its attributes and tensors are of plain types."""
+    """Return whether nothing watches or patches a module, and its attributes and tensors are of plain types."""
     kind, attributes = _kind(m), vars(m)
     if any(attributes[name] for name in HOOKS) or any(hasattr(kind, name) for name in attributes):
         return False
@@ -141,7 +141,7 @@ def _is_plain(m: nn.Module) -> bool:
 
 
 def _has(m: nn.Module, children: dict[str, tuple[type, ...]]) -> bool:
-    """Whether the children of a module are these and no others, apart from absent ones."""
+    """Return whether a module has exactly these children, apart from absent ones."""
     kinds = {name: _kind(child) for name, child in m._modules.items() if child is not None}
     return kinds.keys() == children.keys() and all(kinds[name] in children[name] for name in kinds)
 
@@ -151,7 +151,7 @@ def _holds(m: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _is_known(m: nn.Module) -> bool:
-    """Whether the fused path computes what a module of plain types does, its children apart."""
+    """Return whether the fused path computes the answer of a module of plain types, its children apart."""
     kind = _kind(m)
     if kind in CONVS:
         if not all(type(getattr(m, name)) is tuple for name in WINDOW):
@@ -190,17 +190,17 @@ def _is_known(m: nn.Module) -> bool:
 
 
 def _is_row(vector: Tensor | None, size: int) -> bool:
-    """Whether a kernel can read `size` numbers from where the vector starts."""
+    """Return whether a kernel can read `size` numbers from the start of the vector."""
     return vector is not None and vector.shape == (size,) and vector.is_contiguous()
 
 
 def _keeps_size(m: SpikingConv) -> bool:
-    """Whether a unit is a 1x1 convolution without pooling."""
+    """Return whether a unit is a 1x1 convolution without pooling."""
     return is_linear(m.conv) and type(m.pool) is nn.Identity
 
 
 def _sizes_agree(m: SPEDS) -> bool:
-    """Whether the paths of a SPEDS end at the same size; no membrane of it may leak, because an image comes once."""
+    """Return whether the paths of a SPEDS end at one size. No membrane may leak, because an image comes once."""
     stride = 2 ** sum(type(unit.pool) is nn.MaxPool2d for unit in m.units[m.branch :])
     agrees = m.shortcut is None or (m.shortcut.conv.stride, type(m.shortcut.pool)) == ((stride, stride), nn.Identity)
     leaks = any(child.leak_across_batch for child in m.modules() if type(child) is LIF)

@@ -1,4 +1,4 @@
-"""The fused network: the modules and parameters of `models.qkformer` in fewer and larger steps.
+"""Fused network: the modules and parameters of `models.qkformer` in fewer and larger steps.
 
 Activations are channels-last, [T,B,H,W,C], so that a 1x1 convolution is a matrix product; an image enters once, as
 [1,B,H,W,C]. `gpu` and `cpu` are the two ways to compute a unit and an attention.
@@ -24,7 +24,7 @@ class Run(NamedTuple):
 
 
 def forward_features(model: nn.Module, x: Tensor, ops: ModuleType, pack: bool = False) -> Tensor:
-    """That of `HierarchicalSpikingTransformer`: [B,C,H,W] or [B,T,C,H,W] to [T,B,C,H,W]."""
+    """Map [B,C,H,W] or [B,T,C,H,W] to [T,B,C,H,W], as `HierarchicalSpikingTransformer.forward_features` does."""
     if x.dim() == 4:
         x, steps = x[None], model.time_steps  # [1,B,C,H,W]
     else:
@@ -38,7 +38,7 @@ def forward_features(model: nn.Module, x: Tensor, ops: ModuleType, pack: bool = 
 
 
 def forward(m: nn.Module, x: Tensor, run: Run) -> Tensor:
-    """A `Chain`, `SPEDS` or `Block`: [T,B,H,W,C] to [T,B,H',W',C']; the first SPEDS also takes an image [1,B,H,W,C]."""
+    """Compute a `Chain`, `SPEDS` or `Block`: [T,B,H,W,C] to [T,B,H',W',C']; the first SPEDS takes [1,B,H,W,C]."""
     if isinstance(m, Chain):
         for module in m:
             compute = functools.partial(forward, module, run=run)
@@ -63,19 +63,19 @@ def _block(m: nn.Module, x: Tensor, run: Run) -> Tensor:
 
 
 def _residual(drop_path: DropPath, last: SpikingConv, branch: Tensor, x: Tensor, run: Run) -> Tensor:
-    """x plus the branch that ends in the unit `last`."""
+    """Add to x the branch that ends in the unit `last`."""
     if drop_path.training and drop_path.rate:
         return x + drop_path(run.ops.spiking_conv(last, branch, run, binary=True))
     return run.ops.spiking_conv(last, branch, run, binary=True, add=x)
 
 
 def is_linear(conv: nn.Module) -> bool:
-    """Whether the convolution is a matrix product."""
+    """Return whether the convolution is a matrix product."""
     return max(conv.kernel_size) == 1 and max(conv.stride) == 1
 
 
 def convolution(x: Tensor, conv: nn.Module, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`conv` with another weight and bias: [T,B,H,W,C] to [T,B,H',W',C']."""
+    """Apply `conv` with another weight and bias: [T,B,H,W,C] to [T,B,H',W',C']."""
     if is_linear(conv):
         return nn.functional.linear(x, weight.flatten(1), bias)
     images = x.flatten(0, 1).permute(0, 3, 1, 2)  # [T*B,C,H,W] in channels-last memory
@@ -84,7 +84,7 @@ def convolution(x: Tensor, conv: nn.Module, weight: Tensor, bias: Tensor | None 
 
 
 def attend_by_module(m: nn.Module, spikes: Tensor, parts: int) -> Tensor:
-    """What `m.attend` makes of the spikes [T,B,H,W,parts*C] of query, key and value: [T,B,H,W,C]."""
+    """Apply `m.attend` to spikes [T,B,H,W,parts*C] of query, key and value: [T,B,H,W,C]."""
     heads = spikes.unflatten(4, (parts, m.heads, -1)).flatten(2, 3)  # [T,B,N,parts,h,d]
     passed = m.attend(*heads.permute(3, 0, 1, 4, 5, 2))  # [T,B,h,d,N]
     return passed.permute(0, 1, 4, 2, 3).reshape(*spikes.shape[:4], -1)
