@@ -22,7 +22,7 @@ from models import backends, create_model, neuron, set_lif_backend
 from models.attention import SpikingSelfAttention, TokenQKAttention
 from models.fused import autograd, selftest
 from models.fused.autograd import Unit
-from models.fused.kernels import bn_lif, launch, linear_lif, packing, self_attention
+from models.fused.kernels import bn_lif, launch, linear_lif, packing, pool, self_attention
 from models.fused.kernels.bn_stats import Norm, norm_of
 from models.layers import SpikingConv
 
@@ -150,6 +150,17 @@ def test_unit(dtype, steps, static, pool, leak, train):
         assert not ours.conv.bias.grad.any()  # BatchNorm takes it away again
     else:
         close(ours.conv.bias.grad, z.grad.sum((0, 1, 3, 4)), dtype)
+
+
+@pytest.mark.parametrize("gamma", [1.0, -1.0, 0.0])
+def test_pooling_passes_nan_on(gamma):
+    y = random(2, 5, 6, 4)
+    y[0, 2, 3, 1] = torch.nan
+    norm = torch.tensor([0.0, 1.0, gamma, 0.0], dtype=DOUBLE, device=DEVICE)[:, None].expand(4, 4).contiguous()
+    pooled, _ = pool.forward(y, norm, index=False)
+    expected = nn.functional.max_pool2d((gamma * y).permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1)
+    assert expected.isnan().any()
+    torch.testing.assert_close(gamma * pooled, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])
