@@ -22,14 +22,8 @@ VARIANTS = {
     "qkformer_3_64": {**_CIFAR, "width": 64, "depths": (1, 1, 1), "in_channels": 1},
     "qkformer_2_256": {**_DVS, "width": 256},
     "qkformer_2_64": {**_DVS, "width": 64},
-    "spikformer_4_384": {
-        **_CIFAR,
-        **_SPIKFORMER,
-        "family": "spikformer_cifar",
-        "width": 384,
-        "depths": (4,),
-        "heads": 12,
-    },
+    "spikformer_4_384": {**_CIFAR, **_SPIKFORMER, "family": "spikformer_cifar", "width": 384, "depths": (4,)}
+    | {"heads": 12},
     "spikformer_2_256": {**_DVS, **_SPIKFORMER, "family": "spikformer_dvs", "width": 256, "depths": (2,)},
 }
 
