@@ -1,4 +1,4 @@
-"""The three spiking attentions. None has a softmax; queries, keys and values are spikes.
+"""Three spiking attentions. None has a softmax; queries, keys and values are spikes.
 
 Shapes: T time steps, B batch, C channels, H height, W width, N = H*W tokens, h heads, d = C/h channels a head.
 Each attention maps [T,B,C,H,W] to [T,B,C,H,W].
@@ -27,7 +27,7 @@ class _QKAttention(nn.Module):
         self.proj = last(dim, dim, bias=True, tokens=True)
 
     def attend(self, q: Tensor, k: Tensor) -> Tensor:
-        """Spikes [T,B,h,d,N] of query and key to the keys that pass, of the same shape."""
+        """Return the keys that pass, [T,B,h,d,N], from spikes of query and key of this shape."""
         mask = self.attn_lif(q.sum(self.sum_dim, keepdim=True))  # token: [T,B,h,1,N], channel: [T,B,h,d,1]
         return mask * k
 
@@ -56,7 +56,7 @@ class SpikingSelfAttention(nn.Module):
 
     Args:
         scale: factor of the product; 1 is the paper's "w/o scaling".
-        leak_across_batch: let the membrane behind the projection run over the batch, as in the released code.
+        leak_across_batch: let the membrane after the projection run over the batch, as in the released code.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class SpikingSelfAttention(nn.Module):
         self.proj = last(dim, dim, bias=True, tokens=True, **leak)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Spikes [T,B,h,d,N] of query, key and value to spikes of the same shape."""
+        """Map spikes [T,B,h,d,N] of query, key and value to spikes of the same shape."""
         kv = v @ k.mT  # [T,B,h,d,d], the transpose of k^T v with tokens as rows
         return self.attn_lif(kv @ q * self.scale)
 

@@ -1,6 +1,6 @@
-"""The choice of what computes a network: its modules, neurons of CuPy or Triton, or the fused path.
+"""Choice of backend: the modules, neurons of CuPy or Triton, or the fused path.
 
-Nothing below this file knows that there is a choice: a `LIF` has a `function`, and the network has a `fast_path`.
+A `LIF` has a `function`, and the network has a `fast_path`; only this file sets them.
 """
 
 import functools
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .fused import cpu, plan
-from .fused.coverage import Coverage
+from .fused.coverage import Coverage, Covered
 from .neuron import ALPHA, LIF, TAU, THRESHOLD, is_continued, torch_lif
 from .qkformer import HierarchicalSpikingTransformer
 
@@ -21,7 +21,7 @@ CUPY_MAX_ELEMENTS = 2**31  # of T + 1 steps: the CuPy kernels index with 32-bit 
 
 @functools.cache
 def _cupy_kernels(dtype: torch.dtype) -> tuple[Callable, Callable]:
-    """spikingjelly's CUDA kernels of the forward and the backward pass, which keep no state between calls."""
+    """Return spikingjelly's CUDA kernels of the forward and the backward pass; they keep no state."""
     from spikingjelly.activation_based import surrogate
     from spikingjelly.activation_based.auto_cuda.neuron_kernel import LIFNodeBPTTKernel, LIFNodeFPTTKernel
 
@@ -61,7 +61,7 @@ def _cupy_refusal(x: Tensor) -> str | None:
 
 @functools.cache
 def cupy_problem() -> str | None:
-    """Why the CuPy backend cannot run in this process, with the remedy; None where it can (it is tried once)."""
+    """Return why the CuPy backend cannot run in this process, with a fix; None if it can (tried once)."""
     if not torch.cuda.is_available():
         return "needs a CUDA device (torch sees none) and cupy-cuda13x==14.2.0; use lif_backend='torch' or 'auto'"
     try:
@@ -93,7 +93,7 @@ def triton_lif(x: Tensor, threshold: float) -> Tensor:
 
 @functools.cache
 def triton_problem() -> str | None:
-    """Why the Triton backend cannot run in this process, with the remedy; None where it can (it is tried once)."""
+    """Return why the Triton backend cannot run in this process, with a fix; None if it can (tried once)."""
     try:
         from .fused import autograd, selftest
     except ImportError as error:
@@ -111,10 +111,10 @@ def triton_problem() -> str | None:
 
 @functools.cache
 def launches(backend: str) -> bool:
-    """Whether "triton" or "cupy" runs in this process; if not, a warning says why."""
+    """Return whether "triton" or "cupy" runs in this process; warn with the reason if it does not."""
     problem = {"triton": triton_problem, "cupy": cupy_problem}[backend]()
     if problem:
-        warnings.warn(f"lif_backend='auto' does without {backend}, which {problem}", stacklevel=2)
+        warnings.warn(f"lif_backend='auto' runs without {backend}, which {problem}", stacklevel=2)
     return problem is None
 
 
@@ -141,18 +141,20 @@ class FastPath:
     def __call__(self, model: HierarchicalSpikingTransformer, x: Tensor) -> Tensor | None:
         if torch.compiler.is_compiling() or model.residual != "sew" or model.embed != "speds" or is_continued():
             return None
-        ops = self._ops(model, x) if x.numel() else None
-        return None if ops is None else plan.forward_features(model, x, ops)
-
-    def _ops(self, model: HierarchicalSpikingTransformer, x: Tensor) -> ModuleType | None:
-        """`gpu` or `cpu`, whichever computes the modules' answer for x."""
         covered = self.coverage.of(model.stages)
-        if covered.function is triton_lif or (covered.function is auto_lif and x.is_cuda and launches("triton")):
-            from .fused import autograd, gpu  # which import Triton
+        ops = _ops(covered, x) if x.numel() else None
+        pack = model.spike_packing and model.training and not covered.drops
+        return None if ops is None else plan.forward_features(model, x, ops, pack)
 
-            return gpu if x.device.type != "cpu" or autograd.interpreted() else None
-        learns = covered.trains or torch.is_grad_enabled()
-        return cpu if covered.function is auto_lif and x.device.type == "cpu" and not learns else None
+
+def _ops(covered: Covered, x: Tensor) -> ModuleType | None:
+    """Return `gpu` or `cpu`, if one computes for x the answer of the modules of a covered network."""
+    if covered.function is triton_lif or (covered.function is auto_lif and x.is_cuda and launches("triton")):
+        from .fused import autograd, gpu  # which import Triton
+
+        return gpu if x.device.type != "cpu" or autograd.interpreted() else None
+    learns = covered.trains or torch.is_grad_enabled()
+    return cpu if covered.function is auto_lif and x.device.type == "cpu" and not learns else None
 
 
 def set_lif_backend(model: nn.Module, backend: str) -> None:
@@ -161,11 +163,11 @@ def set_lif_backend(model: nn.Module, backend: str) -> None:
     Args:
         model: any module; its `LIF`s are set.
         backend: "torch" (any device and floating dtype; the reference), "cupy" (spikingjelly's CUDA kernels; float16
-            and float32), "triton" (ours, see `models.fused`: of networks with "sew" residuals they compute far more
-            than the neurons), or "auto": on CUDA the first that runs of triton, cupy and torch, elsewhere torch.
+            and float32), "triton" (see `models.fused`: with "sew" residuals far more than the neurons), or "auto": on
+            CUDA the first that runs of triton, cupy and torch; elsewhere torch.
 
     Raises:
-        ValueError: unknown backend, or one that cannot run here (the message says what to install).
+        ValueError: unknown backend, or one that cannot run here (the message has a fix).
     """
     if backend not in BACKENDS:
         raise ValueError(f"lif_backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")

@@ -11,14 +11,14 @@ from .layers import SpikingConv, residual_branch
 
 
 class SPEDS(nn.Module):
-    """A chain of 3x3 spiking convolutions, some pooled, with a 1x1 shortcut around the part behind `branch`.
+    """A chain of 3x3 spiking convolutions, some pooled, with a 1x1 shortcut around the part after `branch`.
 
     [T,B,C,H,W] -> [T,B,C',H/s,W/s] (rounded up), s being 2 to the number of pooled units.
 
     Args:
         in_channels: channels of the input.
         units: (channels, pool) of each 3x3 unit, in order.
-        branch: how many units precede the point where the shortcut starts; 0 is the input.
+        branch: number of units before the shortcut starts; 0 is the input.
         shortcut: False leaves it out (the paper's ablation "w/o SPEDS").
         residual: "sew" adds the spikes of both paths; "ms" adds their membrane currents.
     """
@@ -34,7 +34,7 @@ class SPEDS(nn.Module):
         super().__init__()
         self.branch = branch
         pre_activation, last = residual_branch(residual)
-        self.lif = nn.Identity() if branch else pre_activation  # behind a unit there are spikes already
+        self.lif = nn.Identity() if branch else pre_activation  # after a unit there are spikes already
         channels = [in_channels, *(channels for channels, _ in units)]
         kinds = [SpikingConv] * (len(units) - 1) + [last]
         self.units = nn.ModuleList(

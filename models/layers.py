@@ -4,6 +4,7 @@ Shapes: T time steps, B batch, C channels, H height, W width, N = H*W tokens.
 """
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
@@ -44,9 +45,9 @@ class ConvBN(nn.Module):
 
 
 class SpikingConv(ConvBN):
-    """`ConvBN` followed by LIF neurons: the unit that everything here is built of. Arguments and shapes as there.
+    """`ConvBN` followed by LIF neurons: the unit of all networks. Arguments and shapes as in `ConvBN`.
 
-    `leak_across_batch` is passed on to the neurons, see `LIF`.
+    The neurons get `leak_across_batch`, see `LIF`.
     """
 
     def __init__(self, *args, leak_across_batch: bool = False, **kwargs):
@@ -58,7 +59,7 @@ class SpikingConv(ConvBN):
 
 
 def residual_branch(residual: str) -> tuple[nn.Module, type[ConvBN]]:
-    """First module and last unit type of a residual branch, which is all that the two residual kinds change.
+    """Return the first module and the last unit type of a residual branch; residual kinds differ in nothing else.
 
     "sew": the branch ends in spikes, which are added to its input. "ms" (membrane shortcut, pre-activation):
     it starts with a LIF and ends in membrane currents.
@@ -80,9 +81,9 @@ class SpikingMLP(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training a sample's whole branch is zero with probability `rate`, at every time step alike.
+    """Stochastic depth: in training a sample's branch is zero at all time steps with probability `rate`.
 
-    What stays is divided by 1 - rate, as in timm. [T,B,...], unchanged.
+    The remaining branches are divided by 1 - rate, as in timm. [T,B,...], unchanged.
     """
 
     def __init__(self, rate: float):
@@ -95,8 +96,25 @@ class DropPath(nn.Module):
         return drop_path(x.transpose(0, 1), self.rate, training=True).transpose(0, 1)
 
 
+class Chain(nn.Sequential):
+    """Modules in a row. With `grad_checkpointing` the backward pass recomputes each; chains inside decide alone."""
+
+    def __init__(self, *modules: nn.Module | OrderedDict[str, nn.Module]):
+        super().__init__(*modules)
+        self.grad_checkpointing = False
+
+    def recomputes(self, module: nn.Module) -> bool:
+        """Return whether the backward pass computes `module` again instead of reading its activations."""
+        return self.grad_checkpointing and self.training and not isinstance(module, Chain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self:
+            x = checkpointed(module, x) if self.recomputes(module) else module(x)
+        return x
+
+
 def checkpointed(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """`forward(x)`, or `module(x)`, that keeps only `x` for the backward pass and computes the rest once more there."""
+    """Compute `forward(x)`, or `module(x)`, and keep only `x` for the backward pass, which computes it again."""
     if torch.compiler.is_compiling():
         return checkpoint(module, x, use_reentrant=False, context_fn=_everything_recomputed)
     is_random = any(isinstance(m, DropPath) and m.rate for m in module.modules())
@@ -110,10 +128,10 @@ def checkpointed(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tenso
 
 
 def _everything_recomputed() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """What tells the compiler to recompute all there is, also within the LIF, whose memory it would keep otherwise.
+    """Let the compiler recompute everything, also inside the LIF.
 
-    It recomputes values, never the update of the running statistics, which so need no protection. torch warns of
-    in-place operations here; the tests find results and gradients equal.
+    It recomputes values, never the update of the running statistics. torch warns of in-place operations here; the
+    tests find results and gradients equal.
     """
     return create_selective_checkpoint_contexts(
         lambda *_, **__: CheckpointPolicy.MUST_RECOMPUTE, allow_cache_entry_mutation=True
@@ -122,7 +140,7 @@ def _everything_recomputed() -> tuple[AbstractContextManager, AbstractContextMan
 
 @contextlib.contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """The second forward pass must not enter the batch into the running statistics once more."""
+    """Keep the second forward pass from entering the batch into the running statistics again."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:

@@ -1,4 +1,4 @@
-"""The multi-step leaky integrate-and-fire neuron: the one owner of tau, surrogate, reset and backend.
+"""Multi-step leaky integrate-and-fire neuron: the owner of tau, thresholds, surrogate and reset.
 
 Shapes: T time steps, then any neuron shape; the networks use [T,B,C,H,W] and [T,B,C,N].
 """
@@ -20,7 +20,7 @@ ALPHA = 4.0  # slope of the sigmoid whose derivative stands in for the derivativ
 def lif_step(
     x: Tensor, v: Tensor, threshold: float = THRESHOLD, h: Tensor | None = None, spike: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One time step of the LIF neuron, without state.
+    """Compute one time step of the LIF neuron, without state.
 
     The membrane follows tau dv/dt = -v + x, stepped by forward Euler with dt = 1 (paper, eq. 1-3):
     h = v + (x - v) / tau; spike = [h >= threshold]; v = h (1 - spike).
@@ -40,7 +40,7 @@ def lif_step(
 
 
 def spike_backward(grad_spike: Tensor, over_threshold: Tensor) -> Tensor:
-    """Gradient of a spike with respect to h - threshold: that of sigmoid(ALPHA u) stands in for the step's.
+    """Return the gradient with respect to h - threshold: the slope of sigmoid(ALPHA u) replaces the step's.
 
     The order of the products is spikingjelly's, so that gradients agree to the last bit.
     """
@@ -81,7 +81,7 @@ class _TorchLIF(torch.autograd.Function):
 
 
 def torch_lif(x: Tensor, threshold: float) -> Tensor:
-    """Reference of the multi-step LIF neurons, on any device and in any floating dtype: currents [T, ...] to spikes."""
+    """Compute multi-step LIF neurons on any device, in any floating dtype: currents [T, ...] to spikes."""
     return _TorchLIF.apply(x, threshold)
 
 
@@ -91,9 +91,9 @@ _membranes: ContextVar[dict[nn.Module, Tensor] | None] = ContextVar("membranes",
 
 @contextlib.contextmanager
 def continued(membranes: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """Within it every `LIF` starts from its membrane in `membranes` (without one, at zero) and leaves it there.
+    """Let every `LIF` start from its membrane in `membranes` (without one, at zero) and leave it there.
 
-    It is per thread, so that threads can share a network.
+    Other threads are not affected: they can share a network.
     """
     token = _membranes.set(membranes)
     try:
@@ -103,12 +103,12 @@ def continued(membranes: dict[nn.Module, Tensor]) -> Iterator[None]:
 
 
 def is_continued() -> bool:
-    """Whether calls continue each other at present."""
+    """Return whether membranes are carried over at present."""
     return _membranes.get() is not None
 
 
 def _continue(x: Tensor, threshold: float, v: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`lif_step` over T from membrane `v` (None: zero): spikes [T, ...] and the membrane after them."""
+    """Run `lif_step` over T from membrane `v` (None: zero); return spikes [T, ...] and the last membrane."""
     v = 0.0 if v is None else v
     spikes = []
     for x_t in x.split(1):  # [1, ...]: an exported graph has one node to split and one to join
@@ -124,8 +124,8 @@ class LIF(nn.Module):
 
     Args:
         threshold: firing threshold.
-        leak_across_batch: reproduce the released self-attention, whose last LIF was handed [T*B, ...] and so
-            runs its membrane over the samples of a batch as if they were time steps (order t*B + b).
+        leak_across_batch: run the membrane over the samples of a batch as if they were time steps (order t*B + b), as
+            the last LIF of the released self-attention does.
     """
 
     def __init__(self, threshold: float = THRESHOLD, leak_across_batch: bool = False):
@@ -152,7 +152,7 @@ class LIF(nn.Module):
 
 
 def silent_layers(model: nn.Module, x: Tensor) -> list[str]:
-    """Names of the `LIF`s of `model` of which not one neuron fires at any time when it is given `x`."""
+    """Return the names of the `LIF`s of `model` in which no neuron fires on `x`."""
     silent = []
     hooks = [
         module.register_forward_hook(lambda _, __, spikes, name=name: None if spikes.any() else silent.append(name))

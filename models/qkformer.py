@@ -1,4 +1,4 @@
-"""The hierarchical spiking transformer, of whose reference modules `models.registry` builds every variant.
+"""Reference network: the hierarchical spiking transformer. `models.registry` has the variants.
 
 Shapes: T time steps, B batch, C channels, H height, W width.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from .embed import SPEDS, SPS
-from .layers import DropPath, SpikingMLP, checkpointed
+from .layers import Chain, DropPath, SpikingMLP
 from .neuron import LIF, continued
 
 ATTENTIONS = {"token": TokenQKAttention, "channel": ChannelQKAttention, "self": SpikingSelfAttention}
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class StreamState(NamedTuple):
-    """What `HierarchicalSpikingTransformer.step` hands from frame to frame."""
+    """State of `HierarchicalSpikingTransformer.step` between two frames."""
 
     steps: int  # frames so far
     total: Tensor  # [B,C], sum over the frames of what the head reads
@@ -72,7 +72,7 @@ class HierarchicalSpikingTransformer(nn.Module):
         shortcut: SPEDS with its shortcut; False is the paper's ablation "w/o SPEDS".
         embed: "speds", or "sps" for the patch splitting of Spikformer, in Spikformer's families alone.
         residual: "sew" adds spikes (the paper); "ms" adds membrane currents (MaxFormer's MS-QKFormer).
-        qkv_bias: bias of the convolutions to q, k and v, which the BatchNorm behind them makes idle; Spikformer has it.
+        qkv_bias: bias of the convolutions to q, k and v, which the BatchNorm after them makes idle; Spikformer has it.
         ssa_scale: factor of the product in the self-attention; 1 is the paper's ablation "w/o scaling".
         ssa_membrane: "per_sample", or "released" to reproduce the leak across the batch in the released
             self-attention, on which the published accuracies and checkpoints depend (README, errata).
@@ -103,24 +103,16 @@ class HierarchicalSpikingTransformer(nn.Module):
         drop_path: float = 0.0,
     ):
         super().__init__()
-        _require_choice("family", family, EMBEDS)
-        _require_choice("embed", embed, ("speds", "sps"))
-        _require_choice("residual", residual, ("sew", "ms"))
-        _require_choice("ssa_membrane", ssa_membrane, ("per_sample", "released"))
-        if residual == "ms" and ssa_membrane == "released":
-            raise ValueError("ssa_membrane='released' needs residual='sew': with 'ms' no membrane leaks")
-        if embed == "sps" and (residual == "ms" or not family.startswith("spikformer")):
-            raise ValueError("embed='sps' is Spikformer's: it needs one of its models, and residual='sew'")
+        _require_kinds(family, embed, residual, ssa_membrane)
         _require_attention(attention, len(depths))
         dims = [width // 2 ** (len(depths) - 1 - i) for i in range(len(depths))]
         _require_sizes(dims[0], heads, mlp_ratio, time_steps, num_classes, in_channels)
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path={drop_path} must be at least 0 and below 1")
         self.family, self.attention, self.residual = family, tuple(attention), residual
-        self.shortcut, self.ssa_membrane, self.time_steps = shortcut, ssa_membrane, time_steps
-        self.embed = embed
+        self.embed, self.shortcut, self.ssa_membrane, self.time_steps = embed, shortcut, ssa_membrane, time_steps
         self.in_channels, self.num_classes = in_channels, num_classes
-        self.grad_checkpointing = self.spike_packing = False
+        self.spike_packing = False
 
         first_units, first_branch, later_units = EMBEDS[family]
         rates = iter(calculate_drop_path_rates(drop_path, sum(depths)))
@@ -135,7 +127,7 @@ class HierarchicalSpikingTransformer(nn.Module):
             )
             options = self_attn if kind == "self" else attn
             blocks = [Block(kind, dim, heads, mlp_ratio, residual, next(rates), options) for _ in range(depth)]
-            self.stages.append(nn.Sequential(OrderedDict(embed=first, blocks=nn.Sequential(*blocks))))
+            self.stages.append(Chain(OrderedDict(embed=first, blocks=Chain(*blocks))))
         self.lif = LIF() if residual == "ms" else nn.Identity()
         self.head = nn.Linear(width, num_classes)
         trunc_normal_(self.head.weight, std=0.02)
@@ -143,7 +135,7 @@ class HierarchicalSpikingTransformer(nn.Module):
         self.fast_path: Callable[[nn.Module, Tensor], Tensor | None] | None = None  # `models.backends` sets it
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """[B,C,H,W] or [B,T,C,H,W] to the last stage's [T,B,C,H,W]."""
+        """Map [B,C,H,W] or [B,T,C,H,W] to the last stage's [T,B,C,H,W]."""
         if x.dim() not in (4, 5) or x.shape[-3] != self.in_channels:
             raise ValueError(
                 f"input of shape {tuple(x.shape)}: expected images [B,{self.in_channels},H,W] "
@@ -156,16 +148,15 @@ class HierarchicalSpikingTransformer(nn.Module):
         else:
             x = x.transpose(0, 1)  # [T,B,C,H,W]
         for stage in self.stages:
-            for module in (stage.embed, *stage.blocks):
-                x = checkpointed(module, x) if self.grad_checkpointing and self.training else module(x)
+            x = stage(x)
         return x
 
     def forward_head(self, x: Tensor) -> Tensor:
-        """[T,B,C,H,W] to logits [B,num_classes]."""
+        """Map [T,B,C,H,W] to logits [B,num_classes]."""
         return self.head(self._mean_tokens(x).mean(0))
 
     def _mean_tokens(self, x: Tensor) -> Tensor:
-        """[T,B,C,H,W] to [T,B,C]; with "ms" residuals the last LIF reads it."""
+        """Average [T,B,C,H,W] over the tokens to [T,B,C], which the last LIF reads with "ms" residuals."""
         return self.lif(x.mean((3, 4)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,14 +165,14 @@ class HierarchicalSpikingTransformer(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def step(self, x: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
-        """One event frame of a recording that is still arriving; a pure function, in evaluation mode.
+        """Classify a recording that is still arriving, frame by frame: a pure function, in evaluation mode.
 
         After T steps the logits are those of `forward` on the T frames together, to the last bit where that is computed
         by the modules (lif_backend "torch"); memory does not grow with T.
 
         Args:
             x: the next frame [B,C,H,W].
-            state: what the step before returned; None starts a recording.
+            state: the state that the previous step returned; None starts a recording.
 
         Returns:
             Logits [B,num_classes] for the frames so far, and the state for the next step.
@@ -206,10 +197,12 @@ class HierarchicalSpikingTransformer(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each SPEDS and block in the backward pass instead of keeping its activations (timm's name)."""
-        self.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Chain):
+                module.grad_checkpointing = enable
 
     def set_spike_packing(self, enable: bool = True) -> None:
-        """On the fused path keep spikes for the backward pass as bits and bytes: less memory for a little more time.
+        """Keep spikes for the backward pass as bits and bytes on the fused path: less memory for a little more time.
 
         Raises:
             ValueError: the network has stochastic depth, which scales spikes.
@@ -219,12 +212,23 @@ class HierarchicalSpikingTransformer(nn.Module):
         self.spike_packing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Depth of each parameter, as timm's layer decay asks: the first SPEDS, then block by block, then the head.
+        """Return patterns of parameters by depth for timm's layer decay: the first SPEDS, each block, the head.
 
-        A later SPEDS counts with the block behind it.
+        A later SPEDS counts with the block after it.
         """
         by_block = [(r"^stages\.(\d+)\.embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         return {"stem": r"^stages\.0\.embed", "blocks": r"^stages\.(\d+)" if coarse else by_block}
+
+
+def _require_kinds(family: str, embed: str, residual: str, ssa_membrane: str) -> None:
+    _require_choice("family", family, EMBEDS)
+    _require_choice("embed", embed, ("speds", "sps"))
+    _require_choice("residual", residual, ("sew", "ms"))
+    _require_choice("ssa_membrane", ssa_membrane, ("per_sample", "released"))
+    if residual == "ms" and ssa_membrane == "released":
+        raise ValueError("ssa_membrane='released' needs residual='sew': with 'ms' no membrane leaks")
+    if embed == "sps" and (residual == "ms" or not family.startswith("spikformer")):
+        raise ValueError("embed='sps' is Spikformer's: it needs one of its models, and residual='sew'")
 
 
 def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:

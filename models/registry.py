@@ -22,20 +22,14 @@ VARIANTS = {
     "qkformer_3_64": {**_CIFAR, "width": 64, "depths": (1, 1, 1), "in_channels": 1},
     "qkformer_2_256": {**_DVS, "width": 256},
     "qkformer_2_64": {**_DVS, "width": 64},
-    "spikformer_4_384": {
-        **_CIFAR,
-        **_SPIKFORMER,
-        "family": "spikformer_cifar",
-        "width": 384,
-        "depths": (4,),
-        "heads": 12,
-    },
+    "spikformer_4_384": {**_CIFAR, **_SPIKFORMER, "family": "spikformer_cifar", "width": 384, "depths": (4,)}
+    | {"heads": 12},
     "spikformer_2_256": {**_DVS, **_SPIKFORMER, "family": "spikformer_dvs", "width": 256, "depths": (2,)},
 }
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` knows."""
+    """Return the names that `create_model` knows."""
     return sorted(VARIANTS)
 
 
@@ -48,7 +42,7 @@ def create_model(name: str, *, lif_backend: str = "auto", **kwargs) -> Hierarchi
         **kwargs: any argument of `HierarchicalSpikingTransformer`; the variant's row of `VARIANTS` is the default.
 
     Raises:
-        ValueError: unknown name or argument (the nearest valid one is named), or a value out of range.
+        ValueError: unknown name or argument (the message has the nearest valid one), or a value out of range.
     """
     if name.lower() not in VARIANTS:
         raise ValueError(f"model {name!r} is unknown{_nearest(name.lower(), VARIANTS)}")
@@ -72,10 +66,10 @@ def _register_with_timm(name: str) -> None:
             raise ValueError(f"{name} has no weights to download; load a file with models.released.load_released")
         for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm passes them to every model
             kwargs.pop(unused, None)
-        for theirs, ours in (("in_chans", "in_channels"), ("drop_path_rate", "drop_path")):
-            if kwargs.get(theirs) is not None:
-                kwargs[ours] = kwargs[theirs]
-            kwargs.pop(theirs, None)
+        for timm_name, argument in (("in_chans", "in_channels"), ("drop_path_rate", "drop_path")):
+            if kwargs.get(timm_name) is not None:
+                kwargs[argument] = kwargs[timm_name]
+            kwargs.pop(timm_name, None)
         return create_model(name, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name

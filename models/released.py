@@ -1,4 +1,4 @@
-"""Checkpoint names of the released code and of MaxFormer's MS-QKFormer, translated to ours and back.
+"""Checkpoint names of the released code and of MaxFormer's MS-QKFormer, translated to this project's and back.
 
 Each released model spells the same modules in its own way. A `Naming` holds one spelling; all entries keep
 their shapes, so translating is renaming only.
@@ -42,17 +42,17 @@ NAMINGS = {
     ),
     "ms": Naming(("proj_{}", "proj_{}1", "proj_{}2"), "rpe_{}", _LATER, {"token": "attn", "self": "attn"}, _FC),
 }
-_OURS = re.compile(
+_ENTRY = re.compile(
     r"stages\.(?P<stage>\d+)\.(embed\.(units\.(?P<unit>\d+)|shortcut)|blocks\.(?P<block>\d+)\.(attn|mlp)\.(?P<part>\w+))"
     r"\.(?P<kind>conv|bn)\.(?P<leaf>\w+)"
 )
 
 
-def _rename(ours: str, naming: Naming, attention: tuple[str, ...]) -> str | None:
-    """The released name of one entry; None where this naming has no word for it."""
-    match = _OURS.fullmatch(ours)
+def _rename(key: str, naming: Naming, attention: tuple[str, ...]) -> str | None:
+    """Return the released name of one entry; None where this naming has no word for it."""
+    match = _ENTRY.fullmatch(key)
     if match is None:
-        return ours  # the head has one name everywhere
+        return key  # the head has one name everywhere
     stage, kind, leaf = int(match["stage"]), match["kind"], match["leaf"]
     if match["block"] is None:
         units = naming.later_units if stage else naming.first_units
@@ -71,16 +71,16 @@ def _rename(ours: str, naming: Naming, attention: tuple[str, ...]) -> str | None
 
 
 def _key_map(model: HierarchicalSpikingTransformer, naming: Naming) -> dict[str, str]:
-    names = {ours: _rename(ours, naming, model.attention) for ours in model.state_dict()}
-    return {theirs: ours for ours, theirs in names.items() if theirs is not None}
+    names = {key: _rename(key, naming, model.attention) for key in model.state_dict()}
+    return {released: key for key, released in names.items() if released is not None}
 
 
 def released_key_map(model: HierarchicalSpikingTransformer) -> dict[str, str]:
-    """{released name: our name} of every state-dict entry, in the spelling of the model's own family.
+    """Return {released name: this project's name} of every state-dict entry, in the spelling of the model's family.
 
     Raises:
-        ValueError: the model has channel attention, or "ms" residuals outside the ImageNet family, of which
-            nothing was ever released.
+        ValueError: the model has channel attention, or "ms" residuals outside the ImageNet family. No weights of
+            either were released.
     """
     if "channel" in model.attention:
         raise ValueError("channel attention was never released, so its weights have no released names")
@@ -92,39 +92,39 @@ def released_key_map(model: HierarchicalSpikingTransformer) -> dict[str, str]:
 
 
 def to_released(model: HierarchicalSpikingTransformer) -> dict[str, Tensor]:
-    """The model's state dict under its released names; raises as `released_key_map` does."""
+    """Return the model's state dict under its released names; raises as `released_key_map` does."""
     state = model.state_dict()
-    return {theirs: state[ours] for theirs, ours in released_key_map(model).items()}
+    return {released: state[key] for released, key in released_key_map(model).items()}
 
 
 def load_released(model: HierarchicalSpikingTransformer, state_dict: Mapping[str, Tensor]) -> None:
     """Load weights under any released spelling (also with `module.` in front) into `model`, strictly.
 
     Raises:
-        ValueError: an entry is missing, foreign, or of another shape; they are listed (20 of each kind) and
-            nothing is loaded. Or the model has no released names, see `released_key_map`.
+        ValueError: an entry is missing, foreign, or of another shape: the message lists 20 of each kind, and nothing
+            is loaded. Or the model has no released names, see `released_key_map`.
     """
-    theirs_of = {ours: theirs for theirs, ours in released_key_map(model).items()}
-    ours_of = {}
+    released_of = {key: released for released, key in released_key_map(model).items()}
+    key_of = {}
     for kind, naming in NAMINGS.items():
         if (kind == "ms") != (model.residual == "ms"):
             continue  # equal shapes, another function: weights of the one are foreign to the other
-        ours_of |= _key_map(model, naming)
+        key_of |= _key_map(model, naming)
     state, wanted, foreign = {}, model.state_dict(), []
     for name, value in state_dict.items():
-        ours = ours_of.get(name.removeprefix("module."))
-        if ours is None or ours in state:
+        key = key_of.get(name.removeprefix("module."))
+        if key is None or key in state:
             foreign.append(name)
         else:
-            state[ours] = value
-    problems = _listing("missing", [theirs_of[ours] for ours in wanted if ours not in state])
+            state[key] = value
+    problems = _listing("missing", [released_of[key] for key in wanted if key not in state])
     problems += _listing("foreign", foreign)
     problems += _listing(
         "of another shape",
         [
-            f"{theirs_of[ours]} (checkpoint {tuple(value.shape)}, model {tuple(wanted[ours].shape)})"
-            for ours, value in state.items()
-            if value.shape != wanted[ours].shape
+            f"{released_of[key]} (checkpoint {tuple(value.shape)}, model {tuple(wanted[key].shape)})"
+            for key, value in state.items()
+            if value.shape != wanted[key].shape
         ],
     )
     if problems:
@@ -133,10 +133,10 @@ def load_released(model: HierarchicalSpikingTransformer, state_dict: Mapping[str
 
 
 def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, object]]:
-    """Name and arguments of the variant that these weights fit, from names (released or ours) and shapes alone.
+    """Return name and arguments of the variant that these weights fit, from entries' names and shapes alone.
 
-    What leaves no trace in shapes stays open: `time_steps`, `ssa_membrane`, the resolution; and under our own names
-    `attention` and `residual`, for which the defaults are taken.
+    `time_steps`, `ssa_membrane` and the resolution leave no trace in shapes. Under this project's names, neither do
+    `attention` and `residual`; their defaults are assumed.
 
     Raises:
         ValueError: they fit none.
@@ -152,12 +152,12 @@ def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, object]]:
 
 
 def _fitting(shapes: dict[str, tuple[int, ...]], name: str, arguments: dict) -> dict[str, object] | None:
-    """The arguments with which the variant has entries of these names and shapes, if there are such."""
+    """Return the arguments that give the variant entries of these names and shapes; None if there are none."""
     with torch.device("meta"):
         model = create_model(name, **arguments)
-    spellings = [{ours: ours for ours in model.state_dict()}]
+    spellings = [{key: key for key in model.state_dict()}]
     if model.family == "imagenet" or (arguments["residual"] == "sew" and model.family in NAMINGS):
-        spellings.append({ours: theirs for theirs, ours in released_key_map(model).items()})
+        spellings.append({key: released for released, key in released_key_map(model).items()})
     for spelling in spellings:
         if set(spelling.values()) != set(shapes):
             continue
@@ -168,7 +168,7 @@ def _fitting(shapes: dict[str, tuple[int, ...]], name: str, arguments: dict) -> 
         arguments = {**arguments, "in_channels": first_conv[1], "mlp_ratio": fc1[0] / fc1[1]}
         with torch.device("meta"):
             wanted = create_model(name, **arguments).state_dict()
-        if all(shapes[spelling[ours]] == tuple(value.shape) for ours, value in wanted.items()):
+        if all(shapes[spelling[key]] == tuple(value.shape) for key, value in wanted.items()):
             if arguments["mlp_ratio"] == 4 and "mlp_ratio" not in VARIANTS[name]:
                 del arguments["mlp_ratio"]  # of the other variants there is more than one in use
             return arguments

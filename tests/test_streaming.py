@@ -43,11 +43,10 @@ def test_steps_equal_the_whole_sequence(kwargs):
     assert not torch.equal(logits[0], logits[5])
 
 
-@pytest.mark.parametrize("name", ["cifar10-dvs_T8_B2_128_s0", "dvs128-gesture_T6_B2_128_s0"])
-def test_steps_give_the_golden_logits(name):
-    case = load_case(name)
+def test_steps_give_the_golden_logits():
+    case = load_case("dvs128-gesture_T6_B2_128_s0")
     logits, _ = stream(case.model("corrected").eval(), case.input())
-    assert_close(logits[-1].numpy(), case.arrays["corrected.eval.logits"], name)
+    assert_close(logits[-1].numpy(), case.arrays["corrected.eval.logits"], case.name)
 
 
 def test_a_step_changes_nothing_but_what_it_returns():
@@ -61,21 +60,10 @@ def test_a_step_changes_nothing_but_what_it_returns():
     assert torch.equal(first, again)
     assert all(torch.equal(a, b) for a, b in zip(membranes, state.membranes, strict=True))
     assert torch.equal(total, state.total)
+    assert len(membranes) == sum(isinstance(module, LIF) for module in model.modules())
+    assert not any(tensor.grad_fn for tensor in (state.total, *state.membranes))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not first.requires_grad
-
-
-def test_memory_does_not_grow_with_time():
-    model, x = make(), frames(batch=1, steps=1)
-    state, sizes = None, set()
-    for _ in range(20):
-        _, state = model.step(x[:, 0], state)
-        held = [state.total, *state.membranes]
-        assert all(tensor.grad_fn is None for tensor in held)
-        sizes.add(sum(tensor.untyped_storage().nbytes() for tensor in held))
-    assert len(sizes) == 1
-    assert len(state.membranes) == sum(isinstance(module, LIF) for module in model.modules())
-    assert state.steps == 20
 
 
 def test_in_half_precision_the_answer_still_follows():
@@ -118,10 +106,3 @@ def test_what_a_step_cannot_do_is_said():
         model.step(x[:, 0, :1])
     with refuses("eval()"):
         model.train().step(x[:, 0])
-
-
-@pytest.mark.gpu
-def test_steps_equal_the_whole_sequence_on_a_gpu():
-    model, x = make().cuda(), frames().cuda()  # in float64: rounding in float32 would change spikes
-    logits, _ = stream(model, x)
-    torch.testing.assert_close(logits[-1], model(x), rtol=0, atol=1e-9)

@@ -13,12 +13,12 @@ from .kernels.bn_stats import Norm
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on any device and slowly (TRITON_INTERPRET=1)."""
+    """Return whether Triton's interpreter runs the kernels, on any device and slowly (TRITON_INTERPRET=1)."""
     return triton.knobs.runtime.interpret
 
 
 class Unit(NamedTuple):
-    """What follows a convolution."""
+    """BatchNorm, pooling and neurons after a convolution."""
 
     norms: tuple[Norm, ...]  # of the channels, one after the other
     steps: int  # T

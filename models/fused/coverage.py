@@ -1,17 +1,17 @@
-"""When the fused path may replace the modules: each is as this project builds it, and nothing watches or changes it."""
+"""Safety of the fused path: it replaces modules only as this project builds them, unwatched and unchanged."""
 
-import itertools
 from collections.abc import Callable
+from operator import itemgetter
 from types import FunctionType
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from ..embed import SPEDS
-from ..layers import DropPath, SpikingConv, SpikingMLP
+from ..layers import Chain, DropPath, SpikingConv, SpikingMLP
 from ..neuron import ATTN_THRESHOLD, LIF, THRESHOLD
 from ..qkformer import Block
 from .plan import is_linear
@@ -21,6 +21,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 ATTENTIONS = (TokenQKAttention, ChannelQKAttention, SpikingSelfAttention)
 QK = {"lif": (nn.Identity,), "q": (SpikingConv,), "k": (SpikingConv,), "attn_lif": (LIF,), "proj": (SpikingConv,)}
 CHILDREN = {  # kind -> children and their kinds
+    Block: {"attn": ATTENTIONS, "mlp": (SpikingMLP,), "drop_path": (DropPath,)},
     SPEDS: {"lif": (nn.Identity,), "units": (nn.ModuleList,)},  # and perhaps a shortcut
     SpikingConv: {"conv": CONVS, "bn": NORMS, "pool": (nn.Identity, nn.MaxPool2d), "lif": (LIF,)},
     TokenQKAttention: QK,
@@ -28,19 +29,20 @@ CHILDREN = {  # kind -> children and their kinds
     SpikingSelfAttention: QK | {"v": (SpikingConv,)},
     SpikingMLP: {"lif": (nn.Identity,), "fc1": (SpikingConv,), "fc2": (SpikingConv,)},
 }
+LEAVES = (*CONVS, *NORMS, LIF, DropPath, nn.MaxPool2d, nn.Identity)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 WINDOW = ("kernel_size", "stride", "padding", "dilation")
-ATTRIBUTES = {  # kind -> what of it the answer depends on
-    **dict.fromkeys(CONVS, (*WINDOW, "groups", "padding_mode")),
-    **dict.fromkeys(NORMS, ("training", "momentum", "track_running_stats", "num_features")),
-    nn.MaxPool2d: (*WINDOW, "ceil_mode", "return_indices"),
-    LIF: ("function", "threshold", "leak_across_batch"),
-    SpikingSelfAttention: ("scale",),
-}
-PLAIN = (int, float, str, tuple, FunctionType)  # of attributes; networks with a tensor, say, are left to the modules
-KINDS = (*CONVS, *NORMS, *ATTENTIONS, SPEDS, SpikingConv, SpikingMLP, DropPath, LIF, nn.MaxPool2d, nn.Identity)
-METHODS = [(kind, name) for kind in KINDS for name in ("__call__", "forward", "attend") if hasattr(kind, name)]
-UNPATCHED = [getattr(kind, name) for kind, name in METHODS]
+NUMBERS = ("threshold", "momentum", "eps", "scale", "rate")
+TYPES = dict.fromkeys(WINDOW, (int, tuple)) | dict.fromkeys(NUMBERS, (int, float)) | {"function": FunctionType}
+NAMES = ("__call__", "_call_impl", "forward", "attend", "sum_dim", "_over_time", "_conv_forward", "_check_input_dim")
+METHODS = [(kind, name) for kind in (*CHILDREN, *LEAVES, Chain) for name in NAMES if hasattr(kind, name)]
+
+
+def _methods() -> list:
+    return [getattr(kind, name) for kind, name in METHODS]
+
+
+UNPATCHED = _methods()
 
 
 class Covered(NamedTuple):
@@ -48,125 +50,158 @@ class Covered(NamedTuple):
 
     function: Callable | None  # of all neurons; None: the modules compute
     trains: bool = False  # BatchNorm takes the statistics of the batch
+    drops: bool = False  # stochastic depth scales spikes
 
 
 class Coverage:
-    """The answer for the stages of one network, kept until something changes that it depends on."""
+    """Memory of the answer for the stages of one network, until anything that it depends on changes."""
 
     def __init__(self):
-        self.state = None
+        self._snapshot: _Snapshot | None = None
 
     def of(self, stages: nn.ModuleList) -> Covered:
-        """The answer; `stages` are those of every call, or those that replaced them."""
-        if self.state is None or stages is not self.modules[0] or not self._is_unchanged():
-            self.modules = list(stages.modules())
-            self.attributes = list(map(vars, self.modules))
-            self.children = [attributes["_modules"] for attributes in self.attributes]
-            self.hooks = [attributes[name] for attributes in self.attributes for name in HOOKS]
-            norms = [module for module in self.modules if isinstance(module, _BatchNorm)]
-            self.tensors = [tensors for norm in norms for tensors in (norm._parameters, norm._buffers)]
-            self.read = [
-                (vars(module).get, ATTRIBUTES[kind]) for module in self.modules if (kind := _kind(module)) in ATTRIBUTES
-            ]
-            self.state, self.answer = self._state(), _covered(self.modules)
-        return self.answer
+        """Return the answer; every forward pass asks."""
+        snapshot = self._snapshot
+        if snapshot is None or not snapshot.holds(stages):
+            snapshot = self._snapshot = _Snapshot(stages)  # in one step, because threads may share a network
+        return snapshot.answer
 
-    def _is_unchanged(self) -> bool:
+
+class _Snapshot:
+    """Answer, with everything that it depends on: attributes, children, hooks and parameters of every module."""
+
+    def __init__(self, stages: nn.ModuleList):
+        self.modules = list(stages.modules())
+        attributes = list(map(vars, self.modules))
+        inner = [each[name] for each in attributes for name in ("_modules", "_parameters", "_buffers") if each[name]]
+        self.dicts = attributes + inner
+        self.copies = list(map(dict, self.dicts))
+        self.hooks = [each[name] for each in attributes for name in HOOKS]
+        leaves = [m for m in self.modules if isinstance(m, (*CONVS, _BatchNorm))]
+        tensors = [tensor for m in leaves for tensor in (m._parameters | m._buffers).values() if tensor is not None]
+        self.tensors = [tensor for tensor in tensors if tensor.dim()]
+        self.vectors = [tensor for tensor in tensors if tensor.dim() == 1]
+        self.numbers = [(itemgetter(name), [each for each in attributes if name in each]) for name in NUMBERS]
+        self.state = self._state()
+        self.answer = _answer(self.modules)
+
+    def holds(self, stages: nn.ModuleList) -> bool:
+        """Return whether nothing has changed. Loops run in C: one in Python takes longer than a kernel."""
         try:
-            return self._state() == self.state
-        except RuntimeError:  # tensors do not compare to a bool
+            return stages is self.modules[0] and self.dicts == self.copies and self._state() == self.state
+        except Exception:  # of a comparison: tensors, say, give no bool
             return False
 
     def _state(self) -> tuple:
-        """All that the answer depends on, in few calls because every forward pass compares it."""
+        """Collect the parts of the state that comparing dictionaries misses."""
         return (
-            any(self.hooks) or _has_any_global_hook(),
+            any(self.hooks) or bool(_has_any_global_hook()),
             list(map(type, self.modules)),
-            list(map(len, self.attributes)),  # a patched method is one more
-            _flat(self.children),
-            [tensor if tensor is None else tensor.shape for tensor in _flat(self.tensors)],
-            [list(map(get, names)) for get, names in self.read],
-            [getattr(kind, name) for kind, name in METHODS],
+            [set(map(type, map(get, owners))) for get, owners in self.numbers],  # 1.0 equals a tensor of 1.0
+            list(map(Tensor.numel, self.tensors)),  # `.data` may be another's
+            all(map(Tensor.is_contiguous, self.vectors)),
+            _methods(),
         )
 
 
-def _flat(mappings: list[dict]) -> list:
-    return list(itertools.chain.from_iterable(map(dict.values, mappings)))
+def _answer(modules: list[nn.Module]) -> Covered:
+    """Return the answer for modules in the order of `nn.Module.modules`, parents first."""
+    stages, nothing = modules[0], Covered(None)
+    if _has_any_global_hook() or _methods() != UNPATCHED or type(stages) is not nn.ModuleList:
+        return nothing
+    if not all(_has(stage, {"embed": (SPEDS,), "blocks": (Chain,)}) for stage in stages):
+        return nothing
+    if not all(type(stage) is Chain and _holds(stage.blocks, Block) for stage in stages):
+        return nothing
+    if not all(map(_is_plain, modules)) or not all(map(_is_known, reversed(modules))):
+        return nothing
+    functions = {module.function for module in modules if type(module) is LIF}
+    trains = {module.training for module in modules if isinstance(module, _BatchNorm)}
+    drops = any(module.rate for module in modules if type(module) is DropPath)
+    return Covered(functions.pop(), trains.pop(), drops) if len(functions) == len(trains) == 1 else nothing
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
-    """The type; torch's SyncBatchNorm for any BatchNorm whose class has a `process_group`, as the engine's on a CPU."""
+    """Return the type; SyncBatchNorm for any BatchNorm whose class has a `process_group`, as the engine's on a CPU."""
     kind = type(module)
     return nn.SyncBatchNorm if issubclass(kind, _BatchNorm) and hasattr(kind, "process_group") else kind
 
 
-def _covered(modules: list[nn.Module]) -> Covered:
-    stages = modules[0]
-    if [getattr(kind, name) for kind, name in METHODS] != UNPATCHED or not all(map(_is_plain, modules)):
-        return Covered(None)
-    functions = {module.function for module in modules if type(module) is LIF}
-    trains = {module.training for module in modules if isinstance(module, _BatchNorm)}
-    known = (
-        not _has_any_global_hook()
-        and type(stages) is nn.ModuleList
-        and all(_has(stage, {"embed": (SPEDS,), "blocks": (nn.Sequential,)}) for stage in stages)
-        and all(_holds(stage.blocks, Block) for stage in stages)
-        and all(_is_known(module) for module in modules)
-    )
-    return Covered(functions.pop(), trains.pop()) if known and len(functions) == len(trains) == 1 else Covered(None)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether the attributes that the answer depends on have the types that this project gives them."""
-    kind, attributes = _kind(module), vars(module)
-    if kind in CONVS and not all(isinstance(attributes[name], tuple) for name in WINDOW):
+def _is_plain(m: nn.Module) -> bool:
+    """Return whether nothing watches or patches a module, and its attributes and tensors are of plain types."""
+    kind, attributes = _kind(m), vars(m)
+    if any(attributes[name] for name in HOOKS) or any(hasattr(kind, name) for name in attributes):
         return False
-    return all(isinstance(attributes.get(name), PLAIN) for name in ATTRIBUTES.get(kind, ()))
+    tensors = [*m._parameters.values(), *m._buffers.values()]
+    if tensors and kind not in (*CONVS, *NORMS):
+        return False
+    return all(tensor is None or type(tensor) in (Tensor, nn.Parameter) for tensor in tensors) and all(
+        isinstance(attributes[name], types) for name, types in TYPES.items() if name in attributes
+    )
 
 
-def _has(module: nn.Module, children: dict[str, tuple[type, ...]]) -> bool:
-    """Whether the children of a module are these and no others, apart from absent ones."""
-    own = {name: _kind(child) for name, child in module._modules.items() if child is not None}
-    return own.keys() == children.keys() and all(own[name] in kinds for name, kinds in children.items())
+def _has(m: nn.Module, children: dict[str, tuple[type, ...]]) -> bool:
+    """Return whether a module has exactly these children, apart from absent ones."""
+    kinds = {name: _kind(child) for name, child in m._modules.items() if child is not None}
+    return kinds.keys() == children.keys() and all(kinds[name] in children[name] for name in kinds)
 
 
-def _holds(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return all(type(child) is kind for child in module._modules.values())
+def _holds(m: nn.Module, kind: type[nn.Module]) -> bool:
+    return all(type(child) is kind for child in m._modules.values())
 
 
 def _is_known(m: nn.Module) -> bool:
-    """Whether the fused path computes what a module of the stages does, its children apart."""
-    kind, attributes = _kind(m), vars(m)
-    if any(attributes[name] for name in HOOKS) or any(hasattr(kind, name) for name in attributes):
-        return False  # watched, or a method of the class is patched
+    """Return whether the fused path computes the answer of a module of plain types, its children apart."""
+    kind = _kind(m)
     if kind in CONVS:
-        padding = tuple(size // 2 for size in m.kernel_size)
-        is_plain = m.padding == padding and m.padding_mode == "zeros" and m.groups == 1 and max(m.dilation) == 1
+        if not all(type(getattr(m, name)) is tuple for name in WINDOW):
+            return False
+        is_odd = m.weight.shape[2:] == m.kernel_size and all(size % 2 for size in m.kernel_size)
+        keeps_size = is_odd and m.padding == tuple(size // 2 for size in m.kernel_size) and max(m.dilation) == 1
+        is_plain = keeps_size and m.padding_mode == "zeros" and m.groups == 1
         return is_plain and (kind is nn.Conv2d or is_linear(m))  # tokens get no neighbours
     if kind in NORMS:
-        tensors = [(m._parameters | m._buffers).get(name) for name in ("weight", "bias", "running_mean", "running_var")]
-        sizes = {None if tensor is None else len(tensor) for tensor in tensors}
-        return m.track_running_stats and sizes == {m.num_features}
+        tensors = m._parameters | m._buffers
+        vectors = [tensors.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
+        counts = m.track_running_stats and tensors.get("num_batches_tracked") is not None
+        return counts and all(_is_row(vector, m.num_features) for vector in vectors)
     if kind is nn.MaxPool2d:
         window = (m.kernel_size, m.stride, m.padding, m.dilation)
         return window == (3, 2, 1, 1) and not m.ceil_mode and not m.return_indices
     if kind is SPEDS:
         shortcut = {"shortcut": (SpikingConv,)} if m.shortcut is not None else {}
-        has_all = _has(m, CHILDREN[kind] | shortcut) and _holds(m.units, SpikingConv)
-        return has_all and not any(child.leak_across_batch for child in m.modules() if isinstance(child, LIF))
-    if kind is Block:
-        return _has(m, {"attn": ATTENTIONS, "mlp": (SpikingMLP,), "drop_path": (DropPath,)})
+        return _has(m, CHILDREN[kind] | shortcut) and _holds(m.units, SpikingConv) and _sizes_agree(m)
     if kind in CHILDREN and not _has(m, CHILDREN[kind]):
         return False
     if kind is SpikingConv:
-        return m.lif.threshold == THRESHOLD and m.bn.num_features == len(m.conv.weight)
+        width = m.bn.num_features
+        has_width = len(m.conv.weight) == width and (m.conv.bias is None or _is_row(m.conv.bias, width))
+        return has_width and m.lif.threshold == THRESHOLD
     if kind in ATTENTIONS:
         parts = [m.q, m.k, m.v] if kind is SpikingSelfAttention else [m.q, m.k]
         widths = {len(part.conv.weight) for part in parts}
-        return m.attn_lif.threshold == ATTN_THRESHOLD and len(widths) == 1 and all(map(_is_projection, parts))
-    return kind in (*CHILDREN, LIF, DropPath, nn.Identity, nn.Sequential, nn.ModuleList)
+        divides = m.heads > 0 and not any(width % m.heads for width in widths)
+        per_sample = not any(part.lif.leak_across_batch for part in parts)
+        is_plain = divides and len(widths) == 1 and per_sample and all(map(_keeps_size, (*parts, m.proj)))
+        return is_plain and m.attn_lif.threshold == ATTN_THRESHOLD
+    if kind is SpikingMLP:
+        return _keeps_size(m.fc1) and _keeps_size(m.fc2)
+    return kind in (*CHILDREN, *LEAVES, Chain, nn.ModuleList)
 
 
-def _is_projection(m: SpikingConv) -> bool:
-    """Whether a unit is a 1x1 convolution of the tokens, whose neurons run over time alone."""
-    return is_linear(m.conv) and isinstance(m.pool, nn.Identity) and not m.lif.leak_across_batch
+def _is_row(vector: Tensor | None, size: int) -> bool:
+    """Return whether a kernel can read `size` numbers from the start of the vector."""
+    return vector is not None and vector.shape == (size,) and vector.is_contiguous()
+
+
+def _keeps_size(m: SpikingConv) -> bool:
+    """Return whether a unit is a 1x1 convolution without pooling."""
+    return is_linear(m.conv) and type(m.pool) is nn.Identity
+
+
+def _sizes_agree(m: SPEDS) -> bool:
+    """Return whether the paths of a SPEDS end at one size. No membrane may leak, because an image comes once."""
+    stride = 2 ** sum(type(unit.pool) is nn.MaxPool2d for unit in m.units[m.branch :])
+    agrees = m.shortcut is None or (m.shortcut.conv.stride, type(m.shortcut.pool)) == ((stride, stride), nn.Identity)
+    leaks = any(child.leak_across_batch for child in m.modules() if type(child) is LIF)
+    return agrees and not leaks and all(max(unit.conv.stride) == 1 for unit in m.units)

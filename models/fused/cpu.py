@@ -5,19 +5,19 @@ from torch import Tensor, nn
 
 from ..attention import SpikingSelfAttention
 from ..layers import ConvBN, SpikingConv
-from ..neuron import THRESHOLD
+from ..neuron import TAU, THRESHOLD
 from .plan import Run, attend_by_module, convolution
 
 
 def attend(m: nn.Module, x: Tensor, run: Run) -> Tensor:
-    """What an attention hands to its projection: spikes [T,B,H,W,C]."""
+    """Compute an attention up to its projection: spikes [T,B,H,W,C]."""
     units = [m.q, m.k, m.v] if isinstance(m, SpikingSelfAttention) else [m.q, m.k]
     weights, biases = zip(*map(folded, units), strict=True)
     return attend_by_module(m, lif_(convolution(x, m.q.conv, torch.cat(weights), torch.cat(biases))), len(units))
 
 
 def spiking_conv(m: SpikingConv, x: Tensor, run: Run, binary: bool, add: Tensor | None = None) -> Tensor:
-    """A `SpikingConv` and the residual addition behind it."""
+    """Compute a `SpikingConv` and the residual addition after it."""
     y = convolution(x, m.conv, *folded(m))
     y = m.pool(y.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
     if len(y) < run.steps:
@@ -27,7 +27,7 @@ def spiking_conv(m: SpikingConv, x: Tensor, run: Run, binary: bool, add: Tensor 
 
 
 def folded(m: ConvBN) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that gives what `m.bn` makes of the output of `m.conv`."""
+    """Return weight and bias of one convolution that equals `m.conv` and `m.bn`."""
     scale = m.bn.weight * torch.rsqrt(m.bn.running_var + m.bn.eps)
     shift = m.bn.running_mean if m.conv.bias is None else m.bn.running_mean - m.conv.bias
     weight = m.conv.weight * scale.view(-1, *[1] * (m.conv.weight.dim() - 1))
@@ -36,10 +36,10 @@ def folded(m: ConvBN) -> tuple[Tensor, Tensor]:
 
 
 def lif_(x: Tensor) -> Tensor:
-    """Multi-step LIF neurons, in place: currents [T, ...] become spikes."""
+    """Turn currents [T, ...] into spikes, in place."""
     v = torch.zeros_like(x[0])
     for h in x:
-        torch.lerp(v, h, 0.5, out=h)  # the membrane's step, tau being 2
+        torch.lerp(v, h, 1 / TAU, out=h)
         v = h.masked_fill(h >= THRESHOLD, 0.0)
         torch.ge(h, THRESHOLD, out=h)
     return x

@@ -19,7 +19,7 @@ ONE_KERNEL = True  # in evaluation compute a 1x1 convolution together with its n
 
 
 def attend(m: nn.Module, x: Tensor, run: Run) -> Tensor:
-    """What an attention hands to its projection: spikes [T,B,H,W,C]."""
+    """Compute an attention up to its projection: spikes [T,B,H,W,C]."""
     units = [m.q, m.k, m.v] if isinstance(m, SpikingSelfAttention) else [m.q, m.k]
     with _kept(x, run, binary=False):
         y = convolution(x, m.q.conv, torch.cat([unit.conv.weight for unit in units]))
@@ -34,7 +34,7 @@ def attend(m: nn.Module, x: Tensor, run: Run) -> Tensor:
 
 
 def spiking_conv(m: SpikingConv, x: Tensor, run: Run, binary: bool, add: Tensor | None = None) -> Tensor:
-    """A `SpikingConv` and the residual addition behind it; `binary` says whether x holds spikes or sums of them."""
+    """Compute a `SpikingConv` and the residual addition after it; x holds spikes if `binary`, else sums of spikes."""
     if _fits_one_kernel(m, x):
         return _in_one_kernel(m, x, add)
     with _kept(x, run, binary):
@@ -59,5 +59,5 @@ def _in_one_kernel(m: SpikingConv, x: Tensor, add: Tensor | None) -> Tensor:
 
 
 def _kept(spikes: Tensor, run: Run, binary: bool) -> contextlib.AbstractContextManager:
-    """How autograd keeps `spikes` within it."""
+    """Return the context in which autograd keeps `spikes`, packed or as they are."""
     return packed(spikes, binary) if run.pack and torch.is_grad_enabled() else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""The fused network: the modules and parameters of `models.qkformer` in fewer and larger steps.
+"""Fused network: the modules and parameters of `models.qkformer` in fewer and larger steps.
 
 Activations are channels-last, [T,B,H,W,C], so that a 1x1 convolution is a matrix product; an image enters once, as
 [1,B,H,W,C]. `gpu` and `cpu` are the two ways to compute a unit and an attention.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..embed import SPEDS
-from ..layers import DropPath, SpikingConv, checkpointed
+from ..layers import Chain, DropPath, SpikingConv, checkpointed
 
 
 class Run(NamedTuple):
@@ -23,25 +23,27 @@ class Run(NamedTuple):
     pack: bool = False  # keep spikes for the backward pass packed
 
 
-def forward_features(model: nn.Module, x: Tensor, ops: ModuleType) -> Tensor:
-    """That of `HierarchicalSpikingTransformer`: [B,C,H,W] or [B,T,C,H,W] to [T,B,C,H,W]."""
+def forward_features(model: nn.Module, x: Tensor, ops: ModuleType, pack: bool = False) -> Tensor:
+    """Map [B,C,H,W] or [B,T,C,H,W] to [T,B,C,H,W], as `HierarchicalSpikingTransformer.forward_features` does."""
     if x.dim() == 4:
         x, steps = x[None], model.time_steps  # [1,B,C,H,W]
     else:
         x, steps = x.transpose(0, 1), x.shape[1]  # [T,B,C,H,W]
     x = x.permute(0, 1, 3, 4, 2).contiguous()  # [T,B,H,W,C]
-    run = Run(steps, ops, model.spike_packing and model.training)
-    recomputes = model.grad_checkpointing and model.training
+    run = Run(steps, ops, pack)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         for stage in model.stages:
-            for module in (stage.embed, *stage.blocks):
-                compute = functools.partial(forward, module, run=run)
-                x = checkpointed(module, x, compute) if recomputes else compute(x)
+            x = forward(stage, x, run)
     return x.permute(0, 1, 4, 2, 3)
 
 
 def forward(m: nn.Module, x: Tensor, run: Run) -> Tensor:
-    """A `SPEDS` or `Block`: [T,B,H,W,C] to [T,B,H',W',C']; the first SPEDS takes the image [1,B,H,W,C], too."""
+    """Compute a `Chain`, `SPEDS` or `Block`: [T,B,H,W,C] to [T,B,H',W',C']; the first SPEDS takes [1,B,H,W,C]."""
+    if isinstance(m, Chain):
+        for module in m:
+            compute = functools.partial(forward, module, run=run)
+            x = checkpointed(module, x, compute) if m.recomputes(module) else compute(x)
+        return x
     return _speds(m, x, run) if isinstance(m, SPEDS) else _block(m, x, run)
 
 
@@ -61,19 +63,19 @@ def _block(m: nn.Module, x: Tensor, run: Run) -> Tensor:
 
 
 def _residual(drop_path: DropPath, last: SpikingConv, branch: Tensor, x: Tensor, run: Run) -> Tensor:
-    """x plus the branch that ends in the unit `last`."""
+    """Add to x the branch that ends in the unit `last`."""
     if drop_path.training and drop_path.rate:
         return x + drop_path(run.ops.spiking_conv(last, branch, run, binary=True))
     return run.ops.spiking_conv(last, branch, run, binary=True, add=x)
 
 
 def is_linear(conv: nn.Module) -> bool:
-    """Whether the convolution is a matrix product."""
+    """Return whether the convolution is a matrix product."""
     return max(conv.kernel_size) == 1 and max(conv.stride) == 1
 
 
 def convolution(x: Tensor, conv: nn.Module, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`conv` with another weight and bias: [T,B,H,W,C] to [T,B,H',W',C']."""
+    """Apply `conv` with another weight and bias: [T,B,H,W,C] to [T,B,H',W',C']."""
     if is_linear(conv):
         return nn.functional.linear(x, weight.flatten(1), bias)
     images = x.flatten(0, 1).permute(0, 3, 1, 2)  # [T*B,C,H,W] in channels-last memory
@@ -82,7 +84,7 @@ def convolution(x: Tensor, conv: nn.Module, weight: Tensor, bias: Tensor | None 
 
 
 def attend_by_module(m: nn.Module, spikes: Tensor, parts: int) -> Tensor:
-    """What `m.attend` makes of the spikes [T,B,H,W,parts*C] of query, key and value: [T,B,H,W,C]."""
+    """Apply `m.attend` to spikes [T,B,H,W,parts*C] of query, key and value: [T,B,H,W,C]."""
     heads = spikes.unflatten(4, (parts, m.heads, -1)).flatten(2, 3)  # [T,B,N,parts,h,d]
     passed = m.attend(*heads.permute(3, 0, 1, 4, 5, 2))  # [T,B,h,d,N]
     return passed.permute(0, 1, 4, 2, 3).reshape(*spikes.shape[:4], -1)

@@ -1,4 +1,4 @@
-"""Whether the kernels run on a device and give what the modules give: tried once, on networks too small to matter."""
+"""Self-test of the kernels on a device: a small network and two blocks against their modules."""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ FLIPS = 0.2  # share of spikes that rounding may decide otherwise in half precis
 
 
 def problem(device: str) -> str | None:
-    """Return what is wrong on `device`, or None. Compiling the kernels takes half a minute, the first time."""
+    """Return the problem on `device`, or None. The first time, compiling the kernels takes half a minute."""
     logger.info(f"testing the Triton kernels (about 30 s the first time; cached in {triton.knobs.cache.dir})")
     start = time.monotonic()
     with (
@@ -29,18 +29,18 @@ def problem(device: str) -> str | None:
         torch.random.fork_rng(devices=[]),
     ):
         torch.default_generator.manual_seed(0)  # and not those of GPUs
-        found = _in_double(device) or _in_half(device)
+        reason = _in_double(device) or _in_half(device)
     logger.info(f"testing the Triton kernels took {time.monotonic() - start:.0f} s")
-    return found
+    return reason
 
 
 def _in_double(device: str) -> str | None:
-    """A training step of a whole network, in which spikes do not depend on rounding."""
+    """Compare a training step of a whole network, in which spikes do not depend on rounding."""
     x = torch.randn(8, 1, 16, 16, dtype=torch.float64).to(device)
-    theirs = HierarchicalSpikingTransformer(**SMALL).double().to(device)
-    ours = copy.deepcopy(theirs)
-    ours.fast_path = functools.partial(plan.forward_features, ops=gpu)
-    for what, a, b in zip(("logits", "gradients"), _step(ours, x), _step(theirs, x), strict=True):
+    reference = HierarchicalSpikingTransformer(**SMALL).double().to(device)
+    fused = copy.deepcopy(reference)
+    fused.fast_path = functools.partial(plan.forward_features, ops=gpu)
+    for what, a, b in zip(("logits", "gradients"), _step(fused, x), _step(reference, x), strict=True):
         if not (a - b).norm() <= ROUNDING * b.norm():
             return f"gives other {what} than torch here"
     return None
@@ -54,7 +54,7 @@ def _step(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _in_half(device: str) -> str | None:
-    """Single blocks, for in whole networks what rounding decides grows from layer to layer."""
+    """Compare single blocks, because in whole networks the effect of rounding grows from layer to layer."""
     x = (torch.rand(4, 8, 64, 4, 4) < 0.3).half().to(device)
     for kind in ("token", "self"):
         block = Block(kind, 64, 4, 2, "sew", 0.0, {}).half().to(device)
@@ -63,9 +63,9 @@ def _in_half(device: str) -> str | None:
                 module.momentum = 1.0  # the evaluation has the statistics of the training
                 module.weight.fill_(3)  # else hardly a neuron fires, and no attention passes anything on
         for train in (True, False):
-            theirs = block.train(train)(x)
-            ours = plan.forward(block, x.permute(0, 1, 3, 4, 2).contiguous(), run=plan.Run(len(x), gpu))
-            flipped = (ours.permute(0, 1, 4, 2, 3) - theirs).float().abs().sum()
-            if not flipped <= FLIPS * (theirs - x).float().sum():
+            reference = block.train(train)(x)
+            fused = plan.forward(block, x.permute(0, 1, 3, 4, 2).contiguous(), run=plan.Run(len(x), gpu))
+            flipped = (fused.permute(0, 1, 4, 2, 3) - reference).float().abs().sum()
+            if not flipped <= FLIPS * (reference - x).float().sum():
                 return f"gives other spikes in half precision than torch here ({kind} attention)"
     return None

@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+from ...neuron import ALPHA, TAU
+
+assert (TAU, ALPHA) == (2.0, 4.0), "the kernels have these numbers written out"
 PTX = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter does not know inline assembly
 
 

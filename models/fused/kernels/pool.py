@@ -32,8 +32,9 @@ def _forward_kernel(
         w = wo * 2 - 1 + k % 3
         there = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         x = tl.load(y + ((n * H + h) * W + w) * C + c, there, 0.0).to(ACC)
-        better = there & (x * sign > best)
-        best = tl.where(better, x * sign, best)
+        signed = x * sign
+        better = there & ((signed > best) | (signed != signed))  # NaN is the largest, as in torch
+        best = tl.where(better, signed, best)
         value = tl.where(better, x, value)
         which = tl.where(better, k, which)
     tl.store(out + r.to(tl.int64) * C + c, value, inside)

@@ -1,0 +1,338 @@
+"""The fused path against the modules after a user changed anything that it reads: equal answers, or it stands aside."""
+
+import copy
+from collections import OrderedDict
+from types import FunctionType
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from models import create_model, set_lif_backend
+from models.layers import SpikingConv
+from models.neuron import LIF, silent_layers, torch_lif
+
+METHODS = ("forward", "attend", "_over_time", "_conv_forward", "_check_input_dim", "_call_impl")
+SETTINGS = {
+    "width": 32,
+    "depths": (1, 1, 1),
+    "heads": 2,
+    "attention": ("token", "channel", "self"),
+    "mlp_ratio": 1,
+    "ssa_scale": 0.5,
+}
+
+
+def network(seed=0, time_steps=2):
+    """A network of every kind of module, whose neurons fire; and images."""
+    torch.manual_seed(seed)
+    model = create_model("qkformer_4_384", time_steps=time_steps, num_classes=3, **SETTINGS).double()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in norms:
+        m.weight.data.fill_(1.5)
+        m.bias.data.fill_(0.6)
+        m.momentum = 1.0
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    set_lif_backend(model, "torch")
+    with torch.no_grad():
+        model(x)  # running statistics that fit
+    for m in norms:
+        m.momentum = 0.1
+    assert not silent_layers(model.eval(), x)
+    return model, x
+
+
+def doubled(function):
+    return lambda *x, **more: 2 * function(*x, **more)
+
+
+class Doubled(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *x):
+        return 2 * self.module(*x)
+
+
+def patched(name, instead_of=None):
+    def patch(m):
+        if instead_of:
+            delattr(m, instead_of)
+        method = getattr(m, name)
+        setattr(m, name, doubled(method) if name != "_check_input_dim" else lambda x: 1 / 0)
+
+    return patch
+
+
+HOOKS = {  # dictionary of hooks -> registers one there, of those that change what passes if it can
+    "_forward_hooks": lambda m: m.register_forward_hook(lambda m, x, y: 2 * y),
+    "_forward_pre_hooks": lambda m: m.register_forward_pre_hook(lambda m, x: tuple(2 * part for part in x)),
+    "_backward_hooks": lambda m: m.register_full_backward_hook(lambda m, x, y: None),
+    "_backward_pre_hooks": lambda m: m.register_full_backward_pre_hook(lambda m, y: None),
+}
+DATA = {
+    "halved": lambda x: x * 0.5,
+    "shorter": lambda x: x[:-1],
+    "strided": lambda x: torch.stack([x, x + 1], -1)[..., 0],
+}
+
+
+def other(value):
+    """Another value of the type; None for what has no other."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return 0.5 * value + 0.1
+    if isinstance(value, str):
+        return "circular" if value == "zeros" else value + "x"
+    if isinstance(value, FunctionType):
+        return doubled(value)
+    if isinstance(value, tuple | list) and value and isinstance(value[0], int):
+        return type(value)(part + 1 for part in value)
+    return None
+
+
+def setter(name, value):
+    return lambda m: setattr(m, name, value)
+
+
+def replacer(name, change):
+    """Give the tensor `name` other data."""
+
+    def replace(m):
+        getattr(m, name).data = change(getattr(m, name).data)
+
+    return replace
+
+
+def doubler(name):
+    return lambda m: m._modules.update({name: Doubled(m._modules[name])})
+
+
+def copy_children(m):
+    m.__dict__["_modules"] = dict(m._modules)
+
+
+def changes_of(m):
+    """{label: steps, functions of a module} that change every attribute, child, tensor, hook and method of `m`."""
+    found = {}
+    for name, value in vars(m).items():
+        if (new := other(value)) is not None:
+            found[name] = [setter(name, new)]
+        if isinstance(value, float):
+            tensor = torch.tensor(value, dtype=torch.float64)
+            found[f"{name} tensor"] = [setter(name, tensor), replacer(name, DATA["halved"])]
+    for name, register in HOOKS.items():
+        found[f"{name} hook"] = [register]
+        found[f"{name} new hook"] = [setter(name, OrderedDict()), register]
+    for name in METHODS:
+        if hasattr(m, name) and not (name == "forward" and isinstance(m, nn.ModuleList)):
+            found[f"{name} patched"] = [patched(name)]
+            found[f"{name} patched for another"] = [patched(name, instead_of="spare")]
+    for name, child in m._modules.items():
+        if child is not None:
+            found[f"{name} replaced"] = [doubler(name)]
+            found[f"{name} replaced in a copy"] = [
+                lambda m: m.__dict__.update(_modules=dict(m._modules)),
+                doubler(name),
+            ]
+    for name, tensor in (m._parameters | m._buffers).items():
+        if tensor is not None and tensor.dim():
+            found |= {f"{name} {label}": [replacer(name, change)] for label, change in DATA.items()}
+            found[f"{name} removed"] = [setter(name, None)]
+    return found
+
+
+def places():
+    """{kind: a module's name}: the last of every kind in the stages, and of units with pooling or tokens."""
+    model, _ = network()
+    found = {}
+    for name, m in model.stages.named_modules():
+        pools = isinstance(m, SpikingConv) and isinstance(m.pool, nn.MaxPool2d)
+        tokens = isinstance(m, SpikingConv) and isinstance(m.conv, nn.Conv1d)
+        found[type(m).__name__ + " pools" * pools + " tokens" * tokens] = name
+    return found
+
+
+PLACES = places()
+
+
+def changed(model, place, steps):
+    """A copy of the network after the steps, before each of which it answered whether the fused path covers it."""
+    model = copy.deepcopy(model)
+    m = model.stages.get_submodule(place)
+    m.spare = 1
+    for step in steps:
+        answer(model)
+        step(m)
+    return model
+
+
+def by_modules(model):
+    """A copy of the network that its modules compute."""
+    model = copy.deepcopy(model)
+    model.fast_path = None
+    for m in model.modules():
+        if isinstance(m, LIF) and m.function.__name__ in ("auto_lif", "triton_lif"):
+            m.function = torch_lif
+    return model
+
+
+def outcome(model, x):
+    """The logits, or the error that the network raises."""
+    torch.manual_seed(0)
+    try:
+        return model(x).detach()
+    except Exception as error:
+        return error
+
+
+def assert_equal(found, expected):
+    if isinstance(expected, Exception):
+        assert isinstance(found, Exception), expected
+    else:
+        assert not isinstance(found, Exception), found
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_evaluation_without_gradients_is_that_with_gradients(kind):
+    model, x = network()
+    set_lif_backend(model, "auto")
+    before, effects = model(x).detach(), 0
+    for label, steps in changes_of(model.stages.get_submodule(PLACES[kind])).items():
+        trial = changed(model, PLACES[kind], steps)
+        with torch.no_grad():
+            found = outcome(trial, x)
+        expected = outcome(trial, x)
+        try:
+            assert_equal(found, expected)
+        except AssertionError as error:
+            raise AssertionError(f"{kind}: {label}: {error}") from None
+        effects += isinstance(expected, Exception) or not torch.allclose(before, expected, equal_nan=True)
+    assert effects or kind == "ModuleList"  # which nothing calls
+
+
+OTHERS = {  # changes of the block and the SPEDS of a stage
+    "kind of pooling": lambda block, speds: setattr(speds.units[1], "pool", nn.AvgPool2d(3, 2, 1)),
+    "projection": lambda block, speds: setattr(block.attn, "proj", nn.Identity()),
+    "mean of all batches": lambda block, speds: setattr(block.mlp.fc1.bn, "momentum", None),
+    "affine": lambda block, speds: setattr(block.mlp.fc1, "bn", nn.BatchNorm2d(16, affine=False).double().eval()),
+    "frozen": lambda block, speds: block.attn.q.bn.train(),
+    "groups": lambda block, speds: setattr(block.mlp.fc1, "conv", nn.Conv2d(16, 16, 1, groups=2).double()),
+    "strides": lambda block, speds: setattr(block.attn.q.conv, "stride", 1),
+    "parametrization": lambda block, speds: nn.utils.parametrizations.weight_norm(block.mlp.fc1.conv),
+    "width": lambda block, speds: setattr(block.attn, "q", SpikingConv(16, 32, tokens=True).double().eval()),
+    "learned threshold": lambda block, speds: setattr(block.mlp.fc1.lif, "threshold", nn.Parameter(torch.ones(()))),
+    "thresholds": lambda block, speds: setattr(block.mlp.fc1.lif, "threshold", torch.full((16, 1, 1), 0.8)),
+    "leak": lambda block, speds: setattr(block.attn.k.lif, "leak_across_batch", True),
+    "leak of images": lambda block, speds: setattr(speds.units[0].lif, "leak_across_batch", True),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_replaced_parts_count(name):
+    model, x = network()
+    set_lif_backend(model, "auto")
+    assert answer(model) is not None
+    OTHERS[name](model.stages[1].blocks[0], model.stages[0 if "images" in name else 1].embed)
+    assert answer(model) is None
+    assert answer(copy.deepcopy(model)) is None
+    with torch.no_grad():
+        found = outcome(model, x)
+    assert_equal(found, outcome(model, x))
+
+
+def answer(model):
+    try:
+        return model.fast_path.coverage.of(model.stages).function
+    except Exception:
+        return None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU the interpreter runs the kernels")
+def test_the_kernels_follow_all_changes_that_leave_them_in_use(monkeypatch):
+    """A training step after all of these changes together: logits, gradients and running statistics."""
+    launch = pytest.importorskip("models.fused.kernels.launch")
+    for constant, value in (("PROGRAMS", 3), ("WARPS", 64)):  # the interpreter takes as long for a program of any size
+        monkeypatch.setattr(launch, constant, value)
+    model, x = network(time_steps=1)
+    set_lif_backend(model, "triton")
+    names = []
+    for place in PLACES.values():
+        for label, steps in changes_of(model.stages.get_submodule(place)).items():
+            if label == "branch" or any(word in label for word in ("hook", "patched", "replaced", "tensor")):
+                continue  # an error, or left to the modules
+            if answer(changed(model, place, steps)) is not None:
+                steps[0](model.stages.get_submodule(place))
+                names.append(label)
+    assert {"eps", "momentum", "scale", "rate", "leak_across_batch", "weight halved", "running_var halved"} <= set(
+        names
+    )
+    assert answer(model) is not None
+    results = []
+    for trained in (by_modules(model), model):
+        torch.manual_seed(0)
+        logits = trained.train()(x)
+        logits.square().sum().backward()
+        results.append([logits.detach(), *(p.grad for p in trained.parameters()), *trained.buffers()])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_stages_and_their_blocks_are_called(learns):
+    model, x = network()
+    set_lif_backend(model, "auto")
+    called = []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda *_: called.append("stage"))
+        stage.blocks.register_forward_hook(lambda *_: called.append("blocks"))
+    with torch.set_grad_enabled(learns):
+        model(x)
+    assert called == ["blocks", "stage"] * 3
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, nn.DataParallel, Doubled])
+def test_wrapped_stages_compute(wrap):
+    model, x = network()
+    set_lif_backend(model, "auto")
+    expected = model(x)
+    model.stages[1] = wrap(model.stages[1])
+    calls = []
+    model.stages[1].register_forward_hook(lambda *_: calls.append(1))
+    found = model(x)
+    assert calls == [1]
+    assert torch.equal(found, expected) == (wrap is not Doubled)
+    with torch.no_grad():
+        assert torch.equal(model(x), found)
+
+
+def test_a_wrapped_stage_is_computed_again_in_the_backward_pass():
+    model, x = network()
+    calls = []
+    model.stages[1].blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.stages[1] = checkpoint_wrapper(model.stages[1])
+    model(x).sum().backward()
+    assert calls == [1, 1]
+
+
+def test_changed_classes_and_global_hooks_count(monkeypatch):
+    model, x = network()
+    set_lif_backend(model, "auto")
+    assert answer(model) is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(SpikingConv, "forward", nn.Identity.forward)
+        assert answer(model) is None
+    assert answer(model) is not None
+    called = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    assert sum(isinstance(module, LIF) for module in called) == sum(isinstance(m, LIF) for m in model.modules())
+    assert answer(model) is not None
