@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Collection, Iterator
 
-from scripts import execute, same  # noqa: F401
+from scripts import execute
 
 from engine.cli import UserError
 
@@ -88,18 +88,3 @@ class Death:
 def die_after(cpu_seconds: float) -> None:
     """Before a script: let the kernel kill it after so many seconds of its own CPU time, at any instruction."""
     signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-
-
-class Counts:
-    """The functions above under the names that test_data.py uses."""
-
-    script = staticmethod(script)
-
-    @staticmethod
-    def require(truth: bool, note: str, kind: str = "") -> None:
-        assert truth, note
-
-
-@contextlib.contextmanager
-def part(name: str) -> Iterator[Counts]:
-    yield Counts()

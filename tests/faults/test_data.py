@@ -8,7 +8,8 @@ import shutil
 import numpy as np
 import pytest
 import tiny_data
-from harness import part, same
+from harness import script
+from scripts import same
 
 from engine import checkpoint
 
@@ -81,15 +82,12 @@ IMAGE_DAMAGES = {
 
 @some(IMAGE_DAMAGES, of=8)
 def test_folders_of_images(cases, tmp_path):
-    with part("broken data") as counts:
-        for number, (what, damage) in enumerate(cases.items()):
-            root = tiny_data.image_folder(tmp_path / what, train=4, test=3, size=16)
-            damage(root)
-            flags = ["--dataset", "imagefolder", "--data-path", root, "--num-classes", 4, "--workers", number % 2]
-            said = counts.script("digits/train.py", *IMAGES, *flags, "--output-dir", root / "run", expected=end(what))
-            counts.require(
-                what == "sound" or str(root) in said.splitlines()[-1], f"{what}: the file is not named: {said[-300:]}"
-            )
+    for number, (what, damage) in enumerate(cases.items()):
+        root = tiny_data.image_folder(tmp_path / what, train=4, test=3, size=16)
+        damage(root)
+        flags = ["--dataset", "imagefolder", "--data-path", root, "--num-classes", 4, "--workers", number % 2]
+        said = script("digits/train.py", *IMAGES, *flags, "--output-dir", root / "run", expected=end(what))
+        assert what == "sound" or str(root) in said.splitlines()[-1], f"{what}: the file is not named: {said[-300:]}"
 
 
 def array(content, shape=None, dtype=None):
@@ -129,24 +127,21 @@ FRAMES_DAMAGES = {
 def recordings(tmp_path_factory):
     """CIFAR10-DVS with its frames made; not to be written to."""
     root = tiny_data.cifar10_dvs(tmp_path_factory.mktemp("events") / "sound", per_class=2, count=60)
-    with pytest.MonkeyPatch.context() as patch, part("setup") as counts:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("joblib.cpu_count", lambda: 1)
         flags = [*EVENTS, "--data-path", root, "--output-dir", root / "run"]
-        counts.script("cifar10-dvs/train.py", *flags, "--batch-size", 2, expected={0})
+        script("cifar10-dvs/train.py", *flags, "--batch-size", 2, expected={0})
     return root
 
 
 @some(FRAMES_DAMAGES, of=6)
 def test_frames_of_events(cases, recordings, tmp_path):
-    with part("broken data") as counts:
-        for what, damage in cases.items():
-            shutil.copytree(recordings, tmp_path / what)
-            damage(tmp_path / what)
-            flags = [*EVENTS, "--data-path", tmp_path / what, "--output-dir", tmp_path / what / "other"]
-            said = counts.script("cifar10-dvs/train.py", *flags, "--batch-size", 2, expected=end(what))
-            counts.require(
-                what == "sound" or "frames_2" in said.splitlines()[-1], f"{what}: the file is not named: {said[-300:]}"
-            )
+    for what, damage in cases.items():
+        shutil.copytree(recordings, tmp_path / what)
+        damage(tmp_path / what)
+        flags = [*EVENTS, "--data-path", tmp_path / what, "--output-dir", tmp_path / what / "other"]
+        said = script("cifar10-dvs/train.py", *flags, "--batch-size", 2, expected=end(what))
+        assert what == "sound" or "frames_2" in said.splitlines()[-1], f"{what}: the file is not named: {said[-300:]}"
 
 
 @pytest.mark.parametrize("of", [13, pytest.param(1, marks=pytest.mark.slow)])
@@ -154,27 +149,25 @@ def test_frames_of_events(cases, recordings, tmp_path):
 def test_records_of_a_run(name, of, finished, tmp_path):
     """A run whose records are damaged is resumed and tested, or it is said which record is in the way."""
     weights = checkpoint.read(finished / "last.pt")
-    with part("broken records") as counts:
-        for what, words in itertools.islice(NOT_THESE_WORDS.items(), 0, None, of):
-            folder = tmp_path / what
-            shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("tensorboard"))
-            (folder / name).write_bytes(words)
-            own = ["--config", folder / name] if name == "config.yml" else []
-            resume = ["--output-dir", folder, "--resume", "auto", *own]
-            said = counts.script("digits/train.py", *resume, expected={0, 2})
-            mentioned = "error: " not in said or str(folder / name) in said.splitlines()[-1]
-            counts.require(mentioned, f"{name}, {what}: not named: {said[-300:]}")
-            counts.script("digits/test.py", "--checkpoint", folder / "last.pt", *own, expected={0, 2})
-            counts.require(same(checkpoint.read(folder / "last.pt"), weights), f"{name}, {what}: other weights", "lost")
+    for what, words in itertools.islice(NOT_THESE_WORDS.items(), 0, None, of):
+        folder = tmp_path / what
+        shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("tensorboard"))
+        (folder / name).write_bytes(words)
+        own = ["--config", folder / name] if name == "config.yml" else []
+        resume = ["--output-dir", folder, "--resume", "auto", *own]
+        said = script("digits/train.py", *resume, expected={0, 2})
+        mentioned = "error: " not in said or str(folder / name) in said.splitlines()[-1]
+        assert mentioned, f"{name}, {what}: not named: {said[-300:]}"
+        script("digits/test.py", "--checkpoint", folder / "last.pt", *own, expected={0, 2})
+        assert same(checkpoint.read(folder / "last.pt"), weights), f"{name}, {what}: other weights"
 
 
 def test_a_loss_that_is_no_number(finished, tmp_path):
     """It ends the run, and what was saved before stays."""
     shutil.copytree(finished, tmp_path / "run")
-    with part("broken data") as counts:
-        flags = ["--epochs", 3, "--weight-decay", 1e38, "--lr", 1000, "--resume", "auto", "--output-dir"]
-        counts.script("digits/train.py", *flags, tmp_path / "run", expected={2})
-        before, after = (checkpoint.read(folder / "last.pt") for folder in (finished, tmp_path / "run"))
-        counts.require(same(before, after), "the weights before are gone", "lost")
-        rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-        counts.require([row["epoch"] for row in rows] == [0, 1], f"{rows}")
+    flags = ["--epochs", 3, "--weight-decay", 1e38, "--lr", 1000, "--resume", "auto", "--output-dir"]
+    script("digits/train.py", *flags, tmp_path / "run", expected={2})
+    before, after = (checkpoint.read(folder / "last.pt") for folder in (finished, tmp_path / "run"))
+    assert same(before, after), "the weights before are gone"
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1], f"{rows}"
