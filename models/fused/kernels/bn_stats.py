@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from .device import accumulator_of
 from .launch import accumulator, cdiv, next_power_of_2, tiling
 
 
@@ -25,12 +26,12 @@ class Norm(NamedTuple):
 @triton.jit(do_not_specialize=["M"])
 def _moments_kernel(
     y, moments, M, C, TILES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
-    ACC: tl.constexpr,
 ):  # fmt: skip
     """Mean of each program's rows, and the sum of squared deviations from it, to `moments` [2,programs,C].
 
     Sums are relative to the first row.
     """
+    ACC: tl.constexpr = accumulator_of(y.dtype)
     program = tl.program_id(ROWS).to(tl.int64)
     first = program * TILES * BR
     c = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)
@@ -55,13 +56,14 @@ def _moments_kernel(
 def _norm_kernel(
     moments, counts, norms, norm, rows, P, width, C, PART: tl.constexpr, T: tl.constexpr, EPS: tl.constexpr,
     MOMENTUM: tl.constexpr, TRAIN: tl.constexpr, BIAS: tl.constexpr, BLOCKS: tl.constexpr, BP: tl.constexpr,
-    BC: tl.constexpr, ACC: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
     """`norm` [4,width] of several BatchNorms of C channels each; in training from `moments` [2,P,width].
 
     Each part has PART of the `rows` rows, the last one less; or `counts` [P] says how many. Sums over the parts are
     relative to the first part's mean.
     """
+    ACC: tl.constexpr = accumulator_of(norm.dtype)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
     for i in tl.static_range(len(norms)):
@@ -121,7 +123,7 @@ def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int |
     Raises:
         ValueError: a single value per channel in training.
     """
-    dtype, acc = accumulator(y)
+    dtype = accumulator(y)
     width = y.shape[-1]
     rows = y.numel() // width
     first = norms[0].bn
@@ -134,7 +136,7 @@ def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int |
         parts, part = tiles.programs, tiles.blocks["BR"] * tiles.tiles
         moments = y.new_empty((2, parts, width), dtype=dtype)
         _moments_kernel[tiles.grid](
-            y, moments, rows, width, TILES=tiles.tiles, ACC=acc, **tiles.blocks
+            y, moments, rows, width, TILES=tiles.tiles, **tiles.blocks
         )  # fmt: skip
         count = rows
         if is_synchronised(first):
@@ -147,7 +149,7 @@ def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int |
         moments, counts, tuple(map(_tensors, norms)), norm, rows, parts, width, channels,
         PART=part, T=shown, EPS=tuple(bn.eps for bn, _ in norms), MOMENTUM=tuple(bn.momentum for bn, _ in norms),
         TRAIN=first.training, BIAS=tuple(bias is not None for _, bias in norms),
-        BLOCKS=cdiv(parts, BP), BP=BP, BC=BC, ACC=acc, num_warps=8 if BP >= 512 else 4,
+        BLOCKS=cdiv(parts, BP), BP=BP, BC=BC, num_warps=8 if BP >= 512 else 4,
     )  # fmt: skip
     return norm, count
 
