@@ -64,6 +64,7 @@ def tiles_for(rows: int, block: int) -> int:
     return next_power_of_2(cdiv(rows, block * PROGRAMS))
 
 
+@functools.cache
 def per_thread(steps: int, values: int = 1) -> int:
     """Elements a thread can take of which it holds `values` membranes in registers for each of the steps."""
     return max(2, min(16, 32 // (values * next_power_of_2(steps))))
