@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import (
+    accumulator_of,
     add_pairs,
     charge,
     current_gradient,
@@ -30,10 +31,11 @@ from .launch import CHUNK, accumulator, cdiv, per_thread, tiling
 @triton.jit(do_not_specialize=["R"])
 def _forward_kernel(
     y, norm, add, out, starts, R, C, THRESHOLD: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr,
-    GROUP: tl.constexpr, STATIC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
-    ACC: tl.constexpr,
+    STATIC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Spikes, step by step; the loads of GROUP steps come before their stores."""
+    ACC: tl.constexpr = accumulator_of(y.dtype)
+    GROUP: tl.constexpr = CHUNK if T > CHUNK else min(T, 4)
     r = tl.program_id(ROWS).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
     c = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)[None, :]
     inside = (r < R) & (c < C)
@@ -69,13 +71,14 @@ def _forward_kernel(
 def _backward_kernel(
     y, norm, grad_out, starts, total, partial, grad, R, C, M, THRESHOLD: tl.constexpr, T: tl.constexpr,
     CHUNK: tl.constexpr, STATIC: tl.constexpr, GRAD_Y: tl.constexpr, TILES: tl.constexpr, BR: tl.constexpr,
-    BC: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+    BC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sums over the rows to `partial` [programs,2,C]; to `grad` the gradient of the current u, or of the input y.
 
     With `total` [2,C], the sums over the M rows, the gradient of y includes that through the statistics. The loads of
     a chunk come before its stores.
     """
+    ACC: tl.constexpr = accumulator_of(y.dtype)
     program = tl.program_id(ROWS).to(tl.int64)
     c = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)[None, :]
     size = R.to(tl.int64) * C
@@ -146,15 +149,14 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Spikes [T,R,C] of T steps, plus `add` where given; with `keep` also what `backward` needs of a long run."""
     rows, channels = y.shape[1:]
-    dtype, acc = accumulator(y)
+    dtype = accumulator(y)
     out = torch.empty((steps, rows, channels), dtype=y.dtype, device=y.device)
     keep = keep and steps > CHUNK
     starts = y.new_empty((cdiv(steps, CHUNK), rows, channels), dtype=dtype) if keep else None
     tiles = tiling(rows, channels, 16 if steps <= CHUNK else 4)
-    chunk = min(steps, CHUNK)
     _forward_kernel[tiles.grid](
-        y, norm, add, out, starts, rows, channels, threshold, steps, chunk, chunk if steps > CHUNK else min(steps, 4),
-        STATIC=len(y) < steps, ACC=acc, **tiles.blocks,
+        y, norm, add, out, starts, rows, channels, threshold, steps, min(steps, CHUNK),
+        STATIC=len(y) < steps, **tiles.blocks,
     )  # fmt: skip
     return out, starts
 
@@ -169,13 +171,13 @@ def backward(
         total: those gradients, over `count` rows, if the statistics are functions of y.
     """
     steps, (rows, channels) = len(grad_out), y.shape[1:]
-    dtype, acc = accumulator(y)
+    dtype = accumulator(y)
     chunk = min(steps, CHUNK)
     tiles = tiling(rows, channels, per_thread(chunk, 2 if sums else 1), reduce=sums)
     partial = y.new_empty((tiles.programs, 2, channels), dtype=dtype) if sums else None
     grad = torch.empty_like(y) if of else None
     _backward_kernel[tiles.grid](
         y, norm, grad_out, starts, total, partial, grad, rows, channels, count, threshold, steps, chunk,
-        STATIC=len(y) < steps, GRAD_Y=of == "y", TILES=tiles.tiles, ACC=acc, **tiles.blocks,
+        STATIC=len(y) < steps, GRAD_Y=of == "y", TILES=tiles.tiles, **tiles.blocks,
     )  # fmt: skip
     return partial.sum(0) if sums else None, grad

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from .device import accumulator_of
 from .launch import accumulator, cdiv, next_power_of_2, tiling
 
 
@@ -25,12 +26,12 @@ class Norm(NamedTuple):
 @triton.jit(do_not_specialize=["M"])
 def _moments_kernel(
     y, moments, M, C, TILES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
-    ACC: tl.constexpr,
 ):  # fmt: skip
     """Mean of each program's rows, and the sum of squared deviations from it, to `moments` [2,programs,C].
 
     Sums are relative to the first row.
     """
+    ACC: tl.constexpr = accumulator_of(y.dtype)
     program = tl.program_id(ROWS).to(tl.int64)
     first = program * TILES * BR
     c = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)
@@ -53,15 +54,15 @@ def _moments_kernel(
 
 @triton.jit(do_not_specialize=["rows", "P"])
 def _norm_kernel(
-    moments, counts, norms, norm, rows, P, width, C, PART: tl.constexpr, T: tl.constexpr, EPS: tl.constexpr,
-    MOMENTUM: tl.constexpr, TRAIN: tl.constexpr, BIAS: tl.constexpr, BLOCKS: tl.constexpr, BP: tl.constexpr,
-    BC: tl.constexpr, ACC: tl.constexpr,
+    moments, counts, norms, norm, rows, P, width, C, PART: tl.constexpr, T: tl.constexpr, CONSTANTS: tl.constexpr,
+    BLOCKS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """`norm` [4,width] of several BatchNorms of C channels each; in training from `moments` [2,P,width].
 
-    Each part has PART of the `rows` rows, the last one less; or `counts` [P] says how many. Sums over the parts are
-    relative to the first part's mean.
+    CONSTANTS holds eps, momentum and whether there is a bias, for each. Each part has PART of the `rows` rows, the last
+    one less; or `counts` [P] says how many. Sums over the parts are relative to the first part's mean.
     """
+    ACC: tl.constexpr = accumulator_of(norm.dtype)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
     for i in tl.static_range(len(norms)):
@@ -69,11 +70,11 @@ def _norm_kernel(
             running_mean, running_var, batches, gamma, beta, bias = norms[i]
             column = i * C + c
             shift = tl.zeros((BC,), ACC)
-            if BIAS[i]:
+            if CONSTANTS[i][2]:
                 shift = tl.load(bias + c, inside, 0.0).to(ACC)
             mean = tl.load(running_mean + c, inside, 0.0).to(ACC)
             var = tl.load(running_var + c, inside, 1.0).to(ACC)
-            if TRAIN:
+            if moments is not None:
                 origin = tl.load(moments + column, inside, 0.0)[None, :]
                 numbers = tl.zeros((BP, 1), ACC)
                 sums = tl.zeros((BP, BC), ACC)
@@ -95,15 +96,15 @@ def _norm_kernel(
                 square = tl.sum(deviations, 0) - offset * offset * count
                 batch_mean = tl.load(moments + column, inside, 0.0) + offset
                 tl.store(batches, tl.load(batches) + 1, tl.program_id(0) == 0)
-                tl.store(running_mean + c, mean + (batch_mean + shift - mean) * MOMENTUM[i], inside)
-                tl.store(running_var + c, var + (square / (count - 1.0 / T) - var) * MOMENTUM[i], inside)
+                tl.store(running_mean + c, mean + (batch_mean + shift - mean) * CONSTANTS[i][1], inside)
+                tl.store(running_var + c, var + (square / (count - 1.0 / T) - var) * CONSTANTS[i][1], inside)
                 mean = batch_mean
                 var = square / count
             else:
                 mean -= shift
             out = norm + column
             tl.store(out, mean, inside)
-            tl.store(out + width, 1.0 / tl.sqrt(var + EPS[i]), inside)
+            tl.store(out + width, 1.0 / tl.sqrt(var + CONSTANTS[i][0]), inside)
             tl.store(out + 2 * width, tl.load(gamma + c, inside, 0.0).to(ACC), inside)
             tl.store(out + 3 * width, tl.load(beta + c, inside, 0.0).to(ACC), inside)
 
@@ -121,7 +122,7 @@ def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int |
     Raises:
         ValueError: a single value per channel in training.
     """
-    dtype, acc = accumulator(y)
+    dtype = accumulator(y)
     width = y.shape[-1]
     rows = y.numel() // width
     first = norms[0].bn
@@ -134,7 +135,7 @@ def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int |
         parts, part = tiles.programs, tiles.blocks["BR"] * tiles.tiles
         moments = y.new_empty((2, parts, width), dtype=dtype)
         _moments_kernel[tiles.grid](
-            y, moments, rows, width, TILES=tiles.tiles, ACC=acc, **tiles.blocks
+            y, moments, rows, width, TILES=tiles.tiles, **tiles.blocks
         )  # fmt: skip
         count = rows
         if is_synchronised(first):
@@ -145,9 +146,8 @@ def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int |
     BP, BC = min(1024, next_power_of_2(parts)), 8
     _norm_kernel[cdiv(channels, BC), len(norms)](
         moments, counts, tuple(map(_tensors, norms)), norm, rows, parts, width, channels,
-        PART=part, T=shown, EPS=tuple(bn.eps for bn, _ in norms), MOMENTUM=tuple(bn.momentum for bn, _ in norms),
-        TRAIN=first.training, BIAS=tuple(bias is not None for _, bias in norms),
-        BLOCKS=cdiv(parts, BP), BP=BP, BC=BC, ACC=acc, num_warps=8 if BP >= 512 else 4,
+        PART=part, T=shown, CONSTANTS=tuple([(bn.eps, bn.momentum, bias is not None) for bn, bias in norms]),
+        BLOCKS=cdiv(parts, BP), BP=BP, BC=BC, num_warps=8 if BP >= 512 else 4,
     )  # fmt: skip
     return norm, count
 

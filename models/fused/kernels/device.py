@@ -9,6 +9,12 @@ assert (TAU, ALPHA) == (2.0, 4.0), "the kernels have these numbers written out"
 PTX = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter does not know inline assembly
 
 
+@triton.constexpr_function
+def accumulator_of(pointer):
+    """The dtype to compute in, from that of a pointer."""
+    return tl.float64 if pointer.element_ty == tl.float64 else tl.float32
+
+
 @triton.jit
 def charge(u, v):
     """The membrane before the spike, from current and membrane; tau is 2."""

@@ -4,7 +4,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 CHUNK = 16  # steps whose membranes the backward pass holds in registers; longer runs go from chunk to chunk
@@ -13,9 +12,9 @@ PROGRAMS = 1024  # tiles shrink until there are about so many programs, and so m
 COLUMNS_FIRST = False  # neighbouring programs take the columns of the same rows where a piece of a row is 64 bytes
 
 
-def accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
-    """The dtype to compute in, for torch and for Triton."""
-    return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype to compute in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class Tiling(NamedTuple):
@@ -65,6 +64,7 @@ def tiles_for(rows: int, block: int) -> int:
     return next_power_of_2(cdiv(rows, block * PROGRAMS))
 
 
+@functools.cache
 def per_thread(steps: int, values: int = 1) -> int:
     """Elements a thread can take of which it holds `values` membranes in registers for each of the steps."""
     return max(2, min(16, 32 // (values * next_power_of_2(steps))))

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import charge, load_norm, normalised, reset
-from .launch import accumulator, cdiv
+from .device import accumulator_of, charge, load_norm, normalised, reset
+from .launch import cdiv
 
 ROWS = 128  # of a program, with a warp for every 16
 
@@ -13,8 +13,9 @@ ROWS = 128  # of a program, with a warp for every 16
 @triton.jit(do_not_specialize=["R"])
 def _kernel(
     x, weight, norm, add, out, R, C, THRESHOLD: tl.constexpr, T: tl.constexpr, K: tl.constexpr, BR: tl.constexpr,
-    BC: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
+    BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    ACC: tl.constexpr = accumulator_of(x.dtype)
     columns = tl.cdiv(C, BC)
     c = tl.program_id(0) % columns * BC + tl.arange(0, BC)[None, :]  # neighbours share the rows of x
     r = (tl.program_id(0) // columns).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
@@ -45,6 +46,6 @@ def forward(x: Tensor, weight: Tensor, norm: Tensor, add: Tensor | None, thresho
     BR, BC, BK = ROWS, 64, 64 if width % 64 == 0 else 32  # larger tiles spill registers
     _kernel[(cdiv(channels, BC) * cdiv(rows, BR),)](
         x, weight, norm, add, out, rows, channels, threshold, steps, width,
-        BR=BR, BC=BC, BK=BK, ACC=accumulator(x)[1], num_warps=ROWS // 16, num_stages=3,
+        BR=BR, BC=BC, BK=BK, num_warps=ROWS // 16, num_stages=3,
     )  # fmt: skip
     return out

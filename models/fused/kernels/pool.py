@@ -9,15 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import load_means, load_norm, through_norm
-from .launch import accumulator, tiling
+from .device import accumulator_of, load_means, load_norm, through_norm
+from .launch import tiling
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     y, norm, out, index, rows, H, W, HO, WO, C, BR: tl.constexpr, BC: tl.constexpr,
-    ROWS: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
+    ACC: tl.constexpr = accumulator_of(y.dtype)
     r = tl.program_id(ROWS) * BR + tl.arange(0, BR)[:, None]  # divisions of 64 bits would cost more than the memory
     c = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)[None, :]
     inside = (r < rows) & (c < C)
@@ -45,9 +46,10 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["rows", "M"])
 def _backward_kernel(
     y, norm, index, grad_u, total, grad, rows, H, W, HO, WO, C, M, BR: tl.constexpr, BC: tl.constexpr,
-    ROWS: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of y. A row is a window [i,j] with the 2x2 block [2i:2i+2,2j:2j+2] of y, which lies in four windows."""
+    ACC: tl.constexpr = accumulator_of(y.dtype)
     r = tl.program_id(ROWS) * BR + tl.arange(0, BR)[:, None]  # divisions of 64 bits would cost more than the memory
     c = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)[None, :]
     inside = (r < rows) & (c < C)
@@ -84,9 +86,7 @@ def forward(y: Tensor, norm: Tensor, index: bool) -> tuple[Tensor, Tensor | None
     which = torch.empty_like(out, dtype=torch.int8) if index else None
     rows = out.numel() // channels
     tiles = tiling(rows, channels, 8)
-    _forward_kernel[tiles.grid](
-        y, norm, out, which, rows, h, w, *out.shape[1:3], channels, ACC=accumulator(y)[1], **tiles.blocks
-    )
+    _forward_kernel[tiles.grid](y, norm, out, which, rows, h, w, *out.shape[1:3], channels, **tiles.blocks)
     return out, which
 
 
@@ -101,6 +101,6 @@ def backward(y: Tensor, norm: Tensor, index: Tensor, grad_u: Tensor, total: Tens
     tiles = tiling(rows, channels, 8)
     _backward_kernel[tiles.grid](
         y, norm, index, grad_u, total, grad, rows, h, w, *index.shape[1:3], channels, count,
-        ACC=accumulator(y)[1], **tiles.blocks,
+        **tiles.blocks,
     )  # fmt: skip
     return grad

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...neuron import ATTN_THRESHOLD
-from .device import charge, current_gradient, reset
-from .launch import accumulator, cdiv, next_power_of_2
+from .device import accumulator_of, charge, current_gradient, reset
+from .launch import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -42,8 +42,9 @@ def _charge(s, kv, frame, head, row, d, v, C, SCALE: tl.constexpr, N: tl.constex
 
 @triton.jit
 def _kv_kernel(
-    s, kv, C, N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr
+    s, kv, C, N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
+    ACC: tl.constexpr = accumulator_of(s.dtype)
     frame = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, BD)
@@ -59,8 +60,9 @@ def _kv_kernel(
 @triton.jit
 def _forward_kernel(
     s, kv, out, B, C, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, T: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    ACC: tl.constexpr = accumulator_of(s.dtype)
     row = tl.program_id(2) * BN + tl.arange(0, BN)
     head = tl.program_id(1)
     d = tl.arange(0, BD)
@@ -76,9 +78,10 @@ def _forward_kernel(
 @triton.jit
 def _product_gradient_kernel(
     s, kv, grad_out, grad_product, B, C, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, T: tl.constexpr,
-    N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Gradient [T,B,N,C] of the product q (k^T v)."""
+    ACC: tl.constexpr = accumulator_of(s.dtype)
     row = tl.program_id(2) * BN + tl.arange(0, BN)
     head = tl.program_id(1)
     d = tl.arange(0, BD)
@@ -100,9 +103,9 @@ def _product_gradient_kernel(
 @triton.jit
 def _input_gradient_kernel(
     s, kv, grad_product, grad, C, N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of query, key and value from that of the product q (k^T v)."""
+    ACC: tl.constexpr = accumulator_of(s.dtype)
     frame = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, BD)
@@ -138,10 +141,9 @@ def forward(s: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
     blocks = _blocks(steps, tokens, channels // heads, s.element_size())
     kv = s.new_empty((steps * batch, heads, blocks["D"], blocks["D"]))
     out = s.new_empty((steps, batch, tokens, channels))
-    acc = accumulator(s)[1]
-    _kv_kernel[steps * batch, heads](s, kv, channels, **blocks, ACC=acc)
+    _kv_kernel[steps * batch, heads](s, kv, channels, **blocks)
     _forward_kernel[batch, heads, cdiv(tokens, blocks["BN"])](
-        s, kv, out, batch, channels, scale, ATTN_THRESHOLD, steps, **blocks, ACC=acc
+        s, kv, out, batch, channels, scale, ATTN_THRESHOLD, steps, **blocks
     )
     return out, kv
 
@@ -150,11 +152,11 @@ def backward(s: Tensor, kv: Tensor, grad_out: Tensor, scale: float) -> Tensor:
     """Gradient of s."""
     steps, batch, tokens, channels = grad_out.shape
     heads = kv.shape[1]
-    blocks, acc = _blocks(steps, tokens, channels // heads, s.element_size()), accumulator(s)[1]
+    blocks = _blocks(steps, tokens, channels // heads, s.element_size())
     grad, grad_product = torch.empty_like(s), torch.empty_like(grad_out)
     smaller = blocks | {"BN": min(blocks["BN"], max(16, 2**11 // blocks["BD"]))}  # gradients take registers, too
     _product_gradient_kernel[batch, heads, cdiv(tokens, smaller["BN"])](
-        s, kv, grad_out, grad_product, batch, channels, scale, ATTN_THRESHOLD, steps, **smaller, ACC=acc
+        s, kv, grad_out, grad_product, batch, channels, scale, ATTN_THRESHOLD, steps, **smaller
     )
-    _input_gradient_kernel[steps * batch, heads](s, kv, grad_product, grad, channels, **blocks, ACC=acc)
+    _input_gradient_kernel[steps * batch, heads](s, kv, grad_product, grad, channels, **blocks)
     return grad

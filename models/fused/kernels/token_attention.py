@@ -12,7 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ...neuron import ATTN_THRESHOLD, THRESHOLD
-from .device import charge, current_gradient, load_means, load_norm, load_steps, normalised, reset, through_norm, until
+from .device import (
+    accumulator_of,
+    charge,
+    current_gradient,
+    load_means,
+    load_norm,
+    load_steps,
+    normalised,
+    reset,
+    through_norm,
+    until,
+)
 from .launch import accumulator, cdiv, next_power_of_2, per_thread, tiles_for, warps_for
 
 
@@ -28,8 +39,9 @@ def _charges(y_q, y_k, inside, norm_q, norm_k, v_q, v_k, v_a, THRESHOLD: tl.cons
 @triton.jit(do_not_specialize=["R"])
 def _forward_kernel(
     y, norm, out, R, C, HEADS, D: tl.constexpr, THRESHOLD: tl.constexpr, ATTN: tl.constexpr, T: tl.constexpr,
-    GROUP: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+    GROUP: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    ACC: tl.constexpr = accumulator_of(y.dtype)
     r = (tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR))[:, None, None]
     head = (tl.program_id(1) * BH + tl.arange(0, BH))[None, :, None]
     d = tl.arange(0, BD)[None, None, :]
@@ -61,9 +73,10 @@ def _forward_kernel(
 def _backward_kernel(
     y, norm, grad_out, total, partial, grad, R, C, HEADS, M, D: tl.constexpr, THRESHOLD: tl.constexpr,
     ATTN: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, BR: tl.constexpr,
-    BH: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+    BH: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Sums over the rows to `partial` [programs,2,2C], or else the gradient of y; as in `bn_lif`."""
+    ACC: tl.constexpr = accumulator_of(y.dtype)
     program = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BH + tl.arange(0, BH))[None, :, None]
     d = tl.arange(0, BD)[None, None, :]
@@ -143,7 +156,7 @@ def forward(y: Tensor, norm: Tensor, heads: int) -> Tensor:
     blocks = _blocks(rows, heads, channels // heads, 8)
     _forward_kernel[cdiv(rows, blocks["BR"]), cdiv(heads, blocks["BH"])](
         y, norm, out, rows, channels, heads, channels // heads, THRESHOLD, ATTN_THRESHOLD, steps,
-        GROUP=min(steps, 4), ACC=accumulator(y)[1], **blocks,
+        GROUP=min(steps, 4), **blocks,
     )  # fmt: skip
     return out
 
@@ -153,7 +166,7 @@ def backward(
 ) -> Tensor:
     """With `sums` the gradients of beta and gamma [2,2C], else that of y; `total` and `count` as in `bn_lif`."""
     steps, rows, channels = grad_out.shape
-    dtype, acc = accumulator(y)
+    dtype = accumulator(y)
     blocks = _blocks(rows, heads, channels // heads, per_thread(steps, 2))
     tiles = tiles_for(rows, blocks["BR"]) if sums else 1
     programs = cdiv(rows, blocks["BR"] * tiles)
@@ -161,6 +174,6 @@ def backward(
     grad = None if sums else torch.empty_like(y)
     _backward_kernel[programs, cdiv(heads, blocks["BH"])](
         y, norm, grad_out, total, partial, grad, rows, channels, heads, count, channels // heads, THRESHOLD,
-        ATTN_THRESHOLD, steps, GROUP=min(steps, 4), TILES=tiles, ACC=acc, **blocks,
+        ATTN_THRESHOLD, steps, GROUP=min(steps, 4), TILES=tiles, **blocks,
     )  # fmt: skip
     return partial.sum(0) if sums else grad
