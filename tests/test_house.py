@@ -25,7 +25,6 @@ RANKS = {  # a file may import files of its own and of lower ranks, the lowest l
     ],
 }
 IMPORT_MODELS = ("engine.run", "engine.weights")  # of the engine, these alone
-OPEN = ("benchmarks.events", "benchmarks.loader")  # they still take synthetic data from the tests
 
 
 def modules():
@@ -70,9 +69,7 @@ def test_the_graph_is_of_the_whole_product():
     assert "models.neuron" in imports("models.fused.kernels.token_attention")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xfail(strict=False)) if name in OPEN else name for name in MODULES]
-)
+@pytest.mark.parametrize("name", MODULES)
 def test_arrows(name):
     package, own = name.split(".")[0], rank(name)
     for target in imports(name):
