@@ -119,6 +119,7 @@ def launches(backend: str) -> bool:
 
 
 def auto_lif(x: Tensor, threshold: float) -> Tensor:
+    """The choice of "auto" for one neuron layer; `_ops` makes the same for whole networks."""
     if not x.is_cuda or torch.compiler.is_compiling():
         return torch_lif(x, threshold)
     if launches("triton"):
@@ -164,7 +165,7 @@ def set_lif_backend(model: nn.Module, backend: str) -> None:
         model: any module; its `LIF`s are set.
         backend: "torch" (any device and floating dtype; the reference), "cupy" (spikingjelly's CUDA kernels; float16
             and float32), "triton" (see `models.fused`: with "sew" residuals far more than the neurons), or "auto": on
-            CUDA the first that runs of triton, cupy and torch; elsewhere torch.
+            CUDA the first that runs of triton, cupy and torch; elsewhere torch, and in evaluation on a CPU `fused.cpu`.
 
     Raises:
         ValueError: unknown backend, or one that cannot run here (the message has a fix).

@@ -25,6 +25,9 @@ def lif_step(
     The membrane follows tau dv/dt = -v + x, stepped by forward Euler with dt = 1 (paper, eq. 1-3):
     h = v + (x - v) / tau; spike = [h >= threshold]; v = h (1 - spike).
 
+    Faster forms of this equation, which the tests compare with it: `_TorchLIF`, `backends.cupy_lif`, `fused.cpu.lif_`,
+    and `charge`, `reset`, `current_gradient` in `fused.kernels.device`.
+
     Args:
         x: input current at this step, any shape.
         v: membrane potential after the step before, same shape; zeros at the start.
@@ -125,7 +128,7 @@ class LIF(nn.Module):
     Args:
         threshold: firing threshold.
         leak_across_batch: run the membrane over the samples of a batch as if they were time steps (order t*B + b), as
-            the last LIF of the released self-attention does.
+            the last LIF of the released self-attention does (`ssa_membrane="released"` of a network).
     """
 
     def __init__(self, threshold: float = THRESHOLD, leak_across_batch: bool = False):

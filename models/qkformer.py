@@ -20,7 +20,7 @@ ATTENTIONS = {"token": TokenQKAttention, "channel": ChannelQKAttention, "self": 
 
 # family: (units of the first SPEDS, units before its shortcut starts, units of the later SPEDS), where a unit is
 # (n, pool): a 3x3 convolution to 1/n of the stage's channels, pooled or not. Spikformer's have one stage.
-EMBEDS = {
+FAMILIES = {
     "imagenet": ([(2, True), (1, True), (1, False)], 1, [(1, True), (1, False)]),
     "cifar": ([(2, False), (1, False)], 1, [(1, False), (1, True)]),
     "dvs": ([(8, False), (4, True), (2, True), (1, True)], 2, [(1, False), (1, True)]),
@@ -60,7 +60,7 @@ class HierarchicalSpikingTransformer(nn.Module):
     [B,num_classes], averaged over tokens and time. Every membrane starts at zero and none outlives the call.
 
     Args:
-        family: which SPEDS, a key of `EMBEDS`.
+        family: which SPEDS, a key of `FAMILIES`.
         width: channels of the last stage; each earlier stage has half of the next one's.
         depths: blocks of each stage.
         heads: attention heads, the same in all stages.
@@ -114,7 +114,7 @@ class HierarchicalSpikingTransformer(nn.Module):
         self.in_channels, self.num_classes = in_channels, num_classes
         self.spike_packing = False
 
-        first_units, first_branch, later_units = EMBEDS[family]
+        first_units, first_branch, later_units = FAMILIES[family]
         rates = iter(calculate_drop_path_rates(drop_path, sum(depths)))
         attn = {"qkv_bias": qkv_bias}
         self_attn = attn | {"scale": ssa_scale, "leak_across_batch": ssa_membrane == "released"}
@@ -221,7 +221,7 @@ class HierarchicalSpikingTransformer(nn.Module):
 
 
 def _require_kinds(family: str, embed: str, residual: str, ssa_membrane: str) -> None:
-    _require_choice("family", family, EMBEDS)
+    _require_choice("family", family, FAMILIES)
     _require_choice("embed", embed, ("speds", "sps"))
     _require_choice("residual", residual, ("sew", "ms"))
     _require_choice("ssa_membrane", ssa_membrane, ("per_sample", "released"))

@@ -82,8 +82,8 @@ def released_key_map(model: HierarchicalSpikingTransformer) -> dict[str, str]:
         ValueError: the model has channel attention, or "ms" residuals outside the ImageNet family. No weights of
             either were released.
     """
-    if "channel" in model.attention:
-        raise ValueError("channel attention was never released, so its weights have no released names")
+    if unknown := set(model.attention) - {"token", "self"}:
+        raise ValueError(f"{unknown.pop()} attention was never released, so its weights have no released names")
     if model.family not in NAMINGS:
         raise ValueError(f"the released code has no {model.family}, so its weights have no released names")
     if model.residual == "ms" and model.family != "imagenet":
