@@ -7,27 +7,13 @@ import math
 
 import pytest
 import torch
-from scripts import ROOT, fail, here, refuses, succeed
+from scripts import ROOT, fail, here, refuses
 
 from benchmarks import roofline, speed
 from benchmarks.speed import cases, compare, complete, missing, weights
 from benchmarks.spikingjelly2 import Remote
 from benchmarks.turns import Timed, Turns
 from engine.config import load
-
-
-def test_preparing_event_recordings(tmp_path):
-    sizes = "--recordings 2 --events 300 --repeats 1".split()
-    succeed("-m", "benchmarks.events", *sizes, "--output", tmp_path)
-    (path,) = tmp_path.glob("events-*.json")
-    report = json.loads(path.read_text())
-    assert report["versions"]["torch"]
-    for name, samples in (("CIFAR10-DVS", 20), ("DVS128 Gesture", 24)):
-        result = report["data_sets"][name]
-        assert result["samples"] == samples
-        ours, theirs = (result["recordings_per_s"][side] for side in ("ours", "spikingjelly"))
-        assert math.isclose(ours["ratio"], ours["median"] / theirs["median"])
-
 
 TINY = "--device cpu --time-steps 1 --batch-size 2 --input-size 16 --rounds 2 --steps 1".split()
 CPU = torch.device("cpu")
