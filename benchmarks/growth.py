@@ -12,7 +12,7 @@ multiply-accumulates of the attentions are counted.
 Memory is the peak on CUDA, and on a CPU the bytes that autograd keeps for the backward pass. Exponents are slopes in
 the log-log plot over the larger half of the sizes, because small sizes measure the start of the kernels. Each point is
 written to growth-DATE-DEVICE.json at once; the end adds a figure and prints the exponents. Runs of one day with the
-same settings share the figure.
+same commit and settings share their points, so the same command goes on after an interruption.
 """
 
 import argparse
@@ -28,10 +28,11 @@ from tabulate import tabulate
 from analysis.attentions import PARTS, Attention
 from analysis.common import drawing, main, positive
 from engine.cli import UserError
-from engine.config import Config, load
+from engine.config import Config
 
-from .common import ROOT, machine, network, random_batch, result_path, runs_in, write
-from .speed import CONFIGURATIONS, all_sides, flags_of, start
+from .common import CONFIGURATIONS, Results, network, random_batch, recipe
+from .sides import all_sides
+from .speed import flags_of, start
 from .turns import STEPS, Timed, Turns
 
 
@@ -71,7 +72,7 @@ class Point(NamedTuple):
     def config(self, model: str) -> Config:
         """Return the recipe of a network at this point."""
         keys = ("time_steps", "input_size", "batch_size")
-        return load(ROOT / CONFIGURATIONS[model][0], [f"--{key}={self.at[key]}" for key in keys])
+        return recipe(model, **{key: self.at[key] for key in keys})
 
     def attention(self, kind: str, part: str, heads: int) -> Attention:
         """Return an attention at this point."""
@@ -164,7 +165,6 @@ def draw(rows: Sequence[dict], title: str, path: Path) -> None:
             plot.set_xticks(sizes, sizes, fontsize=8)
             plot.minorticks_off()
             plot.set_title(f"{mode}: {name}", fontsize=10)
-            plot.grid(alpha=0.25)
         figure.suptitle(title, fontsize=11)
 
 
@@ -193,12 +193,6 @@ def chosen(args: argparse.Namespace, device: torch.device) -> list[Point]:
     return points
 
 
-def latest(runs: Sequence[dict]) -> list[dict]:
-    """Return the points of all runs with the last one's title; of repeated points, the last."""
-    rows = [row for run in runs if run["title"] == runs[-1]["title"] for row in run["points"]]
-    return list({(row["axis"], row["size"], row["mode"], row["side"]): row for row in rows}.values())
-
-
 def run(argv: Sequence[str]) -> None:
     flags = flags_of(__doc__, (*STEPS, *PARTS), rounds=3)
     flags.add_argument("--model", choices=CONFIGURATIONS, help="(qkformer_10_384; on a CPU qkformer_3_64)")
@@ -210,19 +204,17 @@ def run(argv: Sequence[str]) -> None:
         flags.add_argument(f"--at-{name}", type=positive, help="its size while another grows")
     args = flags.parse_args(argv)
     device = start(args)
-    points, this = chosen(args, device), machine("growth", device)
-    path = result_path(args.output, "growth", this["device"])
-    earlier, rows = runs_in(path), []
-    fixed = ", ".join(f"{name} {getattr(args, f'at_{name}')}" for name in AXES)
-    where = this["device"].get("gpu", "a CPU")
-    title = f"{args.model}, amp {args.amp}, on {where}; attentions: {args.heads} heads\nwhere another grows: {fixed}"
+    points = chosen(args, device)
+    fixed = [f"at_{name}" for name in AXES]
+    file = Results("growth", args, device, ("model", "amp", "heads", "rounds", "steps", *fixed))
     for point in points:
         for mode in (mode for mode in point.modes if mode in args.modes):
-            rows += measure(point, mode, args, device)
-            this |= {"title": title, "arguments": vars(args), "exponents": exponents(rows), "points": rows}
-            write(path, {"runs": [*earlier, this]})
-    draw(latest([*earlier, this]), title, path.with_suffix(".png"))
-    print(f"\n{title}\n{tabulate(this['exponents'], headers='keys', floatfmt='.2f')}\n\n{path}")
+            if not any((row["axis"], row["size"], row["mode"]) == (point.axis, point.size, mode) for row in file.all):
+                file.write(measure(point, mode, args, device))
+    title = f"{args.model}, amp {args.amp}, on {file.device}; attentions: {args.heads} heads\nwhere another grows: "
+    title += ", ".join(f"{name[3:]} {getattr(args, name)}" for name in fixed)
+    draw(file.all, title, file.path.with_suffix(".png"))
+    print(f"\n{title}\n{tabulate(exponents(file.all), headers='keys', floatfmt='.2f')}\n\n{file.path}")
 
 
 if __name__ == "__main__":

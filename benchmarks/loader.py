@@ -1,15 +1,13 @@
-"""Samples a second of the recipes' input pipelines, and the cores that feed a GPU.
+"""Samples a second of the recipes' input pipelines, in all and of a core.
 
     python -m benchmarks.loader [--help]
 
 The data are synthetic, in the true formats and of realistic size, and lie in the system's memory: no disk is measured.
 The loaders of the recipes are timed up to the batch of bytes in the training process, with one worker and with one on
-each core.
+each core. A GPU that trains X samples a second needs X over the samples of a core. The same command goes on after an
+interruption.
 """
 
-import argparse
-import contextlib
-import dataclasses
 import functools
 import io
 import math
@@ -17,9 +15,9 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import joblib
@@ -31,15 +29,13 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from analysis.common import ROOT, main, parser, positive
 from engine import config, world
-from engine.cli import UserError
 from engine.config import Config
 from engine.data.event import RAW
 from engine.data.frames import integrate
-from engine.data.loaders import Data
 from engine.log import logger
 from engine.run import create_data
 
-from .common import RESULTS, machine, result_path, spread, write
+from .common import RESULTS, Results, spread
 from .synthetic import events, fill, jpeg, write_cifar
 
 FILES = 64  # of different content; all others of a data set are links to them
@@ -48,8 +44,7 @@ FRAMES = 16
 WARM_UP, AHEAD = 2, 2  # batches of each worker before and after the timed ones
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """An input pipeline, and the function that writes its data."""
 
     recipe: str
@@ -61,10 +56,6 @@ class Case:
     def config(self, root: Path, workers: int) -> Config:
         """Return the settings for data in `root`."""
         return config.load(ROOT / self.recipe, ["--data-path", str(root), "--workers", str(workers), *self.flags])
-
-    def loader(self, data: Data) -> object:
-        """Return the timed loader; its `loader` yields bytes, and it moves them to the device."""
-        return data.train.loader if self.part == "train" else data.test
 
 
 def write_images(root: Path, train: int, test: int) -> None:
@@ -92,19 +83,12 @@ def write_frames(name: str, size: int, root: Path, train: int, test: int) -> Non
 IMAGENET = Case("imagenet/qkformer_10_384.yml", write_images, 16, flags=("--num-classes", str(CLASSES)))
 CASES = {
     "imagenet": IMAGENET,
-    "imagenet-test": dataclasses.replace(IMAGENET, part="test"),
+    "imagenet-test": IMAGENET._replace(part="test"),
     "cifar10": Case("cifar10/cifar10.yml", functools.partial(write_cifar, CIFAR10, 10)),
     "cifar100": Case("cifar100/cifar100.yml", functools.partial(write_cifar, CIFAR100, 100)),
 }
 for _name, _size in (("dvs128-gesture", 350_000), ("cifar10-dvs", 200_000)):
     CASES[_name] = Case(f"{_name}/{_name}.yml", functools.partial(write_frames, _name, _size))
-
-
-@contextlib.contextmanager
-def synthetic() -> Iterator[None]:
-    """Accept data sets of another size and other md5 sums, without warnings."""
-    with mock.patch.object(logger, "disabled", True), mock.patch("torchvision.datasets.cifar.check_integrity"):
-        yield
 
 
 def seconds(loader: DataLoader, batches: int) -> float:
@@ -114,48 +98,28 @@ def seconds(loader: DataLoader, batches: int) -> float:
     return times[warm_up + batches * loader.num_workers] - times[warm_up]
 
 
-def measure(case: Case, root: Path, cores: int, repeats: int, batches: int) -> dict:
+def measure(case: Case, root: Path, cores: int, repeats: int, batches: int | None) -> dict:
     """Return the figures of a pipeline."""
-    batch_size = case.config(root, 0).batch_size
+    batch_size, batches = case.config(root, 0).batch_size, batches or case.batches
     count = (WARM_UP + batches + AHEAD) * cores * batch_size
     case.write(root, *((count, batch_size) if case.part == "train" else (batch_size, count)))
     rates = defaultdict(list)
-    with synthetic():
+    with (  # no warnings of data sets of another size, nor their md5 sums
+        mock.patch.object(logger, "disabled", True),
+        mock.patch("torchvision.datasets.cifar.check_integrity"),
+    ):
         here = world.setup("auto")
-        loaders = {n: case.loader(create_data(case.config(root, n), here)).loader for n in sorted({1, cores})}
+        data = {n: create_data(case.config(root, n), here) for n in sorted({1, cores})}
+        loaders = {n: (d.train.loader if case.part == "train" else d.test).loader for n, d in data.items()}
         for _ in range(repeats):
             for workers, loader in loaders.items():
                 rates[str(workers)].append(batches * workers * loader.batch_size / seconds(loader, batches))
     return {
-        "recipe": case.recipe,
-        "part": case.part,
         "batch_size": batch_size,
         "batches_of_each_worker": batches,
-        "workers_in_recipe": config.load(ROOT / case.recipe).workers,
         "samples_per_s": {workers: spread(values) | {"all": values} for workers, values in rates.items()},
         "samples_per_s_of_a_core": statistics.median(rates[str(cores)]) / cores,
     }
-
-
-def table(results: dict[str, dict]) -> str:
-    """Format the figures."""
-    rows = []
-    for name, result in results.items():
-        row = {"samples/s: min median max": name}
-        for workers, figures in result["samples_per_s"].items():
-            row[f"workers: {workers}"] = "{min:,.0f} {median:,.0f} {max:,.0f}".format(**figures)
-        row |= {"a core": f"{result['samples_per_s_of_a_core']:,.0f}", "recipe's workers": result["workers_in_recipe"]}
-        rows.append(row | result.get("gpu", {"GPU, samples/s": "", "cores": ""}))
-    return tabulate(rows, headers="keys", disable_numparse=True)
-
-
-def speed_of(text: str) -> tuple[str, float]:
-    """Convert a flag's value NAME=X."""
-    name, _, speed = text.partition("=")
-    with contextlib.suppress(ValueError):
-        if name in CASES and 0 < float(speed) < math.inf:
-            return name, float(speed)
-    raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SAMPLES_PER_SECOND with a NAME of {', '.join(CASES)}")
 
 
 def run(argv: Sequence[str]) -> None:
@@ -163,25 +127,22 @@ def run(argv: Sequence[str]) -> None:
     flags.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="pipelines to measure (all)")
     flags.add_argument("--repeats", type=positive, default=5, help="passes over each, in turns (5)")
     flags.add_argument("--batches", type=positive, help="of each worker in a pass (16 of ImageNet, 60 of the others)")
-    about = "speed of a GPU, such as imagenet=1500; prints the number of cores that feed it"
-    flags.add_argument("--train-images-per-s", nargs="+", type=speed_of, default=[], metavar="NAME=X", help=about)
     flags.add_argument("--output", type=Path, default=RESULTS, help=f"folder to write to ({RESULTS})")
     args = flags.parse_args(argv)
-    gpus = dict(args.train_images_per_s)
-    if others := gpus.keys() - set(args.cases):
-        raise UserError(f"--train-images-per-s {min(others)}: not measured; add it to --cases")
     torch.set_num_threads(1)  # as the workers
-    report, cores = machine("loader"), joblib.cpu_count()
-    results, path = {}, result_path(args.output, "loader", report["device"])
+    file = Results("loader", args, torch.device("cpu"), ("repeats", "batches"))
     for name in args.cases:
-        case = CASES[name]
-        with tempfile.TemporaryDirectory() as folder:
-            results[name] = measure(case, Path(folder), cores, args.repeats, args.batches or case.batches)
-        if name in gpus:
-            needed = math.ceil(gpus[name] / results[name]["samples_per_s_of_a_core"])
-            results[name]["gpu"] = {"GPU, samples/s": gpus[name], "cores": needed}
-        write(path, report | {"pipelines": results})
-    print(path, table(results), sep="\n\n")
+        if name not in {result["name"] for result in file.kept}:
+            with tempfile.TemporaryDirectory() as folder:
+                figures = measure(CASES[name], Path(folder), joblib.cpu_count(), args.repeats, args.batches)
+            file.write([{"name": name, **figures}])
+    rows = []
+    for result in (result for result in file.all if result["name"] in args.cases):
+        row = {"samples/s: min median max": result["name"]}
+        for workers, figures in result["samples_per_s"].items():
+            row[f"workers: {workers}"] = "{min:,.0f} {median:,.0f} {max:,.0f}".format(**figures)
+        rows.append(row | {"a core": f"{result['samples_per_s_of_a_core']:,.0f}"})
+    print(file.path, tabulate(rows, headers="keys", disable_numparse=True), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -17,17 +17,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.config import Config
 from models.layers import ConvBN
 
-from .common import network, random_batch, stopwatch
+from .common import network, random_batch
 
 MOVED = {"eval": (1, 0, 1), "train": (3, 8, 3)}  # how often I, O and S are moved
 COUNTED = 2  # samples, because BatchNorm may refuse one
-REPEATS = 20  # of a measured rate; the best counts, because others may use the machine
-GEMM_SIZE, COPY_BYTES, CALLS = {"cpu": 1024, "cuda": 8192}, {"cpu": 2**27, "cuda": 2**32}, {"cpu": 1, "cuda": 10}
+GEMM_SIZE, COPY_BYTES = {"cpu": 1024, "cuda": 8192}, {"cpu": 2**27, "cuda": 2**32}
 
 
 class Demand(NamedTuple):
@@ -72,21 +72,16 @@ def demand(cfg: Config, mode: str) -> Demand:
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure a large copy and a large matrix product of random numbers."""
+    """Measure a large copy and a large matrix product; the best counts, because others may use the machine."""
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copied = 2 * len(source) / _best_seconds(lambda: target.copy_(source), device)
+    copied = 2 * len(source) / _best_seconds(lambda: target.copy_(source))
     size = GEMM_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    multiplied = 2 * size**3 / _best_seconds(lambda: torch.mm(a, b), device)
+    multiplied = 2 * size**3 / _best_seconds(lambda: torch.mm(a, b))
     return Rates(copied, multiplied)
 
 
-def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
-    calls, times = CALLS[device.type], []
-    for _ in range(REPEATS + 1):  # the first warms up
-        elapsed = stopwatch(device)
-        for _ in range(calls):
-            call()
-        times.append(elapsed() / 1000 / calls)
-    return min(times[1:])
+def _best_seconds(call: Callable[[], object]) -> float:
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=0.5).times)

@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.config import Config
 from engine.graphs import GraphedStep
@@ -32,8 +32,7 @@ class Case:
     """A recipe at the measured size."""
 
     model: str
-    recipe: Path
-    flags: tuple[str, ...]
+    changes: dict[str, object]  # of its recipe
     cfg: Config
     amp: str
     device: torch.device
@@ -58,7 +57,8 @@ class Side:
             self.prepare(model.to(case.device))
             step = STEPS[mode](model, case.amp, case.device)
             if self.switch:
-                step = switched(step, *self.switch)
+                file, constant, value = self.switch
+                step = mock.patch.object(importlib.import_module(f"models.fused.{file}"), constant, value)(step)
             return GraphedStep(step) if self.graph else step
 
         return Timed(make, random_batch(case.cfg, case.device), case.device)
@@ -73,21 +73,8 @@ class Foreign:
 
     def start(self, case: Case, mode: str, _, folder: Path | None) -> Remote:
         """Prepare a step in a process of its own, with other weights."""
-        if folder is None:
-            raise ValueError("--spikingjelly2: missing; name the folder that holds it")
         settings = {"mode": mode, "amp": case.amp, "device": case.device.type, "precision": self.precision}
-        return Remote(folder, case.recipe, case.flags, settings)
-
-
-def switched(step: Step, file: str, constant: str, value: object) -> Step:
-    """Return the step with another value of a constant of `models.fused`."""
-    module = importlib.import_module(f"models.fused.{file}")
-
-    def other(samples: Tensor, labels: Tensor) -> Tensor:
-        with mock.patch.object(module, constant, value):
-            return step(samples, labels)
-
-    return other
+        return Remote(folder, {"model": case.model, "changes": case.changes, **settings})
 
 
 def compiled(model: nn.Module) -> None:

@@ -18,9 +18,9 @@ median counts. A side that cannot run is listed with its reason.
 
 unfused-compiled, which compiles for minutes, and the last three are measured only if --sides names them.
 
-Every round writes the figures so far to speed-DATE-DEVICE.json; the end adds a figure. After an interruption run the
-same command again. It skips networks and modes of which the file has all sides in all rounds, with the same commit,
-device and arguments. Another --output, or a change that is not committed, starts from scratch.
+Every round writes the figures so far to speed-DATE-DEVICE.json. After an interruption run the same command again. It
+skips networks and modes of which the file has all sides in all rounds, with the same commit, device and arguments.
+Another --output, or a change that is not committed, starts from scratch.
 """
 
 import argparse
@@ -32,24 +32,14 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from analysis.common import drawing, main, parser, positive
+from analysis.common import main, parser, positive
 from engine.cli import UserError
-from engine.config import load
 
 from . import roofline
-from .common import RESULTS, ROOT, choose, machine, network, random_batch, result_path, runs_in, write
+from .common import CONFIGURATIONS, PUBLISHED, RESULTS, Results, choose, network, random_batch, recipe
 from .sides import ON_REQUEST, Case, all_sides
 from .turns import STEPS, Turns, eval_step, reason
 
-CONFIGURATIONS = {  # model -> recipe, batch size
-    "qkformer_10_384": ("imagenet/qkformer_10_384.yml", 128),
-    "qkformer_10_768": ("imagenet/qkformer_10_768.yml", 64),
-    "qkformer_4_384": ("cifar10/cifar10.yml", 64),
-    "qkformer_2_256": ("cifar10-dvs/cifar10-dvs.yml", 16),
-    "qkformer_3_64": ("digits/digits.yml", 16),
-    "qkformer_2_64": ("digits-dvs/digits-dvs.yml", 16),
-}
-PUBLISHED = list(CONFIGURATIONS)[:4]  # the default
 CHANGES = ("time_steps", "input_size", "batch_size", "ssa_membrane")  # flags that change a recipe
 DECISIVE = ("rounds", "steps", *CHANGES, "amp", "spikingjelly2")  # arguments that figures depend on
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}  # of convolutions and activations
@@ -91,21 +81,6 @@ def compare(case: Case, state: Mapping) -> dict:
     if not agreement >= AGREEMENT:
         raise UserError(f"{case.model}: in float32 ours has {agreement:.0%} of the baseline's classes; fix it first")
     return {"samples": len(ours), "deviation": deviation, "same_class": agreement}
-
-
-def complete(runs: Sequence[dict], report: dict) -> list[dict]:
-    """Return the results of earlier runs with the commit, device and arguments of this one, and with all rounds."""
-    if report["git_commit"].endswith("+changes"):
-        return []
-
-    def key(run: dict) -> list:
-        return [run["git_commit"], run["device"], *(str(run["arguments"].get(name)) for name in DECISIVE)]
-
-    def is_complete(result: dict) -> bool:
-        baseline = result["sides"][result["baseline"]]
-        return "ms" in baseline and len(baseline["ms"]["rounds"]) == report["arguments"]["rounds"]
-
-    return [result for run in runs if key(run) == key(report) for result in run["results"] if is_complete(result)]
 
 
 def missing(case: Case, mode: str, asked: Sequence[str] | None, results: Sequence[dict]) -> list[str]:
@@ -166,37 +141,10 @@ def _three(values: dict[str, float]) -> str:
     return "{min:.2f} {median:.2f} {max:.2f}".format(**values)
 
 
-def draw(runs: Sequence[dict], path: Path) -> None:
-    """Draw the ratio of each side to the baseline, with minimum and maximum; of repeated ones, the last."""
-    found = {}
-    for result in (result for run in runs for result in run["results"]):
-        case = "{model} {mode}, T {time_steps}, {input_size} px, batch {batch_size}".format(**result)
-        found |= {(case, name): side["ratio"] for name, side in result["sides"].items() if side.get("ratio")}
-    if not found:
-        return  # the baseline did not run
-    cases = dict.fromkeys(case for case, _ in found)
-    where = runs[-1]["device"]
-    with drawing(path, len(cases), 1, (9, 1 + 0.3 * len(found) + 0.6 * len(cases)), sharex=True) as (figure, axes):
-        for axis, case in zip(axes, cases, strict=True):
-            ratios = {name: ratio for (of, name), ratio in reversed(found.items()) if of == case}
-            medians, least, most = ([ratio[key] for ratio in ratios.values()] for key in ("median", "min", "max"))
-            bars = axis.barh(list(ratios), medians)
-            axis.bar_label(bars, fmt="%.2f", fontsize=8, label_type="center")
-            axis.hlines(range(len(ratios)), least, most, color="black")
-            axis.set_title(case, fontsize=9)
-        axes[-1].set_xlabel("times as fast as the baseline (median; lines: minimum to maximum)")
-        figure.suptitle(where.get("gpu", f"{where['cpu']}, {where['cores']} cores"), fontsize=10)
-
-
 def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     """Return the recipes to measure, changed by the flags; raises `UserError` for values out of range."""
     changed = {key: getattr(args, key) for key in CHANGES if getattr(args, key) is not None}
-    found = []
-    for model in args.models:
-        recipe, batch_size = CONFIGURATIONS[model]
-        flags = tuple(f"--{key}={value}" for key, value in ({"batch_size": batch_size} | changed).items())
-        found.append(Case(model, ROOT / recipe, flags, load(ROOT / recipe, flags), args.amp, device))
-    return found
+    return [Case(model, changed, recipe(model, **changed), args.amp, device) for model in args.models]
 
 
 def flags_of(doc: str, modes: Sequence[str], rounds: int) -> argparse.ArgumentParser:
@@ -232,27 +180,26 @@ def run(argv: Sequence[str]) -> None:
     flags.add_argument("--spikingjelly2", type=Path, metavar="FOLDER", help="see benchmarks/spikingjelly2.py")
     args = flags.parse_args(argv)
     device = start(args)
-    chosen, this = cases(args, device), machine("speed", device)
-    path = result_path(args.output, "speed", this["device"])
-    earlier, rates = runs_in(path), roofline.measure(device, DTYPES[args.amp])
+    chosen, file = cases(args, device), Results("speed", args, device, DECISIVE)
+    rates = roofline.measure(device, DTYPES[args.amp])
     print(f"{rates.bytes_per_s / 1e9:.0f} GB/s copied, {rates.operations_per_s / 1e12:.2f} TFLOP/s", flush=True)
-    this |= {"arguments": vars(args), "rates": rates._asdict(), "results": []}
-    results = [r for r in complete(earlier, this) if r["model"] in args.models and r["mode"] in args.modes]
+    file.run["rates"] = rates._asdict()
+    rounds = [len(result["sides"][result["baseline"]].get("ms", {}).get("rounds", [])) for result in file.kept]
+    file.kept = [result for result, count in zip(file.kept, rounds, strict=True) if count == args.rounds]
     for case in chosen:
-        wanted = {mode: names for mode in args.modes if (names := missing(case, mode, args.sides, results))}
+        wanted = {mode: names for mode in args.modes if (names := missing(case, mode, args.sides, file.all))}
         if not wanted:
             continue
         state = weights(case)
         agreement = compare(case, state)
         print(f"{case.model}: ours and the baseline in float32: {agreement}", flush=True)
         for mode, names in wanted.items():
-            measured = this["results"]
+            count = len(file.run["results"])
             for figures in measure(case, mode, names, state, args):
-                this["results"] = [*measured, report_of(case, mode, agreement, figures, rates)]
-                write(path, {"runs": [*earlier, this]})  # a killed run keeps its rounds
-    results += this["results"]
-    draw(runs_in(path), path.with_suffix(".png"))
-    print(*("\n" + table(result) for result in results), f"\n{path}", sep="\n")
+                del file.run["results"][count:]
+                file.write([report_of(case, mode, agreement, figures, rates)])  # a killed run keeps its rounds
+    asked = (r for r in file.all if r["model"] in args.models and r["mode"] in args.modes)
+    print(*("\n" + table(result) for result in asked), f"\n{file.path}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from engine.config import Config, load
+from engine.config import Config
 
-from .common import ROOT, choose, random_batch, release
+from .common import ROOT, choose, random_batch, recipe, release
 from .turns import STEPS, Timed, reason
 
 
@@ -29,20 +28,20 @@ class Remote:
 
     Args:
         folder: installation of spikingjelly 2, which comes first on the path of the process.
-        recipe, flags: source of the batch.
-        settings: `mode`, `amp`, `device` and `precision`. The precision policy stores the neurons in half precision and
-            runs them on Triton. Without it, plain autocast takes a Python loop for any type but float32.
+        settings: `model` and `changes` of its recipe for the batch, `mode`, `amp`, `device` and `precision`. The
+            precision policy stores the neurons in half precision and runs them on Triton. Without it, plain autocast
+            takes a Python loop for any type but float32.
 
     Raises:
         ValueError: the network does not run here.
     """
 
-    def __init__(self, folder: Path, recipe: Path, flags: Sequence[str], settings: dict):
-        if not (folder / "spikingjelly").is_dir():
+    def __init__(self, folder: Path | None, settings: dict):
+        if folder is None or not (folder / "spikingjelly").is_dir():
             raise ValueError(f"--spikingjelly2 {folder}: holds no folder spikingjelly; install it there")
         paths = [str(folder.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps({"recipe": str(recipe), "flags": list(flags), **settings})],
+            [sys.executable, "-m", __name__, json.dumps(settings)],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "LOGURU_LEVEL": "ERROR"},
             stdin=subprocess.PIPE,
@@ -97,11 +96,9 @@ def main() -> None:
 
     try:
         settings = json.loads(sys.argv[1])
-        cfg, device, amp = load(settings["recipe"], settings["flags"]), choose(settings["device"]), settings["amp"]
-
-        def make() -> Timed:
-            return STEPS[settings["mode"]](build(cfg, settings["precision"], amp, device), amp, device)
-
+        cfg, device = recipe(settings["model"], **settings["changes"]), choose(settings["device"])
+        step, amp = STEPS[settings["mode"]], settings["amp"]
+        make = lambda: step(build(cfg, settings["precision"], amp, device), amp, device)  # noqa: E731
         timed = Timed(make, random_batch(cfg, device), device)
         release(device)
         answer(peak_bytes=timed.peak_bytes)

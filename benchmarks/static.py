@@ -31,12 +31,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from analysis.common import main, parser
-from engine.config import EVENT_DATASETS, Config, load
+from engine.config import Config
 from models import LIF
 from models.backends import BACKENDS
 
-from .common import ROOT, network
-from .speed import CONFIGURATIONS, PUBLISHED
+from .common import CONFIGURATIONS, PUBLISHED, network, random_batch, recipe
 
 KERNELS = ("bn_lif", "bn_stats", "linear_lif", "pool", "self_attention", "token_attention")
 WARPS, REGISTERS, SHARED = 64, 65536, 233472  # of a multiprocessor of sm_90
@@ -70,18 +69,12 @@ def module_of(function: jit.JITFunction) -> str:
     return function.fn.__module__.split(".")[-1]
 
 
-def recipe_of(model: str) -> Config:
-    """Return the recipe of a network with the batch of `benchmarks.speed`."""
-    recipe, batch_size = CONFIGURATIONS[model]
-    return load(ROOT / recipe, ["--batch-size", str(batch_size)])
-
-
 def steps_of(cfg: Config, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Return a training step and an evaluation of a recipe's network on the meta device, with the Triton kernels."""
-    with torch.device("meta"):
+    meta = torch.device("meta")
+    with meta:
         model = network(cfg, lif_backend="auto").to(dtype)
-        frames = (cfg.time_steps,) if cfg.dataset in EVENT_DATASETS else ()
-        x = torch.empty(cfg.batch_size, *frames, cfg.in_channels, cfg.input_size, cfg.input_size, dtype=dtype)
+    x = random_batch(cfg, meta)[0].to(dtype)
     for module in model.modules():
         if isinstance(module, LIF):
             module.function = BACKENDS["triton"]  # set_lif_backend asks for a device
@@ -172,7 +165,7 @@ def run(argv: Sequence[str]) -> None:
     flags.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"of the network ({DTYPES[0]})")
     args = flags.parse_args(argv)
     for model in args.models:
-        cfg = recipe_of(model)
+        cfg = recipe(model)
         for mode, step in steps_of(cfg, getattr(torch, args.dtype)).items():
             launches = compiled(step, args.architecture, args.kernels)
             print(f"\n{model} {mode}: batch {cfg.batch_size}, {args.dtype}, sm_{args.architecture}")

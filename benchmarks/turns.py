@@ -57,22 +57,17 @@ def eval_step(model: nn.Module, amp: str, device: torch.device) -> Step:
 STEPS = {"train": train_step, "eval": eval_step}
 
 
-class KeptBytes(saved_tensors_hooks):
-    """Context whose `total` adds up the bytes that autograd keeps for the backward pass.
+def kept_bytes(step: Callable[[], object], parameters: Iterable[Tensor]) -> int:
+    """Return the bytes that autograd keeps for the backward pass of a step, without those of `parameters`."""
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in parameters}
 
-    Each storage counts once, and those of `parameters` not at all.
-    """
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()  # each storage once
+        return x
 
-    def __init__(self, parameters: Iterable[Tensor]):
-        self.total, self._seen = 0, {p.untyped_storage().data_ptr() for p in parameters}
-        super().__init__(self._pack, lambda x: x)
-
-    def _pack(self, x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.total += storage.nbytes()
-        return x  # the graph holds it, and no other tensor gets its address
+    with saved_tensors_hooks(keep, lambda x: x):
+        step()
+    return sum(size for address, size in kept.items() if address not in own)
 
 
 class Timed:
@@ -102,10 +97,7 @@ class Timed:
         if is_cuda:
             self.peak_bytes = torch.cuda.max_memory_allocated(device) - before
         elif parameters is not None:
-            kept = KeptBytes(parameters)
-            with kept:
-                self.step(*batch)
-            self.peak_bytes = kept.total
+            self.peak_bytes = kept_bytes(lambda: self.step(*batch), parameters)
 
     def turn(self, steps: int) -> float:
         """Return the mean time of `steps` steps (ms), after an untimed one."""
@@ -158,10 +150,12 @@ class Turns:
         `ms` is the time of a step with all `rounds`; `ratio` the baseline's time over that of the same round (None if
         the baseline did not run).
         """
-        figures = {name: {"not_run": self.not_run[name]} for name in names if name in self.not_run}
+        figures = {}
         first = None if baseline in self.not_run else self.milliseconds.get(baseline)
         for name in names:
-            if name in self.milliseconds and name not in self.not_run:
+            if name in self.not_run:
+                figures[name] = {"not_run": self.not_run[name]}
+            elif name in self.milliseconds:
                 ms = spread(self.milliseconds[name])
                 figures[name] = {
                     "ms": ms | {"rounds": self.milliseconds[name]},
@@ -169,7 +163,7 @@ class Turns:
                     "peak_bytes": self.peaks[name],
                     "ratio": first and spread(b / m for b, m in zip(first, self.milliseconds[name], strict=True)),
                 }
-        return {name: figures[name] for name in names if name in figures}
+        return figures
 
     @contextlib.contextmanager
     def _noting(self, name: str) -> Iterator[None]:

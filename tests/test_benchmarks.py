@@ -10,7 +10,8 @@ import torch
 from scripts import ROOT, fail, here, refuses
 
 from benchmarks import roofline, speed
-from benchmarks.speed import cases, compare, complete, missing, weights
+from benchmarks.common import Results
+from benchmarks.speed import cases, compare, missing, weights
 from benchmarks.spikingjelly2 import Remote
 from benchmarks.turns import Timed, Turns
 from engine.config import load
@@ -65,19 +66,27 @@ def test_the_speed_of_a_step_and_going_on_after_an_interruption(tmp_path, monkey
     assert math.isclose(ours["times_floor"], 3 / result["floor_ms"])
 
 
-def test_what_counts_from_earlier_runs():
-    arguments = {"rounds": 2, "batch_size": None, "models": ["qkformer_3_64"]}
-    about = {"git_commit": "4d1f", "device": {"cores": 2}, "arguments": arguments}
-    whole, half = ({"ms": {"rounds": rounds}} for rounds in ([1.0, 1.0], [1.0]))
-    network = {"model": "qkformer_3_64", "mode": "eval", "baseline": "unfused-torch"}
-    good = network | {"sides": {"unfused-torch": whole, "ours": whole}}
-    others = [network | {"sides": {"unfused-torch": baseline, "ours": half}} for baseline in (half, {"not_run": "x"})]
-    changes = [{"git_commit": "5c3a"}, {"device": {"cores": 4}}, {"arguments": arguments | {"batch_size": 2}}]
-    runs = [about | change | {"results": [good]} for change in changes]
-    runs.append(about | {"arguments": arguments | {"models": ["qkformer_2_64"]}, "results": [*others, good]})
-    assert complete(runs, about) == [good]
-    assert complete(runs, about | {"git_commit": "4d1f+changes"}) == []
-    case = small_case()
+def test_what_counts_from_earlier_runs(tmp_path, monkeypatch):
+    """Results with the same commit, device and decisive arguments; nothing while changes are not committed."""
+
+    def results(**arguments):
+        return Results("speed", argparse.Namespace(output=tmp_path, **arguments), CPU, ["rounds"])
+
+    monkeypatch.setattr("benchmarks.common.provenance", lambda: {"git_commit": "4d1f"})
+    results(rounds=2, models=["a"]).write([{"x": 1}])
+    assert results(rounds=2, models=["b"]).kept == [{"x": 1}]
+    assert results(rounds=3, models=["a"]).kept == []
+    for commit in ("5c3a", "4d1f+changes"):
+        monkeypatch.setattr("benchmarks.common.provenance", lambda commit=commit: {"git_commit": commit})
+        file = results(rounds=2)
+        assert (file.kept, file.all) == ([], [])
+        file.write([{"x": 2}])
+        assert bool(results(rounds=2).kept) == (commit == "5c3a")
+
+
+def test_sides_that_are_missing():
+    whole, network = {"ms": {"rounds": [1.0]}}, {"model": "qkformer_3_64", "mode": "eval", "baseline": "unfused-torch"}
+    good, case = network | {"sides": {"unfused-torch": whole, "ours": whole}}, small_case()
     assert missing(case, "eval", None, [good]) == []
     assert missing(case, "train", None, [good]) == ["unfused-torch", "ours"]
     assert missing(case, "eval", ["unfused-compiled"], [good]) == ["unfused-torch", "unfused-compiled"]
@@ -171,9 +180,9 @@ def test_spikingjelly_2_takes_its_turns_in_a_process_of_its_own(tmp_path):
     (folder.parent / "functional.py").write_text("def reset_net(net): pass")
     for package in (folder, folder.parent, folder.parents[1]):
         (package / "__init__.py").touch()
-    recipe, flags = ROOT / "digits/digits.yml", ["--batch-size", "2"]
     settings = {"mode": "eval", "amp": "off", "device": "cpu", "precision": False}
-    remote = Remote(tmp_path, recipe, flags, settings)
+    settings |= {"model": "qkformer_3_64", "changes": {"batch_size": 2}}
+    remote = Remote(tmp_path, settings)
     assert remote.turn(1) > 0
     assert remote.turn(2) > 0
     with refuses("no number"):
@@ -182,7 +191,7 @@ def test_spikingjelly_2_takes_its_turns_in_a_process_of_its_own(tmp_path):
         remote._answer()
     remote.close()
     with refuses("spikingjelly"):
-        Remote(tmp_path / "nowhere", recipe, flags, settings)
+        Remote(tmp_path / "nowhere", settings)
 
 
 @pytest.mark.parametrize(

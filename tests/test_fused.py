@@ -475,10 +475,10 @@ def test_the_check_before_auto_takes_the_kernels(monkeypatch):
 KERNELS = ("bn_lif", "bn_stats", "pool", "self_attention", "token_attention")
 COMPILED = """
 import json, sys, torch
-from benchmarks.static import KERNELS, compiled, figures, recipe_of, steps_of
+from benchmarks.static import KERNELS, compiled, figures, recipe, steps_of
 model, architecture, dtype, *kernels = sys.argv[1:]
 rows = []
-for step in steps_of(recipe_of(model), getattr(torch, dtype)).values():
+for step in steps_of(recipe(model), getattr(torch, dtype)).values():
     rows += figures(compiled(step, int(architecture), kernels or KERNELS))
 print(json.dumps(rows))
 """

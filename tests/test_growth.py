@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.attentions import MODULES, PARTS, Attention
-from benchmarks.growth import exponent, fitted_sizes
-from benchmarks.turns import KeptBytes
+from benchmarks.growth import exponent, exponents, fitted_sizes
+from benchmarks.turns import kept_bytes
 
 TOKENS, CHANNELS, HEADS = 5, 12, 2
 
@@ -71,10 +71,7 @@ def test_exponents_are_fitted_to_the_larger_half():
 
 def test_kept_bytes_count_each_storage_once_and_no_parameter():
     x, weight = torch.ones(10, requires_grad=True), nn.Parameter(torch.ones(10))
-    kept = KeptBytes([weight])
-    with kept:
-        (x * weight) * x[None]  # keeps x twice, the weight and the first product
-    assert kept.total == 2 * 10 * 4
+    assert kept_bytes(lambda: (x * weight) * x[None], [weight]) == 2 * 10 * 4  # x twice, the weight, the first product
 
 
 def test_the_script(tmp_path, monkeypatch, capfd):
@@ -86,12 +83,13 @@ def test_the_script(tmp_path, monkeypatch, capfd):
     (run,) = json.loads(path.read_text())["runs"]
     series = {(part, kind) for part in PARTS for kind in PARTS[part]}
     networks = {(mode, side) for mode in ("train", "eval") for side in ("unfused-torch", "ours")}
-    assert {(line["mode"], line["side"]) for line in run["exponents"]} == series | networks
-    assert len(run["points"]) == (2 + 2) * len(series) + 2 * len(networks)
-    for row in run["points"]:
+    lines = exponents(run["results"])
+    assert {(line["mode"], line["side"]) for line in lines} == series | networks
+    assert len(run["results"]) == (2 + 2) * len(series) + 2 * len(networks)
+    for row in run["results"]:
         assert row["ms"] > 0
         assert row["mode"] == "eval" or row["memory_bytes"] > 0
-    for line in (line for line in run["exponents"] if line["mode"] == "train"):
+    for line in (line for line in lines if line["mode"] == "train"):
         assert line["fitted"] == [2, 4]
         assert 0.8 < line["memory_bytes"] < 1.2
     assert path.with_suffix(".png").exists()
