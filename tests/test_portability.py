@@ -25,9 +25,9 @@ multiprocessing.set_start_method("spawn", force=True)
 def test_runs_train_and_resume_without_posix(script, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_POSIX)
     environment = {**os.environ, **FIXED, "PYTHONPATH": str(tmp_path), "PYTHONWARNINGS": "ignore"}
-    flags = "--batch-size 240 --time-steps 1 --workers 1 --warmup-epochs 0 --resume auto --output-dir".split()
-    for epochs in ("1", "2"):
-        command = [sys.executable, script, *flags, tmp_path / "run", "--epochs", epochs]
+    flags = "--batch-size 240 --time-steps 1 --warmup-epochs 0 --resume auto --output-dir".split()
+    for epochs, workers in ((1, 1), (2, 0)):
+        command = [sys.executable, script, *flags, tmp_path / "run", f"--epochs={epochs}", f"--workers={workers}"]
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert (result.returncode, result.stderr) == (0, "")
     assert checkpoint.read(tmp_path / "run/last.pt")["epoch"] == 2

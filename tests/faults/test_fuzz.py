@@ -106,7 +106,7 @@ def check(cfg):
         run.build_model(cfg)
 
 
-@full(30, 500)
+@full(10, 500)
 def test_recipes(count, tmp_path):
     path = tmp_path / "recipe.yml"
 
@@ -120,7 +120,7 @@ def test_recipes(count, tmp_path):
         load(fragment.encode(errors="surrogatepass"))
 
 
-@full(50, 500)
+@full(30, 500)
 def test_command_lines(count):
     @examples(count)
     @given(LINES)

@@ -52,10 +52,9 @@ def without_a_worker(rng, count):
     ("end", "count", "workers", "faults"),
     [
         (at_any_instruction, 1, 1, 1),
-        (in_a_save, 1, 0, 2),
+        (in_a_save, 1, 0, 1),
         (without_a_worker, 1, 1, 1),
         (one_after_a_step, 2, 0, 1),
-        pytest.param(at_any_instruction, 1, 0, 6, marks=FULL),
         pytest.param(at_any_instruction, 1, 1, 4, marks=FULL),
         pytest.param(in_a_save, 1, 0, 8, marks=FULL),
         pytest.param(in_a_save, 2, 0, 4, marks=FULL),
