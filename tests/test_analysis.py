@@ -209,33 +209,6 @@ def test_the_membrane_study(trained, tmp_path, monkeypatch, capfd):
     named(line, path)
 
 
-def test_what_changes_from_order_to_order():
-    labels = torch.tensor([0, 1])
-    first, second = torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([[0.7, 0.3], [0.6, 0.4]])
-    figures = membrane._figures([first, second], labels)
-    assert figures == pytest.approx({"top1": 75, "answers that change": 50, "probability that moves": 20})
-
-
-def test_checkpoints_are_averaged_by_their_training():
-    """The difference is between the membranes of one checkpoint, which leaves out the spread of the seeds."""
-
-    def rows(path, released, by_class, per_sample, trained="released", settings="T = 4", changes=0.0):
-        same = {"checkpoint": path, "network": "n", "settings": settings, "trained": trained, "batch size": 4}
-        same |= dict.fromkeys(membrane.CHANGES, changes)
-        cases = {("released", "random"): released, ("released", "by class"): by_class}
-        cases |= {("per_sample", "random"): per_sample, ("per_sample", "by class"): per_sample}
-        return [same | {"evaluated": e, "order": o, "top1": top1} for (e, o), top1 in cases.items()]
-
-    found = rows("a", 90.0, 80.0, 91.0, changes=2.0) + rows("b", 70.0, 60.0, 74.0, changes=4.0)
-    found += rows("c", 50.0, 50.0, 50.0, trained="per_sample") + rows("d", 40.0, 40.0, 40.0, settings="T = 2")
-    mean, other, steps = membrane.averages(found)
-    assert (mean["checkpoints"], mean["released"], mean["per_sample"], mean["released, by class"]) == (2, 80, 82.5, 70)
-    assert (mean["difference"], mean["answers that change"]) == (-2.5, 3.0)
-    assert mean["deviation"] == pytest.approx(1.5 * math.sqrt(2))
-    assert (other["trained"], other["checkpoints"], other["difference"], other["deviation"]) == ("per_sample", 1, 0, 0)
-    assert steps["checkpoints"] == 1  # of another network
-
-
 def test_the_table_in_the_docs_is_that_of_its_figures():
     rows = rows_of(ROOT / "docs/membrane.csv")
     for row in rows:

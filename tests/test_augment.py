@@ -104,16 +104,6 @@ def test_cutout_erases_a_square_of_all_frames(monkeypatch):
     assert np.abs(np.mean(corners, 0) - 0.5).max() < 5 * 0.29 / math.sqrt(400)  # of a uniform place
 
 
-def test_flips_alone():
-    torch.manual_seed(0)
-    frames = torch.poisson(torch.rand(200, 2, 2, 8, 8) * 3)
-    out = SNNWideAugment(0.5, wide=False)(frames.clone())
-    flipped = [torch.equal(a, b.flip(-1)) for a, b in zip(out, frames, strict=True)]
-    kept = [torch.equal(a, b) for a, b in zip(out, frames, strict=True)]
-    assert all(a != b for a, b in zip(flipped, kept, strict=True))
-    assert is_uniform(flipped, [False, True])
-
-
 @pytest.mark.gpu
 def test_on_a_gpu_as_on_a_cpu():
     frames = torch.poisson(torch.rand(64, 4, 2, 128, 128) * 5)

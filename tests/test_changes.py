@@ -136,10 +136,7 @@ def changes_of(m):
     for name, child in m._modules.items():
         if child is not None:
             found[f"{name} replaced"] = [doubler(name)]
-            found[f"{name} replaced in a copy"] = [
-                lambda m: m.__dict__.update(_modules=dict(m._modules)),
-                doubler(name),
-            ]
+            found[f"{name} replaced in a copy"] = [copy_children, doubler(name)]
     for name, tensor in (m._parameters | m._buffers).items():
         if tensor is not None and tensor.dim():
             found |= {f"{name} {label}": [replacer(name, change)] for label, change in DATA.items()}

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from scripts import TORCHRUN, Child, fail, free_port, named, ranks, run, same, succeed
+from scripts import TORCHRUN, Child, fail, free_port, named, ranks, same, succeed
 
 from engine import checkpoint, world
 
@@ -49,22 +49,6 @@ def test_two_processes_make_the_updates_of_one(alone, tmp_path, accumulated, fla
             assert ((ours[name] - gradient).abs() / scale).max() < 1e-9, name
     for name, value in one["state"].items():
         torch.testing.assert_close(two["state"][name], value, rtol=1e-6, atol=1e-9)
-
-
-def test_without_synchronised_batchnorm_they_differ(alone, tmp_path):
-    two = two_processes(tmp_path / "two.pt")
-    assert two["synced"] == 0
-    assert two["loss"] != pytest.approx(alone[1]["loss"], rel=1e-3)
-
-
-@pytest.mark.slow
-def test_the_death_of_one_ends_all(tmp_path):
-    """Rank 1 dies in the second epoch."""
-    result = run(
-        *TORCHRUN, "tests/dies.py", 1, 15, "digits/train.py", *QUICK, "--epochs", "500", "--output-dir", tmp_path
-    )
-    assert result.returncode != 0
-    assert checkpoint.read(tmp_path / "last.pt")["epoch"] == 1
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import pickle
 
 import numpy as np
 import pytest
-import timm.data
 import torch
 from scripts import fail, here, named, ranks, result_in, rows_in, succeed
 from tiny_data import cifar10_dvs, dvs128_gesture
@@ -15,30 +14,6 @@ from engine.data import digits_dvs, pictures
 from engine.data.event import DigitsDVS
 
 TINY = "--epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --time-steps 2 --batch-size 4 --workers 0 --threads 1".split()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "make"), [("cifar10-dvs", cifar10_dvs), ("dvs128-gesture", dvs128_gesture)])
-def test_from_recordings_to_accuracy(name, make, tmp_path, one_core, monkeypatch, capfd):
-    make(tmp_path / "data", 2, count=300)
-    flags = ["--data-path", tmp_path / "data", "--mixup-off-epoch", "1", *TINY]
-    mixing, mix = [], timm.data.Mixup.__call__
-    monkeypatch.setattr(
-        timm.data.Mixup, "__call__", lambda self, *batch: mixing.append(self.mixup_enabled) or mix(self, *batch)
-    )
-    here(monkeypatch, capfd, f"{name}/train.py", *flags, "--output-dir", tmp_path / "run")
-    (tmp_path / "data/download").rename(tmp_path / "prepared already")
-    half = len(mixing) // 2
-    assert mixing == [True] * half + [False] * half
-    test = [f"{name}/test.py", "--data-path", tmp_path / "data", "--workers", "0", "--checkpoint"]
-    here(monkeypatch, capfd, *test, tmp_path / "run/last.pt")
-    result, recorded = result_in(tmp_path / "run"), rows_in(tmp_path / "run")[-1]
-    assert (result["loss"], result["top1"]) == (recorded["test_loss"], recorded["test_top1"])
-    for picture in ("samples.png", "learning_curve.png", "last.predictions.png"):
-        assert (tmp_path / "run" / picture).exists()
-    split = json.loads((tmp_path / "run/split.json").read_text())
-    assert result["count"] == len(split["test"]) > 0
-    assert not set(split["train"]) & set(split["test"])
 
 
 def test_a_shuffled_split_goes_with_the_run(tmp_path, one_core, monkeypatch, capfd):
@@ -86,15 +61,6 @@ def test_two_processes_start_on_raw_recordings(tmp_path):
     result, recorded = result_in(tmp_path / "run"), rows_in(tmp_path / "run")[-1]
     assert (result["loss"], result["top1"]) == (recorded["test_loss"], recorded["test_top1"])
     assert result["count"] == 12
-
-
-def test_digits_before_an_event_camera(tmp_path, monkeypatch, capfd):
-    flags = "--epochs 2 --time-steps 1 --batch-size 64 --attention token channel --channels-last".split()
-    here(monkeypatch, capfd, "digits-dvs/train.py", *flags, "--output-dir", tmp_path)
-    first, second = rows_in(tmp_path)
-    assert second["train_loss"] < first["train_loss"]
-    assert (tmp_path / "samples.png").exists()
-    assert not (tmp_path / "split.json").exists()
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import triton
 from scripts import ROOT
 from torch import nn
 
+from benchmarks.turns import kept_bytes
 from engine import world
 from models import backends, create_model, neuron, set_lif_backend
 from models.attention import SpikingSelfAttention, TokenQKAttention
@@ -370,26 +371,12 @@ def test_packing_and_checkpointing_change_nothing(monkeypatch):
         assert all(map(torch.equal, result, results[0]))
 
 
-def kept_bytes(network, x):
-    """Bytes that autograd keeps between the passes, each piece of memory once, without the parameters."""
-    kept, parameters = {}, {p.data_ptr() for p in network.parameters()}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = network(x)
-    assert logits.requires_grad
-    return sum(size for start, size in kept.items() if start not in parameters)
-
-
 def test_the_fused_path_keeps_less():
     network, x = network_of("once", **TINY)
     set_lif_backend(network, "torch")
-    plain = kept_bytes(network, x)
+    plain = kept_bytes(lambda: network(x), network.parameters())
     set_lif_backend(network, "triton")
-    assert kept_bytes(network, x) < 0.7 * plain
+    assert kept_bytes(lambda: network(x), network.parameters()) < 0.7 * plain
 
 
 def test_stochastic_depth_trains_and_is_not_packed(monkeypatch):

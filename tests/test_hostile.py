@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import os
-import pickle
 import shutil
 import struct
 import tarfile
@@ -17,8 +16,8 @@ import numpy as np
 import pytest
 import timm.data.dataset
 from PIL import EpsImagePlugin, Image
-from scripts import ROOT, fail, named, refuses
-from tiny_data import cifar, cifar10_dvs, dvs128_gesture, image_folder, shards
+from scripts import ROOT, named, refuses
+from tiny_data import cifar10_dvs, dvs128_gesture, image_folder, shards
 
 from engine import config, world
 from engine.cli import UserError
@@ -53,17 +52,6 @@ def refusal(recipe, *flags, train=True):
     with pytest.raises(UserError) as error:
         dataset(recipe, *flags, train=train)
     return str(error.value)
-
-
-@pytest.mark.parametrize("place", ["data_batch_3", "test_batch", "batches.meta"])
-def test_a_payload_in_cifars_pickles_does_not_run(place, tmp_path, mark):
-    path = cifar(tmp_path, 10, train=10, test=10) / "cifar-10-batches-py" / place
-    content = pickle.loads(path.read_bytes())
-    path.write_bytes(pickle.dumps(content | {"extra": Payload()}))
-    refusal("cifar10/cifar10.yml", "--data-path", tmp_path)
-    assert not mark.exists()
-    pickle.loads(path.read_bytes())  # as others read it
-    assert mark.exists()
 
 
 IMAGENET = ["imagenet/qkformer_10_384.yml", "--num-classes", "4", "--data-path"]
@@ -178,16 +166,6 @@ def test_a_label_without_an_output_is_named(label, value, monkeypatch):
     else:
         with refuses("hfds/x", value):
             samples[0]
-
-
-def test_a_label_in_a_shard_is_named(tmp_path, monkeypatch, capfd):
-    tar(
-        shards(tmp_path / "data", train=8, test=8) / "tiny-train-0000.tar",
-        {"3.jpg": encoded(RED, "JPEG"), "3.cls": b"9"},
-    )
-    small = "--model qkformer_3_64 --batch-size 8 --workers 1 --time-steps 1 --epochs 9 --input-size 32".split()
-    where = ["--dataset", "wds/tiny", *IMAGENET[1:], tmp_path / "data", "--output-dir", tmp_path / "run"]
-    named(fail(monkeypatch, capfd, "imagenet/train.py", *small, *where), "wds/tiny", 9)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ import timm.utils
 import torch
 import torchvision.datasets.cifar
 from PIL import Image
-from scripts import ROOT, fail, ranks, refuses, result_in, succeed
-from scripts import rows_in as rows
+from scripts import ROOT, fail, refuses
 from timm.data.transforms import MaybePILToTensor, ToNumpy
 from tiny_data import cifar, image_folder, shards
 
@@ -26,36 +25,12 @@ from engine.optim import create_optimizer
 from engine.run import build_model
 from engine.trainer import Trainer
 
-EASY = "--hflip 0 --aa none --reprob 0 --smoothing 0 --mixup 0 --lr 1e-3 --accum-iter 1".split()
-SMALL = "--time-steps 1 --batch-size 8 --workers 1 --warmup-epochs 0 --cooldown-epochs 0".split()
 IMAGENET = "--num-classes 4 --input-size 32".split()
 SHARDS = "--dataset wds/tiny --num-classes 4 --data-path".split()
 
 
 def load(recipe, *flags, train=True):
     return create_data(config.load(ROOT / recipe, list(map(str, flags))), world.setup("cpu"), train)
-
-
-@pytest.mark.slow
-def test_train_resume_test(data, tmp_path):
-    """The evaluation is the same to the last digit, however many processes share it."""
-    launch = ["-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2", "imagenet/train.py"]
-    where = ["--data-path", data / "imagenet", "--workers", "1", "--output-dir"]
-    succeed(*launch, *SMALL, *EASY, *IMAGENET, "--epochs", "2", *where, tmp_path / "run")
-    resume = ["imagenet/train.py", *where, tmp_path / "run", "--resume", "auto", "--epochs", "3"]
-    children = ranks(2, *resume, log=tmp_path / "log")
-    assert [child.wait() for child in children] == [0, 0], children[0].output
-    assert len(rows(tmp_path / "run")) == 3
-    results = []
-    for count in (1, 2):
-        test = ["imagenet/test.py", "--checkpoint", tmp_path / "run/last.pt", "--eval-batch-size", "4"]
-        children = ranks(count, *test, *where, tmp_path / str(count), log=tmp_path / f"log{count}")
-        assert [child.wait() for child in children] == [0] * count, children[0].output
-        results.append(result_in(tmp_path / str(count)))
-    for key in ("loss", "top1", "top5", "count"):
-        assert results[0][key] == results[1][key]
-    assert results[0]["count"] == 37  # not a multiple of 2 x 4
-    assert (tmp_path / "1/last.predictions.png").exists()
 
 
 def test_workers_and_ranks_share_shards(data):
@@ -132,18 +107,6 @@ def test_a_broken_folder_is_named_in_one_line(damage, flags, value, tmp_path):
         damage(root)
     with refuses(value):
         load("imagenet/qkformer_10_384.yml", *IMAGENET, "--batch-size", 2, "--data-path", root, *flags)
-
-
-@pytest.mark.parametrize(
-    ("split", "dataset"), [("val", "torch/folder"), ("val", "imagefolder"), ("train", "imagefolder")]
-)
-def test_a_file_that_is_no_image_is_named(split, dataset, tmp_path):
-    path = image_folder(tmp_path / "data", train=4, test=4) / split / "n00000001/1_3.JPEG"
-    path.write_bytes(b"<html>")
-    where = ["--batch-size", 4, "--workers", 0, "--data-path", tmp_path / "data", "--dataset", dataset]
-    data = load("imagenet/qkformer_10_384.yml", *IMAGENET, *where)
-    with refuses(path):
-        list(data.test if split == "val" else data.train.batches(0))
 
 
 def test_an_altered_file_of_cifar_is_refused_and_not_unpickled(tmp_path, monkeypatch, capfd):

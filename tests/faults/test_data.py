@@ -1,6 +1,5 @@
 """Data sets and records of runs that are broken in every way: one line says what is wrong, or nothing is lost by it."""
 
-import io
 import itertools
 import json
 import shutil
@@ -15,7 +14,6 @@ from engine import checkpoint
 
 SMALL = "--epochs 1 --warmup-epochs 0 --batch-size 4 --time-steps 2 --mlp-ratio 1 --device cpu --threads 1".split()
 IMAGES = [*SMALL, *"--in-channels 3 --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --input-size 16".split()]
-EVENTS = [*SMALL, *"--workers 0 --cooldown-epochs 0 --no-download".split()]
 
 
 def some(cases, of=4):
@@ -90,18 +88,6 @@ def test_folders_of_images(cases, tmp_path):
         assert what == "sound" or str(root) in said.splitlines()[-1], f"{what}: the file is not named: {said[-300:]}"
 
 
-def array(content, shape=None, dtype=None):
-    file, frames = io.BytesIO(), np.load(io.BytesIO(content))
-    np.save(file, np.zeros(shape or frames.shape, dtype or frames.dtype))
-    return file.getvalue()
-
-
-def objects(content):
-    file = io.BytesIO()
-    np.save(file, np.array([{"x": 1}], dtype=object), allow_pickle=True)
-    return file.getvalue()
-
-
 NOT_THESE_WORDS = {
     "nothing": b"", "half": b"{", "an empty list": b"[]", "an empty object": b"{}", "null": b"null", "a number": b"3",
     "a text": b'"x"', "numbers": b"[1, 2]", "not UTF-8": b"\xff\xfe\x00", "zeros": bytes(500), "deep": b"[" * 100_000,
@@ -113,35 +99,6 @@ NOT_THESE_WORDS = {
     "a row without figures": b'{"epoch": 0}\n',
     "a huge epoch": b'{"epoch": -1e300, "lr": 1, "train_loss": 1, "test_loss": 1, "test_top1": 1}\n',
 }  # fmt: skip
-FRAMES_DAMAGES = {
-    "sound": lambda root: None,
-    **{f"frames: {what}": replaced("frames_2/airplane/*_0.npy", change) for what, change in OTHER_BYTES.items()},
-    "another shape": replaced("frames_2/*/*_0.npy", lambda content: array(content, shape=(2, 2, 7, 9))),
-    "another size": replaced("frames_2/*/*_0.npy", lambda content: array(content, shape=(3, 2, 128, 128))),
-    "another type": replaced("frames_2/*/*_0.npy", lambda content: array(content, dtype=np.float64)),
-    "objects": replaced("frames_2/*/*_0.npy", objects),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def recordings(tmp_path_factory):
-    """CIFAR10-DVS with its frames made; not to be written to."""
-    root = tiny_data.cifar10_dvs(tmp_path_factory.mktemp("events") / "sound", per_class=2, count=60)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("joblib.cpu_count", lambda: 1)
-        flags = [*EVENTS, "--data-path", root, "--output-dir", root / "run"]
-        script("cifar10-dvs/train.py", *flags, "--batch-size", 2, expected={0})
-    return root
-
-
-@some(FRAMES_DAMAGES, of=6)
-def test_frames_of_events(cases, recordings, tmp_path):
-    for what, damage in cases.items():
-        shutil.copytree(recordings, tmp_path / what)
-        damage(tmp_path / what)
-        flags = [*EVENTS, "--data-path", tmp_path / what, "--output-dir", tmp_path / what / "other"]
-        said = script("cifar10-dvs/train.py", *flags, "--batch-size", 2, expected=end(what))
-        assert what == "sound" or "frames_2" in said.splitlines()[-1], f"{what}: the file is not named: {said[-300:]}"
 
 
 @pytest.mark.parametrize("of", [13, pytest.param(1, marks=pytest.mark.slow)])
