@@ -25,7 +25,7 @@ from .data.loaders import Data
 from .evaluate import Gallery, evaluate, membranes, published, report, write
 from .log import logger
 from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs
-from .run_dir import Start, checkpoint_to_test, find_run, records, runs_of, warn_of_seen, writing_to
+from .run_dir import Start, checkpoint_to_test, find_run, records, runs_of, warn_of_seen
 from .trainer import Trainer
 from .weights import build_model, differences, load_weights, settings_of, warn_of_other_network, warn_of_silence
 from .world import World
@@ -53,7 +53,7 @@ def train(recipe: Path) -> None:
     if start.state:
         trainer.resume(start.state, start.path, new_run=not start.continues)
     _announce(trainer)
-    with trainer.stop, writing_to(folder), records(cfg, world, folder, data, trainer.epoch) as run_log:
+    with trainer.stop, records(cfg, world, folder, data, trainer.epoch) as run_log:
         while trainer.epoch < total_epochs(cfg):
             _train_one_epoch(trainer, run_log)
     logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {folder}")
@@ -105,9 +105,8 @@ def _test(layers: Layers, meter: str | None = None) -> None:
     state = checkpoint.read(path)
     cfg = settings_of(state, path, layers)
     folder = Path(cfg.output_dir or path.parent)
-    with writing_to(folder):  # fail before the evaluation, not after it
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # fail before the evaluation, not after it
     data = create_data(cfg, world, train=False)
     warn_of_seen(data, path)
     kinds, figures = membranes(cfg), published(cfg, layers)
@@ -135,8 +134,7 @@ def _test(layers: Layers, meter: str | None = None) -> None:
             if figures.energy_mj:
                 logger.info(f"published: {figures.energy_mj:.2f} mJ (paper)")
     if world.is_main:
-        with writing_to(folder):
-            write(cfg, folder, results, figures, gallery, energy)
+        write(cfg, folder, results, figures, gallery, energy)
 
 
 def setup(cfg: Config) -> World:

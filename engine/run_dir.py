@@ -1,7 +1,6 @@
 """The folder of a run: its lock, the checkpoint to resume, and its records."""
 
 import contextlib
-import errno
 import json
 import os
 import socket
@@ -26,7 +25,6 @@ except ImportError:  # Windows
 
 SPLIT = "split.json"
 LOCK = ".lock"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of writing that name no file
 _locks = {}  # folder -> its locked file; closing it would unlock it
 
 
@@ -76,22 +74,21 @@ def claim(folder: Path | None) -> None:
     """Lock an existing folder until this process ends; raise `UserError` if another run writes to it."""
     if not folder or not folder.exists() or folder.resolve() in _locks:
         return
-    with writing_to(folder):
-        file = open(folder / LOCK, "a+")  # noqa: SIM115, closing it would unlock it
-        try:
-            _lock(file)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            other = file.read(200).strip() or "unknown process"
-            raise UserError(f"{folder}: another run writes to it ({other}); use another --output-dir") from None
-        except (OSError, ImportError) as error:
-            logger.warning(f"warning: {folder}: cannot be locked ({error}); start no second run in it")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        _locks[folder.resolve()] = file
-        for name in ("last.pt.tmp", "best.pt.tmp"):  # of a save that was killed
-            (folder / name).unlink(missing_ok=True)
+    file = open(folder / LOCK, "a+")  # noqa: SIM115, closing it would unlock it
+    try:
+        _lock(file)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        other = file.read(200).strip() or "unknown process"
+        raise UserError(f"{folder}: another run writes to it ({other}); use another --output-dir") from None
+    except (OSError, ImportError) as error:
+        logger.warning(f"warning: {folder}: cannot be locked ({error}); start no second run in it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _locks[folder.resolve()] = file
+    for name in ("last.pt.tmp", "best.pt.tmp"):  # of a save that was killed
+        (folder / name).unlink(missing_ok=True)
 
 
 def _lock(file: IO) -> None:
@@ -175,22 +172,6 @@ def warn_of_seen(data: Data, path: Path) -> None:
     if data.split and (seen := set(trained).intersection(data.split["test"])):
         samples = len(data.split["test"])
         logger.warning(f"warning: {path}: trained on {len(seen)} of {samples} test samples; its accuracy is too high")
-
-
-@contextlib.contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Raise `UserError` if the folder of a run cannot be made or written to."""
-    try:
-        yield
-    except OSError as error:
-        paths = folder.absolute(), Path(error.filename or folder).absolute()
-        is_inside = paths[1].is_relative_to(paths[0]) or paths[0].is_relative_to(paths[1])
-        if not is_inside or not (error.filename or error.errno in FULL):
-            raise
-        raise UserError(
-            f"{error.filename or folder}: {error.strerror or error}; make room or use another --output-dir. Earlier "
-            "checkpoints stay"
-        ) from None
 
 
 @contextlib.contextmanager
