@@ -43,7 +43,6 @@ def train(recipe: Path) -> None:
     world = setup(cfg)
     start = find_run(cfg, world)
     cfg = _settings_to_train(layers, start)
-    _require_gpu(cfg, world)
     _require_equal_settings(cfg)
     timm.utils.random_seed(cfg.seed)
     data = create_data(cfg, world)
@@ -144,8 +143,7 @@ def setup(cfg: Config) -> World:
         torch.set_num_threads(cfg.threads)
     world = distributed.setup(cfg.device)
     distributed.set_arithmetic(cfg)
-    if world.device.type == "cpu" and cfg.lif_backend in ("cupy", "triton") and torch.cuda.is_available():
-        raise UserError(f"--lif-backend {cfg.lif_backend}: needs a GPU, and --device is cpu; use auto or torch")
+    _require_gpu(cfg, world)
     log.setup_console(world.is_main)
     if world.device.type == "cpu" and "fp16" in (cfg.amp, cfg.eval_amp):
         logger.info("fp16 is slow on a CPU; using float32 (or use --amp bf16)")
@@ -194,11 +192,15 @@ def _require_equal_settings(cfg: Config) -> None:
 
 
 def _require_gpu(cfg: Config, world: World) -> None:
-    """Raise `UserError` for training flags that need a GPU."""
-    if cfg.cuda_graphs and (world.device.type == "cpu" or world.world_size > 1):
+    """Raise `UserError` for flags that need a GPU."""
+    if world.device.type == "cuda" and (world.world_size == 1 or not cfg.cuda_graphs):
+        return
+    if cfg.cuda_graphs:
         raise UserError(f"--cuda-graphs: needs one rank on a GPU, not {world.world_size} x {world.device.type}")
-    if cfg.pack_spikes and cfg.lif_backend == "auto" and world.device.type == "cpu":
+    if cfg.pack_spikes and cfg.lif_backend == "auto":
         raise UserError("--pack-spikes: needs the Triton kernels on a GPU; omit it")
+    if cfg.lif_backend in ("cupy", "triton") and torch.cuda.is_available():  # else models say what is missing
+        raise UserError(f"--lif-backend {cfg.lif_backend}: needs a GPU, and --device is cpu; use auto or torch")
 
 
 def _agree_on_triton(cfg: Config, world: World) -> None:
@@ -211,16 +213,15 @@ def _agree_on_triton(cfg: Config, world: World) -> None:
     is_asked = may_run and not cfg.compile
     problem = distributed.in_turns(lambda: triton_problem() if is_asked else "is not chosen by the flags")
     problems = distributed.gather([problem])
-    failed = {rank: problem for rank, problem in enumerate(problems) if problem}
-    if 0 < len(failed) < len(problems):
-        reason = next(iter(failed.values())).rpartition("; ")  # (reason, separator, fix for one rank)
+    failed = [rank for rank, problem in enumerate(problems) if problem]
+    if failed and len(failed) < len(problems):
+        reason = problems[failed[0]].partition(";")[0]
         raise UserError(
-            f"ranks disagree: lif_backend='triton' {reason[0] or reason[2]} on rank {', '.join(map(str, failed))} of "
-            f"{len(problems)}; start every rank with --lif-backend cupy or torch"
+            f"rank {failed[0]} of {len(problems)}: lif_backend='triton' {reason}; start every rank with --lif-backend "
+            "cupy or torch"
         )
-    if problem and is_asked and cfg.lif_backend == "auto" and (cfg.cuda_graphs or cfg.pack_spikes):
-        flag = "--cuda-graphs" if cfg.cuda_graphs else "--pack-spikes"
-        raise UserError(f"{flag}: needs the Triton kernels, and lif_backend='triton' {problem}")
+    if problem and cfg.lif_backend == "auto" and (cfg.cuda_graphs or cfg.pack_spikes):
+        raise UserError(f"--cuda-graphs, --pack-spikes: need the Triton kernels; lif_backend='triton' {problem}")
     if not world.is_main:
         warnings.filterwarnings("ignore", "lif_backend='auto'")  # the main rank prints why it does without Triton
 
