@@ -30,11 +30,6 @@ class UserError(Exception):
         line = " ".join(message.split(f"{type(self).__name__}: ")[-1].split())
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 + 5 :]}")
 
-    @property
-    def thing(self) -> str:
-        """The flag, setting or file in question."""
-        return str(self).partition(": ")[0]
-
 
 def short(value: object) -> str:
     """Return the `repr` of a value, cut if it is long."""
