@@ -169,15 +169,11 @@ def _settings_to_train(layers: Layers, start: Start) -> Config:
     if start.continues and "config" in layers.flags:
         recipe = layers.config(validate=False)
         for key, value, recorded in differences(recipe, plain(cfg), plain(cfg, without=LOCAL_FIELDS)):
-            raise UserError(
-                f"--config {layers.path}: has {key} = {value!r}, {start.path} was trained with {recorded!r}; omit the "
-                "flag, or branch off with --output-dir NEW"
-            )
+            change = f"{start.path} was trained with {key} = {recorded!r}, not {value!r}"
+            raise UserError(f"--config {layers.path}: {change}; omit the flag, or branch off with --output-dir NEW")
     recorded = start.state["config"] if start.is_ours else plain(cfg)
     for key, value, trained in differences(cfg, recorded, (*MODEL_FIELDS, "opt")):
-        raise UserError(
-            f"--resume {start.path}: trained with {key}={short(trained)}, this run has {value!r}; use --finetune"
-        )
+        raise UserError(f"--resume {start.path}: trained with {key}={short(trained)}, not {value!r}; use --finetune")
     return cfg
 
 
@@ -186,9 +182,7 @@ def _require_equal_settings(cfg: Config) -> None:
     first, *others = distributed.gather([plain(cfg, without=LOCAL_FIELDS)])
     for other in others:
         for key in (key for key in first if first[key] != other[key]):
-            raise UserError(
-                f"{key}: ranks disagree ({first[key]!r} and {other[key]!r}); start every rank with the same flags"
-            )
+            raise UserError(f"{key}: {first[key]!r} on one rank, {other[key]!r} on another; use the same flags on all")
 
 
 def _require_gpu(cfg: Config, world: World) -> None:
@@ -215,11 +209,8 @@ def _agree_on_triton(cfg: Config, world: World) -> None:
     problems = distributed.gather([problem])
     failed = [rank for rank, problem in enumerate(problems) if problem]
     if failed and len(failed) < len(problems):
-        reason = problems[failed[0]].partition(";")[0]
-        raise UserError(
-            f"rank {failed[0]} of {len(problems)}: lif_backend='triton' {reason}; start every rank with --lif-backend "
-            "cupy or torch"
-        )
+        where, reason = f"rank {failed[0]} of {len(problems)}", problems[failed[0]].partition(";")[0]
+        raise UserError(f"{where}: lif_backend='triton' {reason}; use --lif-backend cupy or torch on all")
     if problem and cfg.lif_backend == "auto" and (cfg.cuda_graphs or cfg.pack_spikes):
         raise UserError(f"--cuda-graphs, --pack-spikes: need the Triton kernels; lif_backend='triton' {problem}")
     if not world.is_main:
