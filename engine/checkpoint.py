@@ -91,10 +91,10 @@ def _read_safetensors(path: Path) -> dict:
     if "config" not in metadata:
         return _recognised(weights, path)
     try:
-        config = json.loads(metadata["config"])
-    except (ValueError, RecursionError):
+        config = dict(json.loads(metadata["config"]))
+    except (ValueError, TypeError, RecursionError):
         config = None
-    if not isinstance(config, dict) or not weights:
+    if config is None or not weights:
         raise UserError(f"{path}: damaged config, or no weights; fetch it again")
     if metadata.get("sha256", digest := fingerprint(weights, metadata["config"])) != digest:
         raise UserError(f"{path}: altered, it differs from its checksum; fetch it again")

@@ -203,30 +203,19 @@ def conflicts(c: Config) -> Iterator[tuple[str, str]]:
             yield key, "needs one number per channel (in_channels)"
     kernels = c.lif_backend in ("auto", "triton")
     rules = (
-        (
-            is_events and c.auto_augment not in (None, "snn-wide"),
-            "auto_augment",
-            "use snn-wide or none for event frames",
-        ),
+        (is_events and c.auto_augment not in (None, "snn-wide"), "auto_augment", "use snn-wide for event frames"),
         (is_events and c.mixup and c.mixup_in != "step", "mixup_in", "set it to step for event frames"),
         (c.split_seed is not None and c.dataset != "cifar10-dvs", "split_seed", "only cifar10-dvs is split here"),
         (c.lr is None and c.blr is None, "lr", "set lr, or blr to scale with the batch"),
         (c.warmup_prefix and c.warmup_epochs >= c.epochs, "warmup_epochs", "must be below epochs"),
         (mixes(c) and c.batch_size % 2, "batch_size", "must be even, because mixup pairs the images of a batch"),
         (c.compile and c.lif_backend not in ("auto", "torch"), "lif_backend", "use auto or torch with compile"),
-        (
-            c.pack_spikes and (c.compile or not kernels),
-            "pack_spikes",
-            "needs lif_backend auto or triton, and no compile",
-        ),
+        (c.pack_spikes and c.compile, "pack_spikes", "use it without compile"),
+        (c.pack_spikes and not kernels, "pack_spikes", "needs lif_backend auto or triton"),
         (c.pack_spikes and c.residual == "ms", "pack_spikes", "needs residual sew"),
         (c.both_membranes and c.residual == "ms", "both_membranes", "needs residual sew"),
         (c.cuda_graphs and c.compile, "cuda_graphs", "use it without compile"),
         (c.cuda_graphs and c.lif_backend == "cupy", "lif_backend", "use auto or triton with cuda_graphs"),
-        (
-            c.cuda_graphs and c.grad_checkpointing and c.drop_path,
-            "drop_path",
-            "use 0 with cuda_graphs and grad_checkpointing, which cannot draw it twice",
-        ),
+        (c.cuda_graphs and c.grad_checkpointing and c.drop_path, "drop_path", "must be 0: a graph draws it once"),
     )
     yield from ((key, fix) for is_wrong, key, fix in rules if is_wrong)
