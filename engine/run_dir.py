@@ -123,8 +123,6 @@ def _checkpoint_to_resume(cfg: Config, folder: Path | None) -> tuple[Path | None
         cause = "--resume auto" if cfg.resume == "auto" else "torchrun --max-restarts"
         raise UserError(f"{cause}: needs --output-dir, to find the run again")
     if (cfg.resume == "auto" or may_restart) and (newest := newest_checkpoint(folder))[0]:
-        if named:
-            logger.info(f"--resume {cfg.resume}: ignored after a restart; {folder} holds the run")
         return newest
     return (Path(cfg.resume) if named else None), None
 
