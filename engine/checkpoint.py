@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from .cli import UserError
 
@@ -55,7 +56,9 @@ def read(path: str | Path) -> dict:
     except UserError:
         raise
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: refused, {_reason(error)}") from None
+        name = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
+        what = f"it holds {name[1]}, which could run code" if name else "it is damaged, or holds more than plain data"
+        raise UserError(f"{path}: refused, {what}; ask its author for the weights alone") from None
     except Exception as error:  # a damaged file makes the readers fail in many ways
         is_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
         if is_memory or getattr(error, "errno", None) == errno.EIO:
@@ -78,19 +81,7 @@ def _verify(content: bytes, path: Path) -> None:
             raise UserError(f"{path}: altered ({altered} differs from its checksum); {AGAIN}")
 
 
-def _reason(error: pickle.UnpicklingError) -> str:
-    names = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)|function ([\w.]+)", str(error))
-    if names:
-        name = next(filter(None, names.groups()))
-        return f"it holds {name}, which could run code; ask its author for the weights alone"
-    return "it is damaged, or holds more than plain data; fetch it again, or ask its author for the weights alone"
-
-
 def _read_safetensors(path: Path) -> dict:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise UserError(f"{path}: needs safetensors ({error}); pip install -r requirements.txt") from None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -100,10 +91,10 @@ def _read_safetensors(path: Path) -> dict:
     if "config" not in metadata:
         return _recognised(weights, path)
     try:
-        config = json.loads(metadata["config"])
-    except (ValueError, RecursionError):
+        config = dict(json.loads(metadata["config"]))
+    except (ValueError, TypeError, RecursionError):
         config = None
-    if not isinstance(config, dict) or not weights:
+    if config is None or not weights:
         raise UserError(f"{path}: damaged config, or no weights; fetch it again")
     if metadata.get("sha256", digest := fingerprint(weights, metadata["config"])) != digest:
         raise UserError(f"{path}: altered, it differs from its checksum; fetch it again")

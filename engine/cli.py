@@ -16,6 +16,7 @@ from types import FrameType
 
 LONGEST = 1000  # characters of a message; a value in it may have any length
 RESUME = "--resume auto continues from the last save"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -28,11 +29,6 @@ class UserError(Exception):
         # a DataLoader passes on the error of a worker with the worker's traceback in front
         line = " ".join(message.split(f"{type(self).__name__}: ")[-1].split())
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 + 5 :]}")
-
-    @property
-    def thing(self) -> str:
-        """The flag, setting or file in question."""
-        return str(self).partition(": ")[0]
 
 
 def short(value: object) -> str:
@@ -116,6 +112,8 @@ def _explanation(error: Exception) -> str | None:
     if isinstance(error, OSError):
         if error.errno in (errno.EMFILE, errno.ENFILE):
             return f"{error.strerror}: raise the limit (ulimit -n), or use fewer --workers"
+        if error.errno in FULL:
+            return f"{error.filename or 'disk'}: {error.strerror}; make room, and {RESUME}"
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if type(error).__name__ == "OutOfMemoryError":
         return f"GPU memory: full ({first_line}); use a smaller --batch-size, or --grad-checkpointing"

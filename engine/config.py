@@ -19,11 +19,11 @@ from pathlib import Path
 import yaml
 
 from .cli import UserError, short
-from .settings import EVENT_DATASETS, FIELDS, Config, Machine, Model, Published, conflicts, names
+from .settings import EVENT_DATASETS, FIELDS, Config, MachineSettings, ModelSettings, Published, conflicts, mixes, names
 
-__all__ = ["EVENT_DATASETS", "FIELDS", "Config", "load"]
+__all__ = ["EVENT_DATASETS", "FIELDS", "Config", "load", "mixes"]
 _TYPES = typing.get_type_hints(Config)
-MODEL_FIELDS, LOCAL_FIELDS, PUBLISHED = names(Model), names(Machine), names(Published)
+MODEL_FIELDS, LOCAL_FIELDS, PUBLISHED = names(ModelSettings), names(MachineSettings), names(Published)
 # flags of the released scripts and of launchers without effect here: with a value, and without
 IGNORED = "--local-rank --world-size --dist-url --log-dir --start-epoch".split()
 IGNORED_SWITCHES = "--dist-on-itp --dist-eval --pin-mem --no-pin-mem --global-pool --cls-token --resplit".split()
@@ -110,11 +110,6 @@ def _out_of_range(config: Config) -> Iterator[tuple[str, str]]:
                 yield key, f"must be at most {rules['high']}"
 
 
-def mixes(config: Config) -> bool:
-    """Tell if images of a batch are mixed, by mixup or cutmix."""
-    return bool(config.mixup or config.cutmix or config.cutmix_minmax)
-
-
 def plain(config: Config, without: Collection[str] = ()) -> dict[str, object]:
     """Return the settings as plain data for YAML, JSON and checkpoints."""
     values = {key: value for key, value in vars(config).items() if key not in without}
@@ -133,10 +128,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
-        for i, (key, _) in enumerate(node.value):
-            if key.value in keys[:i]:
-                reason = f"duplicate key {short(key.value)}"
-                raise yaml.constructor.ConstructorError(None, None, reason, key.start_mark)
+        for key, _ in reversed(node.value):
+            if keys.count(key.value) > 1:
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {short(key.value)}", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
 

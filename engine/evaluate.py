@@ -89,11 +89,8 @@ def _recipes(layers: Layers) -> Iterator[Config]:
 
 def membranes(cfg: Config) -> list[str]:
     """Return the kinds of `ssa_membrane` to evaluate with, the configured one first."""
-    if cfg.both_membranes and cfg.residual == "sew":
-        return sorted(("released", "per_sample"), key=lambda kind: kind != cfg.ssa_membrane)
-    if cfg.both_membranes:
-        logger.warning("warning: --both-membranes: residual ms has one kind of membrane")
-    return [cfg.ssa_membrane]
+    kinds = ("released", "per_sample") if cfg.both_membranes else (cfg.ssa_membrane,)
+    return sorted(kinds, key=lambda kind: kind != cfg.ssa_membrane)
 
 
 def report(cfg: Config, membrane: str, result: dict, figures: Figures) -> None:

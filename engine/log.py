@@ -1,12 +1,13 @@
 """Output of a run: lines and a progress bar, metrics, TensorBoard, learning curve, and provenance."""
 
+import functools
 import json
 import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from .cli import UserError
 
 logger = logging.getLogger("qkformer")
 ROOT = Path(__file__).resolve().parents[1]
-DRAWN = ("lr", "train_loss", "test_loss", "test_top1")  # in the learning curve
+DRAWN = {"loss": ["train_loss", "test_loss"], "test accuracy (%)": ["test_top1"], "learning rate": ["lr"]}
 PACKAGES = ("torch", "torchvision", "timm", "spikingjelly", "numpy")
 
 
@@ -67,28 +68,33 @@ def write_whole(path: Path, content: str | bytes) -> None:
     temporary.replace(path)
 
 
+def read_record(path: Path, default: object, parse: Callable[[str], object]) -> object:
+    """Return `parse` of a record's text, or `default` if there is none; raise `UserError` if it is damaged."""
+    try:
+        return parse(path.read_text()) if path.exists() else default
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise UserError(f"{path}: damaged; move it away to continue without this record") from None
+
+
+def _rows(first_epoch: int, text: str) -> list[dict]:
+    """Return the metrics of the epochs before `first_epoch`."""
+    lines = text.splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a crash may leave half a line
+    rows = [row for row in rows if row["epoch"] < first_epoch]
+    if not all(isinstance(row[key], int | float) for row in rows for keys in DRAWN.values() for key in keys):
+        raise ValueError
+    return rows
+
+
 class RunLog:
     """The records of one training run in `folder`: `metrics.jsonl`, TensorBoard's events, `learning_curve.png`."""
 
     def __init__(self, folder: Path, first_epoch: int):
         self.folder = folder
         self.path = folder / "metrics.jsonl"
-        self.history = self._read(first_epoch)
+        self.history = read_record(self.path, [], functools.partial(_rows, first_epoch))
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.history))
         self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_epoch)
-
-    def _read(self, first_epoch: int) -> list[dict]:
-        """Return the records of the epochs before `first_epoch`."""
-        try:
-            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-            rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a crash may leave half a line
-            rows = [row for row in rows if row["epoch"] < first_epoch]
-            is_valid = all(isinstance(row[key], int | float) for row in rows for key in DRAWN)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            is_valid = False
-        if not is_valid:
-            raise UserError(f"{self.path}: damaged; move it away to continue without the history")
-        return rows
 
     def epoch(self, row: dict) -> None:
         """Record the figures of one epoch."""
@@ -110,25 +116,16 @@ class RunLog:
 def learning_curve(history: list[dict], path: Path) -> None:
     """Draw losses, accuracy and learning rate over the epochs."""
     epochs = [row["epoch"] + 1 for row in history]
+    best = max(history, key=lambda row: row["test_top1"])
     figure = Figure(figsize=(13, 3.8), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for key, name in (("train_loss", "training"), ("test_loss", "test")):
-        axes[0].plot(epochs, [row[key] for row in history], marker=".", label=name)
-    axes[0].set(ylabel="loss", ylim=(0, None))
-    axes[0].legend()
-    top1 = [row["test_top1"] for row in history]
-    best = max(range(len(top1)), key=top1.__getitem__)
-    axes[1].plot(epochs, top1, marker=".", color="tab:orange")
-    name = f"best: {top1[best]:.2f} % (epoch {epochs[best]})"
-    axes[1].plot(epochs[best], top1[best], "o", color="tab:red", label=name)
-    axes[1].set(ylabel="test top-1 accuracy (%)")
-    axes[1].legend(loc="lower right")
-    axes[2].plot(epochs, [row["lr"] for row in history], marker=".", color="tab:green")
-    axes[2].set(ylabel="learning rate", ylim=(0, None))
-    for axis in axes:
-        axis.set_xlabel("epoch")
+    for axis, (name, keys) in zip(figure.subplots(1, 3), DRAWN.items(), strict=True):
+        for key in keys:
+            axis.plot(epochs, [row[key] for row in history], marker=".", label=key)
+        axis.set(xlabel="epoch", ylabel=name)
+        axis.legend()
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
+    figure.suptitle(f"best top-1: {best['test_top1']:.2f} % (epoch {best['epoch'] + 1})")
     figure.savefig(path, dpi=110)
 
 

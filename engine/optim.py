@@ -28,9 +28,7 @@ def batch_advice(cfg: Config) -> str | None:
     target, ranks = cfg.effective_batch, world.world_size()
     if target in (None, effective_batch(cfg)):
         return None
-    recipe_lr = "" if cfg.lr is not None else f" ({cfg.blr * target / 256:.3g})"
-    batch, lr = effective_batch(cfg), base_lr(cfg)
-    line = f"effective batch {batch} (learning rate {lr:.3g}): the recipe has {target}{recipe_lr}; "
+    line = f"effective batch {effective_batch(cfg)}: the recipe has {target}; "
     if target % ranks:
         return line + f"{ranks} ranks cannot share {target} images evenly, use another number"
     share = target // ranks

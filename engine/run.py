@@ -25,7 +25,7 @@ from .data.loaders import Data
 from .evaluate import Gallery, evaluate, membranes, published, report, write
 from .log import logger
 from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs
-from .run_dir import Start, checkpoint_to_test, find_run, records, runs_of, warn_of_seen, writing_to
+from .run_dir import Start, checkpoint_to_test, find_run, records, runs_of, warn_of_seen
 from .trainer import Trainer
 from .weights import build_model, differences, load_weights, settings_of, warn_of_other_network, warn_of_silence
 from .world import World
@@ -43,7 +43,6 @@ def train(recipe: Path) -> None:
     world = setup(cfg)
     start = find_run(cfg, world)
     cfg = _settings_to_train(layers, start)
-    _require_gpu(cfg, world)
     _require_equal_settings(cfg)
     timm.utils.random_seed(cfg.seed)
     data = create_data(cfg, world)
@@ -53,7 +52,7 @@ def train(recipe: Path) -> None:
     if start.state:
         trainer.resume(start.state, start.path, new_run=not start.continues)
     _announce(trainer)
-    with trainer.stop, writing_to(folder), records(cfg, world, folder, data, trainer.epoch) as run_log:
+    with trainer.stop, records(cfg, world, folder, data, trainer.epoch) as run_log:
         while trainer.epoch < total_epochs(cfg):
             _train_one_epoch(trainer, run_log)
     logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {folder}")
@@ -105,9 +104,8 @@ def _test(layers: Layers, meter: str | None = None) -> None:
     state = checkpoint.read(path)
     cfg = settings_of(state, path, layers)
     folder = Path(cfg.output_dir or path.parent)
-    with writing_to(folder):  # fail before the evaluation, not after it
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # fail before the evaluation, not after it
     data = create_data(cfg, world, train=False)
     warn_of_seen(data, path)
     kinds, figures = membranes(cfg), published(cfg, layers)
@@ -135,8 +133,7 @@ def _test(layers: Layers, meter: str | None = None) -> None:
             if figures.energy_mj:
                 logger.info(f"published: {figures.energy_mj:.2f} mJ (paper)")
     if world.is_main:
-        with writing_to(folder):
-            write(cfg, folder, results, figures, gallery, energy)
+        write(cfg, folder, results, figures, gallery, energy)
 
 
 def setup(cfg: Config) -> World:
@@ -146,8 +143,7 @@ def setup(cfg: Config) -> World:
         torch.set_num_threads(cfg.threads)
     world = distributed.setup(cfg.device)
     distributed.set_arithmetic(cfg)
-    if world.device.type == "cpu" and cfg.lif_backend in ("cupy", "triton") and torch.cuda.is_available():
-        raise UserError(f"--lif-backend {cfg.lif_backend}: needs a GPU, and --device is cpu; use auto or torch")
+    _require_gpu(cfg, world)
     log.setup_console(world.is_main)
     if world.device.type == "cpu" and "fp16" in (cfg.amp, cfg.eval_amp):
         logger.info("fp16 is slow on a CPU; using float32 (or use --amp bf16)")
@@ -173,15 +169,11 @@ def _settings_to_train(layers: Layers, start: Start) -> Config:
     if start.continues and "config" in layers.flags:
         recipe = layers.config(validate=False)
         for key, value, recorded in differences(recipe, plain(cfg), plain(cfg, without=LOCAL_FIELDS)):
-            raise UserError(
-                f"--config {layers.path}: has {key} = {value!r}, {start.path} was trained with {recorded!r}; omit the "
-                "flag, or branch off with --output-dir NEW"
-            )
+            change = f"{start.path} was trained with {key} = {recorded!r}, not {value!r}"
+            raise UserError(f"--config {layers.path}: {change}; omit the flag, or branch off with --output-dir NEW")
     recorded = start.state["config"] if start.is_ours else plain(cfg)
     for key, value, trained in differences(cfg, recorded, (*MODEL_FIELDS, "opt")):
-        raise UserError(
-            f"--resume {start.path}: trained with {key}={short(trained)}, this run has {value!r}; use --finetune"
-        )
+        raise UserError(f"--resume {start.path}: trained with {key}={short(trained)}, not {value!r}; use --finetune")
     return cfg
 
 
@@ -190,17 +182,19 @@ def _require_equal_settings(cfg: Config) -> None:
     first, *others = distributed.gather([plain(cfg, without=LOCAL_FIELDS)])
     for other in others:
         for key in (key for key in first if first[key] != other[key]):
-            raise UserError(
-                f"{key}: ranks disagree ({first[key]!r} and {other[key]!r}); start every rank with the same flags"
-            )
+            raise UserError(f"{key}: {first[key]!r} on one rank, {other[key]!r} on another; use the same flags on all")
 
 
 def _require_gpu(cfg: Config, world: World) -> None:
-    """Raise `UserError` for training flags that need a GPU."""
-    if cfg.cuda_graphs and (world.device.type == "cpu" or world.world_size > 1):
+    """Raise `UserError` for flags that need a GPU."""
+    if world.device.type == "cuda" and (world.world_size == 1 or not cfg.cuda_graphs):
+        return
+    if cfg.cuda_graphs:
         raise UserError(f"--cuda-graphs: needs one rank on a GPU, not {world.world_size} x {world.device.type}")
-    if cfg.pack_spikes and cfg.lif_backend == "auto" and world.device.type == "cpu":
+    if cfg.pack_spikes and cfg.lif_backend == "auto":
         raise UserError("--pack-spikes: needs the Triton kernels on a GPU; omit it")
+    if cfg.lif_backend in ("cupy", "triton") and torch.cuda.is_available():  # else models say what is missing
+        raise UserError(f"--lif-backend {cfg.lif_backend}: needs a GPU, and --device is cpu; use auto or torch")
 
 
 def _agree_on_triton(cfg: Config, world: World) -> None:
@@ -213,16 +207,12 @@ def _agree_on_triton(cfg: Config, world: World) -> None:
     is_asked = may_run and not cfg.compile
     problem = distributed.in_turns(lambda: triton_problem() if is_asked else "is not chosen by the flags")
     problems = distributed.gather([problem])
-    failed = {rank: problem for rank, problem in enumerate(problems) if problem}
-    if 0 < len(failed) < len(problems):
-        reason = next(iter(failed.values())).rpartition("; ")  # (reason, separator, fix for one rank)
-        raise UserError(
-            f"ranks disagree: lif_backend='triton' {reason[0] or reason[2]} on rank {', '.join(map(str, failed))} of "
-            f"{len(problems)}; start every rank with --lif-backend cupy or torch"
-        )
-    if problem and is_asked and cfg.lif_backend == "auto" and (cfg.cuda_graphs or cfg.pack_spikes):
-        flag = "--cuda-graphs" if cfg.cuda_graphs else "--pack-spikes"
-        raise UserError(f"{flag}: needs the Triton kernels, and lif_backend='triton' {problem}")
+    failed = [rank for rank, problem in enumerate(problems) if problem]
+    if failed and len(failed) < len(problems):
+        where, reason = f"rank {failed[0]} of {len(problems)}", problems[failed[0]].partition(";")[0]
+        raise UserError(f"{where}: lif_backend='triton' {reason}; use --lif-backend cupy or torch on all")
+    if problem and cfg.lif_backend == "auto" and (cfg.cuda_graphs or cfg.pack_spikes):
+        raise UserError(f"--cuda-graphs, --pack-spikes: need the Triton kernels; lif_backend='triton' {problem}")
     if not world.is_main:
         warnings.filterwarnings("ignore", "lif_backend='auto'")  # the main rank prints why it does without Triton
 

@@ -1,11 +1,10 @@
 """The folder of a run: its lock, the checkpoint to resume, and its records."""
 
 import contextlib
-import errno
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -26,7 +25,6 @@ except ImportError:  # Windows
 
 SPLIT = "split.json"
 LOCK = ".lock"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of writing that name no file
 _locks = {}  # folder -> its locked file; closing it would unlock it
 
 
@@ -76,22 +74,21 @@ def claim(folder: Path | None) -> None:
     """Lock an existing folder until this process ends; raise `UserError` if another run writes to it."""
     if not folder or not folder.exists() or folder.resolve() in _locks:
         return
-    with writing_to(folder):
-        file = open(folder / LOCK, "a+")  # noqa: SIM115, closing it would unlock it
-        try:
-            _lock(file)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            other = file.read(200).strip() or "unknown process"
-            raise UserError(f"{folder}: another run writes to it ({other}); use another --output-dir") from None
-        except (OSError, ImportError) as error:
-            logger.warning(f"warning: {folder}: cannot be locked ({error}); start no second run in it")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        _locks[folder.resolve()] = file
-        for name in ("last.pt.tmp", "best.pt.tmp"):  # of a save that was killed
-            (folder / name).unlink(missing_ok=True)
+    file = open(folder / LOCK, "a+")  # noqa: SIM115, closing it would unlock it
+    try:
+        _lock(file)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        other = file.read(200).strip() or "unknown process"
+        raise UserError(f"{folder}: another run writes to it ({other}); use another --output-dir") from None
+    except (OSError, ImportError) as error:
+        logger.warning(f"warning: {folder}: cannot be locked ({error}); start no second run in it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _locks[folder.resolve()] = file
+    for name in ("last.pt.tmp", "best.pt.tmp"):  # of a save that was killed
+        (folder / name).unlink(missing_ok=True)
 
 
 def _lock(file: IO) -> None:
@@ -121,13 +118,11 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
 
 
 def _checkpoint_to_resume(cfg: Config, folder: Path | None) -> tuple[Path | None, dict | None]:
-    may_restart, named = distributed.may_restart(), cfg.resume not in (None, "auto")
+    may_restart, named = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0, cfg.resume not in (None, "auto")
     if not folder and (cfg.resume == "auto" or may_restart):
         cause = "--resume auto" if cfg.resume == "auto" else "torchrun --max-restarts"
         raise UserError(f"{cause}: needs --output-dir, to find the run again")
     if (cfg.resume == "auto" or may_restart) and (newest := newest_checkpoint(folder))[0]:
-        if named:
-            logger.info(f"--resume {cfg.resume}: ignored after a restart; {folder} holds the run")
         return newest
     return (Path(cfg.resume) if named else None), None
 
@@ -150,47 +145,20 @@ def checkpoint_to_test(cfg: Config) -> Path:
     return runs[-1]
 
 
-def _read_json(path: Path, default: object, is_valid: Callable[[object], bool]) -> object:
-    """Return the content of a record, or `default` if there is none; raise `UserError` if it is damaged."""
-    if not path.exists():
-        return default
-    try:
-        content = json.loads(path.read_text())
-        if is_valid(content):
-            return content
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
-    raise UserError(f"{path}: damaged; move it away to continue without this record")
-
-
-def _recorded_split(folder: Path) -> dict[str, list[str]] | None:
-    """Return the files of training and test set that a run in `folder` recorded, if any."""
-    path = folder / SPLIT
-    return _read_json(path, None, lambda split: all(isinstance(f, str) for f in split["train"] + split["test"]))
+def _split(text: str) -> dict[str, list[str]]:
+    """Return the files of training and test set in a record of them."""
+    split = json.loads(text)
+    if not all(isinstance(file, str) for file in split["train"] + split["test"]):
+        raise ValueError
+    return split
 
 
 def warn_of_seen(data: Data, path: Path) -> None:
     """Warn about test samples that the run of the checkpoint `path` recorded as training samples."""
-    trained = (_recorded_split(path.parent) or {}).get("train", ())
+    trained = log.read_record(path.parent / SPLIT, {"train": []}, _split)["train"]
     if data.split and (seen := set(trained).intersection(data.split["test"])):
         samples = len(data.split["test"])
         logger.warning(f"warning: {path}: trained on {len(seen)} of {samples} test samples; its accuracy is too high")
-
-
-@contextlib.contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Raise `UserError` if the folder of a run cannot be made or written to."""
-    try:
-        yield
-    except OSError as error:
-        paths = folder.absolute(), Path(error.filename or folder).absolute()
-        is_inside = paths[1].is_relative_to(paths[0]) or paths[0].is_relative_to(paths[1])
-        if not is_inside or not (error.filename or error.errno in FULL):
-            raise
-        raise UserError(
-            f"{error.filename or folder}: {error.strerror or error}; make room or use another --output-dir. Earlier "
-            "checkpoints stay"
-        ) from None
 
 
 @contextlib.contextmanager
@@ -201,22 +169,16 @@ def records(cfg: Config, world: World, folder: Path, data: Data, first_epoch: in
         return
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder)
-    if first_epoch and _recorded_split(folder) not in (None, data.split):
+    if first_epoch and log.read_record(folder / SPLIT, data.split, _split) != data.split:
         raise UserError(f"{folder / SPLIT}: the data are split otherwise now; use the same --split-seed and data")
     if data.split:
         log.write_whole(folder / SPLIT, json.dumps(data.split, indent=0) + "\n")
     if data.preview:
         data.preview(folder / "samples.png")
-    starts = _read_json(folder / "run.json", [], lambda content: isinstance(content, list))
+    starts = log.read_record(folder / "run.json", [], lambda text: [dict(start) for start in json.loads(text)])
     starts.append({**log.provenance(), "first_epoch": first_epoch, "config": plain(cfg)})
     log.write_whole(folder / "run.json", json.dumps(starts, indent=2) + "\n")
     settings = plain(cfg, without=("config", "variant", "output_dir", "resume", "checkpoint"))
     (folder / "config.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    run_log = RunLog(folder, first_epoch)
-    try:
+    with contextlib.closing(RunLog(folder, first_epoch)) as run_log:
         yield run_log
-    except BaseException:
-        with contextlib.suppress(OSError):  # the first error matters, such as a full disk
-            run_log.close()
-        raise
-    run_log.close()

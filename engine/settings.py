@@ -1,6 +1,6 @@
 """Settings of a run: each declared once with type, default, range and help, in a class for its group; their conflicts.
 
-A checkpoint records all groups but `Machine`.
+A checkpoint records all groups but `MachineSettings`.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSettings:
     """Arguments of the network; None is the model's default."""
 
     model: str = option("qkformer_4_384", "network, see models.list_models()")
@@ -59,7 +59,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataSettings:
     """The data set and its augmentation."""
 
     dataset: str = option(
@@ -84,7 +84,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Image:
+class ImageSettings:
     """Data settings of images; event frames need the defaults."""
 
     train_split: str = option("train", "training split of a data set of timm's")
@@ -110,7 +110,7 @@ class Image:
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimSettings:
     """Training: optimizer, schedule, precision, checkpoints."""
 
     opt: str = option("adamw", "timm's optimizer")
@@ -142,7 +142,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineSettings:
     """Settings of a computer or a command, not of a run."""
 
     config: str = option("", "recipe in place of the script's own: a file, or its name next to the script")
@@ -171,7 +171,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Config(Machine, Optim, Image, Data, Model, Published, Recipe):
+class Config(MachineSettings, OptimSettings, ImageSettings, DataSettings, ModelSettings, Published, Recipe):
     """All settings of a run. Sizes in pixels, rates per image, learning rates absolute unless said otherwise."""
 
 
@@ -183,6 +183,11 @@ def names(group: type) -> list[str]:
     return [field.name for field in fields(group)]
 
 
+def mixes(c: Config) -> bool:
+    """Tell if images of a batch are mixed, by mixup or cutmix."""
+    return bool(c.mixup or c.cutmix or c.cutmix_minmax)
+
+
 def conflicts(c: Config) -> Iterator[tuple[str, str]]:
     """Yield each setting that does not go together with others, and the fix."""
     for key in ("scale", "ratio", "cutmix_minmax"):
@@ -190,38 +195,27 @@ def conflicts(c: Config) -> Iterator[tuple[str, str]]:
         if bounds is not None and (len(bounds) != 2 or bounds[0] > bounds[1]):
             yield key, "needs two numbers, the smaller first"
     is_events = c.dataset in EVENT_DATASETS
-    for key in names(Image) if is_events else ():
+    for key in names(ImageSettings) if is_events else ():
         if getattr(c, key) != FIELDS[key].default:
             yield key, f"is for images; {c.dataset} has event frames"
     for key in () if is_events else ("mean", "std"):
         if len(getattr(c, key) or (0, 0, 0)) != c.in_channels:  # ImageNet's have 3
             yield key, "needs one number per channel (in_channels)"
-    mixes = c.mixup or c.cutmix or c.cutmix_minmax
     kernels = c.lif_backend in ("auto", "triton")
     rules = (
-        (
-            is_events and c.auto_augment not in (None, "snn-wide"),
-            "auto_augment",
-            "use snn-wide or none for event frames",
-        ),
+        (is_events and c.auto_augment not in (None, "snn-wide"), "auto_augment", "use snn-wide for event frames"),
         (is_events and c.mixup and c.mixup_in != "step", "mixup_in", "set it to step for event frames"),
         (c.split_seed is not None and c.dataset != "cifar10-dvs", "split_seed", "only cifar10-dvs is split here"),
         (c.lr is None and c.blr is None, "lr", "set lr, or blr to scale with the batch"),
         (c.warmup_prefix and c.warmup_epochs >= c.epochs, "warmup_epochs", "must be below epochs"),
-        (mixes and c.batch_size % 2, "batch_size", "must be even, because mixup pairs the images of a batch"),
+        (mixes(c) and c.batch_size % 2, "batch_size", "must be even, because mixup pairs the images of a batch"),
         (c.compile and c.lif_backend not in ("auto", "torch"), "lif_backend", "use auto or torch with compile"),
-        (
-            c.pack_spikes and (c.compile or not kernels),
-            "pack_spikes",
-            "needs lif_backend auto or triton, and no compile",
-        ),
+        (c.pack_spikes and c.compile, "pack_spikes", "use it without compile"),
+        (c.pack_spikes and not kernels, "pack_spikes", "needs lif_backend auto or triton"),
         (c.pack_spikes and c.residual == "ms", "pack_spikes", "needs residual sew"),
+        (c.both_membranes and c.residual == "ms", "both_membranes", "needs residual sew"),
         (c.cuda_graphs and c.compile, "cuda_graphs", "use it without compile"),
         (c.cuda_graphs and c.lif_backend == "cupy", "lif_backend", "use auto or triton with cuda_graphs"),
-        (
-            c.cuda_graphs and c.grad_checkpointing and c.drop_path,
-            "drop_path",
-            "use 0 with cuda_graphs and grad_checkpointing, which cannot draw it twice",
-        ),
+        (c.cuda_graphs and c.grad_checkpointing and c.drop_path, "drop_path", "must be 0: a graph draws it once"),
     )
     yield from ((key, fix) for is_wrong, key, fix in rules if is_wrong)

@@ -49,8 +49,7 @@ def settings_of(state: dict, path: Path, layers: Layers) -> Config:
             raise UserError(f"{path}: trained on {cfg.dataset}, this script is for {own}; use {cfg.dataset}'s")
         if own != cfg.dataset:
             logger.warning(f"warning: {path}: trained on {cfg.dataset}; evaluating on that, not on {own}")
-        for key, value, recorded in differences(cfg, state["config"], MODEL_FIELDS):
-            logger.warning(f"warning: {path}: trained with {key} = {short(recorded)}, evaluated with {value!r}")
+        warn_of_other_network(cfg, state, path)
     elif "config" not in layers.flags and (known := recipe_of(path, layers.folder)):
         cfg = dataclasses.replace(read(known), flags=layers.flags).config()
         logger.info(f"{path}: the released checkpoint of {known.stem}, recognised by its md5")
@@ -121,7 +120,7 @@ def warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:
         "ssa_membrane": "released" if cfg.residual == "sew" else "per_sample",
         "time_steps": getattr(state.get("args"), "time_step", cfg.time_steps),
     }
-    keys = [key for key in ("ssa_membrane", "residual", "time_steps", "attention") if key in recorded]
+    keys = [key for key in ("ssa_membrane", "residual", "time_steps", "attention", "ssa_scale") if key in recorded]
     for key, value, trained in differences(cfg, recorded, keys):
         logger.warning(f"warning: {path}: trained with {key} = {short(trained)}, this run has {value!r}")
 
@@ -138,7 +137,5 @@ def warn_of_silence(model: nn.Module, images: Tensor) -> None:
     model.eval()
     if names := silent_layers(model, images):
         more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
-        logger.warning(
-            f"warning: {', '.join(names[:3])}{more}: no spikes on {len(images)} test samples; if this lasts, lower lr "
-            "or start from other weights"
-        )
+        where = f"{', '.join(names[:3])}{more}"
+        logger.warning(f"warning: {where}: no spikes on {len(images)} test samples; if this lasts, lower lr")

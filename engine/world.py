@@ -120,11 +120,6 @@ def teardown() -> None:
         td.destroy_process_group()
 
 
-def may_restart() -> bool:
-    """Tell if torchrun restarts the ranks after a failure."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
-
-
 def set_arithmetic(cfg: Config) -> None:
     """Set how a GPU computes convolutions and float32."""
     torch.backends.cudnn.benchmark = cfg.cudnn_benchmark

@@ -48,5 +48,5 @@ def test_a_folder_is_locked_on_windows(tmp_path, monkeypatch):
     (tmp_path / run_dir.LOCK).write_text("process 7 on x\n")
     with pytest.raises(run_dir.UserError) as error:
         run_dir.claim(tmp_path)
-    assert error.value.thing == str(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}: ")
     assert "process 7 on x" in str(error.value)

@@ -40,10 +40,8 @@ def create_dataset(cfg: Config, train: bool) -> Dataset:
         raise UserError(f"in_channels = {cfg.in_channels}: images of {cfg.dataset} have {channels}; use --in-channels")
     names = class_names(dataset)
     if names and len(names) != cfg.num_classes:
-        raise UserError(
-            f"num_classes = {cfg.num_classes}: {getattr(dataset, 'root', cfg.dataset)} has {len(names)} classes; "
-            "complete the data set, or use --num-classes"
-        )
+        root = getattr(dataset, "root", cfg.dataset)
+        raise UserError(f"num_classes = {cfg.num_classes}: {root} has {len(names)}; complete it, or use --num-classes")
     dataset.target_transform = functools.partial(_require_label, cfg)
     return dataset
 
@@ -127,10 +125,8 @@ def _image_folder(cfg: Config, train: bool) -> ImageFolder:
     except FileNotFoundError as error:
         raise UserError(f"{folders[split]}: {error}; complete the data set, with a folder per class") from None
     if is_imagenet(dataset.classes) and len(dataset) != IMAGENET_SIZES[split]:
-        logger.warning(
-            f"warning: {folders[split]}: {len(dataset):,} images, ImageNet-1k has {IMAGENET_SIZES[split]:,}; "
-            "extract its archive again"
-        )
+        size = IMAGENET_SIZES[split]
+        logger.warning(f"warning: {folders[split]}: {len(dataset):,} of {size:,} images; extract its archive again")
     if train and folders["val"]:
         _warn_of_copies(dataset, folders["val"])
     return dataset
@@ -147,10 +143,8 @@ def _warn_of_copies(train: ImageFolder, val: Path, most: int = 64) -> None:
         if (other := wanted.get((os.path.basename(path), label))) and filecmp.cmp(path, other, shallow=False)
     ]
     if copies:
-        logger.warning(
-            f"warning: {val}: {len(copies)} of {len(images)} images compared are training images too, such as "
-            f"{copies[0]}; the accuracy on them is too high"
-        )
+        count = f"{len(copies)} of {len(images)} images compared"
+        logger.warning(f"warning: {val}: {count} are training images too, such as {copies[0]}; keep them apart")
 
 
 def data_path(cfg: Config, must_exist: bool = True) -> Path:
@@ -167,10 +161,8 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
     """Return a data set of torchvision (`torch/`), of WebDataset shards (`wds/`) or of Hugging Face (`hfds/`)."""
     kind = cfg.dataset.lower().split("/")[0]
     if kind not in ("torch", "wds", "hfds") or "/" not in cfg.dataset:
-        raise UserError(
-            f"dataset = {cfg.dataset!r}: unknown; use {', '.join([*DATASETS, *EVENT_DATASETS])}, or one of timm's: "
-            "torch/cifar10, wds/NAME, hfds/NAME"
-        )
+        known = ", ".join([*DATASETS, *EVENT_DATASETS])
+        raise UserError(f"dataset = {cfg.dataset!r}: unknown; use {known}, torch/NAME, wds/NAME or hfds/NAME")
     # shards are files of a folder here: under an address like pipe:COMMAND, their names would be commands
     root = cfg.data_path if kind == "hfds" else str(data_path(cfg, must_exist=not cfg.download))
     split, mode = cfg.train_split if train else cfg.val_split, _mode(cfg)
@@ -188,9 +180,7 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
                 input_img_mode=mode,
             )
         except Exception as error:  # each library fails in its own way
-            raise UserError(
-                f"dataset {cfg.dataset} in {root}: {str(error) or repr(error)}; use --data-path, or --download"
-            ) from None
+            raise UserError(f"{cfg.dataset} in {root}: {error!r}; use --data-path, or --download") from None
 
     dataset = world.in_turns(make) if cfg.download else make()
     if train and type(dataset) is ImageFolder and dataset.root == root:  # what timm falls back to

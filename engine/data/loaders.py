@@ -7,6 +7,7 @@ A batch passes four stages: a sampler gives indices, a worker reads samples, `co
 import itertools
 import os
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +78,7 @@ class _RoundRobin:
             if i % self.world.world_size == self.world.rank:
                 yield samples, labels
         if size and count != size:  # timm's readers skip what they cannot read
-            raise UserError(
-                f"test set: {count} readable samples, its description has {size}; fetch damaged files again"
-            )
+            raise UserError(f"test set: {count} of {size} samples are readable; fetch damaged files again")
 
 
 class Seeded(Dataset):
@@ -131,10 +130,7 @@ def create_loader(
     batch_size = cfg.batch_size if train else cfg.eval_batch_size or cfg.batch_size
     workers = min(cfg.workers, os.cpu_count() or 1)
     if train and len(dataset) < batch_size * ranks:
-        raise UserError(
-            f"batch_size = {batch_size}: {cfg.dataset} has {len(dataset)} training samples for {ranks} ranks; "
-            "use a smaller batch_size"
-        )
+        raise UserError(f"batch_size = {batch_size}: {ranks} ranks share {len(dataset)} samples; use a smaller one")
     sampler = None
     if is_stream:
         workers = min(workers, _shards_per_rank(dataset))
@@ -153,12 +149,18 @@ def create_loader(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=world.device.type == "cuda",
+        worker_init_fn=_ignore_interrupts,
         persistent_workers=workers > 0 and not train,  # new ones learn the epoch and the end of mixup
     )
     loader = PrefetchLoader(loader, mean, std, cfg.in_channels, world.device)
     if train:
         return TrainLoader(loader)
     return _RoundRobin(loader, world) if is_stream else loader
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to workers too, to the process that saves and ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _shards_per_rank(dataset: IterableDataset) -> int:

@@ -34,10 +34,8 @@ def _make(folder: Path, frames: int, recordings: list[Recording], show: bool) ->
     partial = folder.with_suffix(".partial")
     names = sorted(name for recording in recordings for name in recording.samples)
     left = [r for r in recordings if not all((partial / name).exists() for name in r.samples)]
-    logger.info(
-        f"{len(names):,} samples of {frames} frames from {len(recordings):,} recordings, {len(left):,} still to do; "
-        f"{len(names) * frames * 2 * SIDE**2 / 1e9:.1f} GB at a byte a pixel"
-    )
+    size = len(names) * frames * 2 * SIDE**2 / 1e9
+    logger.info(f"{len(left):,} of {len(recordings):,} recordings to do; all frames take {size:.1f} GB")
     for place in {(partial / name).parent for name in names}:
         place.mkdir(parents=True, exist_ok=True)
     jobs = (joblib.delayed(convert)(r.open(), r.decode, r.samples, partial, frames) for r in left)

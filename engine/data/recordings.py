@@ -136,18 +136,15 @@ def _refuse_gaps(files: Mapping[str, Iterable[str]], sources: Mapping[str, Path]
 def _download(root: Path) -> None:
     folder = root / "download"
     folder.mkdir(parents=True, exist_ok=True)
-    absent = [name for name in CIFAR10_DVS if not _first_of(root, f"{name}.zip", name)]
-    if absent:
-        logger.info(f"fetching {len(absent)} archives of CIFAR10-DVS to {folder}: {', '.join(absent)}")
-    for name in absent:
-        number, md5 = CIFAR10_DVS[name]
+    for name, (number, md5) in CIFAR10_DVS.items():
+        if _first_of(root, f"{name}.zip", name):
+            continue
         part = folder / f"{name}.zip.part"
+        logger.info(f"fetching {part.with_suffix('')}")
         try:
             download_url(FIGSHARE + number, str(folder), part.name, md5)
         except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"{FIGSHARE}{number}: cannot be fetched ({error}); try again, or place {part.with_suffix('')} by hand"
-            ) from None
+            raise UserError(f"{FIGSHARE}{number}: not {name}.zip ({error}); try again, or fetch it by hand") from None
         part.replace(part.with_suffix(""))
 
 
@@ -157,10 +154,8 @@ def dvs128_gesture(root: Path, download: bool) -> list[Recording]:
     if source is None and (root / "trials_to_train.txt").exists():
         source = root
     if source is None:
-        raise UserError(
-            f"{root / 'download'}: no DvsGesture.tar.gz; fetch it by hand from {GESTURE_PAGE} (IBM allows no program "
-            "to), or use --data-path"
-        )
+        place = root / "download"
+        raise UserError(f"{place}: no DvsGesture.tar.gz; fetch it by hand from {GESTURE_PAGE}, or use --data-path")
     texts, opens = _list(source)
 
     def text(name: str) -> str:
