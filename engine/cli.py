@@ -1,4 +1,7 @@
-"""How a script starts and ends: user errors, exit codes, signals. Light to import, because it guards other imports."""
+"""Start and end of a script: user errors, exit codes, signals; flags are in config.py.
+
+Light to import, because it guards the other imports.
+"""
 
 import contextlib
 import errno
@@ -140,7 +143,7 @@ def _exit(message: str, code: int) -> None:
 class StopRequest:
     """Context that keeps the first of `SIGNALS` in `signal`; a later SIGINT interrupts the program at once.
 
-    Signals that are ignored before (SIGHUP under nohup) stay ignored.
+    `Trainer.stop_if_asked` acts on it. Signals that are ignored before (SIGHUP under nohup) stay ignored.
     """
 
     def __init__(self):

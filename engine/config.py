@@ -178,7 +178,10 @@ def _flag(key: str) -> str:
 
 def _read_flags(argv: Sequence[str]) -> dict[str, object]:
     argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    note = (
+        "In [brackets] are the defaults of the engine; the recipe (YAML), then a checkpoint, then flags override them."
+    )
+    parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog=note)
     for key, field in FIELDS.items():
         rules, default = field.metadata, "" if field.default in (None, "") else f" [{field.default}]"
         kwargs = {"dest": key, "help": (rules["help"] + default).replace("%", "%%")}

@@ -1,6 +1,7 @@
 """Image data sets by name; event data sets are in event.py.
 
-To add one, write a function (cfg, train) -> data set of (PIL image, label) and name it in `DATASETS`.
+To add one, write a function (cfg, train) -> data set of (PIL image, label) with torchvision's attributes `transform`,
+`target_transform` and `classes`, and name it in `DATASETS`.
 """
 
 import filecmp

@@ -4,7 +4,7 @@ Batches are (frames [B,T,2,H,W] float32, event counts, on the device; labels [B]
 integers, a quarter of the bytes of float32.
 
 To add a data set of recordings, write a function in recordings.py that lists them, and name it in `RAW` and in
-`config.EVENT_DATASETS`.
+`settings.EVENT_DATASETS`.
 """
 
 import functools
