@@ -115,7 +115,7 @@ def innermost(sass: str) -> list[str]:
     labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.endswith(":")}
     loops = []
     for end, line in enumerate(lines):
-        if (target := re.search(r"BRA\S* .*?(LBB\d+)", line)) and labels[target[1]] < end:
+        if (target := re.search(r"BRA\S* .*?(LBB\d+)", line)) and labels.get(target[1], end) < end:
             body = lines[labels[target[1]] : end]
             if any("LDG" in step for step in body) and not any(start >= labels[target[1]] for start, _ in loops):
                 loops.append((labels[target[1]], body))
