@@ -1,1 +1,1 @@
-"""What the paper measures and shows, run from the repository root as `python -m analysis.NAME`."""
+"""Measurements and figures of the paper, run from the repository root as `python -m analysis.NAME`."""

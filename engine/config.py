@@ -31,7 +31,7 @@ IGNORED_SWITCHES = "--dist-on-itp --dist-eval --pin-mem --no-pin-mem --global-po
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """What lies over the defaults: a recipe, one of its variants, and flags. `read` makes it."""
+    """Settings over the defaults: a recipe, one of its variants, and flags. `read` makes it."""
 
     path: Path
     recipe: dict[str, object]

@@ -46,7 +46,7 @@ UNPATCHED = _methods()
 
 
 class Covered(NamedTuple):
-    """Whether the fused path covers a network, and how the network is set."""
+    """Answer of `Coverage`: if the fused path covers a network, and how the network is set."""
 
     function: Callable | None  # of all neurons; None: the modules compute
     trains: bool = False  # BatchNorm takes the statistics of the batch

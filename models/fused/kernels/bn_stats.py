@@ -161,7 +161,7 @@ def _tensors(norm: Norm) -> tuple[Tensor, ...]:
 
 
 def is_synchronised(bn: nn.Module) -> bool:
-    """Whether the BatchNorm shares its statistics with other ranks, as one with a `process_group` does."""
+    """Return if the BatchNorm shares its statistics with other ranks, as one with a `process_group` does."""
     return (
         torch.distributed.is_initialized()
         and hasattr(bn, "process_group")

@@ -85,7 +85,7 @@ def load_norm(norm, c, C, ACC: tl.constexpr):
 
 @triton.jit
 def normalised(y, norm):
-    """What BatchNorm makes of y, with the tuple of `load_norm`."""
+    """Apply BatchNorm to y, with the tuple of `load_norm`."""
     return (y - norm[0]) * (norm[1] * norm[2]) + norm[3]
 
 

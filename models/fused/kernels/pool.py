@@ -80,7 +80,7 @@ def _backward_kernel(
 
 
 def forward(y: Tensor, norm: Tensor, index: bool) -> tuple[Tensor, Tensor | None]:
-    """Of each window of y [N,H,W,C] the value that BatchNorm makes the largest, [N,H',W',C], and which of 9 it is."""
+    """Return the value of each window of y [N,H,W,C] that BatchNorm makes the largest, and which of 9: [N,H',W',C]."""
     n, h, w, channels = y.shape
     out = y.new_empty((n, (h + 1) // 2, (w + 1) // 2, channels))
     which = torch.empty_like(out, dtype=torch.int8) if index else None
