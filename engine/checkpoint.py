@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from .cli import UserError
 
 FORMAT = "qkformer-1"
-ENTRIES = ("state_dict", "optimizer", "scaler", "epoch", "position", "best", "config")
+ENTRIES = dict.fromkeys(("optimizer", "scaler", "position", "best", "config"), dict) | {"epoch": int}  # besides weights
 START = {"steps_done": 0, "order": {}, "processes": [{"loss_sum": 0, "seen": 0}]}  # position at the start of an epoch
 AGAIN = "fetch it again, or use an older checkpoint"
 
@@ -114,8 +114,7 @@ def _recognised(content: dict, path: Path) -> dict:
     entries = ", ".join(map(str, list(content)[:10])) or "none"
     if content.get("format") == FORMAT:
         content = {"position": START} | content
-        kinds = dict.fromkeys(("optimizer", "scaler", "position", "best", "config"), dict) | {"epoch": int}
-        if wrong := [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]:
+        if wrong := [key for key, kind in ENTRIES.items() if not isinstance(content.get(key), kind)]:
             raise UserError(f"{path}: damaged ({', '.join(wrong)}); {AGAIN}")
         if content.get("state_dict_ema") is not None and not _is_weights(content["state_dict_ema"]):
             raise UserError(f"{path}: damaged (state_dict_ema); {AGAIN}")

@@ -132,7 +132,7 @@ def _truncated(path):
             ["optimizer", "scaler", "best", "config"],
         ),
         (
-            lambda path: checkpoint.save(path, {key: [1] for key in checkpoint.ENTRIES}),
+            lambda path: checkpoint.save(path, {key: [1] for key in ("state_dict", *checkpoint.ENTRIES)}),
             ["optimizer", "scaler", "position", "best", "config", "epoch"],
         ),
     ],
