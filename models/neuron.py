@@ -4,6 +4,7 @@ Shapes: T time steps, then any neuron shape; the networks use [T,B,C,H,W] and [T
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
@@ -110,16 +111,6 @@ def is_continued() -> bool:
     return _membranes.get() is not None
 
 
-def _continue(x: Tensor, threshold: float, v: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Run `lif_step` over T from membrane `v` (None: zero); return spikes [T, ...] and the last membrane."""
-    v = 0.0 if v is None else v
-    spikes = []
-    for x_t in x.split(1):  # [1, ...]: an exported graph has one node to split and one to join
-        spike, v = lif_step(x_t, v, threshold)
-        spikes.append(spike)
-    return torch.cat(spikes), v
-
-
 class LIF(nn.Module):
     """Multi-step LIF neurons: currents [T, ...] to spikes [T, ...], the membrane at zero before and after.
 
@@ -135,6 +126,7 @@ class LIF(nn.Module):
         super().__init__()
         self.threshold = threshold
         self.leak_across_batch = leak_across_batch
+        self.tau = TAU
         self.function: Callable[[Tensor, float], Tensor] = torch_lif  # `models.backends` sets others
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,16 +134,66 @@ class LIF(nn.Module):
             return self._over_time(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         return self._over_time(x)
 
+    def charge(self, x: Tensor, v: Tensor | float) -> Tensor:
+        """Return the membrane before the reset from the current of a step and the membrane after the step before."""
+        return v + (x - v) / self.tau
+
     def _over_time(self, x: Tensor) -> Tensor:
         membranes = None if torch.compiler.is_dynamo_compiling() else _membranes.get()  # dynamo knows no ContextVar
-        if membranes is None:
+        if membranes is None and type(self) is LIF and self.tau == TAU:
             return self.function(x, self.threshold)
-        spikes, membranes[self] = _continue(x, self.threshold, membranes.get(self))
+        spikes, v = self._steps(x, 0.0 if membranes is None else membranes.get(self, 0.0))
+        if membranes is not None:
+            membranes[self] = v
         return spikes
+
+    def _steps(self, x: Tensor, v: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Run over T from membrane `v`, step by step; return spikes [T, ...] and the last membrane."""
+        spikes = []
+        for x_t in x.split(1):  # [1, ...]: an exported graph has one node to split and one to join
+            h = self.charge(x_t, v)
+            spike = torch.ge(h, self.threshold).to(x.dtype)
+            v = h * (1 - spike)
+            if torch.is_grad_enabled():
+                surrogate = torch.sigmoid((h - self.threshold) * ALPHA)
+                spike = spike + (surrogate - surrogate.detach())  # the value of the one, the gradient of the other
+            spikes.append(spike)
+        return torch.cat(spikes), v
 
     def extra_repr(self) -> str:
         leak = ", leak_across_batch=True" if self.leak_across_batch else ""
-        return f"threshold={self.threshold}, function={self.function.__name__}{leak}"
+        return f"threshold={self.threshold}, tau={self.tau}, function={self.function.__name__}{leak}"
+
+
+class IF(LIF):
+    """Integrate-and-fire neurons: the membrane does not decay (spikingjelly's `IFNode`). See `LIF`."""
+
+    def charge(self, x: Tensor, v: Tensor | float) -> Tensor:
+        return v + x
+
+
+class PLIF(LIF):
+    """LIF neurons with one learned tau a layer, 1 / sigmoid(w) (spikingjelly's `ParametricLIFNode`). See `LIF`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.w = nn.Parameter(torch.tensor(-math.log(TAU - 1)))
+
+    def charge(self, x: Tensor, v: Tensor | float) -> Tensor:
+        return v + (x - v) * self.w.sigmoid()
+
+
+NEURONS = {"lif": LIF, "if": IF, "plif": PLIF}
+
+
+def set_neurons(model: nn.Module, kind: str, tau: float = TAU) -> None:
+    """Replace every `LIF` of `model` by a neuron of `kind`, a key of `NEURONS`, and set its time constant."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, LIF):
+                neuron = NEURONS[kind](child.threshold, child.leak_across_batch)
+                neuron.tau, neuron.function = tau, child.function
+                setattr(module, name, neuron)
 
 
 def silent_layers(model: nn.Module, x: Tensor) -> list[str]:

@@ -9,8 +9,13 @@ from spikingjelly.activation_based import surrogate as sj_surrogate
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import LIF, backends, set_lif_backend
-from models.neuron import lif_step, torch_lif
+from models.neuron import lif_step, set_neurons, torch_lif
 
+SPIKINGJELLY = {  # kind -> its class and arguments
+    "lif": (sj_neuron.LIFNode, {"tau": 1.5}),
+    "if": (sj_neuron.IFNode, {}),
+    "plif": (sj_neuron.ParametricLIFNode, {"init_tau": 2.0}),
+}
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the error of a machine without CUDA")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 #          charge h:  .625    .9375   1.46875  .25    1.0     -.5    .5
@@ -48,6 +53,24 @@ def test_membrane_trace_by_hand(dtype):
     x = torch.tensor(CURRENT, dtype=dtype)[:, None]
     assert LIF()(x).flatten().tolist() == SPIKES
     assert LIF(threshold=0.5)(x).flatten().tolist() == [1, 1, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("kind", SPIKINGJELLY)
+def test_other_neurons_equal_spikingjelly(kind):
+    node, arguments = SPIKINGJELLY[kind]
+    surrogate = sj_surrogate.Sigmoid(4.0)
+    theirs = node(**arguments, detach_reset=True, step_mode="m", surrogate_function=surrogate).double()
+    model = torch.nn.Sequential(LIF())
+    set_neurons(model, kind, tau=arguments.get("tau", 2.0))
+    ours = model.double()[0]
+    x, grad = currents(5, torch.float64)
+    runs = [run(lambda x, _, neuron=neuron: neuron(x), x, None, grad) for neuron in (ours, theirs)]
+    assert runs[0][0].mean() > 0.1
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+    assert not torch.equal(runs[0][0], torch_lif(x, 1.0)) or kind == "plif"  # which begins as a LIF
+    learned = [[p.grad for p in neuron.parameters()] for neuron in (ours, theirs)]
+    assert len(learned[0]) == (kind == "plif")
+    assert learned[0] == learned[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from ..embed import SPEDS
 from ..layers import Chain, DropPath, SpikingConv, SpikingMLP
-from ..neuron import ATTN_THRESHOLD, LIF, THRESHOLD
+from ..neuron import ATTN_THRESHOLD, LIF, TAU, THRESHOLD
 from ..qkformer import Block
 from .plan import is_linear
 
@@ -32,9 +32,19 @@ CHILDREN = {  # kind -> children and their kinds
 LEAVES = (*CONVS, *NORMS, LIF, DropPath, nn.MaxPool2d, nn.Identity)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 WINDOW = ("kernel_size", "stride", "padding", "dilation")
-NUMBERS = ("threshold", "momentum", "eps", "scale", "rate")
+NUMBERS = ("threshold", "tau", "momentum", "eps", "scale", "rate")
 TYPES = dict.fromkeys(WINDOW, (int, tuple)) | dict.fromkeys(NUMBERS, (int, float)) | {"function": FunctionType}
-NAMES = ("__call__", "_call_impl", "forward", "attend", "sum_dim", "_over_time", "_conv_forward", "_check_input_dim")
+NAMES = (
+    "__call__",
+    "_call_impl",
+    "forward",
+    "attend",
+    "sum_dim",
+    "_over_time",
+    "charge",
+    "_conv_forward",
+    "_check_input_dim",
+)
 METHODS = [(kind, name) for kind in (*CHILDREN, *LEAVES, Chain) for name in NAMES if hasattr(kind, name)]
 
 
@@ -184,6 +194,8 @@ def _is_known(m: nn.Module) -> bool:
         per_sample = not any(part.lif.leak_across_batch for part in parts)
         is_plain = divides and len(widths) == 1 and per_sample and all(map(_keeps_size, (*parts, m.proj)))
         return is_plain and m.attn_lif.threshold == ATTN_THRESHOLD
+    if kind is LIF:
+        return m.tau == TAU
     if kind is SpikingMLP:
         return _keeps_size(m.fc1) and _keeps_size(m.fc2)
     return kind in (*CHILDREN, *LEAVES, Chain, nn.ModuleList)
