@@ -30,7 +30,7 @@ IGNORED_SWITCHES = "--dist-on-itp --dist-eval --pin-mem --no-pin-mem --global-po
 
 
 @dataclasses.dataclass(frozen=True)
-class Layers:
+class Sources:
     """Settings over the defaults: a recipe, one of its variants, and flags. `read` makes it."""
 
     path: Path
@@ -40,7 +40,7 @@ class Layers:
     folder: Path  # of the script
 
     def config(self, recorded: Mapping[str, object] | None = None, validate: bool = True) -> Config:
-        """Merge the layers.
+        """Merge the sources.
 
         Args:
             recorded: settings in a checkpoint; they beat the recipe, and flags beat them.
@@ -75,7 +75,7 @@ class Layers:
         return [dataclasses.replace(self, flags=chosen).config() for chosen in flags]
 
 
-def read(yaml_path: str | Path, argv: Sequence[str] = ()) -> Layers:
+def read(yaml_path: str | Path, argv: Sequence[str] = ()) -> Sources:
     """Read a recipe and a command line.
 
     Args:
@@ -87,11 +87,11 @@ def read(yaml_path: str | Path, argv: Sequence[str] = ()) -> Layers:
     """
     flags = _read_flags(argv)
     path = _recipe_path(Path(yaml_path), flags.get("config"))
-    return Layers(path, *_read_yaml(path), flags, Path(yaml_path).parent)
+    return Sources(path, *_read_yaml(path), flags, Path(yaml_path).parent)
 
 
 def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded=None, validate: bool = True) -> Config:
-    """Return the settings of a recipe under flags; see `read` and `Layers.config`."""
+    """Return the settings of a recipe under flags; see `read` and `Sources.config`."""
     return read(yaml_path, argv).config(recorded, validate)
 
 

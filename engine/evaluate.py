@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import log
 from . import world as distributed
 from .cli import StopRequest, UserError
-from .config import MODEL_FIELDS, Config, Layers, plain, read
+from .config import MODEL_FIELDS, Config, Sources, plain, read
 from .log import logger, progress
 from .world import World, autocast, in_memory_format
 
@@ -66,23 +66,23 @@ class Figures(NamedTuple):
     energy_mj: float | None = None
 
 
-def published(cfg: Config, layers: Layers) -> Figures:
+def published(cfg: Config, sources: Sources) -> Figures:
     """Return the figures of the recipe or variant in the script's folder with the network and input of `cfg`.
 
     `ssa_membrane` may differ, because the comparison of the two is of interest.
     """
     keys = {*MODEL_FIELDS, "input_size", "split_seed"} - {"ssa_membrane"}
-    for recipe in _recipes(layers):
+    for recipe in _recipes(sources):
         if all(getattr(recipe, key) == getattr(cfg, key) for key in keys):
             top1 = {"paper": recipe.paper_top1, "log": recipe.log_top1}
             return Figures({source: value for source, value in top1.items() if value}, recipe.paper_energy_mj)
     return Figures()
 
 
-def _recipes(layers: Layers) -> Iterator[Config]:
+def _recipes(sources: Sources) -> Iterator[Config]:
     """Yield the recipe of a run and its variants, then the others of the script's folder."""
-    yield from layers.all()
-    for path in sorted({*layers.folder.glob("*.yml")} - {layers.path}):
+    yield from sources.all()
+    for path in sorted({*sources.folder.glob("*.yml")} - {sources.path}):
         with contextlib.suppress(UserError):  # a file of the user's
             yield from read(path).all()
 

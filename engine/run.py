@@ -19,7 +19,7 @@ from models.backends import triton_problem
 from . import checkpoint, log
 from . import world as distributed
 from .cli import UserError, short, spare_children
-from .config import EVENT_DATASETS, LOCAL_FIELDS, MODEL_FIELDS, Config, Layers, plain, read
+from .config import EVENT_DATASETS, LOCAL_FIELDS, MODEL_FIELDS, Config, Sources, plain, read
 from .data import event, image
 from .data.loaders import Data
 from .evaluate import Gallery, evaluate, membranes, published, report, write
@@ -34,15 +34,15 @@ from .world import World
 @distributed.membership()
 def train(recipe: Path) -> None:
     """Train as the recipe and the command line say."""
-    layers = read(recipe, sys.argv[1:])
-    cfg = layers.config(validate=False)  # the rest may come from a checkpoint
+    sources = read(recipe, sys.argv[1:])
+    cfg = sources.config(validate=False)  # the rest may come from a checkpoint
     if cfg.eval:
-        _test(layers)
+        _test(sources)
         return
     _require_flags_of_train(cfg)
     world = setup(cfg)
     start = find_run(cfg, world)
-    cfg = _settings_to_train(layers, start)
+    cfg = _settings_to_train(sources, start)
     _require_equal_settings(cfg)
     timm.utils.random_seed(cfg.seed)
     data = create_data(cfg, world)
@@ -95,20 +95,20 @@ def test(recipe: Path, meter: str) -> None:
     _test(read(recipe, sys.argv[1:]), meter)
 
 
-def _test(layers: Layers, meter: str | None = None) -> None:
-    cfg = layers.config(validate=False)
+def _test(sources: Sources, meter: str | None = None) -> None:
+    cfg = sources.config(validate=False)
     if cfg.energy and (not meter or cfg.compile):
         raise UserError("--energy: needs test.py, without --compile")
     world = setup(cfg)
     path = distributed.from_main(checkpoint_to_test(cfg) if world.is_main else None)
     state = checkpoint.read(path)
-    cfg = settings_of(state, path, layers)
+    cfg = settings_of(state, path, sources)
     folder = Path(cfg.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # fail before the evaluation, not after it
     data = create_data(cfg, world, train=False)
     warn_of_seen(data, path)
-    kinds, figures = membranes(cfg), published(cfg, layers)
+    kinds, figures = membranes(cfg), published(cfg, sources)
     logger.info(
         f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
         f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {' and '.join(kinds)}"
@@ -163,14 +163,14 @@ def _require_flags_of_train(cfg: Config) -> None:
         raise UserError("--finetune: starts a run, and --resume continues one; use one of them")
 
 
-def _settings_to_train(layers: Layers, start: Start) -> Config:
+def _settings_to_train(sources: Sources, start: Start) -> Config:
     """Return the settings of a run: its own if it continues, else those of the recipe, under flags."""
-    cfg = layers.config(start.state["config"] if start.continues else None)
-    if start.continues and "config" in layers.flags:
-        recipe = layers.config(validate=False)
+    cfg = sources.config(start.state["config"] if start.continues else None)
+    if start.continues and "config" in sources.flags:
+        recipe = sources.config(validate=False)
         for key, value, recorded in differences(recipe, plain(cfg), plain(cfg, without=LOCAL_FIELDS)):
             change = f"{start.path} was trained with {key} = {recorded!r}, not {value!r}"
-            raise UserError(f"--config {layers.path}: {change}; omit the flag, or branch off with --output-dir NEW")
+            raise UserError(f"--config {sources.path}: {change}; omit the flag, or branch off with --output-dir NEW")
     recorded = start.state["config"] if start.is_ours else plain(cfg)
     for key, value, trained in differences(cfg, recorded, (*MODEL_FIELDS, "opt")):
         raise UserError(f"--resume {start.path}: trained with {key}={short(trained)}, not {value!r}; use --finetune")
