@@ -27,13 +27,13 @@ def evaluate(
     loader: Iterable,
     name: str = "test",
     on_batch: Callable[[Tensor, Tensor, Tensor], object] | None = None,
-    stop: StopRequest | None = None,
+    stop_request: StopRequest | None = None,
 ) -> dict:
     """Return the accuracy over the whole test set, each sample counted once, for any number of ranks.
 
     Args:
         on_batch: called with the images, labels and logits of each batch of this rank.
-        stop: a signal ends the evaluation early.
+        stop_request: a signal ends the evaluation early.
 
     Returns:
         `loss` (mean cross-entropy), `top1` and `top5` (percent), `count` (samples).
@@ -49,7 +49,7 @@ def evaluate(
         batches.append(torch.stack([value.double() for value in samples]).sum(1))
         if on_batch:
             on_batch(images, labels, logits)
-        if stop and stop.signal:
+        if stop_request and stop_request.signal:
             break
     rows = distributed.gather(torch.stack(batches).tolist() if batches else [])
     if not rows:

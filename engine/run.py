@@ -52,7 +52,7 @@ def train(recipe: Path) -> None:
     if start.state:
         trainer.resume(start.state, start.path, new_run=not start.continues)
     _announce(trainer)
-    with trainer.stop, records(cfg, world, folder, data, trainer.epoch) as run_log:
+    with trainer.stop_request, records(cfg, world, folder, data, trainer.epoch) as run_log:
         while trainer.epoch < total_epochs(cfg):
             _train_one_epoch(trainer, run_log)
     logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {folder}")
@@ -67,7 +67,7 @@ def _train_one_epoch(trainer: Trainer, run_log: log.RunLog | None) -> None:
         samples[:] = samples or [images[:32]]
 
     train_loss = trainer.train_epoch()
-    result = evaluate(cfg, world, trainer.evaluated, trainer.data.test, f"{name} test", keep, trainer.stop)
+    result = evaluate(cfg, world, trainer.evaluated, trainer.data.test, f"{name} test", keep, trainer.stop_request)
     trainer.stop_if_asked("in the evaluation")
     is_best = trainer.end_epoch(result)
     row = {"epoch": epoch, "lr": trainer.optimizer.param_groups[0]["lr"], "train_loss": train_loss}

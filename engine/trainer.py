@@ -35,7 +35,7 @@ class Trainer:
         self, cfg: Config, world: World, model: nn.Module, optimizer: Optimizer, data: Data, folder: Path | None = None
     ):
         self.cfg, self.world, self.model, self.optimizer, self.data = cfg, world, model, optimizer, data
-        self.folder, self.stop = folder, StopRequest()
+        self.folder, self.stop_request = folder, StopRequest()
         self.ema = ModelEmaV3(model, decay=cfg.ema_decay) if cfg.ema_decay is not None else None
         if cfg.compile:
             model.compile()
@@ -154,7 +154,7 @@ class Trainer:
 
     def stop_if_asked(self, where: str, is_due: bool = False) -> None:
         """Save if `is_due` or any rank got a signal; after a signal raise `Stopped`. All ranks call it."""
-        number = self.agreement.largest(self.stop.signal or 0)
+        number = self.agreement.largest(self.stop_request.signal or 0)
         if number or is_due:
             self.save()
         if number:

@@ -67,7 +67,7 @@ def trainer(*flags):
 def test_an_epoch_of_another_order_begins_anew(capfd):
     first, other, saved = trainer("--epochs", "1"), trainer("--batch-size", "120"), []
     first.save = lambda: saved.append(first.state())
-    first.stop.signal = signal.SIGTERM
+    first.stop_request.signal = signal.SIGTERM
     with pytest.raises(Stopped):
         first.train_epoch()
     engine_run.log.setup_console(True)
