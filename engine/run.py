@@ -187,6 +187,8 @@ def _require_equal_settings(cfg: Config) -> None:
 
 def _require_gpu(cfg: Config, world: World) -> None:
     """Raise `UserError` for flags that need a GPU."""
+    if cfg.sync_bn and world.world_size > 1 and world.device.type == "cpu":
+        raise UserError("--sync-bn: torch synchronises BatchNorm on GPUs alone; omit it")
     if world.device.type == "cuda" and (world.world_size == 1 or not cfg.cuda_graphs):
         return
     if cfg.cuda_graphs:
@@ -228,7 +230,7 @@ def _model_to_train(cfg: Config, world: World, start: Start, data: Data) -> nn.M
         state = state or checkpoint.read(path)
         load_weights(cfg, model, state, path, new_head=not start.state)
         warn_of_other_network(cfg, state, path)
-    return distributed.sync_batchnorm(model, world.device) if cfg.sync_bn else model
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if cfg.sync_bn and world.world_size > 1 else model
 
 
 def _announce(trainer: Trainer) -> None:

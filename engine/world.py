@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import os
-import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as td
-import torch.distributed.nn.functional
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from .cli import RESUME, UserError
@@ -47,7 +45,6 @@ def setup(device: str) -> World:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; use --device cpu")
-    is_slurm = _translate_slurm()
     try:
         rank, local_rank, size = (int(os.environ.get(key, key == "WORLD_SIZE")) for key in ENVIRONMENT)
         if not 0 <= rank < size or local_rank < 0:
@@ -57,11 +54,10 @@ def setup(device: str) -> World:
     where = torch.device(device)
     if device == "cuda":
         gpus = torch.cuda.device_count()
-        index = 0 if is_slurm and gpus == 1 else local_rank  # Slurm may show each task its own GPU alone
-        if index >= gpus:
+        if local_rank >= gpus:
             raise UserError(f"LOCAL_RANK {local_rank}: no GPU left on this machine; start {gpus} processes")
-        torch.cuda.set_device(index)
-        where = torch.device(device, index)
+        where = torch.device(device, local_rank)
+        torch.cuda.set_device(where)
     if size > 1:
         _join(where)
         return World(td.get_rank(), td.get_world_size(), where)
@@ -81,20 +77,6 @@ def _join(device: torch.device) -> None:
         td.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
     except (ValueError, RuntimeError, socket.gaierror) as error:
         raise UserError(f"MASTER_ADDR {address}: cannot join the other ranks ({error}); start with torchrun") from None
-
-
-def _translate_slurm() -> bool:
-    """Set torchrun's variables in a process that `srun` started as one of several, without torchrun."""
-    env = os.environ
-    if "WORLD_SIZE" in env or "SLURM_PROCID" not in env or env.get("SLURM_STEP_NUM_TASKS", "1") == "1":
-        return False
-    host = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", env.get("SLURM_STEP_NODELIST", "localhost"))  # node[01-04,9] to node01
-    env.update(
-        RANK=env["SLURM_PROCID"], LOCAL_RANK=env.get("SLURM_LOCALID", "0"), WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"]
-    )
-    env.setdefault("MASTER_ADDR", host.split(",")[0])
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
-    return True
 
 
 @contextlib.contextmanager
@@ -194,38 +176,3 @@ def gather(values: list) -> list:
     if td.is_initialized():
         td.all_gather_object(lists, values)
     return [value for part in lists for value in part]
-
-
-def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return `model` with BatchNorm over all ranks' batches: torch's on GPUs, ours on CPUs, where torch has none."""
-    if device.type != "cpu":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.__class__ = _SyncBatchNorm  # same parameters, buffers and settings
-    return model
-
-
-class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm whose mean and variance are differentiable sums over all ranks. [B,C,...], unchanged."""
-
-    process_group = None  # all ranks, as in torch's
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        pass  # any number of dimensions
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or world_size() == 1:
-            return super().forward(x)
-        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, self.weight.dtype))  # bfloat16 cannot count
-        dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
-        count = sum_over_ranks(x.new_tensor(x.numel() / x.shape[1]))
-        mean = torch.distributed.nn.functional.all_reduce(x.sum(dims)) / count
-        centred = x - mean.view(shape)
-        var = torch.distributed.nn.functional.all_reduce(centred.square().sum(dims)) / count
-        if self.track_running_stats:
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(dtype)
