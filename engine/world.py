@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from .cli import RESUME, UserError
 from .settings import Config
-
-ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # set by a launcher
 
 
 @dataclass(frozen=True)
@@ -33,50 +30,38 @@ class World:
 
 
 def setup(device: str) -> World:
-    """Join the process group that a launcher announced in the environment, if any.
+    """Join the process group that torchrun announced in the environment, if any.
 
     Args:
         device: "cpu", "cuda", or "auto" for CUDA where torch sees it. NCCL connects GPUs, gloo CPUs.
 
     Raises:
-        UserError: no CUDA, more ranks than GPUs on this machine, or an incomplete environment.
+        UserError: no CUDA, more ranks than GPUs on this machine, or no way to join.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; use --device cpu")
-    try:
-        rank, local_rank, size = (int(os.environ.get(key, key == "WORLD_SIZE")) for key in ENVIRONMENT)
-        if not 0 <= rank < size or local_rank < 0:
-            raise ValueError
-    except ValueError:
-        raise UserError(f"{', '.join(ENVIRONMENT)}: not integers with RANK < WORLD_SIZE; start with torchrun") from None
     where = torch.device(device)
     if device == "cuda":
-        gpus = torch.cuda.device_count()
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local_rank >= gpus:
             raise UserError(f"LOCAL_RANK {local_rank}: no GPU left on this machine; start {gpus} processes")
         where = torch.device(device, local_rank)
         torch.cuda.set_device(where)
-    if size > 1:
-        _join(where)
-        return World(td.get_rank(), td.get_world_size(), where)
-    return World(0, 1, where)
-
-
-def _join(device: torch.device) -> None:
-    address = os.environ.get("MASTER_ADDR", "localhost")
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return World(0, 1, where)
     try:
-        socket.getaddrinfo(address, None)  # torch would ask for half an hour
-        store, rank, world_size = next(rendezvous("env://"))
+        store, rank, size = next(rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun's restarted ranks get the store of the dead ones, with their addresses in it; on several
             # machines the numbers of restarts differ, see the README
             store = td.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        td.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
-    except (ValueError, RuntimeError, socket.gaierror) as error:
-        raise UserError(f"MASTER_ADDR {address}: cannot join the other ranks ({error}); start with torchrun") from None
+        backend, device_id = ("cpu:gloo,cuda:nccl", where) if device == "cuda" else ("gloo", None)
+        td.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"WORLD_SIZE: cannot join the other ranks ({error}); start with torchrun") from None
+    return World(rank, size, where)
 
 
 @contextlib.contextmanager
@@ -86,10 +71,9 @@ def membership() -> Iterator[None]:
         yield
     except RuntimeError as error:
         signs = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
-        is_network = isinstance(error, td.DistError) or any(sign in str(error).lower() for sign in signs)
-        if not td.is_initialized() or not is_network:
+        reason = str(error).partition("\n")[0]
+        if not td.is_initialized() or not any(sign in str(error).lower() for sign in signs):
             raise
-        reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"another rank: lost ({reason}), see its own message; {RESUME}") from None
     teardown()
 
@@ -148,18 +132,12 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-class Agreement:
-    """A connection for decisions of all ranks that does not wait for a GPU; all ranks make it at once."""
-
-    def __init__(self):
-        self.group = td.new_group(backend="gloo") if td.is_initialized() else None
-
-    def largest(self, value: int) -> int:
-        """Return the largest of all ranks' values."""
-        box = torch.tensor(value)
-        if self.group is not None:
-            td.all_reduce(box, td.ReduceOp.MAX, self.group)
-        return int(box)
+def largest(value: int) -> int:
+    """Return the largest of all ranks' values; ranks meet over their CPUs, so that none waits for its GPU."""
+    box = torch.tensor(value)
+    if td.is_initialized():
+        td.all_reduce(box, td.ReduceOp.MAX)
+    return int(box)
 
 
 def from_main(value):
