@@ -1,9 +1,8 @@
 """Evaluation: accuracy over a test set, published figures next to it, and the report that test.py writes."""
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from . import log
 from . import world as distributed
 from .cli import StopRequest, UserError
-from .config import MODEL_FIELDS, Config, Sources, plain, read
+from .config import MODEL_FIELDS, Config, plain, read
 from .log import logger, progress
 from .world import World, autocast, in_memory_format
 
@@ -66,31 +65,17 @@ class Figures(NamedTuple):
     energy_mj: float | None = None
 
 
-def published(cfg: Config, sources: Sources) -> Figures:
-    """Return the figures of the recipe or variant in the script's folder with the network and input of `cfg`.
+def published(cfg: Config) -> Figures:
+    """Return the figures of the recipe `cfg.config`, or of its variant, with the network and input of `cfg`.
 
     `ssa_membrane` may differ, because the comparison of the two is of interest.
     """
     keys = {*MODEL_FIELDS, "input_size", "split_seed"} - {"ssa_membrane"}
-    for recipe in _recipes(sources):
+    for recipe in read(cfg.config).all():
         if all(getattr(recipe, key) == getattr(cfg, key) for key in keys):
             top1 = {"paper": recipe.paper_top1, "log": recipe.log_top1}
             return Figures({source: value for source, value in top1.items() if value}, recipe.paper_energy_mj)
     return Figures()
-
-
-def _recipes(sources: Sources) -> Iterator[Config]:
-    """Yield the recipe of a run and its variants, then the others of the script's folder."""
-    yield from sources.all()
-    for path in sorted({*sources.folder.glob("*.yml")} - {sources.path}):
-        with contextlib.suppress(UserError):  # a file of the user's
-            yield from read(path).all()
-
-
-def membranes(cfg: Config) -> list[str]:
-    """Return the kinds of `ssa_membrane` to evaluate with, the configured one first."""
-    kinds = ("released", "per_sample") if cfg.both_membranes else (cfg.ssa_membrane,)
-    return sorted(kinds, key=lambda kind: kind != cfg.ssa_membrane)
 
 
 def report(cfg: Config, membrane: str, result: dict, figures: Figures) -> None:

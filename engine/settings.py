@@ -214,6 +214,7 @@ def conflicts(c: Config) -> Iterator[tuple[str, str]]:
         (c.pack_spikes and not kernels, "pack_spikes", "needs lif_backend auto or triton"),
         (c.pack_spikes and c.residual == "ms", "pack_spikes", "needs residual sew"),
         (c.both_membranes and c.residual == "ms", "both_membranes", "needs residual sew"),
+        (c.energy and c.compile, "energy", "use it without compile"),
         (c.cuda_graphs and c.compile, "cuda_graphs", "use it without compile"),
         (c.cuda_graphs and c.lif_backend == "cupy", "lif_backend", "use auto or triton with cuda_graphs"),
         (c.cuda_graphs and c.grad_checkpointing and c.drop_path, "drop_path", "must be 0: a graph draws it once"),
