@@ -158,8 +158,6 @@ def _require_flags_of_train(cfg: Config) -> None:
     for flag in ("checkpoint", "energy"):
         if getattr(cfg, flag):
             raise UserError(f"--{flag}: is for test.py; to continue a run use --resume")
-    if cfg.finetune and cfg.resume not in (None, "auto"):
-        raise UserError("--finetune: starts a run, and --resume continues one; use one of them")
 
 
 def _settings_to_train(sources: Sources, start: Start) -> Config:
@@ -171,7 +169,7 @@ def _settings_to_train(sources: Sources, start: Start) -> Config:
             change = f"{start.path} was trained with {key} = {recorded!r}, not {value!r}"
             raise UserError(f"--config {sources.path}: {change}; omit the flag, or branch off with --output-dir NEW")
     recorded = start.state["config"] if start.is_ours else plain(cfg)
-    for key, value, trained in differences(cfg, recorded, (*MODEL_FIELDS, "opt")):
+    for key, value, trained in differences(cfg, recorded, ("variant", *MODEL_FIELDS, "opt")):
         raise UserError(f"--resume {start.path}: trained with {key}={short(trained)}, not {value!r}; use --finetune")
     return cfg
 

@@ -120,7 +120,8 @@ def warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:
         "ssa_membrane": "released" if cfg.residual == "sew" else "per_sample",
         "time_steps": getattr(state.get("args"), "time_step", cfg.time_steps),
     }
-    keys = [key for key in ("ssa_membrane", "residual", "time_steps", "attention", "ssa_scale") if key in recorded]
+    keys = ("variant", "ssa_membrane", "residual", "time_steps", "attention", "ssa_scale")
+    keys = [key for key in keys if key in recorded]
     for key, value, trained in differences(cfg, recorded, keys):
         logger.warning(f"warning: {path}: trained with {key} = {short(trained)}, this run has {value!r}")
 
