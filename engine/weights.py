@@ -15,7 +15,7 @@ from models.neuron import silent_layers
 from models.released import identify, load_released
 
 from .cli import UserError, short
-from .config import EVENT_DATASETS, FIELDS, MODEL_FIELDS, Config, Layers, plain, read
+from .config import EVENT_DATASETS, FIELDS, MODEL_FIELDS, Config, Sources, plain, read
 from .log import logger
 
 RELEASED = {  # md5 -> recipe in imagenet/
@@ -40,21 +40,21 @@ def build_model(cfg: Config) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if cfg.channels_last else model
 
 
-def settings_of(state: dict, path: Path, layers: Layers) -> Config:
+def settings_of(state: dict, path: Path, sources: Sources) -> Config:
     """Return the settings to evaluate a checkpoint with: its record, its published row or its shapes, under flags."""
     if state["format"] == "qkformer":
-        cfg = layers.config(state["config"])
-        own = layers.config(validate=False).dataset  # of the script, or of --dataset
+        cfg = sources.config(state["config"])
+        own = sources.config(validate=False).dataset  # of the script, or of --dataset
         if own != cfg.dataset and {own, cfg.dataset} & set(EVENT_DATASETS):
             raise UserError(f"{path}: trained on {cfg.dataset}, this script is for {own}; use {cfg.dataset}'s")
         if own != cfg.dataset:
             logger.warning(f"warning: {path}: trained on {cfg.dataset}; evaluating on that, not on {own}")
         warn_of_other_network(cfg, state, path)
-    elif "config" not in layers.flags and (known := recipe_of(path, layers.folder)):
-        cfg = dataclasses.replace(read(known), flags=layers.flags).config()
+    elif "config" not in sources.flags and (known := recipe_of(path, sources.folder)):
+        cfg = dataclasses.replace(read(known), flags=sources.flags).config()
         logger.info(f"{path}: the released checkpoint of {known.stem}, recognised by its md5")
     else:
-        cfg = layers.config(_shown_by(state, path))
+        cfg = sources.config(_shown_by(state, path))
     return dataclasses.replace(cfg, checkpoint=str(path))
 
 
@@ -120,7 +120,8 @@ def warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:
         "ssa_membrane": "released" if cfg.residual == "sew" else "per_sample",
         "time_steps": getattr(state.get("args"), "time_step", cfg.time_steps),
     }
-    keys = [key for key in ("ssa_membrane", "residual", "time_steps", "attention", "ssa_scale") if key in recorded]
+    keys = ("variant", "ssa_membrane", "residual", "time_steps", "attention", "ssa_scale")
+    keys = [key for key in keys if key in recorded]
     for key, value, trained in differences(cfg, recorded, keys):
         logger.warning(f"warning: {path}: trained with {key} = {short(trained)}, this run has {value!r}")
 
