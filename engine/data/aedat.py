@@ -4,7 +4,6 @@ The events equal those of spikingjelly 0.0.0.0.14 on the same files.
 """
 
 import re
-from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -29,22 +28,21 @@ class Events(NamedTuple):
     y: np.ndarray  # row
     p: np.ndarray  # polarity: 0 or 1
 
-    def cut(self, spans: Iterable[tuple[int, int] | None]) -> Iterator["Events"]:
-        """Give for each span (start, end) the events with start <= t < end, for None all."""
-        in_order = (self.t[1:] >= self.t[:-1]).all()
-        for span in spans:
-            if span is None:
-                yield self
-                continue
-            start, end = span
-            chosen = slice(*np.searchsorted(self.t, span)) if in_order else (self.t >= start) & (self.t < end)
-            yield Events(*(values[chosen] for values in self))
+    def between(self, start: float, end: float) -> "Events":
+        """Return the events with start <= t < end."""
+        chosen = (self.t >= start) & (self.t < end)
+        return self if chosen.all() else Events(*(values[chosen] for values in self))
+
+
+def read_aedat(content: bytes) -> Events:
+    """Return the events of a recording in either format; or raise DamagedRecording."""
+    return read_aedat31(content) if content.startswith(b"#!AER-DAT3.1") else read_aedat2(content)
 
 
 def read_aedat2(content: bytes) -> Events:
     """Return the events of a CIFAR10-DVS recording, turned upright as spikingjelly does; or raise DamagedRecording."""
     if not content.startswith(b"#!AER-DAT2.0"):
-        raise DamagedRecording("not a recording in the format AEDAT 2.0" if content else "empty")
+        raise DamagedRecording("not a recording in the format AEDAT 2.0 or 3.1" if content else "empty")
     data = memoryview(content)[re.match(rb"(#[^\n]*\n)*", content).end() :]  # after comments
     if len(data) % 8:
         raise DamagedRecording(f"cut: its last event has {len(data) % 8} of 8 bytes")
@@ -54,11 +52,9 @@ def read_aedat2(content: bytes) -> Events:
 
 def read_aedat31(content: bytes) -> Events:
     """Return the events of a DVS128 Gesture recording; or raise DamagedRecording."""
-    if not content.startswith(b"#!AER-DAT3.1"):
-        raise DamagedRecording("not a recording in the format AEDAT 3.1" if content else "empty")
-    header = re.match(rb".*?#!END-HEADER\r\n", content, re.DOTALL)
+    header = re.match(rb"#!AER-DAT3\.1.*?#!END-HEADER\r\n", content, re.DOTALL)
     if not header:
-        raise DamagedRecording("cut: its header has no end")
+        raise DamagedRecording("not a recording in the format AEDAT 3.1, or its header has no end")
     at, address, t = header.end(), [], []
     while at < len(content):
         body = at + _PACKET_HEADER.itemsize
@@ -77,7 +73,4 @@ def read_aedat31(content: bytes) -> Events:
     if not address:
         raise DamagedRecording("no events")
     address = np.concatenate(address)
-    events = Events(np.concatenate(t), x=address >> 17 & 0x7FFF, y=address >> 2 & 0x7FFF, p=address >> 1 & 1)
-    if max(events.x.max(initial=0), events.y.max(initial=0)) >= SIDE:
-        raise DamagedRecording(f"events outside the {SIDE} x {SIDE} pixels of the sensor")
-    return events
+    return Events(np.concatenate(t), x=address >> 17 & 0x7FFF, y=address >> 2 & 0x7FFF, p=address >> 1 & 1)
