@@ -502,7 +502,17 @@ def test_a_disk_that_fills_up(tmp_path, one_core, monkeypatch):
     assert len(contents(prepare(root, 4, 128, find(root), False), CIFAR10_CLASSES)) == 20
 
 
-@pytest.mark.parametrize(("key", "value"), [("num_classes", "11"), ("input_size", "64"), ("auto_augment", "rand-m9")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_classes", "11"),
+        ("input_size", "64"),
+        ("auto_augment", "rand-m9"),
+        ("mixup_in", "loader"),
+        ("cutmix", "0.5"),
+        ("in_channels", "3"),
+    ],
+)
 def test_settings_that_do_not_fit_event_frames(key, value, tmp_path):
     with refuses(key, value):
         load("cifar10-dvs", tmp_path, f"--{key}", value)

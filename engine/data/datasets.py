@@ -19,8 +19,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from .. import world
 from ..cli import UserError
-from ..config import EVENT_DATASETS, Config, short
+from ..config import Config, short
 from ..log import logger
+from .recordings import EVENT_DATASETS
 
 # Pillow goes by the content of a file, whatever its name, and starts Ghostscript for PostScript
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")

@@ -20,6 +20,7 @@ from .. import world as distributed
 from ..cli import UserError
 from ..config import Config
 from ..log import logger
+from ..settings import FIELDS, ImageSettings, names
 from ..world import World
 from . import digits_dvs, pictures
 from .augment import SNNWideAugment
@@ -73,11 +74,9 @@ class DigitsDVS(list):
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """Create the loaders of the event frames that `cfg` describes; the first run makes frames of the recordings."""
     is_simulated = cfg.dataset == "digits-dvs"
-    names = list(Digits.classes if is_simulated else RAW[cfg.dataset].classes.values())
+    classes = list(Digits.classes if is_simulated else RAW[cfg.dataset].classes.values())
     side = digits_dvs.SIDE if is_simulated else RAW[cfg.dataset].side
-    for key, value in (("num_classes", len(names)), ("input_size", side), ("in_channels", 2)):
-        if getattr(cfg, key) != value:
-            raise UserError(f"{key} = {getattr(cfg, key)}: {cfg.dataset} has {value}; leave it out")
+    _require_settings_of_events(cfg, len(classes), side, is_simulated or RAW[cfg.dataset].is_split)
     if is_simulated:
         train_set = DigitsDVS(True, cfg.time_steps) if train else None
         test_set, split = DigitsDVS(False, cfg.time_steps), None
@@ -87,13 +86,24 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     return Data(
         train=create_loader(cfg, world, train_set, True, collate, **COUNTS) if train else None,
         test=create_loader(cfg, world, test_set, False, collate, **COUNTS),
-        classes=names,
+        classes=classes,
         mixup=create_mixup(cfg) if train else None,
         augment=SNNWideAugment(cfg.hflip, wide=cfg.auto_augment is not None) if is_augmented else None,
         split=split,
         show=pictures.of_events,
-        preview=functools.partial(_preview, train_set, names) if train else None,
+        preview=functools.partial(_preview, train_set, classes) if train else None,
     )
+
+
+def _require_settings_of_events(cfg: Config, classes: int, side: int, is_split: bool) -> None:
+    allowed = {key: (FIELDS[key].default,) for key in names(ImageSettings)}
+    allowed |= {"num_classes": (classes,), "input_size": (side,), "in_channels": (2,)}
+    allowed |= {"auto_augment": (None, "snn-wide"), "mixup_in": ("step",) if cfg.mixup else (cfg.mixup_in,)}
+    allowed |= {"split_seed": (None,)} if is_split else {}
+    for key, values in allowed.items():
+        if getattr(cfg, key) not in values:
+            fix = " or ".join(map(str, values))
+            raise UserError(f"{key} = {getattr(cfg, key)}: {cfg.dataset} has event frames; use {fix}")
 
 
 def collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:

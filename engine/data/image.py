@@ -23,6 +23,11 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """Create the loaders of the images that `cfg` describes."""
     mean, std = cfg.mean or timm.data.IMAGENET_DEFAULT_MEAN, cfg.std or timm.data.IMAGENET_DEFAULT_STD
     test_set = create_dataset(cfg, train=False)
+    for key, values in (("mean", mean), ("std", std)):
+        if len(values) != cfg.in_channels:
+            raise UserError(f"{key} = {values}: needs one number per channel (in_channels = {cfg.in_channels})")
+    if cfg.split_seed is not None:
+        raise UserError(f"split_seed = {cfg.split_seed}: {cfg.dataset} is not split here; leave it out")
     names = class_names(test_set)
     test_set.transform = _transform(cfg, mean, train=False)
     test = create_loader(cfg, world, test_set, False, fast_collate, mean, std)

@@ -215,3 +215,4 @@ RAW = {
         is_split=True,
     ),
 }
+EVENT_DATASETS = ("digits-dvs", *RAW)
