@@ -19,8 +19,7 @@ from tiny_data import cifar, image_folder, shards
 
 from engine import config, world
 from engine.data import image, loaders
-from engine.data.datasets import create_dataset, read_image
-from engine.data.image import create_data
+from engine.data.image import create_data, create_dataset, read_image
 from engine.optim import create_optimizer
 from engine.run import build_model
 from engine.trainer import Trainer

@@ -22,10 +22,9 @@ from ..config import Config
 from ..log import logger
 from ..settings import FIELDS, ImageSettings, names
 from ..world import World
-from . import digits_dvs, pictures
+from . import digits, pictures
 from .augment import SNNWideAugment
-from .datasets import Digits, data_path
-from .frames import integrate
+from .folders import data_path
 from .loaders import Data, create_loader, create_mixup
 from .prepare import contents, prepare
 from .recordings import RAW
@@ -61,25 +60,15 @@ class FrameFiles(Dataset):
         return frames, label
 
 
-class DigitsDVS(list):
-    """scikit-learn's digits before a simulated event camera: ([T,2,32,32] unsigned, label)."""
-
-    def __init__(self, train: bool, frames: int):
-        digits = Digits(train)
-        events = digits_dvs.record(digits.images, seed=0 if train else 1)
-        super().__init__(zip([integrate(e, frames, digits_dvs.SIDE) for e in events], digits.labels, strict=True))
-        self.labels = digits.labels
-
-
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """Create the loaders of the event frames that `cfg` describes; the first run makes frames of the recordings."""
     is_simulated = cfg.dataset == "digits-dvs"
-    classes = list(Digits.classes if is_simulated else RAW[cfg.dataset].classes.values())
-    side = digits_dvs.SIDE if is_simulated else RAW[cfg.dataset].side
+    classes = list(digits.Digits.classes if is_simulated else RAW[cfg.dataset].classes.values())
+    side = digits.SIDE if is_simulated else RAW[cfg.dataset].side
     _require_settings_of_events(cfg, len(classes), side, is_simulated or RAW[cfg.dataset].is_split)
     if is_simulated:
-        train_set = DigitsDVS(True, cfg.time_steps) if train else None
-        test_set, split = DigitsDVS(False, cfg.time_steps), None
+        train_set = digits.DigitsDVS(True, cfg.time_steps) if train else None
+        test_set, split = digits.DigitsDVS(False, cfg.time_steps), None
     else:
         train_set, test_set, split = _from_recordings(cfg, world)
     is_augmented = train and (cfg.hflip or cfg.auto_augment)
