@@ -6,10 +6,12 @@ To add a data set, write a function (cfg, train) -> data set of (PIL image, labe
 `transform`, `target_transform` and `classes`, and name it in `DATASETS`.
 """
 
+import contextlib
 import filecmp
 import functools
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +31,14 @@ from ..log import logger
 from ..world import World
 from . import pictures
 from .digits import Digits
-from .folders import data_path, split_folders
+from .folders import class_folders, data_path, is_hidden, split_folders
 from .loaders import Data, Seeded, create_loader, create_mixup
 from .recordings import EVENT_DATASETS
 
 # Pillow goes by the content of a file, whatever its name, and starts Ghostscript for PostScript
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+SKIPPED = (".gif", ".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".tga")  # images with names of no image
+MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's name
 IMAGENET_SIZES = {"train": 1_281_167, "test": 50_000}
 
 
@@ -82,21 +86,20 @@ def _transform(cfg: Config, mean: tuple[float, ...], train: bool) -> object:
         if not cfg.auto_augment:
             raise
         raise UserError(f"auto_augment = {cfg.auto_augment!r}: unknown policy; see timm's auto_augment.py") from None
+    transform.transforms.insert(0, functools.partial(to_mode, cfg.dataset, _mode(cfg)))
     transform.transforms[-1] = ToNumpy()  # collates faster than timm's tensor
     return transform
 
 
 def create_dataset(cfg: Config, train: bool) -> Dataset:
-    """Return the training or the test set that `cfg` names, of images in the mode of the network.
+    """Return the training or the test set of images that `cfg` names.
 
     Raises:
-        UserError: the data set is unknown, missing or incomplete, its package is not installed, its classes or
-            channels are not those of `cfg`, or it tests on training images. Samples raise it for an unreadable image
-            or a label without an output.
+        UserError: the data set is unknown, missing or incomplete, its package is not installed, its classes are
+            not those of `cfg`, or it tests on training images. Samples raise it for an unreadable image or a label
+            without an output.
     """
     dataset = DATASETS.get(cfg.dataset, _of_timm)(cfg, train)
-    if not isinstance(dataset, IterableDataset) and (channels := len(dataset[0][0].getbands())) != cfg.in_channels:
-        raise UserError(f"in_channels = {cfg.in_channels}: images of {cfg.dataset} have {channels}; use --in-channels")
     names = class_names(dataset)
     if names and len(names) != cfg.num_classes:
         root = getattr(dataset, "root", cfg.dataset)
@@ -131,18 +134,64 @@ def _in_words(names: list[str]) -> list[str]:
     return [imagenet.label_name_to_description(n).split(",")[0] for n in names] if is_imagenet(names) else names
 
 
-def read_image(file: object, mode: str = "RGB") -> Image.Image:
-    """Return the image in `file`, a path or an open file; an undecodable one raises UserError with its name."""
+@contextlib.contextmanager
+def _naming(file: object) -> Iterator[None]:
+    """Raise errors of Pillow, of any kind, as UserError with the name of the image; silence its warnings."""
     try:
-        with warnings.catch_warnings(), Image.open(file, formats=FORMATS) as image:
-            warnings.simplefilter("ignore")  # Pillow's about EXIF data and palettes are harmless
-            return image.convert(mode)
-    except Exception as error:  # a damaged file makes decoders fail in any way
-        raise UserError(f"{file}: not a readable image ({error}); fetch it again or remove it") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about EXIF data, palettes, and sizes that it reads nevertheless
+            yield
+    except Exception as error:
+        raise UserError(f"{file}: unusable image ({error}); replace or remove it") from None
+
+
+def read_image(file: object, mode: str = "RGB") -> Image.Image:
+    """Return the image in `file`, a path or an open file; an unusable one raises UserError with its name."""
+    with _naming(file):
+        image = Image.open(file, formats=FORMATS)
+    with image:
+        return to_mode(file, mode, image)
+
+
+def to_mode(name: object, mode: str, image: Image.Image) -> Image.Image:
+    """Convert an image to "L" or "RGB". Values of 16 bits are divided by 256; Pillow would clip them."""
+    with _naming(name):
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError(f"mode {image.mode} has no largest value; save it with 8 or 16 bits")
+        return image.convert(mode)
 
 
 def _mode(cfg: Config) -> str:
-    return "L" if cfg.in_channels == 1 else "RGB"
+    if cfg.in_channels not in MODES:
+        raise UserError(f"in_channels = {cfg.in_channels}: images have 1 or 3; use --in-channels")
+    return MODES[cfg.in_channels]
+
+
+class _ImageFolder(ImageFolder):
+    """torchvision's, without the files and folders that systems and editors add."""
+
+    def __init__(self, folder: Path, mode: str):
+        skipped = []
+        is_image = functools.partial(_is_image, str(folder), skipped)
+        super().__init__(str(folder), loader=functools.partial(read_image, mode=mode), is_valid_file=is_image)
+        if skipped:
+            count = f"{len(skipped):,} images are skipped, such as {skipped[0]}"
+            logger.warning(f"warning: {folder}: {count}; convert them to PNG or JPEG")
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = class_folders(Path(directory))
+        return names, {name: label for label, name in enumerate(names)}
+
+
+def _is_image(folder: str, skipped: list[str], path: str) -> bool:
+    """Tell by its name if a file is an image; note images of other formats in `skipped`."""
+    if is_hidden(path[len(folder) :]):
+        return False
+    if path.lower().endswith(SKIPPED):
+        skipped.append(path)
+    return path.lower().endswith(IMG_EXTENSIONS)
 
 
 def _image_folder(cfg: Config, train: bool) -> ImageFolder:
@@ -153,7 +202,7 @@ def _image_folder(cfg: Config, train: bool) -> ImageFolder:
         raise UserError(f"{root}: no folder {part}; make train and val, each with a folder per class")
     folder = folders[part]
     try:
-        dataset = ImageFolder(str(folder), loader=functools.partial(read_image, mode=_mode(cfg)))
+        dataset = _ImageFolder(folder, _mode(cfg))
     except FileNotFoundError as error:
         raise UserError(f"{folder}: {error}; complete the data set, with a folder per class") from None
     if is_imagenet(dataset.classes) and len(dataset) != (size := IMAGENET_SIZES[part]):
@@ -165,7 +214,8 @@ def _image_folder(cfg: Config, train: bool) -> ImageFolder:
 
 def _warn_of_copies(train: ImageFolder, val: Path, most: int = 64) -> None:
     """Look for some images of the folder `val` in the same class of the training set, by their names and bytes."""
-    images = make_dataset(str(val), train.class_to_idx, IMG_EXTENSIONS, allow_empty=True)
+    is_image = functools.partial(_is_image, str(val), [])
+    images = make_dataset(str(val), train.class_to_idx, is_valid_file=is_image, allow_empty=True)
     images = images[:: -(-len(images) // most) or 1]
     wanted = {(os.path.basename(path), label): path for path, label in images}
     copies = [
@@ -186,7 +236,8 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
         raise UserError(f"dataset = {cfg.dataset!r}: unknown; use {known}, torch/NAME, wds/NAME or hfds/NAME")
     # shards are files of a folder here: under an address like pipe:COMMAND, their names would be commands
     root = cfg.data_path if kind == "hfds" else str(data_path(cfg, must_exist=not cfg.download))
-    split, mode = cfg.train_split if train else cfg.val_split, _mode(cfg)
+    split = cfg.train_split if train else cfg.val_split
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of readers that open images
 
     def make() -> Dataset:
         try:
@@ -198,7 +249,7 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
                 download=cfg.download,
                 batch_size=cfg.batch_size,
                 seed=cfg.seed,
-                input_img_mode=mode,
+                input_img_mode="",  # `_transform` converts
             )
         except Exception as error:  # each library fails in its own way
             raise UserError(f"{cfg.dataset} in {root}: {error!r}; use --data-path, or --download") from None
@@ -207,7 +258,7 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
     if train and type(dataset) is ImageFolder and dataset.root == root:  # what timm falls back to
         raise UserError(f"{root}: no folder {split}; make one for training and one for testing")
     if hasattr(dataset, "loader"):
-        dataset.loader = functools.partial(read_image, mode=mode)
+        dataset.loader = functools.partial(read_image, mode=_mode(cfg))
     if not train and isinstance(dataset, IterableDataset):
         # on several ranks timm's stream would repeat or skip samples; here each rank reads all and keeps its share
         dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
