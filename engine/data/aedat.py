@@ -27,11 +27,12 @@ class Events(NamedTuple):
     x: np.ndarray  # column
     y: np.ndarray  # row
     p: np.ndarray  # polarity: 0 or 1
+    invalid: int = 0  # events that the camera marked as invalid; they are left out
 
     def between(self, start: float, end: float) -> "Events":
         """Return the events with start <= t < end."""
         chosen = (self.t >= start) & (self.t < end)
-        return self if chosen.all() else Events(*(values[chosen] for values in self))
+        return Events(*(values[chosen] for values in self[:4]))
 
 
 def read_aedat(content: bytes) -> Events:
@@ -47,6 +48,10 @@ def read_aedat2(content: bytes) -> Events:
     if len(data) % 8:
         raise DamagedRecording(f"cut: its last event has {len(data) % 8} of 8 bytes")
     address, t = np.frombuffer(data, ">u4").astype(np.uint32).reshape(-1, 2).T
+    if (address >> 15).any():
+        chip = re.search(rb"# AEChip: *(\S+)", content[: len(content) - len(data)])
+        sensor = chip[1].decode(errors="replace").rpartition(".")[2] if chip else "another sensor"
+        raise DamagedRecording(f"recorded by {sensor}; AEDAT 2.0 is read of a DVS128 alone, convert it to .npz")
     return Events(t, x=127 - (address >> 8 & 127), y=127 - (address >> 1 & 127), p=1 - (address & 1))
 
 
@@ -55,6 +60,9 @@ def read_aedat31(content: bytes) -> Events:
     header = re.match(rb"#!AER-DAT3\.1.*?#!END-HEADER\r\n", content, re.DOTALL)
     if not header:
         raise DamagedRecording("not a recording in the format AEDAT 3.1, or its header has no end")
+    encoding = re.search(rb"#Format: *(\S*)", header[0])
+    if encoding and encoding[1] != b"RAW":
+        raise DamagedRecording(f"in the encoding {encoding[1].decode(errors='replace')}; write it as RAW")
     at, address, t = header.end(), [], []
     while at < len(content):
         body = at + _PACKET_HEADER.itemsize
@@ -67,10 +75,15 @@ def read_aedat31(content: bytes) -> Events:
         if packet["type"] == _POLARITY_EVENT:
             if packet["size"] != 8:
                 raise DamagedRecording(f"its events have {packet['size']} bytes, AEDAT 3.1 has 8")
+            if packet["number"] != packet["capacity"]:
+                raise DamagedRecording(f"a packet with room for {packet['capacity']} events has {packet['number']}")
             words = np.frombuffer(content, "<u4", count=2 * int(packet["capacity"]), offset=body).reshape(-1, 2)
             address.append(words[:, 0])
             t.append(words[:, 1] | np.int64(packet["overflow"]) << 31)
     if not address:
         raise DamagedRecording("no events")
-    address = np.concatenate(address)
-    return Events(np.concatenate(t), x=address >> 17 & 0x7FFF, y=address >> 2 & 0x7FFF, p=address >> 1 & 1)
+    address, t = np.concatenate(address), np.concatenate(t)
+    valid = address & 1 == 1
+    address = address[valid]
+    invalid = len(valid) - len(address)
+    return Events(t[valid], address >> 17 & 0x7FFF, address >> 2 & 0x7FFF, address >> 1 & 1, invalid)

@@ -38,10 +38,14 @@ def integrate(events: Events, frames: int, side: int = SIDE) -> np.ndarray:
 
 def convert(
     read: Callable[[], bytes], samples: Mapping[str, tuple[float, float]], folder: Path, frames: int, side: int
-) -> str | None:
-    """Write the frames of each of a recording's samples to `folder`; return the recording's problem, if there is one.
+) -> tuple[str | None, int]:
+    """Write the frames of each of a recording's samples to `folder`.
 
-    `samples` maps a file to its time span in microseconds.
+    Args:
+        samples: file -> time span in microseconds.
+
+    Returns:
+        The recording's problem, if there is one, and the number of its invalid events.
     """
     sample = ""
     try:
@@ -53,8 +57,8 @@ def convert(
     except Exception as error:  # a damaged archive makes its reader fail in any way
         if getattr(error, "filename", None):  # the disk fails, not the recording
             raise
-        return f"{sample} {str(error) or type(error).__name__}".strip()[:150]
-    return None
+        return f"{sample} {str(error) or type(error).__name__}".strip()[:150], 0
+    return None, events.invalid
 
 
 def read_member(path: Path, member: str) -> bytes:

@@ -42,12 +42,15 @@ def _make(folder: Path, frames: int, side: int, recordings: list[Recording], sho
         # `max_nbytes`: arguments go through pipes, not through files in a folder that may be small
         results = joblib.Parallel(joblib.cpu_count(), return_as="generator", max_nbytes=None)(jobs)
         results = progress(results, "preparing", max(1, len(left) // 20), show, total=len(left))
-        problems = [f"{r.name}: {problem}" for r, problem in zip(left, results, strict=True) if problem]
+        outcomes = [(r.name, *result) for r, result in zip(left, results, strict=True)]
     except BrokenProcessPool:
         raise UserError(f"{folder}: a process was killed, perhaps out of memory; start again, it goes on") from None
-    if problems:
+    if invalid := {name: count for name, _, count in outcomes if count}:
+        some = f"{sum(invalid.values()):,} invalid events in {len(invalid):,} recordings, such as {next(iter(invalid))}"
+        logger.warning(f"warning: {folder}: {some}; they are left out")
+    if problems := [f"{name}: {problem}" for name, problem, _ in outcomes if problem]:
         first = ", ".join(problems[:5])
-        raise UserError(f"{len(problems)} of {len(recordings)} recordings are unusable: {first}; fetch them again")
+        raise UserError(f"{len(problems)} of {len(recordings)} recordings are unusable: {first}; replace them")
     for path in set(_files(partial)) - set(names):
         (partial / path).unlink()  # halves that a killed process left
     partial.rename(folder)

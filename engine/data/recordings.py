@@ -18,6 +18,7 @@ from torchvision.datasets.utils import download_url
 from ..cli import UserError
 from ..log import logger
 from .aedat import SIDE
+from .folders import is_hidden
 from .frames import LARGEST, read_member
 
 FIGSHARE = "https://ndownloader.figshare.com/files/"
@@ -85,18 +86,23 @@ def _list(source: Path, *suffixes: str) -> dict[str, Opener]:
     """Return the files of a folder, a zip or a tar archive with one of the suffixes, by name."""
     try:
         if source.is_dir():
-            files = {path.name: _later(Path.read_bytes, path) for path in sorted(source.iterdir()) if path.is_file()}
+            paths = [path for path in sorted(source.iterdir()) if path.is_file() and not is_hidden(path.name)]
+            files = {path.name: _later(Path.read_bytes, path) for path in paths}
         elif source.suffix == ".zip":
             with zipfile.ZipFile(source) as file:
-                files = {Path(path).name: _later(read_member, source, path) for path in file.namelist()}
+                members = [name for name in file.namelist() if not is_hidden(name)]
+            files = {Path(name).name: _later(read_member, source, name) for name in members}
         else:
             files = _list_tar(source)
     except Exception as error:  # a damaged archive makes its reader fail in any way
         if isinstance(error, OSError) and error.filename:
             raise
         raise UserError(f"{source}: damaged ({str(error) or type(error).__name__}); fetch it again") from None
-    # macOS adds files whose names start with a dot
-    return {name: opener for name, opener in files.items() if name.endswith(suffixes) and not name.startswith(".")}
+    chosen = {name: opener for name, opener in files.items() if name.endswith(suffixes)}
+    if not chosen:
+        kinds = sorted({Path(name).suffix for name in files})
+        raise UserError(f"{source}: holds {', '.join(kinds) or 'nothing'}; needs {', '.join(suffixes)} files")
+    return chosen
 
 
 def _list_tar(archive: Path) -> dict[str, Opener]:
@@ -105,7 +111,7 @@ def _list_tar(archive: Path) -> dict[str, Opener]:
     for number, member in enumerate(file):
         if number == MOST_FILES or member.size > LARGEST:
             raise tarfile.ReadError("too many files, or too large ones")
-        if member.isfile():
+        if member.isfile() and not is_hidden(member.name):
             name, is_text = Path(member.name).name, member.name.endswith(TEXTS)
             content = file.extractfile(member).read() if is_text else None
             files[name] = _later(bytes, content) if is_text else _from_tar(file, member)
@@ -119,13 +125,12 @@ def _from_tar(file: tarfile.TarFile, member: tarfile.TarInfo) -> Opener:
 
 
 def _refuse_gaps(files: Mapping[str, Iterable[str]], sources: Mapping[str, Path]) -> None:
-    """Refuse a class without recordings, or without a number that other classes have."""
+    """Refuse a class without a number that other classes have."""
     numbers = {label: {Path(name).stem.rpartition("_")[2] for name in names} for label, names in files.items()}
     known = {number for some in numbers.values() for number in some if number.isdigit()}
     for label, some in numbers.items():
-        absent = sorted(known - some, key=int)
-        if absent or not some:
-            name = f"cifar10_{label}_{absent[0] if absent else 0}.aedat"
+        if absent := sorted(known - some, key=int):
+            name = f"cifar10_{label}_{absent[0]}.aedat"
             raise UserError(f"{sources[label]}: {len(absent)} recordings are missing, such as {name}; complete it")
 
 
