@@ -23,7 +23,8 @@ from tabulate import tabulate
 from torch import nn
 
 from engine.cli import UserError
-from engine.config import EVENT_DATASETS, FIELDS, LOCAL_FIELDS, MODEL_FIELDS, PUBLISHED, Config, plain, read
+from engine.config import FIELDS, LOCAL_FIELDS, MODEL_FIELDS, PUBLISHED, Config, plain, read
+from engine.data.recordings import EVENT_DATASETS
 from engine.log import logger, setup_console
 from engine.run import build_model
 

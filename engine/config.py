@@ -19,9 +19,9 @@ from pathlib import Path
 import yaml
 
 from .cli import UserError, short
-from .settings import EVENT_DATASETS, FIELDS, Config, MachineSettings, ModelSettings, Published, conflicts, mixes, names
+from .settings import FIELDS, Config, MachineSettings, ModelSettings, Published, conflicts, mixes, names
 
-__all__ = ["EVENT_DATASETS", "FIELDS", "Config", "load", "mixes"]
+__all__ = ["FIELDS", "Config", "load", "mixes"]
 _TYPES = typing.get_type_hints(Config)
 MODEL_FIELDS, LOCAL_FIELDS, PUBLISHED = names(ModelSettings), names(MachineSettings), names(Published)
 IGNORED = (  # flags of the released scripts and of launchers without effect here

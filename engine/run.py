@@ -19,9 +19,10 @@ from models.backends import triton_problem
 from . import checkpoint, log
 from . import world as distributed
 from .cli import UserError, short, spare_children
-from .config import EVENT_DATASETS, LOCAL_FIELDS, MODEL_FIELDS, Config, Sources, plain, read
+from .config import LOCAL_FIELDS, MODEL_FIELDS, Config, Sources, plain, read
 from .data import event, image
 from .data.loaders import Data
+from .data.recordings import EVENT_DATASETS
 from .evaluate import Gallery, evaluate, published, report, write
 from .log import logger
 from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs

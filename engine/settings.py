@@ -6,8 +6,6 @@ A checkpoint records all groups but `MachineSettings`.
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
-EVENT_DATASETS = ("digits-dvs", "dvs128-gesture", "cifar10-dvs")
-
 
 def option(default, help: str, **rules):
     """Declare a field: `choices`, or inclusive bounds `low` and `high`; `flags` are further spellings of its flag."""
@@ -56,9 +54,7 @@ class ModelSettings:
 class DataSettings:
     """The data set and its augmentation."""
 
-    dataset: str = option(
-        "imagefolder", f"imagefolder, digits, {', '.join(EVENT_DATASETS)}, or a name of timm's create_dataset"
-    )
+    dataset: str = option("imagefolder", "data set, such as imagefolder or digits, or a name of timm's create_dataset")
     split_seed: int | None = option(
         None, "CIFAR10-DVS: seed of a random split (default: in order)", low=0, high=2**32 - 1
     )
@@ -181,17 +177,7 @@ def conflicts(c: Config) -> Iterator[tuple[str, str]]:
         bounds = getattr(c, key)
         if bounds is not None and (len(bounds) != 2 or bounds[0] > bounds[1]):
             yield key, "needs two numbers, the smaller first"
-    is_events = c.dataset in EVENT_DATASETS
-    for key in names(ImageSettings) if is_events else ():
-        if getattr(c, key) != FIELDS[key].default:
-            yield key, f"is for images; {c.dataset} has event frames"
-    for key in () if is_events else ("mean", "std"):
-        if len(getattr(c, key) or (0, 0, 0)) != c.in_channels:  # ImageNet's have 3
-            yield key, "needs one number per channel (in_channels)"
     rules = (
-        (is_events and c.auto_augment not in (None, "snn-wide"), "auto_augment", "use snn-wide for event frames"),
-        (is_events and c.mixup and c.mixup_in != "step", "mixup_in", "set it to step for event frames"),
-        (c.split_seed is not None and c.dataset != "cifar10-dvs", "split_seed", "only cifar10-dvs is split here"),
         (c.lr is None and c.blr is None, "lr", "set lr, or blr to scale with the batch"),
         (c.warmup_prefix and c.warmup_epochs >= c.epochs, "warmup_epochs", "must be below epochs"),
         (mixes(c) and c.batch_size % 2, "batch_size", "must be even, because mixup pairs the images of a batch"),

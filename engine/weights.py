@@ -15,7 +15,8 @@ from models.neuron import silent_layers
 from models.released import identify, load_released
 
 from .cli import UserError, short
-from .config import EVENT_DATASETS, FIELDS, MODEL_FIELDS, Config, Sources, plain, read
+from .config import FIELDS, MODEL_FIELDS, Config, Sources, plain, read
+from .data.recordings import EVENT_DATASETS
 from .log import logger
 
 RELEASED = {  # md5 -> recipe in imagenet/

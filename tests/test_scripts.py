@@ -105,7 +105,7 @@ def test_two_ranks(tmp_path):
         (["train.py", "--opt", "adahessian"], "adahessian"),
         (["train.py", "--opt", "fusedadam"], "fusedadam"),
         (["train.py", "--auto-augment", "foo"], "foo"),
-        (["train.py", "--in-channels", "3", "--mean", "0,0,0", "--std", "1,1,1"], "in_channels"),
+        (["train.py", "--in-channels", "2", "--mean", "0,0", "--std", "1,1"], "in_channels"),
         (["train.py", "--resume", "auto"], "--output-dir"),
         (["train.py", "--resume", 300 * "x"], 100 * "x"),
         (["train.py", "--output-dir", 300 * "x"], 100 * "x"),
