@@ -10,7 +10,8 @@ from scripts import ROOT, fail, here, named, result_in, rows_in
 from engine import checkpoint, config, weights
 from engine.evaluate import Figures, published
 from models import create_model
-from models.released import identify, to_released
+from models.registry import identify
+from models.released import to_released
 
 SMALL = "--time-steps 1 --batch-size 8 --workers 0 --warmup-epochs 0 --num-classes 4 --input-size 32".split()
 
