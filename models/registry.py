@@ -24,7 +24,10 @@ VARIANTS = {
     "qkformer_2_64": {**_DVS, "width": 64},
     "spikformer_4_384": {**_CIFAR, **_SPIKFORMER, "family": "spikformer_cifar", "width": 384, "depths": (4,)}
     | {"heads": 12},
+    "spikformer_3_64": {**_CIFAR, **_SPIKFORMER, "family": "spikformer_cifar", "width": 64, "depths": (3,)}
+    | {"in_channels": 1},
     "spikformer_2_256": {**_DVS, **_SPIKFORMER, "family": "spikformer_dvs", "width": 256, "depths": (2,)},
+    "spikformer_2_64": {**_DVS, **_SPIKFORMER, "family": "spikformer_dvs", "width": 64, "depths": (2,)},
 }
 
 

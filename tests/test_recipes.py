@@ -210,3 +210,17 @@ def test_ablations_are_the_paper_s(column, recipe):
             assert round(parameters / 1e6, 2) == PAPER_MILLIONS[name][column]
     assert build_model(recipes["spikformer_no_scaling"]).stages[0].blocks[0].attn.scale == 1
     assert build_model(recipes["spikformer"]).stages[0].blocks[0].attn.scale == 0.125
+
+
+@pytest.mark.parametrize(
+    ("small", "full"), [("digits/digits.yml", "cifar100"), ("digits-dvs/digits-dvs.yml", "cifar10-dvs")]
+)
+def test_the_digits_have_the_same_ablations(small, full):
+    """With the same changes, but for the name of the network and what only published figures need."""
+    of_full = {cfg.variant: cfg for cfg in config.read(ROOT / f"{full}/{full}.yml").all()}
+    of_small = {cfg.variant: cfg for cfg in config.read(ROOT / small).all()}
+    assert list(of_small) == list(of_full)
+    for name, cfg in of_small.items():
+        for key in ("attention", "shortcut", "embed", "ssa_scale", "residual"):
+            assert getattr(cfg, key) == getattr(of_full[name], key)
+        assert cfg.model.split("_")[0] == of_full[name].model.split("_")[0]
