@@ -12,7 +12,7 @@ import torch
 from scripts import ROOT, fail, here, named, refuses
 from test_models import lively
 
-from analysis import attention_masks, attention_statistics, common, firing_rates, membrane, tables
+from analysis import attention_masks, attention_statistics, common, firing_rates, membrane, results, tables
 from analysis.energy import estimate
 from engine import checkpoint, config
 from engine.config import read
@@ -271,15 +271,23 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     result(tmp_path / "copy/best.test.json", 99.0, seed=1)
     result(tmp_path / "part/best.test.json", 12.0, count=100)
     result(tmp_path / "short/best.test.json", 14.0, epochs=2)
-    result(tmp_path / "another_network/best.test.json", 13.0, attention=["self", "self", "self"])
+    result(tmp_path / "another_network/best.test.json", 13.0, attention=["self", "self", "token"])
+    result(tmp_path / "variant/best.test.json", 97.0, attention=["self", "self", "self"])
     result(tmp_path / "another_size/best.test.json", 13.0, input_size=16)
     for name, text in NO_RESULTS.items():
         (tmp_path / f"{name}.test.json").write_text(text)
     monkeypatch.setattr(tables, "size", lambda *_: {"parameters": "1", "MACs a step": "1.00 M"})  # README's test counts
     tables.run(["--results", str(tmp_path), "--output-dir", str(tmp_path / "out")])
     told = capfd.readouterr().out
-    named(told, "part/best.test.json", "short/best.test.json", *(f"{name}.test.json" for name in NO_RESULTS))
-    found = {name: rows_of(tmp_path / f"out/{name}.csv") for name in ("imagenet", "small", "ablations")}
+    left_out = [line.split(": left out")[0] for line in told.splitlines() if ": left out" in line]
+    folders = ("a/last", "copy/best", "part/best", "short/best", "another_network/best", "another_size/best")
+    names = [*folders, *NO_RESULTS]
+    assert sorted(left_out) == sorted(str(tmp_path / f"{name}.test.json") for name in names)
+    named(told, "epochs is 2", "input_size is 16")  # with the reason
+    found = {
+        name: rows_of(tmp_path / f"out/{name}.csv")
+        for name in ("imagenet", "imagenet_others", "small", "small_others", "ablations", "ablations_digits")
+    }
     for name in ("imagenet", "small"):
         measured = [row["network"] for row in found[name] if row["top-1 (%) here"] or row["energy (mJ) here"]]
         assert measured == {"imagenet": [], "small": ["qkformer_3_64"]}[name]
@@ -289,14 +297,21 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     large = found["imagenet"][0]
     assert large["network"] == "qkformer_10_384"
     assert (large["top-1 (%) paper"], large["top-1 (%) log"], large["energy (mJ) paper"]) == ("78.80", "78.85", "15.13")
-    for row in found["imagenet"][6:]:  # of other networks energies alone
-        assert row["energy (mJ) paper"]
-        assert not row["top-1 (%) paper"]
+    assert found["imagenet"][4]["top-1 (%) paper"] == "85.65 (top-5 97.74)"
+    for row in found["imagenet_others"]:
+        assert row["top-1 (%) paper"]
+        assert row["network"].endswith("(not spiking)") == bool(row["parameters"]) != bool(row["T"])
+    assert found["small_others"][-1]["network"] == "QKFormer"
+    assert [found["small_others"][-1][f"{name} paper"] for name in ("CIFAR-10", "CIFAR10-DVS")] == ["96.18", "84.00"]
+    unverified = [row for row in found["small"] if "to be verified" in row["top-1 (%) paper"]]
+    assert [(row["data set"], row["T"]) for row in unverified] == [("CIFAR10-DVS", "10")]
+    digits = {row["--variant"]: row["digits: top-1 (%) here"] for row in found["ablations_digits"]}
+    assert {variant: text for variant, text in digits.items() if text} == {"": "98.50 ± 0.71 (2 runs)", "self": "97.00"}
     for row, cfg in zip(found["ablations"], read(ROOT / "cifar100/cifar100.yml").all(), strict=True):
         assert row["CIFAR-100: top-1 (%) here"] == ""
         assert {other["--variant"] for other in found["ablations"]} >= {cfg.variant or ""}
     paper = {row["--variant"]: row["CIFAR10-DVS: top-1 (%) paper"] for row in found["ablations"]}
     assert (paper["channel_self"], paper["spikformer_speds"], paper["ms"]) == ("84.30", "82.20", "")
-    assert set(tables.TEST_SAMPLES) == {cfg.dataset for _, cfg in common.recipes()}
+    assert set(results.TEST_SAMPLES) == {cfg.dataset for _, cfg in common.recipes()}
     absent = tmp_path / "absent"
     named(fail(monkeypatch, capfd, "analysis.tables", "--results", absent), absent)
