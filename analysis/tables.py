@@ -16,7 +16,6 @@ from pathlib import Path
 
 import timm
 import torch
-import yaml
 from tabulate import tabulate
 from torch import nn
 
@@ -25,11 +24,10 @@ from engine.config import EVENT_DATASETS, Config, read
 from engine.log import logger, setup_console
 from engine.run import build_model
 
-from .common import main, parser, recipes, write_csv
+from .common import main, parser, published, recipes, write_csv
 from .energy import estimate
 from .results import by_recipe, mean, results
 
-PUBLISHED = Path(__file__).with_name("published.yml")
 DATA_NAMES = {"torch/cifar10": "CIFAR-10", "torch/cifar100": "CIFAR-100", "dvs128-gesture": "DVS128 Gesture"}
 DATA_NAMES |= {"cifar10-dvs": "CIFAR10-DVS", "digits": "digits", "digits-dvs": "digits, as events"}
 ABLATIONS = {  # variant -> the paper's name of the row
@@ -135,8 +133,7 @@ def ablations(found: Found, datasets: Sequence[str], kept: Sequence[str]) -> lis
 
 def tables(found: Found) -> dict[str, tuple[str, list[dict]]]:
     """Return title and rows of each table, by the name of its CSV file."""
-    published = yaml.safe_load(PUBLISHED.read_text())["tables"]
-    others = {name: (table["title"], listed(table, found)) for name, table in published.items()}
+    others = {name: (table["title"], listed(table, found)) for name, table in published("tables").items()}
     counts = ("parameters", "MACs a step")
     here = ("energy (mJ) *here*", "top-1 (%) *here*")
     return {

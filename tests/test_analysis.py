@@ -121,6 +121,17 @@ def test_independent_spikes(kind):
     assert math.isclose(sums[0].var() / scale**2, variance, rel_tol=0.03)
 
 
+def test_the_papers_bound_of_the_variance():
+    """It holds for sums of independent terms; those of self-attention share spikes, and go beyond."""
+    independent, bound = attention_statistics.independent, attention_statistics.bound
+    assert (bound("Q-K token", 64, 196), bound("Q-K channel", 64, 196), bound("self", 64, 196)) == (16, 49, 3136)
+    for kind in ("Q-K token", "Q-K channel"):
+        variances = [independent(kind, [rate / 10, 0.3], 64, 196)[1] for rate in range(11)]
+        assert max(variances) == variances[5] == bound(kind, 64, 196)
+    assert independent("self", [0.05, 0.05, 0.05], 64, 196)[1] < bound("self", 64, 196)
+    assert independent("self", [0.5, 1, 1], 64, 196)[1] == pytest.approx(196**2 * 64 / 4)
+
+
 def test_statistics_of_attention(all_kinds, tmp_path, monkeypatch, capfd):
     arguments = ["--checkpoint", all_kinds, "--output-dir", tmp_path, "--eval-batch-size", 100]  # the last has 60
     here(monkeypatch, capfd, "analysis.attention_statistics", *arguments)
