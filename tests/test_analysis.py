@@ -88,11 +88,22 @@ def test_firing_rates_and_integers_are_what_the_layers_get(all_kinds, tmp_path, 
         mean = (shares * torch.arange(len(shares))).sum()
         assert math.isclose(mean, inputs[f"stages.{stage}.{into}"].mean_input, rel_tol=1e-6)
         assert math.isclose(1 - shares[0], inputs[f"stages.{stage}.{into}"].density, rel_tol=1e-6)
-    here(monkeypatch, capfd, "analysis.firing_rates", "--checkpoint", all_kinds, "--output-dir", tmp_path / "out")
+    for name, values in rates.masked.items():
+        assert math.isclose(values.mean(), inputs[f"{name}.conv"].mean_input, rel_tol=1e-6)
+    assert len(rates.masked) == 2
+    arguments = ["--checkpoint", all_kinds, "--output-dir", tmp_path / "out", "--table"]
+    here(monkeypatch, capfd, "analysis.firing_rates", *arguments)
     rows = rows_of(tmp_path / "out/firing_rates.csv")
     assert [row["layer"] for row in rows] == list(rates.spikes)
     for row, values in zip(rows, rates.spikes.values(), strict=True):
         assert [float(row["t = 0"]), float(row["t = 1"])] == pytest.approx(values.tolist())
+    table = {(row["stage"], row["layer"]): row for row in rows_of(tmp_path / "out/firing_rates_table.csv")}
+    assert [layer for stage, layer in table if stage == "1"] == [name for name in firing_rates.TABLE if name != "V"]
+    assert [layer for stage, layer in table if stage == "3"] == [n for n in firing_rates.TABLE if n != "masked key"]
+    rate = rates.masked["stages.1.blocks.0.attn.proj"].mean().item()
+    assert float(table["2", "masked key"]["firing rate"]) == pytest.approx(rate)
+    (paper,) = [name for name in table["1", "Q"] if "paper" in name]
+    assert [table[key][paper] for key in (("1", "Q"), ("2", "MLP 2"), ("3", "Q"))] == ["0.0432", "0.1869", ""]
     assert len(rows_of(tmp_path / "out/integers.csv")) == 9
     assert (tmp_path / "out/firing_rates.png").exists()
 
