@@ -12,7 +12,7 @@ import torch
 from scripts import ROOT, fail, here, named, refuses
 from test_models import lively
 
-from analysis import attention_masks, attention_statistics, common, firing_rates, membrane, results, tables
+from analysis import attention_masks, attention_statistics, common, curves, firing_rates, membrane, results, tables
 from analysis.energy import estimate
 from engine import checkpoint, config
 from engine.config import read
@@ -268,6 +268,27 @@ def test_a_checkpoint_without_recipe_or_weights_is_refused(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     torch.save({"head.weight": torch.zeros(2, 2)}, "foreign.pt")
     assert value in fail(monkeypatch, capfd, "analysis.firing_rates", *flags.split())
+
+
+def test_curves_of_logs_and_runs(tmp_path, monkeypatch, capfd):
+    """Each log ends with the epochs of its recipe; a run's figures are those of its metrics."""
+    lengths = {
+        name: (curve.epochs[0], curve.epochs[-1]) for name in curves.TITLES for curve in [curves.published(name)]
+    }
+    assert lengths.pop("imagenet_768_384") == (202, 210)
+    assert lengths == {"imagenet_768_224": (1, 200), "cifar10": (1, 410), "cifar100": (1, 408), "cifar10-dvs": (1, 106)}
+    rows = [{"epoch": i, "lr": 1, "train_loss": 3 - i, "test_loss": 2.5, "test_top1": 40 + i} for i in range(2)]
+    for name in ("a", "b"):
+        (tmp_path / name / "run").mkdir(parents=True)
+        (tmp_path / name / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = []
+    monkeypatch.setattr(curves, "draw", lambda *args, draw=curves.draw: drawn.append(args[0]) or draw(*args))
+    runs = [str(tmp_path / name / "run") for name in ("a", "b")]
+    curves.run([*runs, "--published", "cifar10", "--output", str(tmp_path / "new/curves.png")])
+    assert [curve.name for curve in drawn[0]][1:] == [str(Path("a/run")), str(Path("b/run"))]
+    assert drawn[0][1][1:] == ([1, 2], [40, 41], {"train": [3, 2], "test": [2.5, 2.5]})
+    assert (tmp_path / "new/curves.png").exists()
+    named(fail(monkeypatch, capfd, "analysis.curves", tmp_path), tmp_path)
 
 
 def result(path, top1, count=360, **changes):
