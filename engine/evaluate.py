@@ -73,7 +73,8 @@ def published(cfg: Config) -> Figures:
     keys = {*MODEL_FIELDS, "input_size", "split_seed"} - {"ssa_membrane"}
     for recipe in read(cfg.config).all():
         if all(getattr(recipe, key) == getattr(cfg, key) for key in keys):
-            top1 = {"paper": recipe.paper_top1, "log": recipe.log_top1}
+            paper = "paper, to be verified" if recipe.paper_unverified else "paper"
+            top1 = {paper: recipe.paper_top1, "log": recipe.log_top1}
             return Figures({source: value for source, value in top1.items() if value}, recipe.paper_energy_mj)
     return Figures()
 

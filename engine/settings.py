@@ -27,7 +27,11 @@ class Published:
     """Published figures."""
 
     paper_top1: float | None = option(None, "accuracy in the paper (%)", low=0, high=100)
+    paper_top5: float | None = option(None, "top-5 accuracy in the paper (%)", low=0, high=100)
+    paper_unverified: bool = option(False, "paper_top1 was read from a copy of the paper, and is to be verified")
     log_top1: float | None = option(None, "best accuracy in the published log (%)", low=0, high=100)
+    log_hours: float | None = option(None, "hours of training in the published log", low=0)
+    log_memory_gb: float | None = option(None, "memory of each GPU in the published log (GB)", low=0)
     paper_energy_mj: float | None = option(None, "energy per inference in the paper (mJ)", low=0)
 
 

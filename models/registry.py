@@ -33,7 +33,10 @@ VARIANTS = {  # arguments of the network; `default_cfgs` has its channels and cl
     "qkformer_2_64": {**_DVS, "width": 64},
     "spikformer_4_384": {**_CIFAR, **_SPIKFORMER, "family": "spikformer_cifar", "width": 384, "depths": (4,)}
     | {"heads": 12},
+    "spikformer_3_64": {**_CIFAR, **_SPIKFORMER, "family": "spikformer_cifar", "width": 64, "depths": (3,)}
+    | {"in_channels": 1},
     "spikformer_2_256": {**_DVS, **_SPIKFORMER, "family": "spikformer_dvs", "width": 256, "depths": (2,)},
+    "spikformer_2_64": {**_DVS, **_SPIKFORMER, "family": "spikformer_dvs", "width": 64, "depths": (2,)},
 }
 RELEASED_MD5 = {  # tags with a released file, trained with ssa_membrane="released"
     "qkformer_10_384.in1k": "60df416983ae326bb14bdb4566444320",
