@@ -50,7 +50,9 @@ class ModelSettings:
     ssa_scale: float | None = option(None, "factor in the self-attention (default: 0.125)", low=1e-6)
     residual: str = option("sew", "residuals add spikes (sew) or membrane currents (ms)", choices=("sew", "ms"))
     ssa_membrane: str = option(
-        "per_sample", "SSA: per sample, or leaking over the batch as released (errata)", choices=("per_sample", "released")
+        "per_sample",
+        "SSA: per sample, or leaking over the batch as released (errata)",
+        choices=("per_sample", "released"),
     )
 
 

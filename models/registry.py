@@ -33,8 +33,7 @@ VARIANTS = {  # arguments of the network; `default_cfgs` has its channels and cl
     "qkformer_2_64": {**_DVS, "width": 64},
     "spikformer_4_384": {**_CIFAR, **_SPIKFORMER, "family": "spikformer_cifar", "width": 384, "depths": (4,)}
     | {"heads": 12},
-    "spikformer_3_64": {**_CIFAR, **_SPIKFORMER, "family": "spikformer_cifar", "width": 64, "depths": (3,)}
-    | {"in_channels": 1},
+    "spikformer_3_64": {**_CIFAR, **_SPIKFORMER, "family": "spikformer_cifar", "width": 64, "depths": (3,)},
     "spikformer_2_256": {**_DVS, **_SPIKFORMER, "family": "spikformer_dvs", "width": 256, "depths": (2,)},
     "spikformer_2_64": {**_DVS, **_SPIKFORMER, "family": "spikformer_dvs", "width": 64, "depths": (2,)},
 }
@@ -73,7 +72,9 @@ default_cfgs = generate_default_cfgs(
         "qkformer_2_64.digits_dvs": _cfg(**_DVS_DATA | {"size": 32}),
         "spikformer_4_384.cifar10": _cfg(**_CIFAR_DATA),
         "spikformer_4_384.cifar100": _cfg(**_CIFAR_DATA | {"num_classes": 100}),
+        "spikformer_3_64.digits": _cfg(**_DIGITS),
         "spikformer_2_256.cifar10_dvs": _cfg(**_DVS_DATA),
+        "spikformer_2_64.digits_dvs": _cfg(**_DVS_DATA | {"size": 32}),
     }
 )
 ALIASES = {"in_channels": "in_chans", "drop_path": "drop_path_rate"}  # this project's names of timm's arguments
