@@ -157,7 +157,7 @@ def test_nothing_is_overwritten(trained, tmp_path, monkeypatch, capfd):
     named(fail(monkeypatch, capfd, *again), trained, "--resume auto")
     named(fail(monkeypatch, capfd, *again, "--resume", trained / "best.pt"), trained)
     recipe = tmp_path / "recipe.yml"
-    recipe.write_text((ROOT / "digits/digits.yml").read_text() + "variants: {short: {epochs: 1}}\n")
+    recipe.write_text((ROOT / "digits/digits.yml").read_text() + "  short: {epochs: 1}\n")
     again += ["--config", recipe, *"--epochs 3 --time-steps 1 --batch-size 32 --lr 1e-2".split()]
     for flag, value, key in [
         ("--time-steps", "3", "time_steps"),
