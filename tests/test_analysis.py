@@ -272,9 +272,7 @@ def test_a_checkpoint_without_recipe_or_weights_is_refused(tmp_path, monkeypatch
 
 def test_curves_of_logs_and_runs(tmp_path, monkeypatch, capfd):
     """Each log ends with the epochs of its recipe; a run's figures are those of its metrics."""
-    lengths = {
-        name: (curve.epochs[0], curve.epochs[-1]) for name in curves.TITLES for curve in [curves.published(name)]
-    }
+    lengths = {name: (curve.epochs[0], curve.epochs[-1]) for name in curves.LOGS for curve in [curves.published(name)]}
     assert lengths.pop("imagenet_768_384") == (202, 210)
     assert lengths == {"imagenet_768_224": (1, 200), "cifar10": (1, 410), "cifar100": (1, 408), "cifar10-dvs": (1, 106)}
     rows = [{"epoch": i, "lr": 1, "train_loss": 3 - i, "test_loss": 2.5, "test_top1": 40 + i} for i in range(2)]
