@@ -131,17 +131,12 @@ def _row(group: Sequence[dict], differing: set[tuple[str, str]]) -> dict[str, st
     }
 
 
-def _beside(path: Path) -> tuple[float | None, float | None]:
-    """Return seconds of training and mean firing rate of the layers from the files next to a result, if they exist."""
-    energy = path.with_name(path.name.replace(".test.", ".energy."))
-    return (
-        read_record(path.with_name("metrics.jsonl"), None, lambda text: sum(map(_seconds, text.splitlines()))),
-        read_record(energy, None, lambda text: statistics.mean(json.loads(text)["firing_rates"].values())),
-    )
-
-
-def _seconds(line: str) -> float:
-    return json.loads(line)["seconds"]
+def _beside(path: Path) -> tuple[float, float]:
+    """Return seconds of training and mean firing rate of the layers from the files next to a result, 0 without them."""
+    metrics, energy = path.with_name("metrics.jsonl"), path.with_name(path.name.replace(".test.", ".energy."))
+    seconds = read_record(metrics, [], lambda text: [json.loads(line)["seconds"] for line in text.splitlines()])
+    rates = read_record(energy, [], lambda text: [*json.loads(text)["firing_rates"].values()])
+    return sum(seconds), statistics.mean(rates or [0])
 
 
 def show(found: Sequence[dict], folder: Path | None) -> None:

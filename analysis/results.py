@@ -23,6 +23,9 @@ def results(folders: Sequence[Path]) -> list[dict]:
     """Return the newest result of each run folder in or below `folders`, with its `path`; name those left out."""
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise UserError(f"{missing[0]}: no such folder; name folders of runs")
+    for path in sorted(path for folder in folders for path in folder.rglob("metrics.jsonl")):
+        if not any(path.parent.glob("*.test.json")):
+            logger.warning(f"{path.parent}: left out, not evaluated; run test.py")
     newest, seen = {}, {}
     for path in sorted(path for folder in folders for path in folder.rglob("*.test.json")):
         if (result := read_result(path)) is None:

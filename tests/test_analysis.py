@@ -315,6 +315,8 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     result(tmp_path / "another_network/best.test.json", 13.0, attention=["self", "self", "token"])
     result(tmp_path / "variant/best.test.json", 97.0, attention=["self", "self", "self"])
     result(tmp_path / "another_size/best.test.json", 13.0, input_size=16)
+    (tmp_path / "untested").mkdir()
+    (tmp_path / "untested/metrics.jsonl").touch()
     for name, text in NO_RESULTS.items():
         (tmp_path / f"{name}.test.json").write_text(text)
     monkeypatch.setattr(tables, "size", lambda *_: {"parameters": "1", "MACs a step": "1.00 M"})  # README's test counts
@@ -323,6 +325,7 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     left_out = [line.split(": left out")[0] for line in told.splitlines() if ": left out" in line]
     folders = ("a/last", "copy/best", "part/best", "short/best", "another_network/best", "another_size/best")
     names = [*folders, *NO_RESULTS]
+    assert left_out.pop(0) == str(tmp_path / "untested")
     assert sorted(left_out) == sorted(str(tmp_path / f"{name}.test.json") for name in names)
     named(told, "epochs is 2", "input_size is 16")  # with the reason
     found = {

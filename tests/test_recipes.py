@@ -10,6 +10,7 @@ import torch
 from scripts import named
 
 from engine import config, world
+from engine.evaluate import published
 from engine.optim import base_lr, batch_advice, create_optimizer, effective_batch, lr_at, set_lr, total_epochs
 from engine.run import build_model
 from models import create_model
@@ -97,6 +98,12 @@ def test_the_published_accuracies_are_those_of_the_logs():
         ("cifar10-dvs", "cifar10-dvs/cifar10-dvs.yml"),
     ]:
         assert config.load(ROOT / path).log_top1 == pytest.approx(max(FACTS[name]["test_acc1"]), abs=0.005)
+
+
+def test_a_figure_to_be_verified_is_named_so():
+    cfg = config.load(ROOT / "cifar10-dvs/cifar10-dvs_t10.yml")
+    assert published(cfg).top1 == {"paper, to be verified": 83.8}
+    assert published(dataclasses.replace(cfg, time_steps=11)).top1 == {}
 
 
 def logged_hours(header):
