@@ -1,7 +1,6 @@
 """The grid of runs: what is done is skipped, what fails is named, and a signal reaches the run."""
 
 import csv
-import json
 import os
 import signal
 import time
@@ -60,9 +59,8 @@ def test_a_grid_goes_on_and_skips_what_is_done(recipe, tmp_path, monkeypatch, ca
     assert starts(out) == dict.fromkeys(["recipe-seed0", "recipe-seed2", "self-seed0", "self-seed2"], 1)
     (out / "self-seed2/last.test.json").write_text("{")  # its evaluation was killed
     named(fail(monkeypatch, capfd, *command, 0, 2, 7), out / "recipe-seed7", out / "self-seed7")
-    assert starts(out) == {"recipe-seed0": 1, "recipe-seed2": 1, "self-seed0": 1, "self-seed2": 2} | dict.fromkeys(
-        ["recipe-seed7", "self-seed7"], 1
-    )
+    done = {"recipe-seed0": 1, "recipe-seed2": 1, "self-seed0": 1, "self-seed2": 2}
+    assert starts(out) == done | {"recipe-seed7": 1, "self-seed7": 1}
     rows = [*csv.DictReader((out / "grid.csv").open())]
     assert [(row["variant"], row["seeds"], row["top-1 (%)"]) for row in rows] == [
         ("recipe", "0 2", "91.00 ± 1.41"),
@@ -110,4 +108,4 @@ def test_runs_of_the_first_seed_come_first(tmp_path):
     names = [run.folder.name for run in runs]
     assert names == ["ms-seed3", "recipe-seed3", "ms-seed1", "recipe-seed1"]
     assert runs[0].flags == ["--variant", "ms", "--seed", "3", "--epochs", "2"]
-    assert json.dumps(runs[1].flags) == json.dumps(["--seed", "3", "--epochs", "2"])
+    assert runs[1].flags == ["--seed", "3", "--epochs", "2"]
