@@ -23,21 +23,6 @@ def base_lr(cfg: Config) -> float:
     return cfg.lr if cfg.lr is not None else cfg.blr * effective_batch(cfg) / 256
 
 
-def batch_advice(cfg: Config) -> str | None:
-    """Return a line if the effective batch is not the recipe's, with flags that restore it; else None."""
-    target, ranks = cfg.effective_batch, world.world_size()
-    if target in (None, effective_batch(cfg)):
-        return None
-    line = f"effective batch {effective_batch(cfg)}: the recipe has {target}; "
-    if target % ranks:
-        return line + f"{ranks} ranks cannot share {target} images evenly, use another number"
-    share = target // ranks
-    batch = max(n for n in range(1, cfg.batch_size + 1) if share % n == 0)
-    flags = [f"--batch-size {batch}"] if batch != cfg.batch_size else []
-    flags += [f"--accum-iter {share // batch}"] if share // batch != cfg.accum_iter else []
-    return line + f"restore it by {' '.join(flags)}"
-
-
 def total_epochs(cfg: Config) -> int:
     """Return the epochs of the schedule and of the cool-down after it."""
     return cfg.epochs + cfg.cooldown_epochs

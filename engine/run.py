@@ -25,7 +25,7 @@ from .data.loaders import Data
 from .data.recordings import EVENT_DATASETS
 from .evaluate import Gallery, evaluate, published, report, write
 from .log import logger
-from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs
+from .optim import base_lr, create_optimizer, effective_batch, total_epochs
 from .run_dir import Start, checkpoint_to_test, find_run, records, runs_of, warn_of_seen
 from .trainer import Trainer
 from .weights import build_model, differences, load_weights, settings_of, warn_of_other_network, warn_of_silence
@@ -241,7 +241,10 @@ def _announce(trainer: Trainer) -> None:
         f"{cfg.model}: {parameters:,} parameters, T = {cfg.time_steps}, on {world.world_size} x {world.device.type}; "
         f"effective batch {effective_batch(cfg)}, learning rate {base_lr(cfg):.3g}\nwriting to {trainer.folder}"
     )
-    if advice := batch_advice(cfg):
-        logger.warning(f"warning: {advice}")
+    if cfg.effective_batch not in (None, effective_batch(cfg)):
+        change = "restore it by --batch-size and --accum-iter, or adapt --lr"
+        logger.warning(
+            f"warning: effective batch {effective_batch(cfg)}: the recipe has {cfg.effective_batch}; {change}"
+        )
     if trainer.epoch >= total_epochs(cfg):
         logger.info(f"nothing left to train: {trainer.epoch} of {total_epochs(cfg)} epochs are done")

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import named
 
 from engine import config, world
-from engine.optim import base_lr, batch_advice, create_optimizer, effective_batch, lr_at, set_lr, total_epochs
+from engine.optim import base_lr, create_optimizer, effective_batch, lr_at, set_lr, total_epochs
 from engine.run import build_model
 from models import create_model
 
@@ -115,7 +114,6 @@ def test_a_recipes_header_says_what_its_settings_do(processes, path):
     cfg = config.load(path)
     processes(EIGHT_GPUS.get(path.parent.name, 1))
     assert effective_batch(cfg) == cfg.effective_batch
-    assert batch_advice(cfg) is None
     if path.parent.name.startswith("digits"):
         return
     assert re.search(rf"batch {cfg.effective_batch}\b", header)
@@ -127,27 +125,6 @@ def test_a_recipes_header_says_what_its_settings_do(processes, path):
     assert f"{path.parent.name}/train.py" in header
     assert f"T = {cfg.time_steps}" in header.splitlines()[0]
     assert cfg.ssa_membrane == "released"
-
-
-@pytest.mark.parametrize(
-    ("count", "flags", "advice"),
-    [
-        (1, "", "--accum-iter 16"),
-        (4, "", "--accum-iter 4"),
-        (16, "", "--accum-iter 1"),
-        (32, "", "--batch-size 16 --accum-iter 1"),
-        (8, "--batch-size 48", "--batch-size 32"),
-        (6, "", "6"),
-    ],
-)
-def test_another_number_of_processes_is_advised(processes, count, flags, advice):
-    processes(count)
-    path = ROOT / "imagenet/qkformer_10_384.yml"
-    cfg = config.load(path, flags.split())
-    named(batch_advice(cfg), effective_batch(cfg), 512, advice)
-    if advice.startswith("--"):
-        restored = dataclasses.replace(config.load(path, advice.split()), effective_batch=512)
-        assert effective_batch(restored) == 512
 
 
 def test_biases_and_batchnorm_are_not_decayed():
