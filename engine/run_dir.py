@@ -103,12 +103,11 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
 
 
 def _checkpoint_to_resume(cfg: Config, folder: Path | None) -> tuple[Path | None, dict | None]:
-    is_auto = cfg.resume == "auto" or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
-    if is_auto and not folder:
-        raise UserError("--resume auto, torchrun --max-restarts: need --output-dir, to find the run again")
-    if is_auto and (newest := newest_checkpoint(folder))[0]:
-        return newest
-    return (None if cfg.resume in (None, "auto") else Path(cfg.resume)), None
+    if cfg.resume != "auto":
+        return (Path(cfg.resume) if cfg.resume else None), None
+    if not folder:
+        raise UserError("--resume auto: needs --output-dir, to find the run again")
+    return newest_checkpoint(folder)
 
 
 def runs_of(cfg: Config) -> Path:
@@ -119,8 +118,6 @@ def runs_of(cfg: Config) -> Path:
 def checkpoint_to_test(cfg: Config) -> Path:
     """Return the checkpoint that the flags name, else `best.pt` of the recipe's last run in `output/`."""
     named = cfg.checkpoint or cfg.resume or cfg.finetune
-    if named == "auto" and cfg.output_dir:
-        named = Path(cfg.output_dir) / "last.pt"
     if named:
         return Path(named)
     runs = sorted(runs_of(cfg).glob("*/best.pt"), key=os.path.getmtime)

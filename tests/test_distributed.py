@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from scripts import TORCHRUN, Child, fail, free_port, named, ranks, same, succeed
+from scripts import TORCHRUN, Child, free_port, named, ranks, same, succeed
 
 from engine import checkpoint
 
@@ -53,18 +53,13 @@ def test_two_processes_make_the_updates_of_one(alone, tmp_path, accumulated, fla
 
 @pytest.mark.slow
 def test_torchruns_restart_goes_on_from_the_last_checkpoint(tmp_path):
-    train = ["digits/train.py", *QUICK, "--epochs", "3", "--output-dir"]
+    train = ["digits/train.py", *QUICK, "--epochs", "3", "--resume", "auto", "--output-dir"]
     succeed(*TORCHRUN, "--max-restarts=1", "tests/dies.py", 0, 15, *train, tmp_path / "cut")
     succeed(*TORCHRUN, *train, tmp_path / "whole")
     whole, cut = (checkpoint.read(tmp_path / name / "last.pt")["state_dict"] for name in ("whole", "cut"))
     assert same(whole, cut)
     starts = json.loads((tmp_path / "cut/run.json").read_text())
     assert [start["first_epoch"] for start in starts] == [0, 1]
-
-
-def test_restarts_need_a_folder_to_find_the_run_in(monkeypatch, capfd):
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
-    named(fail(monkeypatch, capfd, "digits/train.py", "--epochs", "1"), "--max-restarts", "--output-dir")
 
 
 def with_self_test(tested, problem):
