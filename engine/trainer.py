@@ -18,7 +18,7 @@ from .config import LOCAL_FIELDS, Config, mixes, plain
 from .data.loaders import Data, reseed
 from .graphs import GraphedStep
 from .log import logger, progress
-from .optim import lr_at, set_lr, total_epochs
+from .optim import create_schedule, total_epochs
 from .world import World, autocast, in_memory_format
 
 NO_BEST = {"epoch": None, "test_top1": -1.0}
@@ -41,11 +41,11 @@ class Trainer:
             model.compile()
         self.parallel = model
         if world.world_size > 1:
-            ids = [world.device] if world.device.type == "cuda" else None
-            self.parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            self.parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         self.criterion = SoftTargetCrossEntropy() if mixes(cfg) else LabelSmoothingCrossEntropy(cfg.smoothing)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.amp == "fp16" and world.device.type == "cuda")
         self.step = GraphedStep(self._step) if cfg.cuda_graphs else self._step
+        self.schedule = create_schedule(cfg, optimizer)
         self.steps = len(data.train)  # of an epoch
         self.best = dict(NO_BEST)
         self.begin_epoch(0)
@@ -202,7 +202,7 @@ class Trainer:
             is_update = step == first + group - 1
             if step == first:
                 part = first / self.steps if cfg.lr_step == "iteration" else 0
-                set_lr(self.optimizer, lr_at(cfg, self.epoch + part))
+                self.schedule.step(self.epoch + part)
             if self.data.augment:
                 images = self.data.augment(images)
             if mixup and cfg.mixup_in == "step":

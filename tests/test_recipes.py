@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine import config, world
-from engine.optim import base_lr, create_optimizer, effective_batch, lr_at, set_lr, total_epochs
+from engine.optim import base_lr, create_optimizer, create_schedule, effective_batch, lr_at, total_epochs
 from engine.run import build_model
 from models import create_model
 
@@ -28,7 +28,11 @@ def mean_rate(cfg, epoch, steps):
     """Mean learning rate over the iterations of an epoch, as the released ImageNet training logs it."""
     groups = range(0, steps, cfg.accum_iter)
     weights = [min(cfg.accum_iter, steps - first) for first in groups]
-    rates = [lr_at(cfg, epoch + first / steps) for first in groups]
+    optimizer, rates = torch.optim.SGD([torch.zeros(1)], lr=base_lr(cfg)), []
+    schedule = create_schedule(cfg, optimizer)
+    for first in groups:
+        schedule.step(epoch + first / steps)
+        rates.append(optimizer.param_groups[0]["lr"])
     return sum(w * r for w, r in zip(weights, rates, strict=True)) / steps
 
 
@@ -156,9 +160,12 @@ def test_layer_decay_goes_by_depth():
 
 
 def test_the_rate_of_a_layer_is_scaled():
-    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr_scale": 0.5}, {"params": [torch.zeros(1)]}], lr=1)
-    set_lr(optimizer, 0.1)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.1]
+    cfg = config.load(ROOT / "cifar10/cifar10.yml", ["--layer-decay", "0.75"])
+    optimizer = create_optimizer(cfg, create_model("qkformer_3_64"))
+    create_schedule(cfg, optimizer).step(30)
+    scales = [group["lr_scale"] for group in optimizer.param_groups]
+    assert [group["lr"] for group in optimizer.param_groups] == [scale * lr_at(cfg, 30) for scale in scales]
+    assert min(scales) < 0.75
 
 
 PAPER_MILLIONS = {  # of the ablations, CIFAR-100 and CIFAR10-DVS
