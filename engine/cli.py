@@ -34,10 +34,7 @@ class UserError(Exception):
 
 def short(value: object) -> str:
     """Return the `repr` of a value, cut if it is long."""
-    try:
-        return _REPR.repr(value)
-    except ValueError:  # Python writes no number of more than 4300 digits
-        return "a number of thousands of digits"
+    return _REPR.repr(value)
 
 
 _REPR = reprlib.Repr()
@@ -77,22 +74,12 @@ def guard() -> Iterator[None]:
         if (message := _explanation(error)) is None:
             raise
         _exit(message, UserError.code)
-    finally:
-        _flush()
 
 
 def _ignore_os_errors(error: threading.ExceptHookArgs) -> None:
     """Print errors of threads, but for TensorBoard's failures to write, which it raises in the main thread too."""
     if not issubclass(error.exc_type, OSError):
         threading.__excepthook__(error)
-
-
-def _flush() -> None:
-    """Flush stdout; its reader may be gone (`| head`), which Python would report at exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explanation(error: Exception) -> str | None:

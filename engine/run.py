@@ -107,7 +107,7 @@ def _test(sources: Sources, meter: str | None = None) -> None:
     tempfile.TemporaryFile(dir=folder).close()  # fail before the evaluation, not after it
     data = create_data(cfg, world, train=False)
     warn_of_seen(data, path)
-    figures = published(cfg)
+    recipe = published(cfg)
     membranes = dict.fromkeys((cfg.ssa_membrane, *(("released", "per_sample") if cfg.both_membranes else ())))
     logger.info(
         f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
@@ -126,14 +126,14 @@ def _test(sources: Sources, meter: str | None = None) -> None:
             results[membrane] = evaluate(cfg, world, model, data.test, on_batch=gallery.add if is_first else None)
         if not math.isfinite(results[membrane]["loss"]):
             raise UserError(f"{path}: gives a loss that is not finite; use --eval-amp off, or another checkpoint")
-        report(cfg, membrane, results[membrane], figures)
+        report(cfg, membrane, results[membrane], recipe)
         if measured:
             energy = measured.report(distributed.gather)
             logger.info(energy.totals())
-            if figures.energy_mj:
-                logger.info(f"published: {figures.energy_mj:.2f} mJ (paper)")
+            if recipe.paper_energy_mj:
+                logger.info(f"published: {recipe.paper_energy_mj:.2f} mJ (paper)")
     if world.is_main:
-        write(cfg, folder, results, figures, gallery, energy)
+        write(cfg, folder, results, recipe, gallery, energy)
 
 
 def setup(cfg: Config) -> World:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -68,20 +67,15 @@ def claim(folder: Path | None) -> None:
     """Lock an existing folder until this process ends; raise `UserError` if another run writes to it."""
     if not folder or not folder.exists() or folder.resolve() in _locks:
         return
-    file = open(folder / LOCK, "a+")  # noqa: SIM115, closing it would unlock it
+    file = open(folder / LOCK, "a")  # noqa: SIM115, closing it would unlock it
     try:
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not for children, which `flock` and filelock would include
     except (BlockingIOError, PermissionError):
-        file.seek(0)
-        other = file.read(200).strip() or "unknown process"
-        raise UserError(f"{folder}: another run writes to it ({other}); use another --output-dir") from None
+        raise UserError(f"{folder}: another run writes to it; use another --output-dir") from None
     except (OSError, ImportError) as error:  # Windows has no fcntl, and some disks have no locks
         logger.warning(f"warning: {folder}: cannot be locked ({error}); start no second run in it")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
     _locks[folder.resolve()] = file
     for name in ("last.pt.tmp", "best.pt.tmp"):  # of a save that was killed
         (folder / name).unlink(missing_ok=True)

@@ -15,14 +15,6 @@ def option(default, help: str, **rules):
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Identity of a recipe."""
-
-    variant: str | None = option(None, "variant of the recipe, such as an ablation")
-    effective_batch: int | None = option(None, "images per update; a run with another number warns", low=1)
-
-
-@dataclass(frozen=True)
 class Published:
     """Published figures."""
 
@@ -104,6 +96,8 @@ class ImageSettings:
 class OptimSettings:
     """Training: optimizer, schedule, precision, checkpoints."""
 
+    variant: str | None = option(None, "variant of the recipe, such as an ablation")
+    effective_batch: int | None = option(None, "images per update; a run with another number warns", low=1)
     opt: str = option("adamw", "timm's optimizer")
     lr: float | None = option(None, "learning rate (default: blr * effective batch / 256)", low=0, high=1000)
     blr: float | None = option(None, "learning rate per 256 images of effective batch", low=0, high=1000)
@@ -160,7 +154,7 @@ class MachineSettings:
 
 
 @dataclass(frozen=True)
-class Config(MachineSettings, OptimSettings, ImageSettings, DataSettings, ModelSettings, Published, Recipe):
+class Config(MachineSettings, OptimSettings, ImageSettings, DataSettings, ModelSettings, Published):
     """All settings of a run. Sizes in pixels, rates per image, learning rates absolute unless said otherwise."""
 
 
