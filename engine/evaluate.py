@@ -14,7 +14,7 @@ from . import world as distributed
 from .cli import StopRequest, UserError
 from .config import MODEL_FIELDS, Config, plain, read
 from .log import logger, progress
-from .world import World, autocast, in_memory_format
+from .world import World, autocast
 
 
 @torch.inference_mode()
@@ -40,7 +40,7 @@ def evaluate(
     batches = []  # of each: loss, top-1, top-5, count
     for images, labels in progress(loader, name, cfg.log_interval, world.is_main):
         with autocast(cfg.eval_amp or cfg.amp, world.device):
-            logits = model(in_memory_format(cfg, images))
+            logits = model(images)
         losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         samples = [losses, hits[:, 0], hits.sum(1), torch.ones_like(losses)]

@@ -26,7 +26,7 @@ from .data.recordings import EVENT_DATASETS
 from .evaluate import Gallery, evaluate, published, report, write
 from .log import logger
 from .optim import base_lr, create_optimizer, effective_batch, total_epochs
-from .run_dir import Start, checkpoint_to_test, find_run, records, runs_of, warn_of_seen
+from .run_dir import Start, checkpoint_to_test, find_run, records, warn_of_seen
 from .trainer import Trainer
 from .weights import build_model, differences, load_weights, settings_of, warn_of_other_network, warn_of_silence
 from .world import World
@@ -48,15 +48,14 @@ def train(recipe: Path) -> None:
     timm.utils.random_seed(cfg.seed)
     data = create_data(cfg, world)
     model = _model_to_train(cfg, world, start, data)
-    folder = start.folder or Path(distributed.from_main(str(runs_of(cfg) / time.strftime("%Y%m%d-%H%M%S"))))
-    trainer = Trainer(cfg, world, model, create_optimizer(cfg, model), data, folder)
+    trainer = Trainer(cfg, world, model, create_optimizer(cfg, model), data, start.folder)
     if start.state:
         trainer.resume(start.state, start.path, new_run=not start.continues)
     _announce(trainer)
-    with trainer.stop_request, records(cfg, world, folder, data, trainer.epoch) as run_log:
+    with trainer.stop_request, records(cfg, world, start.folder, data, trainer.epoch) as run_log:
         while trainer.epoch < total_epochs(cfg):
             _train_one_epoch(trainer, run_log)
-    logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {folder}")
+    logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {start.folder}")
 
 
 def _train_one_epoch(trainer: Trainer, run_log: log.RunLog | None) -> None:
@@ -113,7 +112,7 @@ def _test(sources: Sources, meter: str | None = None) -> None:
         f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
         f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {' and '.join(membranes)}"
     )
-    _agree_on_triton(cfg, world)
+    _test_kernels(cfg, world)
     gallery, results, energy = Gallery(data.classes, data.show), {}, None
     for membrane in membranes:
         model = build_model(dataclasses.replace(cfg, ssa_membrane=membrane)).to(world.device)
@@ -186,36 +185,29 @@ def _require_equal_settings(cfg: Config) -> None:
 def _require_gpu(cfg: Config, world: World) -> None:
     """Raise `UserError` for flags that need a GPU."""
     is_cpu, ranks = world.device.type == "cpu", world.world_size
-    if cfg.sync_bn and is_cpu and ranks > 1:
-        raise UserError("--sync-bn: torch synchronises BatchNorm on GPUs alone; omit it")
-    if cfg.cuda_graphs and (is_cpu or ranks > 1):
-        raise UserError("--cuda-graphs: needs one rank on a GPU; omit it")
-    if cfg.pack_spikes and is_cpu and cfg.lif_backend == "auto":
-        raise UserError("--pack-spikes: needs the Triton kernels on a GPU; omit it")
-    if (
-        cfg.lif_backend in ("cupy", "triton") and is_cpu and torch.cuda.is_available()
-    ):  # else models say what is missing
-        raise UserError(f"--lif-backend {cfg.lif_backend}: needs a GPU, and --device is cpu; use auto or torch")
+    is_kernel = cfg.lif_backend in ("cupy", "triton") and torch.cuda.is_available()  # else models say what is missing
+    rules = (
+        (cfg.sync_bn and is_cpu and ranks > 1, "sync-bn", "torch synchronises BatchNorm on GPUs alone"),
+        (cfg.cuda_graphs and (is_cpu or ranks > 1), "cuda-graphs", "needs one rank on a GPU"),
+        (cfg.pack_spikes and is_cpu and cfg.lif_backend == "auto", "pack-spikes", "needs the Triton kernels on a GPU"),
+        (is_kernel and is_cpu, "lif-backend", f"{cfg.lif_backend} needs a GPU, and --device is cpu"),
+    )
+    for is_wrong, flag, reason in rules:
+        if is_wrong:
+            raise UserError(f"--{flag}: {reason}; omit it")
 
 
-def _agree_on_triton(cfg: Config, world: World) -> None:
+def _test_kernels(cfg: Config, world: World) -> None:
     """Test the Triton kernels before the network needs them: on one rank of each machine first, which fills the cache.
 
     Raises:
-        UserError: ranks disagree, and would wait for each other in different collectives; or a flag needs the kernels.
+        UserError: they do not work, and a flag needs them.
     """
-    may_run = cfg.lif_backend == "triton" or (cfg.lif_backend == "auto" and world.device.type == "cuda")
-    if cfg.compile or not may_run:
+    if world.device.type == "cpu" or cfg.compile or cfg.lif_backend not in ("auto", "triton"):
         return
-    problems = distributed.gather([distributed.in_turns(triton_problem)])
-    rank = next((rank for rank, problem in enumerate(problems) if problem), None)
-    if rank is None:
-        return
-    reason = f"lif_backend='triton' {problems[rank]}"
-    if not all(problems):
-        raise UserError(f"rank {rank} of {len(problems)}: {reason} on all ranks")
-    if cfg.cuda_graphs or cfg.pack_spikes:
-        raise UserError(f"--cuda-graphs, --pack-spikes: need the Triton kernels; {reason}")
+    problem = distributed.in_turns(triton_problem)
+    if problem and (cfg.cuda_graphs or cfg.pack_spikes):
+        raise UserError(f"--cuda-graphs, --pack-spikes: need the Triton kernels; lif_backend='triton' {problem}")
     if not world.is_main:
         warnings.filterwarnings("ignore", "lif_backend='auto'")  # the main rank prints why it does without Triton
 
@@ -225,7 +217,7 @@ def _model_to_train(cfg: Config, world: World, start: Start, data: Data) -> nn.M
     path, state = (start.path, start.state) if start.state else (cfg.finetune, None)
     if path:
         warn_of_seen(data, Path(path))
-    _agree_on_triton(cfg, world)
+    _test_kernels(cfg, world)
     model = build_model(cfg).to(world.device)
     if path and not start.is_ours:
         state = state or checkpoint.read(path)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -23,9 +24,9 @@ _locks = {}  # folder -> its locked file; closing it would unlock it
 
 
 class Start(NamedTuple):
-    """Where a run starts: its folder (None: a new one), and the checkpoint to resume, if any."""
+    """Where a run starts: its folder, and the checkpoint to resume, if any."""
 
-    folder: Path | None
+    folder: Path
     path: Path | None
     state: dict | None
 
@@ -42,30 +43,32 @@ class Start(NamedTuple):
 
 def find_run(cfg: Config, world: World) -> Start:
     """Return the folder to write to, locked if it exists, and the checkpoint to resume."""
-    folder = Path(cfg.output_dir) if cfg.output_dir else None
+    folder = Path(cfg.output_dir or runs_of(cfg) / time.strftime("%Y%m%d-%H%M%S"))
     path = state = None
     if world.is_main:  # other ranks may not see its disk
         claim(folder)
-        path, state = _checkpoint_to_resume(cfg, folder)
-    path = distributed.from_main(path)
+        path, state = _checkpoint_to_resume(cfg)
+    folder, path = distributed.from_main((folder, path))
     if path and state is None:
         state = checkpoint.read(path)
-    start = Start(folder or (path.parent if path and state["format"] == "qkformer" else None), path, state)
+    start = Start(folder, path, state)
+    if start.is_ours and not cfg.output_dir:
+        start = start._replace(folder=path.parent)
     is_released = state is not None and state["format"] == "imagenet" and isinstance(state.get("epoch"), int)
     if state and not is_released and not (start.is_ours and "optimizer" in state):
         problem = "no training state of this project or of the released ImageNet code"
         raise UserError(f"--resume {path}: {problem}; use --finetune to start a new run from its weights")
     if world.is_main:
         claim(start.folder)
-    newest = next(iter(checkpoint.kept(start.folder / "last.pt")), None) if start.folder else None
+    newest = next(iter(checkpoint.kept(start.folder / "last.pt")), None)
     if newest and not (path and path.samefile(newest)):
         raise UserError(f"{start.folder}: holds a run; use --resume auto, or another --output-dir")
     return start
 
 
-def claim(folder: Path | None) -> None:
+def claim(folder: Path) -> None:
     """Lock an existing folder until this process ends; raise `UserError` if another run writes to it."""
-    if not folder or not folder.exists() or folder.resolve() in _locks:
+    if not folder.exists() or folder.resolve() in _locks:
         return
     file = open(folder / LOCK, "a")  # noqa: SIM115, closing it would unlock it
     try:
@@ -96,12 +99,12 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
     return None, None
 
 
-def _checkpoint_to_resume(cfg: Config, folder: Path | None) -> tuple[Path | None, dict | None]:
+def _checkpoint_to_resume(cfg: Config) -> tuple[Path | None, dict | None]:
     if cfg.resume != "auto":
         return (Path(cfg.resume) if cfg.resume else None), None
-    if not folder:
+    if not cfg.output_dir:
         raise UserError("--resume auto: needs --output-dir, to find the run again")
-    return newest_checkpoint(folder)
+    return newest_checkpoint(Path(cfg.output_dir))
 
 
 def runs_of(cfg: Config) -> Path:

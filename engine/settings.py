@@ -119,7 +119,7 @@ class OptimSettings:
     amp: str = option("off", "mixed precision of the training", choices=("fp16", "bf16", "off"))
     eval_amp: str | None = option(None, "amp of evaluations (default: amp)", choices=("fp16", "bf16", "off"))
     sync_bn: bool = option(False, "BatchNorm over the batches of all ranks")
-    channels_last: bool = option(False, "keep images in channels-last memory")
+    channels_last: bool = option(False, "keep weights and activations in channels-last memory")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     seed: int = option(42, "seed of weights, order and augmentation", low=0, high=2**32 - 1)
     save_steps: int | None = option(None, "also save after every so many updates of an epoch (default: no)", low=1)

@@ -19,7 +19,7 @@ from .data.loaders import Data, reseed
 from .graphs import GraphedStep
 from .log import logger, progress
 from .optim import create_schedule, total_epochs
-from .world import World, autocast, in_memory_format
+from .world import World, autocast
 
 NO_BEST = {"epoch": None, "test_top1": -1.0}
 LOWEST_SCALE = 2.0**-10  # of the loss; it starts at 2^16, and each update with an overflow halves it
@@ -37,6 +37,7 @@ class Trainer:
         self.cfg, self.world, self.model, self.optimizer, self.data = cfg, world, model, optimizer, data
         self.folder, self.stop_request = folder, StopRequest()
         self.ema = ModelEmaV3(model, decay=cfg.ema_decay) if cfg.ema_decay is not None else None
+        self.models = [model, self.ema.module] if self.ema else [model]
         if cfg.compile:
             model.compile()
         self.parallel = model
@@ -62,10 +63,7 @@ class Trainer:
     @property
     def evaluated(self) -> nn.Module:
         """The network to evaluate: with the averaged weights, if there are any."""
-        return self.ema.module if self.ema else self.model
-
-    def _models(self) -> list[nn.Module]:
-        return [self.model, self.ema.module] if self.ema else [self.model]
+        return self.models[-1]
 
     def _order(self) -> dict[str, int]:
         """Settings that decide which samples a step sees."""
@@ -78,7 +76,7 @@ class Trainer:
         own = {"loss_sum": self.loss_sum.item(), "seen": self.seen}
         is_within = 0 < self.steps_done < self.steps
         if is_within and self.world.world_size > 1:  # then each rank has its own running statistics
-            own["buffers"] = [{k: v.cpu() for k, v in model.named_buffers()} for model in self._models()]
+            own["buffers"] = [{k: v.cpu() for k, v in model.named_buffers()} for model in self.models]
         processes = distributed.gather([own]) if is_within else [own]
         return {
             "state_dict": self.model.state_dict(),
@@ -116,7 +114,7 @@ class Trainer:
         self.steps_done = self.steps if is_trained else steps_done
         self.loss_sum.fill_(own["loss_sum"])
         self.seen = own["seen"]
-        for model, buffers in zip(self._models(), own.get("buffers", ()), strict=False):
+        for model, buffers in zip(self.models, own.get("buffers", ()), strict=False):
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
 
@@ -176,13 +174,13 @@ class Trainer:
         """
         if self.steps_done < self.steps:
             self._train_steps()
-            totals = torch.stack([self.loss_sum, self.loss_sum.new_tensor(self.seen)])
-            self.loss_sum, seen = distributed.sum_over_ranks(totals)
-            self.seen = int(seen)
-            self._require_sound(self.loss_sum.item())
             if self.world.world_size > 1:
-                for model in self._models():
+                totals = torch.stack([self.loss_sum, self.loss_sum.new_tensor(self.seen)])
+                torch.distributed.all_reduce(totals)
+                self.loss_sum, self.seen = totals[0], int(totals[1])
+                for model in self.models:
                     timm.utils.distribute_bn(model, self.world.world_size, reduce=True)
+            self._require_sound(self.loss_sum.item())
         return self.loss_sum.item() / self.seen
 
     def _train_steps(self) -> None:
@@ -207,7 +205,6 @@ class Trainer:
                 images = self.data.augment(images)
             if mixup and cfg.mixup_in == "step":
                 images, labels = mixup(images, labels)
-            images = in_memory_format(cfg, images)
             with contextlib.nullcontext() if is_update or self.world.world_size == 1 else self.parallel.no_sync():
                 loss = self.step(images, labels, images.new_full((), group))
             if is_update:
