@@ -55,23 +55,19 @@ def read(path: str | Path) -> dict:
 
 
 def _unpickled(content: bytes) -> object:
+    """Load a file of torch without running code; verify its checksums, which torch writes but does not check."""
     if content.startswith(b"PK\x03\x04"):  # the archive that torch writes since 1.6
-        _verify(content)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            parts = archive.infolist()
+            is_plain = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+            is_plain &= not any(part.external_attr & 16 for part in parts)  # torch reads folders from stray memory
+            if not is_plain or sum(part.file_size for part in parts) > len(content):
+                raise ValueError("its parts are packed or marked as torch never does")
+            if altered := archive.testzip():
+                raise ValueError(f"{altered} differs from its checksum")
     with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
         warnings.simplefilter("ignore")  # about pickles of other kinds, which torch then refuses
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def _verify(content: bytes) -> None:
-    """Compare each part of a checkpoint's archive with its checksum, which torch writes but does not check."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        parts = archive.infolist()
-        is_plain = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
-        is_plain &= not any(part.external_attr & 16 for part in parts)  # torch reads folders from stray memory
-        if not is_plain or sum(part.file_size for part in parts) > len(content):
-            raise ValueError("its parts are packed or marked as torch never does")
-        if altered := archive.testzip():
-            raise ValueError(f"{altered} differs from its checksum")
 
 
 def _read_safetensors(path: Path) -> dict:
@@ -149,7 +145,10 @@ def save(path: str | Path, content: dict, keep: int = 0) -> None:
             if newer.exists():
                 os.replace(newer, older)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # Windows opens no folders, and some file systems cannot
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            os.fsync(descriptor)  # the names of files, too
+            os.close(descriptor)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch's writer hides it
@@ -161,11 +160,3 @@ def kept(path: Path) -> list[Path]:
     pattern = re.compile(rf"{re.escape(path.stem)}-(\d+){re.escape(path.suffix)}")
     numbers = {int(match[1]): file for file in path.parent.glob("*") if (match := pattern.fullmatch(file.name))}
     return [path] * path.exists() + [file for _, file in sorted(numbers.items())]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush the names of files to the disk, too."""
-    with contextlib.suppress(OSError):  # Windows opens no folders, and some file systems cannot
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

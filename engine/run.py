@@ -37,7 +37,9 @@ def train(recipe: Path) -> None:
     """Train as the recipe and the command line say."""
     sources = read(recipe, sys.argv[1:])
     cfg = sources.config(validate=False)  # the rest may come from a checkpoint
-    _require_flags_of_train(cfg)
+    for flag in ("checkpoint", "energy"):
+        if getattr(cfg, flag):
+            raise UserError(f"--{flag}: is for test.py; to continue a run use --resume")
     if cfg.eval:
         _test(sources)
         return
@@ -152,12 +154,6 @@ def setup(cfg: Config) -> World:
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """Return the loaders of images or of event frames; raise `UserError` as they do."""
     return (event if cfg.dataset in EVENT_DATASETS else image).create_data(cfg, world, train)
-
-
-def _require_flags_of_train(cfg: Config) -> None:
-    for flag in ("checkpoint", "energy"):
-        if getattr(cfg, flag):
-            raise UserError(f"--{flag}: is for test.py; to continue a run use --resume")
 
 
 def _settings_to_train(sources: Sources, start: Start) -> Config:

@@ -44,10 +44,13 @@ class Start(NamedTuple):
 def find_run(cfg: Config, world: World) -> Start:
     """Return the folder to write to, locked if it exists, and the checkpoint to resume."""
     folder = Path(cfg.output_dir or runs_of(cfg) / time.strftime("%Y%m%d-%H%M%S"))
-    path = state = None
+    path, state = (Path(cfg.resume) if cfg.resume not in (None, "auto") else None), None
+    if cfg.resume == "auto" and not cfg.output_dir:
+        raise UserError("--resume auto: needs --output-dir, to find the run again")
     if world.is_main:  # other ranks may not see its disk
         claim(folder)
-        path, state = _checkpoint_to_resume(cfg)
+        if cfg.resume == "auto":
+            path, state = newest_checkpoint(folder)
     folder, path = distributed.from_main((folder, path))
     if path and state is None:
         state = checkpoint.read(path)
@@ -97,14 +100,6 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
     if candidates:
         raise UserError(f"{folder}: no readable checkpoint; start again with --output-dir NEW")
     return None, None
-
-
-def _checkpoint_to_resume(cfg: Config) -> tuple[Path | None, dict | None]:
-    if cfg.resume != "auto":
-        return (Path(cfg.resume) if cfg.resume else None), None
-    if not cfg.output_dir:
-        raise UserError("--resume auto: needs --output-dir, to find the run again")
-    return newest_checkpoint(Path(cfg.output_dir))
 
 
 def runs_of(cfg: Config) -> Path:
