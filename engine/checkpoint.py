@@ -114,14 +114,12 @@ def _recognised(content: object) -> dict:
 
 
 def _is_weights(value: object) -> bool:
-    return isinstance(value, Mapping) and len(value) > 0 and all(map(_is_weight, value.items()))
-
-
-def _is_weight(item: tuple[object, object]) -> bool:
-    """Tell if each element of a named tensor is stored: strides can show a few bytes as an enormous tensor."""
-    key, value = item
-    is_named = isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout is torch.strided
-    return is_named and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    """Tell if these are named tensors, each element stored: strides can show a few bytes as an enormous tensor."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        return False
+    tensors = [item for item in value.values() if isinstance(item, torch.Tensor) and item.layout is torch.strided]
+    is_stored = all(t.numel() * t.element_size() <= t.untyped_storage().nbytes() for t in tensors)
+    return is_stored and 0 < len(value) == len(tensors)
 
 
 def save(path: str | Path, content: dict, keep: int = 0) -> None:

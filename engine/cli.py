@@ -42,12 +42,7 @@ _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 100, 100
 
 
 class Stopped(Exception):
-    """The end of a run that a signal asked for, after saving.
-
-    Args:
-        number: the signal; the exit code is 128 + `number`, as a shell reports it.
-        where: position in the run.
-    """
+    """The end of a run that signal `number` asked for, after saving; the exit code is 128 + `number`, as in a shell."""
 
     def __init__(self, number: int, where: str):
         self.code = 128 + number

@@ -163,9 +163,7 @@ def _flag(key: str) -> str:
 
 def _read_flags(argv: Sequence[str]) -> dict[str, object]:
     argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    note = (
-        "In [brackets] are the defaults of the engine; the recipe (YAML), then a checkpoint, then flags override them."
-    )
+    note = "The engine's defaults are in [brackets]; the recipe (YAML), then a checkpoint, then flags override them."
     parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog=note)
     for key, field in FIELDS.items():
         rules, default = field.metadata, "" if field.default in (None, "") else f" [{field.default}]"
@@ -180,9 +178,7 @@ def _read_flags(argv: Sequence[str]) -> dict[str, object]:
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
-        if flag.startswith("-"):
-            raise UserError(f"{flag}: unknown flag{_nearest(flag, map(_flag, FIELDS))}")
-        raise UserError(f"{short(flag)}: unexpected argument (--help lists the flags)")
+        raise UserError(f"{flag}: unknown flag{_nearest(flag, map(_flag, FIELDS))}")
     return {key: _coerce(key, value, _flag(key)) for key, value in vars(parsed).items() if key in FIELDS}
 
 

@@ -41,7 +41,7 @@ def train(recipe: Path) -> None:
         if getattr(cfg, flag):
             raise UserError(f"--{flag}: is for test.py; to continue a run use --resume")
     if cfg.eval:
-        _test(sources)
+        test(recipe, None)
         return
     world = setup(cfg)
     start = find_run(cfg, world)
@@ -88,16 +88,13 @@ def _train_one_epoch(trainer: Trainer, run_log: log.RunLog | None) -> None:
 
 
 @distributed.membership()
-def test(recipe: Path, meter: str) -> None:
+def test(recipe: Path, meter: str | None) -> None:
     """Evaluate `--checkpoint` as the recipe and the command line say.
 
     Args:
         meter: "module:name" of what `--energy` measures with; a name, because analyses import the engine.
     """
-    _test(read(recipe, sys.argv[1:]), meter)
-
-
-def _test(sources: Sources, meter: str | None = None) -> None:
+    sources = read(recipe, sys.argv[1:])
     cfg = sources.config(validate=False)
     world = setup(cfg)
     path = distributed.from_main(checkpoint_to_test(cfg) if world.is_main else None)
@@ -108,7 +105,7 @@ def _test(sources: Sources, meter: str | None = None) -> None:
     tempfile.TemporaryFile(dir=folder).close()  # fail before the evaluation, not after it
     data = create_data(cfg, world, train=False)
     warn_of_seen(data, path)
-    recipe = published(cfg)
+    about = published(cfg)
     membranes = dict.fromkeys((cfg.ssa_membrane, *(("released", "per_sample") if cfg.both_membranes else ())))
     logger.info(
         f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
@@ -127,14 +124,14 @@ def _test(sources: Sources, meter: str | None = None) -> None:
             results[membrane] = evaluate(cfg, world, model, data.test, on_batch=gallery.add if is_first else None)
         if not math.isfinite(results[membrane]["loss"]):
             raise UserError(f"{path}: gives a loss that is not finite; use --eval-amp off, or another checkpoint")
-        report(cfg, membrane, results[membrane], recipe)
+        report(cfg, membrane, results[membrane], about)
         if measured:
             energy = measured.report(distributed.gather)
             logger.info(energy.totals())
-            if recipe.paper_energy_mj:
-                logger.info(f"published: {recipe.paper_energy_mj:.2f} mJ (paper)")
+            if about.paper_energy_mj:
+                logger.info(f"published: {about.paper_energy_mj:.2f} mJ (paper)")
     if world.is_main:
-        write(cfg, folder, results, recipe, gallery, energy)
+        write(cfg, folder, results, about, gallery, energy)
 
 
 def setup(cfg: Config) -> World:

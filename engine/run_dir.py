@@ -83,8 +83,6 @@ def claim(folder: Path) -> None:
     except (OSError, ImportError) as error:  # Windows has no fcntl, and some disks have no locks
         logger.warning(f"warning: {folder}: cannot be locked ({error}); start no second run in it")
     _locks[folder.resolve()] = file
-    for name in ("last.pt.tmp", "best.pt.tmp"):  # of a save that was killed
-        (folder / name).unlink(missing_ok=True)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:

@@ -184,15 +184,14 @@ class Trainer:
         return self.loss_sum.item() / self.seen
 
     def _train_steps(self) -> None:
-        cfg, mixup, key = self.cfg, self.data.mixup, (self.cfg.seed, self.epoch, self.world.rank)
+        cfg, world, mixup = self.cfg, self.world, self.data.mixup
+        key = cfg.seed, self.epoch, world.rank
         reseed(*key)  # the order of the samples
         if mixup:
             mixup.mixup_enabled = cfg.mixup_off_epoch is None or self.epoch < cfg.mixup_off_epoch
         self.parallel.train()
         batches = self.data.train.batches(self.epoch, self.steps_done)
-        shown = progress(
-            batches, self.name, cfg.log_interval, self.world.is_main, self._status, self.steps, self.steps_done
-        )
+        shown = progress(batches, self.name, cfg.log_interval, world.is_main, self._status, self.steps, self.steps_done)
         for step, (images, labels) in enumerate(shown, self.steps_done):
             reseed(*key, step + 1)
             first = step // cfg.accum_iter * cfg.accum_iter  # step of this update
@@ -205,7 +204,7 @@ class Trainer:
                 images = self.data.augment(images)
             if mixup and cfg.mixup_in == "step":
                 images, labels = mixup(images, labels)
-            with contextlib.nullcontext() if is_update or self.world.world_size == 1 else self.parallel.no_sync():
+            with contextlib.nullcontext() if is_update or world.world_size == 1 else self.parallel.no_sync():
                 loss = self.step(images, labels, images.new_full((), group))
             if is_update:
                 self._update()
