@@ -37,9 +37,8 @@ def train(recipe: Path) -> None:
     """Train as the recipe and the command line say."""
     sources = read(recipe, sys.argv[1:])
     cfg = sources.config(validate=False)  # the rest may come from a checkpoint
-    for flag in ("checkpoint", "energy"):
-        if getattr(cfg, flag):
-            raise UserError(f"--{flag}: is for test.py; to continue a run use --resume")
+    if cfg.checkpoint or cfg.energy:
+        raise UserError("--checkpoint, --energy: are for test.py; to continue a run use --resume")
     if cfg.eval:
         test(recipe, None)
         return
@@ -220,16 +219,13 @@ def _model_to_train(cfg: Config, world: World, start: Start, data: Data) -> nn.M
 
 
 def _announce(trainer: Trainer) -> None:
-    cfg, world = trainer.cfg, trainer.world
+    cfg, world, batch = trainer.cfg, trainer.world, effective_batch(trainer.cfg)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     logger.info(
         f"{cfg.model}: {parameters:,} parameters, T = {cfg.time_steps}, on {world.world_size} x {world.device.type}; "
-        f"effective batch {effective_batch(cfg)}, learning rate {base_lr(cfg):.3g}\nwriting to {trainer.folder}"
+        f"effective batch {batch}, learning rate {base_lr(cfg):.3g}\nwriting to {trainer.folder}"
     )
-    if cfg.effective_batch not in (None, effective_batch(cfg)):
-        change = "restore it by --batch-size and --accum-iter, or adapt --lr"
-        logger.warning(
-            f"warning: effective batch {effective_batch(cfg)}: the recipe has {cfg.effective_batch}; {change}"
-        )
+    if cfg.effective_batch not in (None, batch):
+        logger.warning(f"warning: effective batch {batch}, the recipe has {cfg.effective_batch}; adapt --accum-iter")
     if trainer.epoch >= total_epochs(cfg):
         logger.info(f"nothing left to train: {trainer.epoch} of {total_epochs(cfg)} epochs are done")

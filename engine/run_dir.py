@@ -19,7 +19,6 @@ from .log import RunLog, logger
 from .world import World
 
 SPLIT = "split.json"
-LOCK = ".lock"
 _locks = {}  # folder -> its locked file; closing it would unlock it
 
 
@@ -44,13 +43,12 @@ class Start(NamedTuple):
 def find_run(cfg: Config, world: World) -> Start:
     """Return the folder to write to, locked if it exists, and the checkpoint to resume."""
     folder = Path(cfg.output_dir or runs_of(cfg) / time.strftime("%Y%m%d-%H%M%S"))
-    path, state = (Path(cfg.resume) if cfg.resume not in (None, "auto") else None), None
+    path = state = None
     if cfg.resume == "auto" and not cfg.output_dir:
         raise UserError("--resume auto: needs --output-dir, to find the run again")
     if world.is_main:  # other ranks may not see its disk
         claim(folder)
-        if cfg.resume == "auto":
-            path, state = newest_checkpoint(folder)
+        path, state = newest_checkpoint(folder) if cfg.resume == "auto" else (cfg.resume and Path(cfg.resume), None)
     folder, path = distributed.from_main((folder, path))
     if path and state is None:
         state = checkpoint.read(path)
@@ -73,7 +71,7 @@ def claim(folder: Path) -> None:
     """Lock an existing folder until this process ends; raise `UserError` if another run writes to it."""
     if not folder.exists() or folder.resolve() in _locks:
         return
-    file = open(folder / LOCK, "a")  # noqa: SIM115, closing it would unlock it
+    file = open(folder / ".lock", "a")  # noqa: SIM115, closing it would unlock it
     try:
         import fcntl
 
