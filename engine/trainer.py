@@ -107,8 +107,7 @@ class Trainer:
         is_trained = steps_done == order.get("steps")  # and only the evaluation is left
         if steps_done and not is_trained and order != self._order():
             changes = [f"{k} {order.get(k)} -> {v}" for k, v in self._order().items() if order.get(k) != v]
-            where = f"step {steps_done} of epoch {self.epoch + 1}"
-            logger.warning(f"warning: {where}: its epoch starts again with these weights ({', '.join(changes)})")
+            logger.warning(f"warning: {self.name}: starts again with the weights of a step ({', '.join(changes)})")
             return
         own = processes[self.world.rank if len(processes) == self.world.world_size else 0]
         self.steps_done = self.steps if is_trained else steps_done

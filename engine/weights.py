@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -99,7 +98,7 @@ def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, n
         load_strictly(model, weights)
     except ValueError as error:
         other = f"trained as {short(trained)}, not {cfg.model!r}; " if trained != cfg.model else ""
-        raise UserError(f"{path}: {other}{textwrap.shorten(str(error), 400)}") from None
+        raise UserError(f"{path}: {other}{error}") from None
 
 
 def warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:
@@ -125,6 +124,5 @@ def warn_of_silence(model: nn.Module, images: Tensor) -> None:
     """Warn about layers with no spikes on these images; nothing after them can learn."""
     model.eval()
     if names := silent_layers(model, images):
-        more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
-        where = f"{', '.join(names[:3])}{more}"
+        where = ", ".join(names[:3]) + (f" and {len(names) - 3} more layers" if len(names) > 3 else "")
         logger.warning(f"warning: {where}: no spikes on {len(images)} test samples; if this lasts, lower lr")
