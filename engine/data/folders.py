@@ -6,7 +6,7 @@ from pathlib import Path
 from ..cli import UserError
 from ..config import Config
 
-SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}  # part -> names of its folder
+SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}  # part -> names of its folder, in any case
 _HIDDEN = re.compile(r"(^|[/\\])(\.[^./\\]|__MACOSX([/\\]|$))")
 
 
@@ -27,11 +27,9 @@ def data_path(cfg: Config, must_exist: bool = True) -> Path:
 
 def split_folders(root: Path) -> dict[str, Path]:
     """Return the folders of `root` for training ("train") and for testing ("test"), those that exist."""
-    folders = {
-        part: next(root / name for name in names if (root / name).is_dir())
-        for part, names in SPLITS.items()
-        if any((root / name).is_dir() for name in names)
-    }
+    present = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
+    found = {part: [present[name] for name in names if name in present] for part, names in SPLITS.items()}
+    folders = {part: paths[0] for part, paths in found.items() if paths}
     if len(folders) == 2:
         train, test = (folder.resolve() for folder in folders.values())
         if train.is_relative_to(test) or test.is_relative_to(train):

@@ -4,7 +4,7 @@ Archives are read in place and never extracted, changed or deleted.
 """
 
 import functools
-import math
+import re
 import tarfile
 import zipfile
 from collections import Counter
@@ -17,9 +17,10 @@ from torchvision.datasets.utils import download_url
 
 from ..cli import UserError
 from ..log import logger
+from . import digits
 from .aedat import SIDE
-from .folders import is_hidden
-from .frames import LARGEST, read_member
+from .folders import class_folders, is_hidden, split_folders
+from .frames import DECODERS, LARGEST, WHOLE, read_member
 
 FIGSHARE = "https://ndownloader.figshare.com/files/"
 CIFAR10_DVS = {  # class -> file number at figshare and md5 of CLASS.zip
@@ -40,8 +41,8 @@ GESTURES = (
     "clockwise, left arm counter-clockwise, arm roll, air drums, air guitar, other gestures"
 ).split(", ")  # 1 to 11 in the tables of labels
 TEXTS = (".txt", ".csv")  # lists of trials and tables of labels
+_FRAMES = re.compile(r"frames_\d+(_|\.|$)")  # folders that `prepare` makes
 MOST_FILES = 10_000  # in the archive of DVS128 Gesture, which has some 250
-WHOLE = (-math.inf, math.inf)
 
 Opener = Callable[[], Callable[[], bytes]]  # opens a file in this process; any process can call the result
 
@@ -98,7 +99,7 @@ def _list(source: Path, *suffixes: str) -> dict[str, Opener]:
         if isinstance(error, OSError) and error.filename:
             raise
         raise UserError(f"{source}: damaged ({str(error) or type(error).__name__}); fetch it again") from None
-    chosen = {name: opener for name, opener in files.items() if name.endswith(suffixes)}
+    chosen = {name: opener for name, opener in files.items() if name.lower().endswith(suffixes)}
     if not chosen:
         kinds = sorted({Path(name).suffix for name in files})
         raise UserError(f"{source}: holds {', '.join(kinds) or 'nothing'}; needs {', '.join(suffixes)} files")
@@ -201,15 +202,16 @@ def _gestures(table: str, part: str, stem: str, where: str) -> dict[str, tuple[i
 class Raw(NamedTuple):
     """A data set of recordings."""
 
-    find: Callable[[Path, str, bool], list[Recording]]  # lists those of a suffix in a folder; True downloads them
+    find: Callable[[Path, str, bool], list[Recording]] | None  # lists files of a suffix, in a folder; True downloads
     classes: Mapping[str, str]  # class folder -> name, in the order of the labels
     sizes: Mapping[str, int]  # published samples of each part
     is_split: bool  # frames are in folders "train" and "test"; else `event.split_by_class` splits them
-    side: int = SIDE  # pixels of the sensor, in height and in width
+    side: int | None = SIDE  # pixels of the sensor, in height and in width; None: --sensor-size
     suffix: str = ".aedat"
 
 
 RAW = {
+    "digits-dvs": Raw(None, {name: name for name in digits.Digits.classes}, {}, True, digits.SIDE),
     "cifar10-dvs": Raw(
         cifar10_dvs, {name: name for name in CIFAR10_DVS}, {"train": 9000, "test": 1000}, is_split=False
     ),
@@ -220,4 +222,25 @@ RAW = {
         is_split=True,
     ),
 }
-EVENT_DATASETS = ("digits-dvs", *RAW)
+EVENT_DATASETS = ("eventfolder", *RAW)
+
+
+def event_folder(root: Path, split_seed: int | None) -> Raw:
+    """Describe a folder of one's own: train/CLASS/* and test/CLASS/*, or CLASS/* to be split by a seed."""
+    folders = split_folders(root)
+    if len(folders) == 1 or (not folders and split_seed is None):
+        raise UserError(f"{root}: no folders train and test; make both, or use --split-seed on a folder per class")
+    folders = {f"{part}/": folder for part, folder in folders.items()} or {"": root}
+    classes = [[name for name in class_folders(folder) if not _FRAMES.match(name)] for folder in folders.values()]
+    if different := set(classes[0]) ^ set(classes[-1]):
+        raise UserError(f"{root}: only one of train and test has the class {min(different)}; complete it")
+
+    def find(root: Path, suffix: str, download: bool) -> list[Recording]:
+        return [
+            Recording(str(folder / label / name), opener, {f"{prefix}{label}/{name}.npy": WHOLE})
+            for prefix, folder in folders.items()
+            for label in classes[0]
+            for name, opener in _list(folder / label, *DECODERS).items()
+        ]
+
+    return Raw(find, {name: name for name in classes[0]}, {}, len(folders) == 2, side=None)
