@@ -42,7 +42,7 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
         cfg = sources.config(state["config"])
         own = sources.config(validate=False).dataset  # of the script, or of --dataset
         if own != cfg.dataset and {own, cfg.dataset} & set(EVENT_DATASETS):
-            raise UserError(f"{path}: trained on {cfg.dataset}, this script is for {own}; use {cfg.dataset}'s")
+            raise UserError(f"{path}: trained on {cfg.dataset}, this script is for {own}; use --dataset {cfg.dataset}")
         if own != cfg.dataset:
             logger.warning(f"warning: {path}: trained on {cfg.dataset}; evaluating on that, not on {own}")
         warn_of_other_network(cfg, state, path)
