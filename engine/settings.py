@@ -60,7 +60,7 @@ class ModelSettings:
 class DataSettings:
     """The data set and its augmentation."""
 
-    dataset: str = option("imagefolder", "data set, such as imagefolder or digits, or a name of timm's create_dataset")
+    dataset: str = option("imagefolder", "data set, such as imagefolder, eventfolder, digits; or a name of timm's create_dataset")
     split_seed: int | None = option(
         None, "cifar10-dvs, eventfolder: seed of a random split (default: in order)", low=0, high=2**32 - 1
     )

@@ -1,5 +1,8 @@
 """Folders of one's own recordings and frames, in files that spikingjelly's and tonic's code writes and reads."""
 
+import itertools
+import re
+import shlex
 import shutil
 import sys
 import types
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_data
 import torch
-from scripts import ROOT, refuses
+from scripts import ROOT, here, refuses
 from spikingjelly import datasets as sj
 from spikingjelly.datasets.n_mnist import NMNIST
 
@@ -62,12 +65,10 @@ def save(path, recording, kind=".npz"):
         path.write_bytes(tiny_data.atis(*recording[:4]))
 
 
-def folder(root, parts=("train", "test"), per_class=2, **how):
+def folder(root, parts=("train", "test"), classes=CLASSES, per_class=2, kind=".npz", **how):
     """PART/CLASS/NUMBER.npz"""
-    for part in parts:
-        for label in CLASSES:
-            for i in range(per_class):
-                save(root / part / label / str(i), events(**how))
+    for part, label, i in itertools.product(parts, classes, range(per_class)):
+        save(root / part / label / str(i), events(**how), kind)
     return root
 
 
@@ -235,3 +236,42 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         read_recording(tmp_path / "x.npz", settings(tmp_path))
     with refuses(tmp_path / "x.txt"):
         read_recording(tmp_path / "x.txt", settings(tmp_path))
+
+
+PAGE = (ROOT / "docs/data.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
+SMALL = "--epochs 1 --warmup-epochs 0 --cooldown-epochs 0 --workers 0 --batch-size 4 --num-classes 2".split()
+SMALL = {
+    name: [*SMALL, "--time-steps", "1", "--model", "qkformer_2_64"] for name in ("cifar10-dvs", "dvs128-gesture")
+} | {"imagenet": [*SMALL, "--model", "qkformer_3_64", "--input-size", "16"]}
+
+
+def make(root):
+    """The data that the page describes, of two classes each."""
+    tiny_data.image_folder(root / "shapes", classes=2, train=4, test=2)
+    two = {"classes": ("0", "1")}
+    for name, how in {
+        "hands": {"side": 240, "height": 180},
+        "unsplit": {"parts": [""], "per_class": 4},
+        "NMNIST": {"parts": ["Train", "Test"], "kind": ".bin"},
+        "Caltech101": {"parts": [""], "per_class": 4, "kind": ".bin", "side": 240, "height": 180},
+        "events_np": {"side": 128},
+    }.items():
+        folder(root / name, **two, **how)
+    for path in (root / "events_np").rglob("*.npz"):
+        place = root / "frames_number_16_split_by_number" / path.parent.relative_to(root / "events_np")
+        place.mkdir(parents=True, exist_ok=True)
+        sj.integrate_events_file_to_frames_file_by_fixed_frames_number(
+            np.load, str(path), str(place), "number", 16, 128, 128
+        )
+
+
+def test_the_commands_of_the_page_run_in_order(tmp_path, monkeypatch, capfd):
+    make(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    for command in COMMANDS:
+        script, *flags = shlex.split(command.removeprefix("python "))
+        small = SMALL[Path(script).parent.name] if script.endswith("train.py") else []
+        small = [*small, "--time-steps", "16"] if "--time-steps" in flags else small
+        here(monkeypatch, capfd, script, *flags, *small)
+    assert len(COMMANDS) == 9
