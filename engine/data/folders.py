@@ -37,9 +37,9 @@ def split_folders(root: Path) -> dict[str, Path]:
     return folders
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Return the names of the classes in a folder, sorted; raise UserError if there are none."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+def find_classes(folder: str | Path) -> tuple[list[str], dict[str, int]]:
+    """Return the names of the class folders, sorted, and name -> label, as torchvision does."""
+    names = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not is_hidden(path.name))
     if not names:
         raise UserError(f"{folder}: no folders in it; make one per class")
-    return names
+    return names, {name: label for label, name in enumerate(names)}

@@ -1,7 +1,6 @@
 """Frames folder of a raw event data set: made once, on all cores; it gets its name when it is complete."""
 
-import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def prepare(root: Path, layout: Layout, find: Callable[[], list[Recording]], sho
 
 def _make(folder: Path, layout: Layout, recordings: list[Recording], show: bool) -> None:
     partial = folder.with_suffix(".partial")
-    names = sorted(name for recording in recordings for name in recording.samples)
+    names = {name for recording in recordings for name in recording.samples}
     left = [r for r in recordings if not all((partial / name).exists() for name in r.samples)]
     size = len(names) * layout.time_steps * 2 * layout.side**2 / 1e9
     logger.info(f"{len(left):,} of {len(recordings):,} recordings to do; all frames take {size:.1f} GB")
@@ -51,16 +50,12 @@ def _make(folder: Path, layout: Layout, recordings: list[Recording], show: bool)
     if problems := [f"{name}: {problem}" for name, problem, _ in outcomes if problem]:
         first = ", ".join(problems[:5])
         raise UserError(f"{len(problems)} of {len(recordings)} recordings are unusable: {first}; replace them")
-    for path in set(_files(partial)) - set(names):
-        (partial / path).unlink()  # halves that a killed process left
+    for path in partial.rglob("*.*"):
+        if path.relative_to(partial).as_posix() not in names:
+            path.unlink()  # halves that a killed process left
     partial.rename(folder)
-
-
-def _files(folder: Path) -> Iterator[str]:
-    walk = os.walk(folder)  # asks the disk for names alone
-    return (Path(place, file).relative_to(folder).as_posix() for place, _, files in walk for file in files)
 
 
 def contents(folder: Path, classes: Collection[str]) -> list[str]:
     """Return the files of a frames folder, sorted; each is in a folder named like its class."""
-    return sorted(file for file in _files(folder) if file.endswith(".npy") and Path(file).parent.name in classes)
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.npy") if path.parent.name in classes)

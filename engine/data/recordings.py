@@ -8,7 +8,7 @@ import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from ..cli import UserError
 from ..log import logger
 from . import digits
 from .aedat import SIDE
-from .folders import class_folders, is_hidden, split_folders
+from .folders import find_classes, is_hidden, split_folders
 from .frames import DECODERS, LARGEST, WHOLE, read_member
 
 FIGSHARE = "https://ndownloader.figshare.com/files/"
@@ -63,12 +63,21 @@ def cifar10_dvs(root: Path, suffix: str, download: bool) -> list[Recording]:
     sources = {label: _first_of(root, f"{label}.zip", label) for label in CIFAR10_DVS}
     if absent := [f"{label}.zip" for label, path in sources.items() if path is None]:
         raise UserError(f"{root / 'download'}: no {', '.join(absent)}; use --download, or --data-path")
-    opens = {label: _list(path, suffix) for label, path in sources.items()}
-    _refuse_gaps(opens, sources)
+    recordings = _by_class(sources, suffix)
+    stems = {Path(sample).stem for recording in recordings for sample in recording.samples}
+    numbers = {stem.rpartition("_")[2] for stem in stems}
+    wanted = {f"cifar10_{label}_{number}" for label in sources for number in numbers if number.isdigit()}
+    if absent := sorted(wanted - stems):
+        raise UserError(f"{root}: {len(absent)} recordings are missing, such as {absent[0]}{suffix}; complete it")
+    return recordings
+
+
+def _by_class(sources: Mapping[str, Path], *suffixes: str) -> list[Recording]:
+    """List the recordings of folders or archives, given by the folder of their frames."""
     return [
-        Recording(f"{sources[label]}: {name}", opener, {f"{label}/{Path(name).stem}.npy": WHOLE})
-        for label in opens
-        for name, opener in opens[label].items()
+        Recording(f"{source}: {name}", opener, {f"{folder}/{name.removesuffix('.aedat')}.npy": WHOLE})
+        for folder, source in sources.items()
+        for name, opener in _list(source, *suffixes).items()
     ]
 
 
@@ -113,26 +122,13 @@ def _list_tar(archive: Path) -> dict[str, Opener]:
         if number == MOST_FILES or member.size > LARGEST:
             raise tarfile.ReadError("too many files, or too large ones")
         if member.isfile() and not is_hidden(member.name):
-            name, is_text = Path(member.name).name, member.name.endswith(TEXTS)
-            content = file.extractfile(member).read() if is_text else None
-            files[name] = _later(bytes, content) if is_text else _from_tar(file, member)
+            name = Path(member.name).name
+            files[name] = lambda m=member: functools.partial(bytes, file.extractfile(m).read())
+            if name.endswith(TEXTS):
+                files[name] = _later(bytes, files[name]()())
     while file.fileobj.read(2**20):
         pass  # the checksum of the whole is at its end
     return files
-
-
-def _from_tar(file: tarfile.TarFile, member: tarfile.TarInfo) -> Opener:
-    return lambda: functools.partial(bytes, file.extractfile(member).read())
-
-
-def _refuse_gaps(files: Mapping[str, Iterable[str]], sources: Mapping[str, Path]) -> None:
-    """Refuse a class without a number that other classes have."""
-    numbers = {label: {Path(name).stem.rpartition("_")[2] for name in names} for label, names in files.items()}
-    known = {number for some in numbers.values() for number in some if number.isdigit()}
-    for label, some in numbers.items():
-        if absent := sorted(known - some, key=int):
-            name = f"cifar10_{label}_{absent[0]}.aedat"
-            raise UserError(f"{sources[label]}: {len(absent)} recordings are missing, such as {name}; complete it")
 
 
 def _download(root: Path) -> None:
@@ -231,16 +227,10 @@ def event_folder(root: Path, split_seed: int | None) -> Raw:
     if len(folders) == 1 or (not folders and split_seed is None):
         raise UserError(f"{root}: no folders train and test; make both, or use --split-seed on a folder per class")
     folders = {f"{part}/": folder for part, folder in folders.items()} or {"": root}
-    classes = [[name for name in class_folders(folder) if not _FRAMES.match(name)] for folder in folders.values()]
+    classes = [[name for name in find_classes(folder)[0] if not _FRAMES.match(name)] for folder in folders.values()]
     if different := set(classes[0]) ^ set(classes[-1]):
         raise UserError(f"{root}: only one of train and test has the class {min(different)}; complete it")
 
-    def find(root: Path, suffix: str, download: bool) -> list[Recording]:
-        return [
-            Recording(str(folder / label / name), opener, {f"{prefix}{label}/{name}.npy": WHOLE})
-            for prefix, folder in folders.items()
-            for label in classes[0]
-            for name, opener in _list(folder / label, *DECODERS).items()
-        ]
-
-    return Raw(find, {name: name for name in classes[0]}, {}, len(folders) == 2, side=None)
+    sources = {f"{part}{name}": folder / name for part, folder in folders.items() for name in classes[0]}
+    names = {name: name for name in classes[0]}
+    return Raw(lambda *_: _by_class(sources, *DECODERS), names, {}, len(folders) == 2, side=None)
