@@ -96,6 +96,7 @@ def empty_class(root):
         (None, ["--in-channels", "2", "--mean", "0,0", "--std", "1,1"], "in_channels"),
         (None, ["--in-channels", "1"], "mean"),
         (None, ["--split-seed", "1"], "split_seed"),
+        (None, ["--sensor-size", "9", "9"], "sensor_size"),
         (None, ["--dataset", "imagenet"], "imagefolder"),
         (None, ["--dataset", "cifar10dvs", "--in-channels", "2"], "cifar10-dvs"),
         (None, ["--dataset", "tfds/x"], "tfds/x"),

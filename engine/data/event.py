@@ -7,6 +7,7 @@ To add a data set of recordings, write a function in recordings.py that lists th
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,8 +152,8 @@ def split_by_class(files: Sequence[str], seed: int | None) -> dict[str, list[str
     """
     rng = np.random.default_rng(seed)
     split = {"train": [], "test": []}
-    for label in sorted({Path(file).parent for file in files}):
-        members = sorted(file for file in files if Path(file).parent == label)
+    for _, group in itertools.groupby(sorted(files), lambda file: Path(file).parent):
+        members = list(group)
         if seed is not None:
             rng.shuffle(members)
         count = min(math.ceil(len(members) * TRAIN_PART), len(members) - 1)

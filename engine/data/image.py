@@ -48,8 +48,11 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """Create the loaders of the images that `cfg` describes."""
     test_set = create_dataset(cfg, train=False)
     mean, std = _statistics(cfg)
-    if cfg.split_seed is not None:
-        raise UserError(f"split_seed = {cfg.split_seed}: {cfg.dataset} is not split here; leave it out")
+    for key in ("split_seed", "sensor_size"):
+        if getattr(cfg, key) is not None:
+            raise UserError(
+                f"{key} = {getattr(cfg, key)}: is for event recordings, not for {cfg.dataset}; leave it out"
+            )
     names = class_names(test_set)
     test_set.transform = _transform(cfg, train=False)
     test = create_loader(cfg, world, test_set, False, fast_collate, mean, std)

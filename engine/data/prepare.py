@@ -33,7 +33,8 @@ def _make(folder: Path, layout: Layout, recordings: list[Recording], show: bool)
     names = {name for recording in recordings for name in recording.samples}
     left = [r for r in recordings if not all((partial / name).exists() for name in r.samples)]
     size = len(names) * layout.time_steps * 2 * layout.side**2 / 1e9
-    logger.info(f"{len(left):,} of {len(recordings):,} recordings to do; all frames take {size:.1f} GB")
+    what = "frames of {} x {} pixels from {} x {}".format(layout.side, layout.side, *layout.sensor)
+    logger.info(f"{len(left):,} of {len(recordings):,} recordings to do; {what} take {size:.1f} GB in all")
     for place in {(partial / name).parent for name in names}:
         place.mkdir(parents=True, exist_ok=True)
     jobs = (joblib.delayed(convert)(r.name, r.open(), r.samples, partial, layout) for r in left)
