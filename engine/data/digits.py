@@ -76,7 +76,7 @@ def record(images: np.ndarray, seed: int) -> list[Events]:
         change = change.trunc()
         seen += change * THRESHOLD
         changes.append(change.to(torch.int8))
-    return [_events(sample.numpy()) for sample in torch.stack(changes, 1)]  # of [STEPS,S,S]
+    return [_events(sample.numpy()) for sample in torch.stack(changes, 1)]
 
 
 def _log_intensity(scene: Tensor, angle: Tensor) -> Tensor:

@@ -58,8 +58,6 @@ def read_numpy(content: bytes) -> Events | np.ndarray:
 
 def read_atis(content: bytes) -> Events:
     """Return the events of a .bin file of N-MNIST or N-Caltech101, 40 bits each."""
-    if len(content) % 5 or not content:
-        raise DamagedRecording("empty" if not content else f"cut: its last event has {len(content) % 5} of 5 bytes")
     x, y, high, middle, low = np.frombuffer(content, np.uint8).reshape(-1, 5).T.astype(np.int64)
     overflows = y == 240  # rows that the sensor lacks mark them
     t = ((high & 127) << 16 | middle << 8 | low) + (np.cumsum(overflows) << 13)
@@ -89,7 +87,7 @@ DECODERS = {
 
 
 def decode(name: str, content: bytes) -> Events | np.ndarray:
-    """Return the events or the frames [T,2,H,W] of a file; damaged ones raise errors of any kind."""
+    """Return the events or the frames [T,2,H,W] in a file; damaged ones raise errors of any kind."""
     return DECODERS[Path(name).suffix.lower()](content)
 
 
@@ -127,7 +125,7 @@ def to_frames(recording: Events | np.ndarray, layout: Layout, span: tuple[float,
     if frames.shape[2:] != (layout.side, layout.side):
         rows, columns = (_resizing(size, layout.side) for size in frames.shape[2:])
         frames = rows @ frames @ columns.T
-    return frames.astype(np.min_scalar_type(int(frames.max())))
+    return frames.astype(np.min_scalar_type(int(frames.max())), copy=False)
 
 
 def _resizing(size: int, side: int) -> np.ndarray:
@@ -140,14 +138,9 @@ def _resizing(size: int, side: int) -> np.ndarray:
 def convert(
     name: str, read: Callable[[], bytes], samples: Mapping[str, tuple[float, float]], folder: Path, layout: Layout
 ) -> tuple[str | None, int]:
-    """Write the frames of each of a recording's samples to `folder`.
+    """Write the frames of each of a recording's `samples` (file -> time span in microseconds) to `folder`.
 
-    Args:
-        name: its file, which tells the format.
-        samples: file of frames -> time span in microseconds.
-
-    Returns:
-        The recording's problem, if there is one, and the number of its invalid events.
+    Returns the recording's problem, if there is one, and the number of its invalid events.
     """
     sample = ""
     try:

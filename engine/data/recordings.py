@@ -9,7 +9,6 @@ import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,14 +40,13 @@ GESTURES = (
     "clockwise, left arm counter-clockwise, arm roll, air drums, air guitar, other gestures"
 ).split(", ")  # 1 to 11 in the tables of labels
 TEXTS = (".txt", ".csv")  # lists of trials and tables of labels
-_FRAMES = re.compile(r"frames_\d+(_|\.|$)")  # folders that `prepare` makes
 MOST_FILES = 10_000  # in the archive of DVS128 Gesture, which has some 250
+FRAMES = re.compile(r"frames_\d+(_|\.|$)")  # folders that `prepare` makes
 
 Opener = Callable[[], Callable[[], bytes]]  # opens a file in this process; any process can call the result
 
 
-@dataclass(frozen=True)
-class Recording:
+class Recording(NamedTuple):
     """One raw file, and the samples that `frames.convert` makes of it."""
 
     name: str
@@ -227,7 +225,7 @@ def event_folder(root: Path, split_seed: int | None) -> Raw:
     if len(folders) == 1 or (not folders and split_seed is None):
         raise UserError(f"{root}: no folders train and test; make both, or use --split-seed on a folder per class")
     folders = {f"{part}/": folder for part, folder in folders.items()} or {"": root}
-    classes = [[name for name in find_classes(folder)[0] if not _FRAMES.match(name)] for folder in folders.values()]
+    classes = [[name for name in find_classes(folder)[0] if not FRAMES.match(name)] for folder in folders.values()]
     if different := set(classes[0]) ^ set(classes[-1]):
         raise UserError(f"{root}: only one of train and test has the class {min(different)}; complete it")
 
