@@ -12,6 +12,7 @@ from tiny_data import cifar10_dvs, dvs128_gesture
 import engine.run
 from engine.data import digits, pictures
 from engine.data.digits import DigitsDVS
+from engine.data.frames import Layout
 
 TINY = "--epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --time-steps 2 --batch-size 4 --workers 0 --threads 1".split()
 
@@ -80,7 +81,7 @@ def test_the_simulated_camera_sees_changes_alone():
     np.add.at(on, (events.y, events.x), 2 * events.p - 1)
     assert np.abs(on).max() <= 1  # a full turn ends where it began, but for less than one threshold
     assert np.hypot(events.x - 16, events.y - 16).max() < 12
-    data, again = DigitsDVS(train=False, frames=8), DigitsDVS(train=False, frames=8)
+    data, again = (DigitsDVS(train=False, layout=Layout(8, (32, 32), 32)) for _ in range(2))
     assert pickle.loads(pickle.dumps(data)).labels == data.labels  # as workers get it under spawn
     counts = np.stack([frames.sum((1, 2, 3)) for frames, _ in data[:20]])
     assert data[0][0].shape == (8, 2, 32, 32)
