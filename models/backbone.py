@@ -16,19 +16,12 @@ register_notrace_module(LIF)  # in a graph of torch.fx each is one node
 
 
 class Backbone(nn.Module):
-    """Stages in a row and a linear head. A subclass sets these, and `reset_classifier` builds the head."""
+    """Stages in a row and a linear head.
 
-    stages: nn.ModuleList
-    lif: nn.Module  # between the mean over tokens and the mean over time
-    residual: str
-    in_chans: int
-    time_steps: int
-    num_features: int  # channels of the last stage
-    head_hidden_size: int  # the same; timm asks for both
-    feature_info: list[dict]  # of each stage: num_chs, reduction, module
-    global_pool: str
-    keep_time: bool
-    drop_rate: float
+    A subclass sets the attributes that are read here (`stages`, `lif` between the mean over tokens and that over time,
+    `feature_info`, ...) and calls `reset_classifier`.
+    """
+
     fast_path: Callable[[nn.Module, Tensor], Iterator[Tensor] | None] | None = None  # `models.backends` sets it
 
     def stage_outputs(self, x: Tensor) -> Iterator[Tensor]:
@@ -86,7 +79,7 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the features of `forward_features`, and a list with those of each stage.
+        """Return the last stage's features, as `forward_features` does, and a list with those of `indices`.
 
         Args:
             indices: stages; a number for that many last ones, None for all.
