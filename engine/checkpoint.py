@@ -96,21 +96,23 @@ def _recognised(content: object) -> dict:
         raise ValueError(f"it holds a {type(content).__name__}")
     content, entries = dict(content), ", ".join(map(str, list(content)[:10])) or "none"
     if content.get("format") == FORMAT:
-        wrong = [key for key, kind in ENTRIES.items() if not isinstance(content.get(key), kind)]
-        if content.get("state_dict_ema") is not None and not _is_weights(content["state_dict_ema"]):
-            wrong.append("state_dict_ema")
-        if wrong:
+        if wrong := [key for key, kind in ENTRIES.items() if not isinstance(content.get(key), kind)]:
             raise ValueError(", ".join(wrong))
         kind, state_dict = "qkformer", content.get("state_dict")
     elif "state_dict" in content:
         kind, state_dict = ("cifar" if "arch" in content else "weights"), content["state_dict"]
     elif "model" in content:
         kind, state_dict = ("dvs" if "max_test_acc1" in content else "imagenet"), content["model"]
+    elif key := next((key for key in ("net", "model_state_dict") if key in content), None):
+        kind, state_dict = "weights", content[key]
     else:
         kind, state_dict, content = "weights", content, {}
     if not _is_weights(state_dict):
         raise ValueError(f"no weights; its entries are {entries}")
-    return content | {"format": kind, "state_dict": dict(state_dict)}
+    averaged = content.get("state_dict_ema", content.get("model_ema"))
+    if averaged and not _is_weights(averaged):
+        raise ValueError("state_dict_ema")
+    return content | {"format": kind, "state_dict": dict(state_dict), "state_dict_ema": averaged}
 
 
 def _is_weights(value: object) -> bool:

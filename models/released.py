@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .qkformer import HierarchicalSpikingTransformer
 
@@ -97,26 +97,24 @@ def to_released(model: HierarchicalSpikingTransformer) -> dict[str, Tensor]:
 
 
 def load_released(model: HierarchicalSpikingTransformer, state_dict: Mapping[str, Tensor]) -> None:
-    """Load weights under any released spelling into `model`, as `load_strictly` does.
+    """Load weights under any released spelling or this project's names, strictly.
 
     Raises:
-        ValueError: see `load_strictly`, and `released_key_map` for models without released names.
-    """
-    released_key_map(model)
-    load_strictly(model, state_dict)
-
-
-def load_strictly(model: HierarchicalSpikingTransformer, state_dict: Mapping[str, Tensor]) -> None:
-    """Load weights under this project's names or any released spelling, with prefixes or without.
-
-    Raises:
-        ValueError: an entry is missing, foreign, or of another shape: the message lists 20 of each kind under the
-            names of the weights, and nothing is loaded.
+        ValueError: an entry is missing, foreign, or of another shape: the message lists 20 of each kind in the
+            spelling of the weights, and nothing is loaded.
     """
     weights = without_prefixes(state_dict)
-    if problems := _problems(model, weights, _naming(model, weights)):
-        raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems)}")
-    model.load_state_dict(weights)
+    spelled = {key: name for name, key in _naming(model, weights).items()}
+    wanted = {spelled.get(key, key): value.shape for key, value in model.state_dict().items()}
+    sizes = {name: (tuple(weights[name].shape), tuple(shape)) for name, shape in wanted.items() if name in weights}
+    problems = [
+        *_listing("missing", [name for name in wanted if name not in weights]),
+        *_listing("foreign", [name for name in weights if name not in wanted]),
+        *_listing("of another shape", [f"{n} (checkpoint {a}, model {b})" for n, (a, b) in sizes.items() if a != b]),
+    ]
+    if problems:
+        raise ValueError("the checkpoint does not fit the model: " + "; ".join(problems))
+    model.load_state_dict(translated(weights, model))
 
 
 def without_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -149,24 +147,6 @@ def _naming(model: HierarchicalSpikingTransformer, weights: Mapping[str, Tensor]
         if (kind == "ms") == (model.residual == "ms"):  # equal shapes, another function: foreign to each other
             spellings.append(_key_map(model, naming))
     return max(spellings, key=lambda names: len(names.keys() & weights.keys()))
-
-
-def _problems(model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, str]) -> list[str]:
-    wanted = model.state_dict()
-    spelled = {key: key for key in wanted} | {key: name for name, key in names.items()}
-    known = {name: wanted[names[name]].shape for name in weights if name in names}
-    return [
-        *_listing("missing", [name for name in spelled.values() if name not in weights]),
-        *_listing("foreign", [name for name in weights if name not in names]),
-        *_listing(
-            "of another shape",
-            [
-                f"{name} (checkpoint {tuple(weights[name].shape)}, model {tuple(shape)})"
-                for name, shape in known.items()
-                if shape != weights[name].shape
-            ],
-        ),
-    ]
 
 
 def _listing(what: str, names: list[str], most: int = 20) -> list[str]:
