@@ -5,14 +5,15 @@ Shapes: T time steps, B batch, C channels, H height, W width.
 
 from collections.abc import Callable, Iterator, Sequence
 
-from timm.layers import get_device_dtype, register_notrace_function, register_notrace_module, trunc_normal_
+import torch
+from timm.layers import get_device_dtype, register_notrace_module, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .layers import Chain
 from .neuron import LIF
 
-register_notrace_module(LIF)  # in a graph of torch.fx each is one node
+register_notrace_module(LIF)  # one node in a graph of torch.fx, for timm; others name it in leaf_modules
 
 
 class Backbone(nn.Module):
@@ -151,7 +152,7 @@ class Backbone(nn.Module):
         return {"stem": r"^stages\.0\.embed", "blocks": r"^stages\.(\d+)" if coarse else by_block}
 
 
-@register_notrace_function  # of torch.fx, which overlooks names with an underscore in front
+@torch.fx.wrap  # one node in a graph of torch.fx
 def time_first(x: Tensor, time_steps: int, in_chans: int) -> Tensor:
     """Return [T,B,C,H,W]: images [B,C,H,W] repeated, or event frames [B,T,C,H,W]."""
     if x.dim() not in (4, 5) or x.shape[-3] != in_chans:
@@ -161,7 +162,7 @@ def time_first(x: Tensor, time_steps: int, in_chans: int) -> Tensor:
     return x.expand(time_steps, *x.shape) if x.dim() == 4 else x.transpose(0, 1)
 
 
-@register_notrace_function
+@torch.fx.wrap
 def with_time(x: Tensor, residual: str) -> Tensor:
     """Return features as [T,B,C,H,W]; T is 1 if they are a mean over time."""
     if x.dim() == 5:

@@ -141,6 +141,8 @@ class LIF(nn.Module):
         self.function: Callable[[Tensor, float], Tensor] = torch_lif  # `models.backends` sets others
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError("torch.fx: spiking neurons cannot be traced; use leaf_modules=[LIF], or features_only=True")
         if self.leak_across_batch:
             return self._over_time(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         return self._over_time(x)
