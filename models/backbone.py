@@ -75,7 +75,13 @@ class Backbone(nn.Module):
         x = nn.functional.dropout(self.mean_tokens(x).mean(0), self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time_first: bool = False) -> Tensor:
+        """Map images [B,C,H,W] or event frames [B,T,C,H,W] to logits [B,num_classes].
+
+        **Frames [T,B,C,H,W], as spikingjelly orders them, need `time_first=True`: a shape does not tell T from B.**
+        """
+        if time_first and x.dim() == 5:
+            x = x.transpose(0, 1)  # [B,T,C,H,W]
         return self.forward_head(self._last_output(x))
 
     def forward_intermediates(
@@ -155,6 +161,8 @@ class Backbone(nn.Module):
 @torch.fx.wrap  # one node in a graph of torch.fx
 def time_first(x: Tensor, time_steps: int, in_chans: int) -> Tensor:
     """Return [T,B,C,H,W]: images [B,C,H,W] repeated, or event frames [B,T,C,H,W]."""
+    if not x.is_floating_point():
+        raise TypeError(f"input of {x.dtype}: expected floating point; use x.float(), and normalize images")
     if x.dim() not in (4, 5) or x.shape[-3] != in_chans:
         raise ValueError(
             f"input of shape {tuple(x.shape)}: expected images [B,{in_chans},H,W] or event frames [B,T,{in_chans},H,W]"
