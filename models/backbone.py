@@ -5,14 +5,15 @@ Shapes: T time steps, B batch, C channels, H height, W width.
 
 from collections.abc import Callable, Iterator, Sequence
 
-from timm.layers import get_device_dtype, register_notrace_function, register_notrace_module, trunc_normal_
+import torch
+from timm.layers import get_device_dtype, register_notrace_module, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .layers import Chain
 from .neuron import LIF
 
-register_notrace_module(LIF)  # in a graph of torch.fx each is one node
+register_notrace_module(LIF)  # one node in a graph of torch.fx, for timm; others name it in leaf_modules
 
 
 class Backbone(nn.Module):
@@ -67,7 +68,13 @@ class Backbone(nn.Module):
         x = nn.functional.dropout(self.mean_tokens(x).mean(0), self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time_first: bool = False) -> Tensor:
+        """Map images [B,C,H,W] or event frames [B,T,C,H,W] to logits [B,num_classes].
+
+        **Frames [T,B,C,H,W], as spikingjelly orders them, need `time_first=True`: a shape does not tell T from B.**
+        """
+        if time_first and x.dim() == 5:
+            x = x.transpose(0, 1)  # [B,T,C,H,W]
         return self.forward_head(self._last_output(x))
 
     def forward_intermediates(
@@ -144,9 +151,11 @@ class Backbone(nn.Module):
         return {"stem": r"^stages\.0\.embed", "blocks": r"^stages\.(\d+)" if coarse else by_block}
 
 
-@register_notrace_function  # of torch.fx, which overlooks names with an underscore in front
+@torch.fx.wrap  # one node in a graph of torch.fx
 def time_first(x: Tensor, time_steps: int, in_chans: int) -> Tensor:
     """Return [T,B,C,H,W]: images [B,C,H,W] repeated, or event frames [B,T,C,H,W]."""
+    if not x.is_floating_point():
+        raise TypeError(f"input of {x.dtype}: expected floating point; use x.float(), and normalize images")
     if x.dim() not in (4, 5) or x.shape[-3] != in_chans:
         raise ValueError(
             f"input of shape {tuple(x.shape)}: expected images [B,{in_chans},H,W] or event frames [B,T,{in_chans},H,W]"
@@ -154,7 +163,7 @@ def time_first(x: Tensor, time_steps: int, in_chans: int) -> Tensor:
     return x.expand(time_steps, *x.shape) if x.dim() == 4 else x.transpose(0, 1)
 
 
-@register_notrace_function
+@torch.fx.wrap
 def with_time(x: Tensor, takes_mean: bool) -> Tensor:
     """Return features as [T,B,C,H,W]; T is 1 if they are a mean over time."""
     if x.dim() == 5:

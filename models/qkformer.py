@@ -151,8 +151,8 @@ class HierarchicalSpikingTransformer(Backbone):
     def step(self, x: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
         """Classify a recording that is still arriving, frame by frame: a pure function, in evaluation mode.
 
-        After T steps the logits are those of `forward` on the T frames together, to the last bit where that is computed
-        by the modules (lif_backend "torch"); memory does not grow with T.
+        After T steps the logits equal those of `forward` on the T frames in float64. In float32 rounding can flip a
+        spike, because a convolution of one frame adds up in another order. Memory does not grow with T.
 
         Args:
             x: the next frame [B,C,H,W].

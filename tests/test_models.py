@@ -205,6 +205,23 @@ def test_bad_input_is_named(shape):
         create_model("qkformer_4_384")(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_input_of_integers_is_named(dtype):
+    with torch.no_grad(), pytest.raises(TypeError, match=rf"^[^\n]*{dtype}.*x\.float\(\)[^\n]*$"):
+        create_model("qkformer_3_64")(torch.ones(2, 1, 8, 8).to(dtype))
+
+
+@pytest.mark.parametrize("lif_backend", ["torch", "auto"])
+def test_frames_may_come_time_first(lif_backend):
+    model = lively(create_model("qkformer_2_64", lif_backend=lif_backend))
+    x = images(2, 3, 2, 16, 16)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(model(x.transpose(0, 1), time_first=True), expected)
+        assert not torch.equal(model(x.transpose(0, 1))[:2], expected)
+        assert torch.equal(model(x[:, 0], time_first=True), model(x[:, 0]))  # images have no time axis
+
+
 def test_drop_path_drops_whole_branches_of_samples_and_keeps_the_mean():
     branch = DropPath(0.25).train()
     x = torch.ones(4, 4000, 3, 1, 1)
