@@ -113,30 +113,18 @@ def _backward_kernel(
                 charges = charges + (h,)
             for step in tl.static_range(CHUNK - 1, -1, -1):
                 grad_v = current_gradient(grads[step].to(ACC), charges[step], THRESHOLD, grad_v)
-                g = grad_v
+                y_step = ys[0 if STATIC else step].to(ACC)
+                if partial is not None:
+                    sum_g += grad_v
+                    sum_gx += grad_v * (y_step - bn[0])
                 if STATIC:
-                    grad_static += g
-                else:
-                    if partial is not None or GRAD_Y:
-                        centred = ys[step].to(ACC) - bn[0]
-                    if partial is not None:
-                        sum_g += g
-                        sum_gx += g * centred
-                    if GRAD_Y:
-                        g = through_norm(g, centred, bn, means)
-                    if grad is not None:
-                        tl.store(grad + (first + step) * size + at, g, until(T, first + step, inside, CHUNK))
-        if STATIC:
-            g = grad_static
-            if partial is not None or GRAD_Y:
-                centred = ys[0].to(ACC) - bn[0]
-            if partial is not None:
-                sum_g += g
-                sum_gx += g * centred
-            if GRAD_Y:
-                g = through_norm(g, centred, bn, means)
-            if grad is not None:
-                tl.store(grad + at, g, inside)
+                    grad_static += grad_v
+                elif grad is not None:
+                    g = through_norm(grad_v, y_step, bn, means) if GRAD_Y else grad_v
+                    tl.store(grad + (first + step) * size + at, g, until(T, first + step, inside, CHUNK))
+        if STATIC and grad is not None:
+            g = through_norm(grad_static, ys[0].to(ACC), bn, means) if GRAD_Y else grad_static
+            tl.store(grad + at, g, inside)
     if partial is not None:
         out = partial + program * 2 * C + c
         sum_g, sum_gx = tl.reduce((sum_g, sum_gx), 0, add_pairs, keep_dims=True)

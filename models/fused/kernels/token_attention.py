@@ -121,17 +121,17 @@ def _backward_kernel(
                 grad_va = current_gradient(grad_mask, h_a, ATTN, grad_va)
                 grad_vk = current_gradient(tl.where(h_a >= ATTN, g, 0.0), h_k, THRESHOLD, grad_vk)
                 grad_vq = current_gradient(grad_va, h_q, THRESHOLD, grad_vq)
-                centred_q = tl.load(y + 2 * t * size + at, inside, 0.0).to(ACC) - norm_q[0]
-                centred_k = tl.load(y + 2 * t * size + at + C, inside, 0.0).to(ACC) - norm_k[0]
+                y_q = tl.load(y + 2 * t * size + at, inside, 0.0).to(ACC)
+                y_k = tl.load(y + 2 * t * size + at + C, inside, 0.0).to(ACC)
                 if partial is not None:
                     sum_q += grad_vq
                     sum_k += grad_vk
-                    sum_qx += grad_vq * centred_q
-                    sum_kx += grad_vk * centred_k
+                    sum_qx += grad_vq * (y_q - norm_q[0])
+                    sum_kx += grad_vk * (y_k - norm_k[0])
                 else:
                     out = grad + 2 * t * size + at
-                    tl.store(out, through_norm(grad_vq, centred_q, norm_q, means_q), inside)
-                    tl.store(out + C, through_norm(grad_vk, centred_k, norm_k, means_k), inside)
+                    tl.store(out, through_norm(grad_vq, y_q, norm_q, means_q), inside)
+                    tl.store(out + C, through_norm(grad_vk, y_k, norm_k, means_k), inside)
     if partial is not None:
         out = partial + program * 4 * C + c
         tl.store(out, tl.sum(sum_q, 0, keep_dims=True), there)
