@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_data
 import torch
-from scripts import ROOT, here, refuses
+from scripts import ROOT, here, named, refuses
 from spikingjelly import datasets as sj
 from spikingjelly.datasets.n_mnist import NMNIST
 
@@ -228,6 +228,16 @@ def test_what_cannot_be_used_is_named(damage, flags, values, tmp_path, monkeypat
         damage(root)
     with refuses(*values):
         load(root, "--input-size", 34, *flags)
+
+
+def test_invalid_events_of_a_file_are_counted(tmp_path, monkeypatch):
+    told, content = [], bytearray(tiny_data.aedat31(*events(side=128)[:4]))
+    content[-8] &= 0xFE  # of the last event
+    (tmp_path / "x.aedat").write_bytes(content)
+    monkeypatch.setattr(logger, "warning", told.append)
+    frames = read_recording(tmp_path / "x.aedat", settings(tmp_path))
+    assert frames.sum() == 299
+    named(told[0], tmp_path / "x.aedat", ": 1 ")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

@@ -218,6 +218,13 @@ def test_a_large_photograph_is_read_without_a_warning(tmp_path, monkeypatch, rec
     assert not recwarn.list
 
 
+def test_a_large_photograph_in_shards_is_read_without_a_warning(data, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    loaded = load("imagenet/qkformer_10_384.yml", *SHARDS, data / "shards", *IMAGENET[2:], "--workers", 0, train=False)
+    assert sum(len(labels) for _, labels in loaded.test) == 37
+    assert not [warning for warning in recwarn if warning.category is Image.DecompressionBombWarning]
+
+
 QUICK = ("qkformer_10_384", "cifar10")
 RECIPES = sorted(path for name in ("imagenet", "cifar10", "cifar100") for path in ROOT.glob(f"{name}/*.yml"))
 

@@ -97,9 +97,12 @@ def layout(cfg: Config) -> Layout:
 def read_recording(path: Path, cfg: Config) -> Tensor:
     """Return the frames of one recording, or of a file of frames, as the network of `cfg` takes them: [T,2,S,S]."""
     try:
-        frames = to_frames(decode(path.name, path.read_bytes()), layout(cfg))
+        recording = decode(path.name, path.read_bytes())
+        frames = to_frames(recording, layout(cfg))
     except Exception as error:  # a damaged file makes its reader fail in any way
         raise UserError(f"{path}: unusable recording ({str(error) or type(error).__name__}); replace it") from None
+    if invalid := getattr(recording, "invalid", 0):
+        logger.warning(f"warning: {path}: {invalid:,} invalid events are left out")
     return torch.from_numpy(frames.astype(np.float32))
 
 
@@ -112,7 +115,7 @@ def _require_settings_of_events(cfg: Config, raw: Raw) -> None:
     for key, values in allowed.items():
         if getattr(cfg, key) not in values:
             fix = " or ".join(map(str, values))
-            raise UserError(f"{key} = {getattr(cfg, key)}: {cfg.dataset} has event frames; use {fix}")
+            raise UserError(f"{key} = {getattr(cfg, key)}: {cfg.dataset} has event frames and needs {fix}")
 
 
 def collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:

@@ -153,7 +153,7 @@ def convert(
         if getattr(error, "filename", None):  # the disk fails, not the recording
             raise
         return f"{sample} {str(error) or type(error).__name__}".strip()[:150], 0
-    return None, recording.invalid if isinstance(recording, Events) else 0
+    return None, getattr(recording, "invalid", 0)
 
 
 def read_member(path: Path, member: str) -> bytes:

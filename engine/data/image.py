@@ -39,7 +39,7 @@ from .recordings import EVENT_DATASETS
 
 # Pillow goes by the content of a file, whatever its name, and starts Ghostscript for PostScript
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-SKIPPED = (".gif", ".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".tga")  # images with names of no image
+SKIPPED = (".gif", ".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".tga")  # formats that are not read
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's name
 IMAGENET_SIZES = {"train": 1_281_167, "test": 50_000}
 
