@@ -171,10 +171,8 @@ def _read_flags(argv: Sequence[str]) -> dict[str, object]:
         if _TYPES[key] is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
         else:
-            kwargs |= {
-                "nargs": "+" if "tuple" in str(_TYPES[key]) else None,
-                "metavar": "|".join(rules["choices"]) or "X",
-            }
+            kwargs["nargs"] = "+" if "tuple" in str(_TYPES[key]) else None
+            kwargs["metavar"] = "|".join(rules["choices"]) or "X"
         parser.add_argument(_flag(key), *rules["flags"], **kwargs)
     parser.add_argument(*IGNORED, help=argparse.SUPPRESS, dest="ignored", nargs="?")
     parsed, unknown = parser.parse_known_args(argv)

@@ -85,8 +85,7 @@ def claim(folder: Path) -> None:
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
     """Return the newest readable checkpoint and its content; damaged files are renamed to *.damaged."""
-    best = folder / "best.pt"
-    candidates = [*checkpoint.kept(folder / "last.pt"), *([best] if best.exists() else [])]
+    candidates = checkpoint.kept(folder / "last.pt") + checkpoint.kept(folder / "best.pt")
     for path in candidates:
         try:
             return path, checkpoint.read(path)

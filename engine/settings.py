@@ -53,12 +53,8 @@ class DataSettings:
     """The data set and its augmentation."""
 
     dataset: str = option("imagefolder", "imagefolder, eventfolder, digits, ..., or a name of timm's create_dataset")
-    split_seed: int | None = option(
-        None, "cifar10-dvs, eventfolder: seed of a random split (default: in order)", low=0, high=2**32 - 1
-    )
-    sensor_size: tuple[int, ...] | None = option(
-        None, "eventfolder: height and width of the sensor of recordings (default: input_size)", low=1
-    )
+    split_seed: int | None = option(None, "cifar10-dvs, eventfolder: seed of a random split", low=0, high=2**32 - 1)
+    sensor_size: tuple[int, ...] | None = option(None, "eventfolder: height, width of the sensor [input_size]", low=1)
     input_size: int = option(32, "height and width of the input", low=1, high=8192, flags=["--img-size"])
     batch_size: int = option(64, "images per rank and step", low=1, high=65536, flags=["-b"])
     eval_batch_size: int | None = option(None, "batch_size of evaluations (default: batch_size)", low=1, high=65536)

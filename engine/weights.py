@@ -109,15 +109,14 @@ def warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:
         "time_steps": getattr(state.get("args"), "time_step", cfg.time_steps),
     }
     keys = ("variant", "ssa_membrane", "residual", "time_steps", "attention", "ssa_scale")
-    keys = [key for key in keys if key in recorded]
     for key, value, trained in differences(cfg, recorded, keys):
         logger.warning(f"warning: {path}: trained with {key} = {short(trained)}, this run has {value!r}")
 
 
 def differences(cfg: Config, recorded: dict, keys: Sequence[str]) -> Iterator[tuple[str, object, object]]:
-    """Yield (key, value in `cfg`, value recorded) of each setting among `keys` that differs."""
+    """Yield (key, value in `cfg`, value recorded) of each setting among `keys` that is recorded and differs."""
     values = plain(cfg)
-    return ((key, values[key], recorded.get(key)) for key in keys if values[key] != recorded.get(key))
+    return ((key, values[key], recorded[key]) for key in keys if key in recorded and values[key] != recorded[key])
 
 
 @torch.inference_mode()

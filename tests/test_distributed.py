@@ -62,9 +62,13 @@ def test_torchruns_restart_goes_on_from_the_last_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "value"),
-    [(("--lif-backend auto", "--lif-backend torch"), "lif_backend"), (("--seed 1", "--seed 2"), "seed")],
+    [
+        (("--lif-backend auto", "--lif-backend torch"), "lif_backend"),
+        (("--seed 1", "--seed 2"), "seed"),
+        (("--sync-bn", "--sync-bn"), "--sync-bn"),
+    ],
 )
-def test_ranks_that_disagree_all_end_in_one_line(tmp_path, flags, value):
+def test_ranks_that_cannot_train_together_all_end_in_one_line(tmp_path, flags, value):
     world = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     children = []
     for rank in range(2):
