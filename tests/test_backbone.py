@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,3 +51,11 @@ def test_snippets_run(code, check, workplace):
     torch.manual_seed(0)
     exec(code.replace("range(10)", "range(1)").replace("batch_size=16", "batch_size=4"), namespace)
     assert eval(check, namespace)
+
+
+def test_scripts_of_timm_find_the_networks(workplace, monkeypatch, capsys):
+    code = re.search(r"RUN='(.*)'", PAGE)[1]
+    Path("train.py").write_text("import sys, timm; print(timm.create_model(sys.argv[1]).num_classes, __name__)")
+    monkeypatch.setattr(sys, "argv", ["-c", "train.py", "qkformer_4_384.cifar100"])
+    exec(code)
+    assert capsys.readouterr().out == "100 __main__\n"
