@@ -32,12 +32,10 @@ FAMILIES = {
 class Block(nn.Module):
     """x + attention(x), then x + mlp(x). [T,B,C,H,W], unchanged. With "sew" residuals x is a small integer."""
 
-    def __init__(
-        self, kind: str, dim: int, heads: int, mlp_ratio: float, residual: str, drop_path: float, attn: Mapping
-    ):
+    def __init__(self, attn: nn.Module, mlp: nn.Module, drop_path: float = 0.0):
         super().__init__()
-        self.attn = ATTENTIONS[kind](dim, heads, residual, **attn)
-        self.mlp = SpikingMLP(dim, int(dim * mlp_ratio), residual)
+        self.attn = attn
+        self.mlp = mlp
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,7 +124,14 @@ class HierarchicalSpikingTransformer(nn.Module):
                 SPS(channels, units, shortcut) if embed == "sps" else SPEDS(channels, units, branch, shortcut, residual)
             )
             options = self_attn if kind == "self" else attn
-            blocks = [Block(kind, dim, heads, mlp_ratio, residual, next(rates), options) for _ in range(depth)]
+            blocks = [
+                Block(
+                    ATTENTIONS[kind](dim, heads, residual, **options),
+                    SpikingMLP(dim, int(dim * mlp_ratio), residual),
+                    next(rates),
+                )
+                for _ in range(depth)
+            ]
             self.stages.append(Chain(OrderedDict(embed=first, blocks=Chain(*blocks))))
         self.lif = LIF() if residual == "ms" else nn.Identity()
         self.head = nn.Linear(width, num_classes)
