@@ -11,7 +11,8 @@ rates f:
     Q-K   mean n f_q                variance n f_q (1 - f_q)                n = d or N
     SSA   mean N d f_q f_k f_v      variance: the formula in `independent`
 
-Writes attention_statistics.csv and .png.
+and with the paper's bound, that of n or N d independent terms: n / 4 and N d / 4 (`bound`). Writes
+attention_statistics.csv and .png.
 """
 
 import itertools
@@ -52,6 +53,15 @@ def independent(kind: str, rates: Sequence[float], width: int, tokens: int) -> t
     return mean, tokens * width * second - mean**2
 
 
+def bound(kind: str, width: int, tokens: int) -> float:
+    """Return the paper's bound of the sum's variance: a quarter of the number of terms, for terms 0 or 1.
+
+    It takes the N d products of self-attention as independent of each other. They share spikes of q and v, so their
+    sum can vary more, even if all spikes are independent: `independent` gives N^2 d / 4 where k and v always fire.
+    """
+    return {"Q-K token": width, "Q-K channel": tokens, "self": tokens * width}[kind] / 4
+
+
 def measure(subject: Subject) -> list[dict]:
     """Return a row for each block, and two (with the scale, without) for each of self-attention."""
     blocks = {name: module.attn for name, module in subject.model.named_modules() if isinstance(module, Block)}
@@ -90,6 +100,7 @@ def _rows(depth: int, name: str, attention: nn.Module, sums: dict[str, Tensor], 
             "variance": variance * (factor / scale) ** 2,
             "independent mean": expected[0] * factor,
             "independent variance": expected[1] * factor**2,
+            "bound of the variance": bound(kind, width, tokens) * factor**2,
             "N": tokens,
             "d": width,
             "firing rates": " ".join(f"{rate:.4f}" for rate in rates),
@@ -114,13 +125,16 @@ def draw(tables: dict[str, list[dict]], path: Path) -> None:
                         depths, values = [row["depth"] for row in mine], [row[what] for row in mine]
                         axis.plot(depths, values, line, marker=marker, color=colour, label=f"{kind} ({name})")
                         axis.plot(depths, [row[f"independent {what}"] for row in mine], "x", color=colour, alpha=0.6)
+                        if what == "variance":
+                            bounds = [row["bound of the variance"] for row in mine]
+                            axis.plot(depths, bounds, "_", color=colour, markersize=14)
             is_silent = not any(row[what] > 0 for rows in tables.values() for row in rows)
             axis.set(title=f"{what} of the input of the attention's neuron", xlabel="block")
             axis.set_yscale("linear" if is_silent else "log")
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
         axes[0].axhline(ATTN_THRESHOLD, color="grey", linewidth=0.8)
-        legend = "x: independent spikes\ngrey: threshold of the membrane"
+        legend = "x: independent spikes\ndash: bound of the paper\ngrey: threshold of the membrane"
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", title=legend)
 
 

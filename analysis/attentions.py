@@ -1,14 +1,20 @@
-"""Attentions by themselves, to compare their growth: counted operations, and forward with backward pass."""
+"""Attentions by themselves, to compare their growth: operations, memory, and forward with backward pass."""
 
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models.attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 
+from .common import published
+
 FIRING_RATE = 0.2
+LABELS = {"token": "Q-K token", "self": "q (k^T v)", "quadratic": "(q k^T) v"}  # of the table of memory
 
 
 class QuadraticSelfAttention(SpikingSelfAttention):
@@ -53,18 +59,80 @@ class Attention(NamedTuple):
         weights = (p.numel() for p in self.module().parameters() if p.dim() > 1 and self.part == "module")
         return core + n * sum(weights)
 
+    def counted_bytes(self) -> int:
+        """Count the float32 results of sums, masks and products of the core, without the scale and the neuron.
+
+        The paper counts 4 N D bytes for Q-K token attention and 4 (N^2 + N D) for self-attention as (q k^T) v.
+        """
+        maps = {"self": self.d**2 // self.heads, "quadratic": self.heads * self.n**2}
+        maps |= {"token": self.heads * self.n, "channel": self.d}
+        return 4 * (maps[self.kind] + self.n * self.d)
+
+    def measured_bytes(self) -> int:
+        """Measure the most bytes that a forward pass of the core, with its neuron, holds beyond its inputs."""
+        module, spikes = self.module(), self.spikes(self.inputs)
+        with torch.no_grad(), PeakMemory() as memory:
+            module.attend(*spikes)
+        return memory.peak
+
+    @property
+    def inputs(self) -> int:
+        """Return the inputs of the core: query and key, and value with self-attention."""
+        return 3 if self.kind in ("self", "quadratic") else 2
+
+    def spikes(self, count: int) -> list[Tensor]:
+        """Return random spikes, `count` tensors [1,1,h,d,N]."""
+        rng, shape = torch.Generator().manual_seed(0), (1, 1, self.heads, self.d // self.heads, self.n)
+        return [(torch.rand(shape, generator=rng) < FIRING_RATE).float() for _ in range(count)]
+
     def step(self, device: torch.device) -> tuple[Callable[..., object], list[Tensor], list[nn.Parameter]]:
         """Return forward and backward pass as a function of spikes, these spikes, and the parameters."""
         module = self.module().to(device)
-        shape, count, call = (1, 1, self.d, self.n, 1), 1, module
-        if self.part == "core":
-            shape, call = (1, 1, self.heads, self.d // self.heads, self.n), module.attend
-            count = 3 if isinstance(module, SpikingSelfAttention) else 2  # q, k and v, or q and k
-        rng, parameters = torch.Generator().manual_seed(0), list(module.parameters())
-        *spikes, gradient = ((torch.rand(shape, generator=rng) < FIRING_RATE).float() for _ in range(count + 1))
+        *spikes, gradient = self.spikes(self.inputs + 1)
+        call, parameters = module.attend, list(module.parameters())
+        if self.part == "module":
+            spikes, gradient = [x.reshape(1, 1, self.d, self.n, 1) for x in (spikes[0], gradient)]
+            spikes, call = [spikes], module
         spikes, gradient = [x.to(device).requires_grad_() for x in spikes], gradient.to(device)
 
         def step(*inputs: Tensor) -> tuple:
             return torch.autograd.grad(call(*inputs), [*inputs, *parameters], gradient, allow_unused=True)
 
         return step, spikes, parameters
+
+
+class PeakMemory(TorchDispatchMode):
+    """Context that measures in `peak` the most bytes that tensors made in it hold at once, on any device."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self._sizes = 0, {}  # bytes of each storage that exists
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if storage._cdata not in inputs | self._sizes.keys():
+                self._sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._sizes.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self._sizes.values()))
+        return result
+
+
+def _storages(tree: object) -> list[torch.UntypedStorage]:
+    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def memory() -> list[dict]:
+    """Return the memory (MiB) of a head of each attention, a row for each number of tokens, and the paper's figures."""
+    paper, rows = published("attention_memory"), []
+    for side in (10, 20, 30, 40, 50):
+        row = {"N": side**2}
+        for kind, label in LABELS.items():
+            attention = Attention(kind, "core", side**2, paper["channels"], heads=1)
+            counts = {"counted": attention.counted_bytes(), "measured": attention.measured_bytes()}
+            row |= {f"{label}: {how}": size / 2**20 for how, size in counts.items()}
+            if kind in paper:
+                row[f"{label}: paper (to be verified)"] = paper[kind] if side**2 == paper["tokens"] else None
+        rows.append(row)
+    return rows

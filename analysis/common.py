@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -176,6 +177,11 @@ def short_names(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(paths):
             return names
     raise UserError("--checkpoint: two files have equal names in folders of equal names; rename a folder")
+
+
+def published(section: str) -> dict:
+    """Return a section of published.yml, the published figures that belong to no recipe."""
+    return yaml.safe_load(Path(__file__).with_name("published.yml").read_text())[section]
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:

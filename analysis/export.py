@@ -18,7 +18,8 @@ import timm.data
 
 from engine.checkpoint import fingerprint
 from engine.cli import UserError
-from engine.config import EVENT_DATASETS, LOCAL_FIELDS, Config, plain
+from engine.config import LOCAL_FIELDS, Config, plain
+from engine.data.recordings import EVENT_DATASETS
 from engine.log import logger, write_whole
 from models import LIF
 

@@ -1,28 +1,41 @@
 """Firing rate of each neuron layer of a trained network, and the integers that its SEW residuals add up to.
 
-    python -m analysis.firing_rates --checkpoint output/first/best.pt
+    python -m analysis.firing_rates --checkpoint output/first/best.pt [--table]
 
 The firing rate is the mean output of a LIF over the test set, for each time step. With SEW residuals the blocks pass on
 sums of spikes: small integers, whose distribution has a panel of its own. Membrane shortcuts pass on currents, which
-are left out. Writes firing_rates.csv, integers.csv and firing_rates.png.
+are left out. Writes firing_rates.csv, integers.csv and firing_rates.png, and with `--table` firing_rates_table.csv: the
+paper's table, in which the blocks of a stage are averaged, with its figures.
 """
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from matplotlib import colormaps
+from tabulate import tabulate
 from torch import Tensor
 from torch.nn import functional as F
 
 from engine.log import logger
 from models import LIF
+from models.attention import ChannelQKAttention, TokenQKAttention
 from models.layers import SpikingMLP
 from models.qkformer import Block
 
-from .common import Subject, drawing, main, subjects, write_csv
+from .common import Subject, drawing, main, published, subjects, write_csv
+
+TABLE = {  # row of the paper's table -> end of the layer's name
+    "Q": "attn.q.lif",
+    "K": "attn.k.lif",
+    "V": "attn.v.lif",
+    "attention": "attn.attn_lif",
+    "masked key": "attn.proj",
+    "output": "attn.proj.lif",
+    "MLP 1": "mlp.fc1.lif",
+    "MLP 2": "mlp.fc2.lif",
+}
 
 
 class Rates(NamedTuple):
@@ -30,21 +43,24 @@ class Rates(NamedTuple):
 
     spikes: dict[str, Tensor]  # firing rate [T] of each LIF
     integers: dict[str, Tensor]  # share of each integer from 0 on, after each residual; none with membrane shortcuts
+    masked: dict[str, Tensor]  # rate [T] of the keys that pass a Q-K attention, by the name of its `proj`
 
 
 def measure(subject: Subject) -> Rates:
     """Average over the test set."""
-    spikes, counts, callbacks = {}, {}, {}
+    spikes, masked, counts, callbacks = {}, {}, {}, {}
 
-    def add_spikes(name: str, _, output: Tensor) -> None:
-        spikes.setdefault(name, []).append(output.flatten(1).double().mean(1) * output.shape[1])  # [T]
+    def add(rates: dict, name: str, values: Tensor) -> None:
+        rates.setdefault(name, []).append(values.flatten(1).double().mean(1) * values.shape[1])  # [T]
 
     def add_integers(name: str, values: Tensor) -> None:
         counts.setdefault(name, []).append(torch.bincount(values.flatten().long()))
 
     for name, module in subject.model.named_modules():
         if isinstance(module, LIF):
-            callbacks[module] = functools.partial(add_spikes, name)
+            callbacks[module] = lambda _, output, name=name: add(spikes, name, output)
+        elif isinstance(module, TokenQKAttention | ChannelQKAttention):
+            callbacks[module.proj] = lambda x, _, name=f"{name}.proj": add(masked, name, x)
         elif subject.cfg.residual == "ms":
             continue
         elif isinstance(module, Block) or name.endswith(".embed"):
@@ -55,10 +71,25 @@ def measure(subject: Subject) -> Rates:
     samples = subject.evaluate(callbacks)
     most = max((len(count) for batches in counts.values() for count in batches), default=0)
     total = {name: sum(F.pad(n, (0, most - len(n))) for n in batches) for name, batches in counts.items()}
-    return Rates(
-        {name: torch.stack(batches).sum(0).cpu() / samples for name, batches in spikes.items()},
-        {name: (count / count.sum()).cpu() for name, count in total.items()},
+    means, of_keys = (
+        {name: torch.stack(batches).sum(0).cpu() / samples for name, batches in rates.items()}
+        for rates in (spikes, masked)
     )
+    return Rates(means, {name: (count / count.sum()).cpu() for name, count in total.items()}, of_keys)
+
+
+def table(rates: Rates) -> list[dict]:
+    """Return the rows of the paper's table, with its figures."""
+    paper, layers, rows = published("firing_rates"), rates.spikes | rates.masked, []
+    for stage in sorted({int(name.split(".")[1]) for name in layers if ".blocks." in name}):
+        figures = dict(enumerate(paper["stages"])).get(stage, {})
+        for layer, end in TABLE.items():
+            start = f"stages.{stage}.blocks."
+            blocks = [rate.mean() for name, rate in layers.items() if name.startswith(start) and name.endswith(end)]
+            if blocks:
+                row = {"stage": stage + 1, "layer": layer, "firing rate": torch.stack(blocks).mean().item()}
+                rows.append(row | {f"{paper['network']}, paper (to be verified)": figures.get(layer)})
+    return rows
 
 
 def draw(rates: Rates, title: str, path: Path) -> None:
@@ -112,11 +143,16 @@ def write(rates: Rates, title: str, folder: Path, suffix: str) -> None:
 
 
 def run(argv: Sequence[str]) -> None:
-    args, found = subjects(__doc__, argv)
+    flag = {"action": "store_true", "help": "print and write the paper's table too"}
+    args, found = subjects(__doc__, argv, table=flag)
     for subject in found:
         suffix = f"-{subject.name}" if len(found) > 1 else ""
-        title = f"{subject.cfg.model} on {subject.cfg.dataset}, {subject.path}"
-        write(measure(subject), title, args.output_dir, suffix)
+        title, rates = f"{subject.cfg.model} on {subject.cfg.dataset}, {subject.path}", measure(subject)
+        write(rates, title, args.output_dir, suffix)
+        if args.table:
+            rows = table(rates)
+            write_csv(args.output_dir / f"firing_rates_table{suffix}.csv", rows)
+            logger.info(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".4f"))
 
 
 if __name__ == "__main__":

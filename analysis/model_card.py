@@ -5,7 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from engine.config import EVENT_DATASETS, MODEL_FIELDS, Config, plain
+from engine.config import MODEL_FIELDS, Config, plain
+from engine.data.recordings import EVENT_DATASETS
 from engine.log import logger
 
 from .common import Subject

@@ -2,42 +2,35 @@
 
     python -m analysis.tables [--results FOLDER ...] [--output-dir FOLDER]
 
-Parameters and MACs are computed from the networks. Columns marked *paper* and *log* repeat published figures. Columns
-marked *here* come from the files NAME.test.json that test.py wrote on complete test sets, of networks trained as the
-recipe says. They are means where seeds differ, and empty where there is no file. Writes tables.md and a CSV file per
-table.
+Parameters and MACs are computed from the networks. Columns marked *paper*, *log* and *elsewhere* repeat published
+figures: those of this project's networks are in the recipes, all others in published.yml. Columns marked *here* come
+from the files NAME.test.json that test.py wrote on complete test sets, of networks trained as the recipe says. They are
+means where seeds differ, and empty where there is no file. Prints which files it leaves out, and why. Writes tables.md
+and a CSV file per table.
 """
 
 import dataclasses
 import functools
-import json
-import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import timm
 import torch
-import yaml
 from tabulate import tabulate
 from torch import nn
 
 from engine.cli import UserError
-from engine.config import EVENT_DATASETS, FIELDS, LOCAL_FIELDS, MODEL_FIELDS, PUBLISHED, Config, plain, read
+from engine.config import Config, read
+from engine.data.recordings import EVENT_DATASETS
 from engine.log import logger, setup_console
 from engine.run import build_model
 
-from .common import ROOT, main, parser, recipes, write_csv
+from .common import main, parser, published, recipes, write_csv
 from .energy import estimate
+from .results import by_recipe, mean, results
 
-# samples of the complete test sets; results on fewer stay out of the tables
-TEST_SAMPLES = {"imagefolder": 50_000, "torch/cifar10": 10_000, "torch/cifar100": 10_000, "dvs128-gesture": 288}
-TEST_SAMPLES |= {"cifar10-dvs": 1_000, "digits": 360, "digits-dvs": 360}
 DATA_NAMES = {"torch/cifar10": "CIFAR-10", "torch/cifar100": "CIFAR-100", "dvs128-gesture": "DVS128 Gesture"}
 DATA_NAMES |= {"cifar10-dvs": "CIFAR10-DVS", "digits": "digits", "digits-dvs": "digits, as events"}
-# settings that decide the accuracy of a network; seeds may differ because they are averaged
-_OTHERS = "variant effective_batch seed eval_batch_size eval_amp channels_last grad_checkpointing".split()
-TRAINING = [key for key in FIELDS if key not in (*LOCAL_FIELDS, *MODEL_FIELDS, *PUBLISHED, *_OTHERS)]
 ABLATIONS = {  # variant -> the paper's name of the row
     None: "Q-K token + self-attention",
     "no_speds": "the same without SPEDS",
@@ -66,69 +59,22 @@ def _millions(macs: float) -> str:
     return f"{macs / 1e9:.3f} G" if macs >= 1e9 else f"{macs / 1e6:.2f} M"
 
 
-def results(folders: Sequence[Path]) -> list[dict]:
-    """Return the newest test.json of each run folder in or below `folders`; warn about those left out."""
-    newest, seen = {}, set()
-    for path in sorted(path for folder in folders for path in folder.rglob("*.test.json")):
-        if (result := _read(path)) is None:
-            logger.warning(f"{path}: left out, test.py did not write it")
-        elif result["count"] != TEST_SAMPLES.get(result["dataset"]):
-            logger.warning(f"{path}: left out, {result['count']} samples are not the test set of {result['dataset']}")
-        elif (text := json.dumps(result)) not in seen:
-            seen.add(text)
-            last = newest.get(path.parent)
-            if last is None or result["time"] > last["time"]:
-                newest[path.parent] = result | {"path": path}
-    return list(newest.values())
+Found = Mapping[Config, Sequence[dict]]  # results of each recipe and variant
 
 
-def _read(path: Path) -> dict | None:
-    """Return the content of a file, or None if test.py did not write it."""
-    try:
-        content = json.loads(path.read_text())
-        figures = [content["top1"] / 100, content.get("energy", {"energy_mj": 0})["energy_mj"]]
-        texts = [content[key] for key in ("time", "dataset", "model")]
-        is_result = figures[0] <= 1 and all(0 <= x < math.inf for x in figures) and isinstance(content["count"], int)
-        return content if is_result and all(isinstance(text, str) for text in texts) else None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError):
-        return None
+def _given(value: float | None, form: str = ".2f") -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
-def measured(cfg: Config, found: Sequence[dict]) -> dict[str, str]:
-    """Average accuracy and energy of the results with the network, data and input of `cfg`, trained as it says."""
-    wanted, mine = plain(cfg), []
-    for result in found:
-        if all(result.get(key) == wanted[key] for key in ("dataset", "input_size", "split_seed", *MODEL_FIELDS)):
-            different = [key for key in TRAINING if result.get(key, FIELDS[key].default) != wanted[key]]
-            if different:
-                key = different[0]
-                values = f"{key} is {result.get(key)}, the recipe has {wanted[key]}"
-                logger.warning(f"{result['path']}: left out, {values}")
-            else:
-                mine.append(result)
-    energies = [result["energy"]["energy_mj"] for result in mine if "energy" in result]
-    top1 = [result["top1"] for result in mine]
-    spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
-    return {"energy": _mean(energies, ".3g", ""), "top1": _mean(top1, ".2f", spread)}
-
-
-def _mean(values: Sequence[float], form: str, spread: str) -> str:
-    if not values:
-        return ""
-    return f"{statistics.mean(values):{form}}{spread}" + (f" ({len(values)} runs)" if len(values) > 1 else "")
-
-
-def _given(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def row(cfg: Config, found: Sequence[dict]) -> dict[str, str]:
+def row(cfg: Config, found: Found) -> dict[str, str]:
     """Return the row of a recipe."""
     shape = (1, cfg.in_channels, cfg.input_size, cfg.input_size)
     if cfg.dataset in EVENT_DATASETS:
         shape = (1, *shape)  # one frame
-    here = measured(cfg, found)
     build = functools.partial(build_model, dataclasses.replace(cfg, time_steps=1))
+    paper = _given(cfg.paper_top1) + (" (to be verified)" if cfg.paper_unverified else "")
+    paper += f" (top-5 {cfg.paper_top5:.2f})" if cfg.paper_top5 else ""
+    energies = [result["energy"]["energy_mj"] for result in found[cfg] if "energy" in result]
     return {
         **({"data set": DATA_NAMES[cfg.dataset]} if cfg.dataset in DATA_NAMES else {}),
         "network": cfg.model,
@@ -136,46 +82,76 @@ def row(cfg: Config, found: Sequence[dict]) -> dict[str, str]:
         "input": str(cfg.input_size),
         **size(build, shape),
         "energy (mJ) *paper*": _given(cfg.paper_energy_mj),
-        "energy (mJ) *here*": here["energy"],
-        "top-1 (%) *paper*": _given(cfg.paper_top1),
+        "energy (mJ) *here*": mean(energies, ".3g"),
+        "top-1 (%) *paper*": paper,
         "top-1 (%) *log*": _given(cfg.log_top1),
-        "top-1 (%) *here*": here["top1"],
+        "top-1 (%) *here*": mean([result["top1"] for result in found[cfg]], ".2f", spread=True),
+        "hours *log*": _given(cfg.log_hours, ".1f"),
+        "GB a GPU *log*": _given(cfg.log_memory_gb, ".1f"),
     }
 
 
-def imagenet(found: Sequence[dict]) -> list[dict]:
-    """Return a row for each recipe, then for the paper's other networks."""
-    rows = [row(cfg, found) for _, cfg in recipes("imagenet") if cfg.dataset == "imagefolder"]
-    published = yaml.safe_load((Path(__file__).parent / "published.yml").read_text())
-    empty = dict.fromkeys(rows[0], "")
-    for other in published["snn"]:
-        texts = {"network": other["network"], "T": "4", "input": "224"}
-        rows.append(empty | texts | {"energy (mJ) *paper*": _given(other["energy_mj"])})
-    for other in published["ann"]:
-        build = functools.partial(timm.create_model, other["timm"])
-        side = timm.get_pretrained_cfg(other["timm"]).input_size[-1]
-        texts = {"network": f"{other['network']} (not spiking)", "input": str(side)} | size(build, (1, 3, side, side))
-        rows.append(empty | texts | {"energy (mJ) *paper*": _given(other["energy_mj"])})
-    return rows
+def own(found: Found, datasets: Sequence[str]) -> list[dict]:
+    """Return a row for each recipe of the data sets, in their order."""
+    order = {name: i for i, name in enumerate(datasets)}
+    configs = [cfg for cfg in found if cfg.dataset in order and not cfg.variant]
+    return [row(cfg, found) for cfg in sorted(configs, key=lambda cfg: order[cfg.dataset])]
 
 
-def others(found: Sequence[dict]) -> list[dict]:
-    """Return a row for each recipe of CIFAR, the event recordings and the digits."""
-    folders = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "digits", "digits-dvs")
-    return [row(cfg, found) for folder in folders for _, cfg in recipes(folder) if cfg.dataset in DATA_NAMES]
+def listed(table: dict, found: Found) -> list[dict]:
+    """Return the rows of a table in published.yml, with parameters and MACs where timm has the network."""
+    rows = []
+    for other in table["rows"]:
+        given = other | (_paper_top1(found) if other["network"] == "QKFormer" else {})
+        texts = {key: f"{value:.2f}" if isinstance(value, float) else str(value) for key, value in given.items()}
+        unmarked = ("network", "T", "input")
+        marked = {key: key if key in unmarked else f"{key} *{table['source']}*" for key in table["columns"]}
+        rows.append({name: texts.get(key, "") for key, name in marked.items()})
+        if "timm" in other:
+            build = functools.partial(timm.create_model, other["timm"])
+            rows[-1] |= size(build, (1, 3, other["input"], other["input"]))
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [dict.fromkeys(columns, "") | row for row in rows]
 
 
-def ablations(found: Sequence[dict]) -> list[dict]:
-    """Return both data sets of the paper's ablations side by side."""
+def _paper_top1(found: Found) -> dict[str, float]:
+    """Return the paper's accuracy by the name of the data set, that of its first recipe."""
+    configs = [cfg for cfg in found if cfg.dataset in DATA_NAMES and cfg.paper_top1 and not cfg.variant]
+    return {DATA_NAMES[cfg.dataset]: cfg.paper_top1 for cfg in reversed(configs)}
+
+
+def ablations(found: Found, datasets: Sequence[str], kept: Sequence[str]) -> list[dict]:
+    """Return the columns `kept` of each variant, with the data sets side by side."""
     rows = [{"attention, embedding": name, "--variant": variant or ""} for variant, name in ABLATIONS.items()]
-    for path in (ROOT / "cifar100/cifar100.yml", ROOT / "cifar10-dvs/cifar10-dvs.yml"):
-        configs = {cfg.variant: cfg for cfg in read(path).all()}
+    for dataset in datasets:
+        configs = [cfg for cfg in found if cfg.dataset == dataset]
+        variants = {cfg.variant: cfg for cfg in configs if cfg.variant or cfg == configs[0]}
         for texts, variant in zip(rows, ABLATIONS, strict=True):
-            whole = row(configs[variant], found)
-            name = whole["data set"]
-            kept = ("parameters", "MACs a step", "top-1 (%) *paper*", "top-1 (%) *here*")
-            texts |= {f"{name}: {key}": whole[key] for key in kept}
+            whole = row(variants[variant], found) if variant in variants else dict.fromkeys(kept, "")
+            texts |= {f"{DATA_NAMES[dataset]}: {key}": whole[key] for key in kept}
     return rows
+
+
+def tables(found: Found) -> dict[str, tuple[str, list[dict]]]:
+    """Return title and rows of each table, by the name of its CSV file."""
+    others = {name: (table["title"], listed(table, found)) for name, table in published("tables").items()}
+    counts = ("parameters", "MACs a step")
+    here = ("energy (mJ) *here*", "top-1 (%) *here*")
+    return {
+        "imagenet": ("ImageNet-1k", own(found, ["imagefolder"])),
+        "imagenet_others": others.pop("imagenet_others"),
+        "imagenet_later": others.pop("imagenet_later"),
+        "small": ("CIFAR, event recordings, digits", own(found, [*DATA_NAMES])),
+        **others,
+        "ablations": (
+            "Ablations",
+            ablations(found, ["torch/cifar100", "cifar10-dvs"], (*counts, "top-1 (%) *paper*", "top-1 (%) *here*")),
+        ),
+        "ablations_digits": (
+            "The same ablations on the digits",
+            ablations(found, ["digits", "digits-dvs"], ("parameters", *here)),
+        ),
+    }
 
 
 def markdown(title: str, rows: list[dict]) -> str:
@@ -193,18 +169,15 @@ def run(argv: Sequence[str]) -> None:
     setup_console(is_main=True)
     if missing := [str(folder) for folder in args.results or () if not folder.is_dir()]:
         raise UserError(f"--results {missing[0]}: no such folder; name folders of runs")
-    found = results(args.results or [Path("output")])
-    tables = {  # name of the CSV file -> title, rows
-        "imagenet": ("ImageNet-1k", imagenet(found)),
-        "small": ("CIFAR, event recordings, digits", others(found)),
-        "ablations": ("Ablations", ablations(found)),
-    }
+    configs = [cfg for path, _ in recipes() for cfg in read(path).all()]
+    found = by_recipe(results(args.results or [Path("output")]), configs)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    text = "\n\n".join(markdown(*table) for table in tables.values())
+    made = tables(found)
+    text = "\n\n".join(markdown(*table) for table in made.values())
     (args.output_dir / "tables.md").write_text(text + "\n")
-    for name, (_, rows) in tables.items():
+    for name, (_, rows) in made.items():
         write_csv(args.output_dir / f"{name}.csv", [{k.replace("*", ""): v for k, v in row.items()} for row in rows])
-    logger.info(f"{text}\n\nwritten: tables.md and {len(tables)} CSV files in {args.output_dir}")
+    logger.info(f"{text}\n\nwritten: tables.md and {len(made)} CSV files in {args.output_dir}")
 
 
 if __name__ == "__main__":

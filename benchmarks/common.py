@@ -18,7 +18,8 @@ import joblib
 import torch
 from torch import Tensor, nn
 
-from engine.config import EVENT_DATASETS, MODEL_FIELDS, Config, load
+from engine.config import MODEL_FIELDS, Config, load
+from engine.data.recordings import EVENT_DATASETS
 from engine.log import provenance, setup_console, write_whole
 from engine.world import set_arithmetic, setup
 from models import create_model

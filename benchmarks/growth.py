@@ -2,12 +2,12 @@
 
     python -m benchmarks.growth                          # networks: T, resolution, width and batch
     python -m benchmarks.growth --axes tokens channels   # attentions: tokens N and channels D
+    python -m benchmarks.growth --memory                 # attentions: bytes at the sizes of the paper
 
 Networks: training steps ("train") and evaluation ("eval") of a recipe's network on noise, ours and the baseline in
 turns as in benchmarks/speed.py. Attentions: forward and backward pass of Q-K attention and of self-attention, as
-q (k^T v), the order of this project, and as (q k^T) v, the order of the paper's equation. "core" runs from the spikes
-of q, k and v to those for the projection. "module" adds the projections, which are quadratic in D. Additions and
-multiply-accumulates of the attentions are counted.
+q (k^T v), the order of this project, and as (q k^T) v, the order of the paper's equation; their operations are counted.
+"core" runs from the spikes of q, k and v to those for the projection. "module" adds the projections, quadratic in D.
 
 Memory is the peak on CUDA, and on a CPU the bytes that autograd keeps for the backward pass. Exponents are slopes in
 the log-log plot over the larger half of the sizes, because small sizes measure the start of the kernels. Each point is
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from analysis.attentions import PARTS, Attention
+from analysis.attentions import PARTS, Attention, memory
 from analysis.common import drawing, main, positive
 from engine.cli import UserError
 from engine.config import Config
@@ -64,10 +64,6 @@ class Point(NamedTuple):
     axis: str
     size: int  # as plotted
     at: dict[str, int]  # flag values
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        return tuple(PARTS if self.axis in ATTENTION_AXES else STEPS)
 
     def config(self, model: str) -> Config:
         """Return the recipe of a network at this point."""
@@ -182,14 +178,13 @@ def chosen(args: argparse.Namespace, device: torch.device) -> list[Point]:
             raise UserError(f"--{axis.replace('_', '-')} {sizes[0]}: an exponent needs two sizes; add one")
         points += [Point(axis, size ** AXES[axis].power, fixed | {axis: size}) for size in sizes]
     for point in points:
-        width, channels = point.at["width"], point.at["channels"]
-        if point.axis in ATTENTION_AXES and channels % args.heads:
-            raise UserError(f"--heads {args.heads}: does not divide {channels} channels; use a divisor")
+        if point.axis in ATTENTION_AXES and point.at["channels"] % args.heads:
+            raise UserError(f"--heads {args.heads}: does not divide {point.at['channels']} channels; use a divisor")
         try:
             with torch.device("meta"):
-                network(point.config(args.model), width=width)
+                network(point.config(args.model), width=point.at["width"])
         except ValueError as error:
-            raise UserError(f"width {width}: {error}") from None
+            raise UserError(f"width {point.at['width']}: {error}") from None
     return points
 
 
@@ -202,13 +197,18 @@ def run(argv: Sequence[str]) -> None:
         name = axis.replace("_", "-")
         flags.add_argument(f"--{name}", type=positive, nargs="+", help="its sizes")
         flags.add_argument(f"--at-{name}", type=positive, help="its size while another grows")
+    flags.add_argument("--memory", action="store_true", help="print the attentions' memory (MiB), and nothing else")
     args = flags.parse_args(argv)
+    if args.memory:
+        print(tabulate(memory(), headers="keys", floatfmt=".2f"))
+        return
     device = start(args)
     points = chosen(args, device)
     fixed = [f"at_{name}" for name in AXES]
     file = Results("growth", args, device, ("model", "amp", "heads", "rounds", "steps", *fixed))
     for point in points:
-        for mode in (mode for mode in point.modes if mode in args.modes):
+        modes = PARTS if point.axis in ATTENTION_AXES else STEPS
+        for mode in (mode for mode in modes if mode in args.modes):
             if not any((row["axis"], row["size"], row["mode"]) == (point.axis, point.size, mode) for row in file.all):
                 file.write(measure(point, mode, args, device))
     title = f"{args.model}, amp {args.amp}, on {file.device}; attentions: {args.heads} heads\nwhere another grows: "

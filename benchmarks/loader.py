@@ -30,8 +30,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from analysis.common import ROOT, main, parser, positive
 from engine import config, world
 from engine.config import Config
-from engine.data.event import RAW
 from engine.data.frames import integrate
+from engine.data.recordings import RAW
 from engine.log import logger
 from engine.run import create_data
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import errno
 import hashlib
 import io
 import itertools
@@ -16,14 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from .cli import UserError
+from .cli import UserError, is_out_of_memory
 
 FORMAT = "qkformer-1"
 ENTRIES = dict.fromkeys(("optimizer", "scaler", "position", "best", "config"), dict) | {"epoch": int}  # besides weights
-START = {"steps_done": 0, "order": {}, "processes": [{"loss_sum": 0, "seen": 0}]}  # position at the start of an epoch
-AGAIN = "fetch it again, or use an older checkpoint"
 
 
 def read(path: str | Path) -> dict:
@@ -43,62 +40,49 @@ def read(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: {'not a file' if os.path.lexists(path) else 'does not exist'}; name a checkpoint")
-    if path.suffix == ".safetensors":
-        path.open("rb").close()  # an OSError, if any, says more than safetensors
-        return _read_safetensors(path)
-    content = path.read_bytes()
+    path.open("rb").close()  # its OSError, if any, says more than those of the readers
     try:
-        if content.startswith(b"PK\x03\x04"):  # the archive that torch writes since 1.6
-            _verify(content, path)
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # about pickles of other kinds, which torch then refuses
-            content = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except UserError:
-        raise
+        return _read_safetensors(path) if path.suffix == ".safetensors" else _recognised(_unpickled(path.read_bytes()))
     except pickle.UnpicklingError as error:
         name = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
         what = f"it holds {name[1]}, which could run code" if name else "it is damaged, or holds more than plain data"
         raise UserError(f"{path}: refused, {what}; ask its author for the weights alone") from None
-    except Exception as error:  # a damaged file makes the readers fail in many ways
-        is_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-        if is_memory or getattr(error, "errno", None) == errno.EIO:
+    except Exception as error:  # damaged files make the readers fail in many ways
+        if isinstance(error, OSError) or is_out_of_memory(error):
             raise
-        raise UserError(f"{path}: truncated, or not a checkpoint; {AGAIN}") from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: holds a {type(content).__name__} and no weights; name another file")
-    return _recognised(dict(content), path)
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: damaged, or no checkpoint ({reason}); fetch it again, or use an older one") from None
 
 
-def _verify(content: bytes, path: Path) -> None:
+def _unpickled(content: bytes) -> object:
+    if content.startswith(b"PK\x03\x04"):  # the archive that torch writes since 1.6
+        _verify(content)
+    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        warnings.simplefilter("ignore")  # about pickles of other kinds, which torch then refuses
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _verify(content: bytes) -> None:
     """Compare each part of a checkpoint's archive with its checksum, which torch writes but does not check."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         parts = archive.infolist()
         is_plain = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
         is_plain &= not any(part.external_attr & 16 for part in parts)  # torch reads folders from stray memory
         if not is_plain or sum(part.file_size for part in parts) > len(content):
-            raise UserError(f"{path}: refused, its parts are packed or marked as torch never does; fetch it again")
+            raise ValueError("its parts are packed or marked as torch never does")
         if altered := archive.testzip():
-            raise UserError(f"{path}: altered ({altered} differs from its checksum); {AGAIN}")
+            raise ValueError(f"{altered} differs from its checksum")
 
 
 def _read_safetensors(path: Path) -> dict:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-    except SafetensorError:
-        raise UserError(f"{path}: truncated, or not a safetensors file; fetch it again") from None
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        state = _recognised({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, it is no mapping
     if "config" not in metadata:
-        return _recognised(weights, path)
-    try:
-        config = dict(json.loads(metadata["config"]))
-    except (ValueError, TypeError, RecursionError):
-        config = None
-    if config is None or not weights:
-        raise UserError(f"{path}: damaged config, or no weights; fetch it again")
-    if metadata.get("sha256", digest := fingerprint(weights, metadata["config"])) != digest:
-        raise UserError(f"{path}: altered, it differs from its checksum; fetch it again")
-    return {"format": "qkformer", "state_dict": weights, "config": config}
+        return state
+    if metadata["sha256"] != fingerprint(state["state_dict"], metadata["config"]):
+        raise ValueError("it differs from its checksum")
+    return state | {"format": "qkformer", "config": dict(json.loads(metadata["config"]))}
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor], config: str) -> str:
@@ -110,14 +94,17 @@ def fingerprint(weights: Mapping[str, torch.Tensor], config: str) -> str:
     return digest.hexdigest()
 
 
-def _recognised(content: dict, path: Path) -> dict:
-    entries = ", ".join(map(str, list(content)[:10])) or "none"
+def _recognised(content: object) -> dict:
+    """Return the entries of a file with its `format` and `state_dict`; raise ValueError if it holds no weights."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"it holds a {type(content).__name__}")
+    content, entries = dict(content), ", ".join(map(str, list(content)[:10])) or "none"
     if content.get("format") == FORMAT:
-        content = {"position": START} | content
-        if wrong := [key for key, kind in ENTRIES.items() if not isinstance(content.get(key), kind)]:
-            raise UserError(f"{path}: damaged ({', '.join(wrong)}); {AGAIN}")
+        wrong = [key for key, kind in ENTRIES.items() if not isinstance(content.get(key), kind)]
         if content.get("state_dict_ema") is not None and not _is_weights(content["state_dict_ema"]):
-            raise UserError(f"{path}: damaged (state_dict_ema); {AGAIN}")
+            wrong.append("state_dict_ema")
+        if wrong:
+            raise ValueError(", ".join(wrong))
         kind, state_dict = "qkformer", content.get("state_dict")
     elif "state_dict" in content:
         kind, state_dict = ("cifar" if "arch" in content else "weights"), content["state_dict"]
@@ -126,21 +113,19 @@ def _recognised(content: dict, path: Path) -> dict:
     else:
         kind, state_dict, content = "weights", content, {}
     if not _is_weights(state_dict):
-        raise UserError(f"{path}: holds no weights; its entries are {entries}")
+        raise ValueError(f"no weights; its entries are {entries}")
     return content | {"format": kind, "state_dict": dict(state_dict)}
 
 
 def _is_weights(value: object) -> bool:
-    is_named = isinstance(value, Mapping) and all(
-        isinstance(key, str) and isinstance(entry, torch.Tensor) and _is_whole(entry) for key, entry in value.items()
-    )
-    return is_named and len(value) > 0
+    return isinstance(value, Mapping) and len(value) > 0 and all(map(_is_weight, value.items()))
 
 
-def _is_whole(tensor: torch.Tensor) -> bool:
-    """Tell if each element is stored: strides can show a few bytes as an enormous tensor."""
-    is_plain = tensor.layout is torch.strided
-    return is_plain and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+def _is_weight(item: tuple[object, object]) -> bool:
+    """Tell if each element of a named tensor is stored: strides can show a few bytes as an enormous tensor."""
+    key, value = item
+    is_named = isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout is torch.strided
+    return is_named and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def save(path: str | Path, content: dict, keep: int = 0) -> None:
@@ -159,14 +144,16 @@ def save(path: str | Path, content: dict, keep: int = 0) -> None:
             torch.save(content | {"format": FORMAT}, file)
             file.flush()
             os.fsync(file.fileno())
-        _rotate([path, *(path.with_stem(f"{path.stem}-{i}") for i in range(1, keep + 1))])
+        names = [path, *(path.with_stem(f"{path.stem}-{i}") for i in range(1, keep + 1))]
+        for newer, older in reversed(list(itertools.pairwise(names))):
+            if newer.exists():
+                os.replace(newer, older)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch's writer hides it
-        reason = getattr(cause, "strerror", None) or cause
-        raise UserError(f"{path}: cannot be written ({reason}); earlier checkpoints stay") from None
+        raise UserError(f"{path}: cannot be written ({cause}); earlier checkpoints stay") from None
 
 
 def kept(path: Path) -> list[Path]:
@@ -174,21 +161,6 @@ def kept(path: Path) -> list[Path]:
     pattern = re.compile(rf"{re.escape(path.stem)}-(\d+){re.escape(path.suffix)}")
     numbers = {int(match[1]): file for file in path.parent.glob("*") if (match := pattern.fullmatch(file.name))}
     return [path] * path.exists() + [file for _, file in sorted(numbers.items())]
-
-
-def _rotate(files: list[Path]) -> None:
-    """Give each file the name of the next; the first also keeps its own, so that there is always one."""
-    for newer, older in reversed(list(itertools.pairwise(files))):
-        if not newer.exists():
-            continue
-        if newer != files[0]:
-            os.replace(newer, older)
-            continue
-        older.unlink(missing_ok=True)
-        try:
-            os.link(newer, older)
-        except OSError:  # some disks know no links
-            os.replace(newer, older)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,7 +4,6 @@ Light to import, because it guards the other imports.
 """
 
 import contextlib
-import errno
 import functools
 import os
 import reprlib
@@ -19,7 +18,6 @@ from types import FrameType
 
 LONGEST = 1000  # characters of a message; a value in it may have any length
 RESUME = "--resume auto continues from the last save"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -68,7 +66,6 @@ def main(function: str, script: str, recipe: str, *names: str) -> None:
 @contextlib.contextmanager
 def guard() -> Iterator[None]:
     """Print errors that the user can fix as one line, and exit with their code."""
-    _open_closed_streams()
     threading.excepthook = _ignore_os_errors
     try:
         yield
@@ -76,20 +73,12 @@ def guard() -> Iterator[None]:
         _exit(str(error), error.code)
     except KeyboardInterrupt:
         _exit(f"interrupted; {RESUME}", 130)
-    except (OSError, MemoryError, RuntimeError, ImportError) as error:
-        message = _explanation(error)
-        if message is None:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (message := _explanation(error)) is None:
             raise
         _exit(message, UserError.code)
     finally:
         _flush()
-
-
-def _open_closed_streams() -> None:
-    """Keep output out of the next file that is opened, which gets the number of a closed stream."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, it stays open
 
 
 def _ignore_os_errors(error: threading.ExceptHookArgs) -> None:
@@ -107,36 +96,31 @@ def _flush() -> None:
 
 
 def _explanation(error: Exception) -> str | None:
-    """Explain a failure of the machine or the installation; None for a bug of this project."""
-    first_line = (str(error).splitlines() or [""])[0]
-    if isinstance(error, ImportError):
-        is_ours = (error.name or "").split(".")[0] in ("engine", "models", "analysis", "benchmarks")
-        return None if is_ours else f"import: {first_line}; pip install -r requirements.txt"
+    """Explain a failure of the machine; None for a bug of this project."""
+    first_line = str(error).partition("\n")[0] or type(error).__name__
     if isinstance(error, OSError):
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            return f"{error.strerror}: raise the limit (ulimit -n), or use fewer --workers"
-        if error.errno in FULL:
-            return f"{error.filename or 'disk'}: {error.strerror}; make room, and {RESUME}"
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if type(error).__name__ == "OutOfMemoryError":
-        return f"GPU memory: full ({first_line}); use a smaller --batch-size, or --grad-checkpointing"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return f"memory: full ({first_line or 'MemoryError'}); use a smaller --batch-size, or fewer --workers"
-    if "DataLoader worker" in str(error):
+        return f"{error.filename}: {error.strerror}" if error.filename else first_line
+    if is_out_of_memory(error):
+        return f"memory: full ({first_line}); use a smaller --batch-size, --grad-checkpointing, or fewer --workers"
+    if "DataLoader worker" in first_line:
         return f"{first_line}: often out of memory or shared memory; use fewer --workers, and {RESUME}"
     return None
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell if memory is full, of the machine or of the GPU; torch raises several kinds of errors for it."""
+    signs = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
 def _exit(message: str, code: int) -> None:
-    local_rank = os.environ.get("LOCAL_RANK", "0")
-    if code != UserError.code:  # a signal, which all ranks got
-        if local_rank == "0":
-            print(message, file=sys.stderr, flush=True)
-        sys.exit(code)
-    if local_rank != "0":
+    """Print a line on stderr and exit; of a signal, which all ranks get, one rank prints."""
+    is_error, is_first = code == UserError.code, os.environ.get("LOCAL_RANK", "0") == "0"
+    if is_error and not is_first:
         time.sleep(3)  # most errors are the same on all ranks, and a launcher ends the others after the first
-    line = "".join(sign if sign.isprintable() else "?" for sign in " ".join(message.split()))  # file names hold any
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    if is_error or is_first:
+        line = "".join(sign if sign.isprintable() else "?" for sign in " ".join(message.split()))  # file names hold any
+        print("error: " * is_error + line, file=sys.stderr, flush=True)
     sys.exit(code)
 
 

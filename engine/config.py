@@ -19,18 +19,19 @@ from pathlib import Path
 import yaml
 
 from .cli import UserError, short
-from .settings import EVENT_DATASETS, FIELDS, Config, MachineSettings, ModelSettings, Published, conflicts, mixes, names
+from .settings import FIELDS, Config, MachineSettings, ModelSettings, Published, conflicts, mixes, names
 
-__all__ = ["EVENT_DATASETS", "FIELDS", "Config", "load", "mixes"]
+__all__ = ["FIELDS", "Config", "load", "mixes"]
 _TYPES = typing.get_type_hints(Config)
 MODEL_FIELDS, LOCAL_FIELDS, PUBLISHED = names(ModelSettings), names(MachineSettings), names(Published)
-# flags of the released scripts and of launchers without effect here: with a value, and without
-IGNORED = "--local-rank --world-size --dist-url --log-dir --start-epoch".split()
-IGNORED_SWITCHES = "--dist-on-itp --dist-eval --pin-mem --no-pin-mem --global-pool --cls-token --resplit".split()
+IGNORED = (  # flags of the released scripts and of launchers without effect here
+    "--local-rank --world-size --dist-url --log-dir --start-epoch "
+    "--dist-on-itp --dist-eval --pin-mem --no-pin-mem --global-pool --cls-token --resplit"
+).split()
 
 
 @dataclasses.dataclass(frozen=True)
-class Layers:
+class Sources:
     """Settings over the defaults: a recipe, one of its variants, and flags. `read` makes it."""
 
     path: Path
@@ -40,7 +41,7 @@ class Layers:
     folder: Path  # of the script
 
     def config(self, recorded: Mapping[str, object] | None = None, validate: bool = True) -> Config:
-        """Merge the layers.
+        """Merge the sources.
 
         Args:
             recorded: settings in a checkpoint; they beat the recipe, and flags beat them.
@@ -51,9 +52,6 @@ class Layers:
         """
         recorded = {key: value for key, value in (recorded or {}).items() if key in FIELDS and key not in LOCAL_FIELDS}
         recorded = {key: _coerce(key, value, f"{key} in the checkpoint") for key, value in recorded.items()}
-        if "variant" in recorded and self.flags.get("variant", recorded["variant"]) != recorded["variant"]:
-            trained = recorded["variant"] or "the recipe itself"
-            raise UserError(f"--variant {self.flags['variant']}: the checkpoint is of {trained}; omit the flag")
         config = Config(**self._recipe() | recorded | self.flags | {"config": str(self.path)})
         problems = itertools.chain(_out_of_range(config), conflicts(config) if validate else ())
         for key, problem in problems:
@@ -75,7 +73,7 @@ class Layers:
         return [dataclasses.replace(self, flags=chosen).config() for chosen in flags]
 
 
-def read(yaml_path: str | Path, argv: Sequence[str] = ()) -> Layers:
+def read(yaml_path: str | Path, argv: Sequence[str] = ()) -> Sources:
     """Read a recipe and a command line.
 
     Args:
@@ -87,11 +85,11 @@ def read(yaml_path: str | Path, argv: Sequence[str] = ()) -> Layers:
     """
     flags = _read_flags(argv)
     path = _recipe_path(Path(yaml_path), flags.get("config"))
-    return Layers(path, *_read_yaml(path), flags, Path(yaml_path).parent)
+    return Sources(path, *_read_yaml(path), flags, Path(yaml_path).parent)
 
 
 def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded=None, validate: bool = True) -> Config:
-    """Return the settings of a recipe under flags; see `read` and `Layers.config`."""
+    """Return the settings of a recipe under flags; see `read` and `Sources.config`."""
     return read(yaml_path, argv).config(recorded, validate)
 
 
@@ -139,11 +137,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, object], dict[str, dict[str, objec
     if not os.path.isfile(path):  # a pipe or a device may have no end
         raise UserError(f"{path}: no such recipe")
     try:
-        content = yaml.load(path.read_text("utf-8"), _UniqueKeyLoader)
+        with path.open("rb") as file:
+            content = yaml.load(file, _UniqueKeyLoader)
     except Exception as error:  # PyYAML raises errors of many kinds
-        line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        reason = getattr(error, "problem", None) or getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(f"{path}{line}: not valid YAML ({reason})") from None
+        raise UserError(f"{path}: not valid YAML ({error or type(error).__name__})") from None
     variants = content.pop("variants", {}) if isinstance(content, dict) else {}
     if not isinstance(variants, dict):
         raise UserError(f"{path}: variants is a {type(variants).__name__}; write `name: changes` lines")
@@ -188,11 +185,10 @@ def _read_flags(argv: Sequence[str]) -> dict[str, object]:
         if _TYPES[key] is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
         else:
-            kwargs |= {"nargs": "+" if _is_tuple(_TYPES[key]) else None, "metavar": "|".join(rules["choices"]) or "X"}
+            is_tuple = "tuple" in str(_TYPES[key])
+            kwargs |= {"nargs": "+" if is_tuple else None, "metavar": "|".join(rules["choices"]) or "X"}
         parser.add_argument(_flag(key), *rules["flags"], **kwargs)
-    for flag in IGNORED + IGNORED_SWITCHES:
-        action = "store" if flag in IGNORED else "store_true"
-        parser.add_argument(flag, help=argparse.SUPPRESS, dest=f"ignored{flag}", action=action)
+    parser.add_argument(*IGNORED, help=argparse.SUPPRESS, dest="ignored", nargs="?")
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
@@ -205,10 +201,6 @@ def _read_flags(argv: Sequence[str]) -> dict[str, object]:
 def _nearest(word: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(valid), n=1)
     return f", did you mean {close[0]!r}?" if close else " (--help lists them)"
-
-
-def _is_tuple(kind) -> bool:
-    return any(typing.get_origin(k) is tuple for k in (kind, *typing.get_args(kind)))
 
 
 def _coerce(key: str, value: object, where: str) -> object:

@@ -1,9 +1,8 @@
 """Evaluation: accuracy over a test set, published figures next to it, and the report that test.py writes."""
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from . import log
 from . import world as distributed
 from .cli import StopRequest, UserError
-from .config import MODEL_FIELDS, Config, Layers, plain, read
+from .config import MODEL_FIELDS, Config, plain, read
 from .log import logger, progress
 from .world import World, autocast, in_memory_format
 
@@ -27,13 +26,13 @@ def evaluate(
     loader: Iterable,
     name: str = "test",
     on_batch: Callable[[Tensor, Tensor, Tensor], object] | None = None,
-    stop: StopRequest | None = None,
+    stop_request: StopRequest | None = None,
 ) -> dict:
     """Return the accuracy over the whole test set, each sample counted once, for any number of ranks.
 
     Args:
         on_batch: called with the images, labels and logits of each batch of this rank.
-        stop: a signal ends the evaluation early.
+        stop_request: a signal ends the evaluation early.
 
     Returns:
         `loss` (mean cross-entropy), `top1` and `top5` (percent), `count` (samples).
@@ -49,7 +48,7 @@ def evaluate(
         batches.append(torch.stack([value.double() for value in samples]).sum(1))
         if on_batch:
             on_batch(images, labels, logits)
-        if stop and stop.signal:
+        if stop_request and stop_request.signal:
             break
     rows = distributed.gather(torch.stack(batches).tolist() if batches else [])
     if not rows:
@@ -66,31 +65,18 @@ class Figures(NamedTuple):
     energy_mj: float | None = None
 
 
-def published(cfg: Config, layers: Layers) -> Figures:
-    """Return the figures of the recipe or variant in the script's folder with the network and input of `cfg`.
+def published(cfg: Config) -> Figures:
+    """Return the figures of the recipe `cfg.config`, or of its variant, with the network and input of `cfg`.
 
     `ssa_membrane` may differ, because the comparison of the two is of interest.
     """
     keys = {*MODEL_FIELDS, "input_size", "split_seed"} - {"ssa_membrane"}
-    for recipe in _recipes(layers):
+    for recipe in read(cfg.config).all():
         if all(getattr(recipe, key) == getattr(cfg, key) for key in keys):
-            top1 = {"paper": recipe.paper_top1, "log": recipe.log_top1}
+            paper = "paper, to be verified" if recipe.paper_unverified else "paper"
+            top1 = {paper: recipe.paper_top1, "log": recipe.log_top1}
             return Figures({source: value for source, value in top1.items() if value}, recipe.paper_energy_mj)
     return Figures()
-
-
-def _recipes(layers: Layers) -> Iterator[Config]:
-    """Yield the recipe of a run and its variants, then the others of the script's folder."""
-    yield from layers.all()
-    for path in sorted({*layers.folder.glob("*.yml")} - {layers.path}):
-        with contextlib.suppress(UserError):  # a file of the user's
-            yield from read(path).all()
-
-
-def membranes(cfg: Config) -> list[str]:
-    """Return the kinds of `ssa_membrane` to evaluate with, the configured one first."""
-    kinds = ("released", "per_sample") if cfg.both_membranes else (cfg.ssa_membrane,)
-    return sorted(kinds, key=lambda kind: kind != cfg.ssa_membrane)
 
 
 def report(cfg: Config, membrane: str, result: dict, figures: Figures) -> None:

@@ -19,10 +19,11 @@ from models.backends import triton_problem
 from . import checkpoint, log
 from . import world as distributed
 from .cli import UserError, short, spare_children
-from .config import EVENT_DATASETS, LOCAL_FIELDS, MODEL_FIELDS, Config, Layers, plain, read
+from .config import LOCAL_FIELDS, MODEL_FIELDS, Config, Sources, plain, read
 from .data import event, image
 from .data.loaders import Data
-from .evaluate import Gallery, evaluate, membranes, published, report, write
+from .data.recordings import EVENT_DATASETS
+from .evaluate import Gallery, evaluate, published, report, write
 from .log import logger
 from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs
 from .run_dir import Start, checkpoint_to_test, find_run, records, runs_of, warn_of_seen
@@ -34,15 +35,15 @@ from .world import World
 @distributed.membership()
 def train(recipe: Path) -> None:
     """Train as the recipe and the command line say."""
-    layers = read(recipe, sys.argv[1:])
-    cfg = layers.config(validate=False)  # the rest may come from a checkpoint
-    if cfg.eval:
-        _test(layers)
-        return
+    sources = read(recipe, sys.argv[1:])
+    cfg = sources.config(validate=False)  # the rest may come from a checkpoint
     _require_flags_of_train(cfg)
+    if cfg.eval:
+        _test(sources)
+        return
     world = setup(cfg)
     start = find_run(cfg, world)
-    cfg = _settings_to_train(layers, start)
+    cfg = _settings_to_train(sources, start)
     _require_equal_settings(cfg)
     timm.utils.random_seed(cfg.seed)
     data = create_data(cfg, world)
@@ -52,7 +53,7 @@ def train(recipe: Path) -> None:
     if start.state:
         trainer.resume(start.state, start.path, new_run=not start.continues)
     _announce(trainer)
-    with trainer.stop, records(cfg, world, folder, data, trainer.epoch) as run_log:
+    with trainer.stop_request, records(cfg, world, folder, data, trainer.epoch) as run_log:
         while trainer.epoch < total_epochs(cfg):
             _train_one_epoch(trainer, run_log)
     logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {folder}")
@@ -60,14 +61,14 @@ def train(recipe: Path) -> None:
 
 def _train_one_epoch(trainer: Trainer, run_log: log.RunLog | None) -> None:
     """Train, evaluate, record, save."""
-    cfg, world, name, epoch, samples = trainer.cfg, trainer.world, trainer.name, trainer.epoch, []
-    began = time.monotonic()
+    cfg, world, name, epoch = trainer.cfg, trainer.world, trainer.name, trainer.epoch
+    began, samples = time.monotonic(), []
 
-    def keep(images: Tensor, labels: Tensor, logits: Tensor) -> None:
+    def keep(images: Tensor, *_) -> None:
         samples[:] = samples or [images[:32]]
 
     train_loss = trainer.train_epoch()
-    result = evaluate(cfg, world, trainer.evaluated, trainer.data.test, f"{name} test", keep, trainer.stop)
+    result = evaluate(cfg, world, trainer.evaluated, trainer.data.test, f"{name} test", keep, trainer.stop_request)
     trainer.stop_if_asked("in the evaluation")
     is_best = trainer.end_epoch(result)
     row = {"epoch": epoch, "lr": trainer.optimizer.param_groups[0]["lr"], "train_loss": train_loss}
@@ -95,27 +96,26 @@ def test(recipe: Path, meter: str) -> None:
     _test(read(recipe, sys.argv[1:]), meter)
 
 
-def _test(layers: Layers, meter: str | None = None) -> None:
-    cfg = layers.config(validate=False)
-    if cfg.energy and (not meter or cfg.compile):
-        raise UserError("--energy: needs test.py, without --compile")
+def _test(sources: Sources, meter: str | None = None) -> None:
+    cfg = sources.config(validate=False)
     world = setup(cfg)
     path = distributed.from_main(checkpoint_to_test(cfg) if world.is_main else None)
     state = checkpoint.read(path)
-    cfg = settings_of(state, path, layers)
+    cfg = settings_of(state, path, sources)
     folder = Path(cfg.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # fail before the evaluation, not after it
     data = create_data(cfg, world, train=False)
     warn_of_seen(data, path)
-    kinds, figures = membranes(cfg), published(cfg, layers)
+    figures = published(cfg)
+    membranes = dict.fromkeys((cfg.ssa_membrane, *(("released", "per_sample") if cfg.both_membranes else ())))
     logger.info(
         f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
-        f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {' and '.join(kinds)}"
+        f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {' and '.join(membranes)}"
     )
     _agree_on_triton(cfg, world)
     gallery, results, energy = Gallery(data.classes, data.show), {}, None
-    for membrane in kinds:
+    for membrane in membranes:
         model = build_model(dataclasses.replace(cfg, ssa_membrane=membrane)).to(world.device)
         load_weights(cfg, model, state, path)
         if cfg.compile:
@@ -159,27 +159,25 @@ def _require_flags_of_train(cfg: Config) -> None:
     for flag in ("checkpoint", "energy"):
         if getattr(cfg, flag):
             raise UserError(f"--{flag}: is for test.py; to continue a run use --resume")
-    if cfg.finetune and cfg.resume not in (None, "auto"):
-        raise UserError("--finetune: starts a run, and --resume continues one; use one of them")
 
 
-def _settings_to_train(layers: Layers, start: Start) -> Config:
+def _settings_to_train(sources: Sources, start: Start) -> Config:
     """Return the settings of a run: its own if it continues, else those of the recipe, under flags."""
-    cfg = layers.config(start.state["config"] if start.continues else None)
-    if start.continues and "config" in layers.flags:
-        recipe = layers.config(validate=False)
+    cfg = sources.config(start.state["config"] if start.continues else None)
+    if start.continues and "config" in sources.flags:
+        recipe = sources.config(validate=False)
         for key, value, recorded in differences(recipe, plain(cfg), plain(cfg, without=LOCAL_FIELDS)):
             change = f"{start.path} was trained with {key} = {recorded!r}, not {value!r}"
-            raise UserError(f"--config {layers.path}: {change}; omit the flag, or branch off with --output-dir NEW")
+            raise UserError(f"--config {sources.path}: {change}; omit the flag, or branch off with --output-dir NEW")
     recorded = start.state["config"] if start.is_ours else plain(cfg)
-    for key, value, trained in differences(cfg, recorded, (*MODEL_FIELDS, "opt")):
+    for key, value, trained in differences(cfg, recorded, ("variant", *MODEL_FIELDS, "opt")):
         raise UserError(f"--resume {start.path}: trained with {key}={short(trained)}, not {value!r}; use --finetune")
     return cfg
 
 
 def _require_equal_settings(cfg: Config) -> None:
     """Raise `UserError` if ranks have different settings: they would wait for each other."""
-    first, *others = distributed.gather([plain(cfg, without=LOCAL_FIELDS)])
+    first, *others = distributed.gather([plain(cfg, without=("config", "data_path", "workers", "threads"))])
     for other in others:
         for key in (key for key in first if first[key] != other[key]):
             raise UserError(f"{key}: {first[key]!r} on one rank, {other[key]!r} on another; use the same flags on all")
@@ -187,13 +185,16 @@ def _require_equal_settings(cfg: Config) -> None:
 
 def _require_gpu(cfg: Config, world: World) -> None:
     """Raise `UserError` for flags that need a GPU."""
-    if world.device.type == "cuda" and (world.world_size == 1 or not cfg.cuda_graphs):
-        return
-    if cfg.cuda_graphs:
-        raise UserError(f"--cuda-graphs: needs one rank on a GPU, not {world.world_size} x {world.device.type}")
-    if cfg.pack_spikes and cfg.lif_backend == "auto":
+    is_cpu, ranks = world.device.type == "cpu", world.world_size
+    if cfg.sync_bn and is_cpu and ranks > 1:
+        raise UserError("--sync-bn: torch synchronises BatchNorm on GPUs alone; omit it")
+    if cfg.cuda_graphs and (is_cpu or ranks > 1):
+        raise UserError("--cuda-graphs: needs one rank on a GPU; omit it")
+    if cfg.pack_spikes and is_cpu and cfg.lif_backend == "auto":
         raise UserError("--pack-spikes: needs the Triton kernels on a GPU; omit it")
-    if cfg.lif_backend in ("cupy", "triton") and torch.cuda.is_available():  # else models say what is missing
+    if (
+        cfg.lif_backend in ("cupy", "triton") and is_cpu and torch.cuda.is_available()
+    ):  # else models say what is missing
         raise UserError(f"--lif-backend {cfg.lif_backend}: needs a GPU, and --device is cpu; use auto or torch")
 
 
@@ -204,15 +205,17 @@ def _agree_on_triton(cfg: Config, world: World) -> None:
         UserError: ranks disagree, and would wait for each other in different collectives; or a flag needs the kernels.
     """
     may_run = cfg.lif_backend == "triton" or (cfg.lif_backend == "auto" and world.device.type == "cuda")
-    is_asked = may_run and not cfg.compile
-    problem = distributed.in_turns(lambda: triton_problem() if is_asked else "is not chosen by the flags")
-    problems = distributed.gather([problem])
-    failed = [rank for rank, problem in enumerate(problems) if problem]
-    if failed and len(failed) < len(problems):
-        where, reason = f"rank {failed[0]} of {len(problems)}", problems[failed[0]].partition(";")[0]
-        raise UserError(f"{where}: lif_backend='triton' {reason}; use --lif-backend cupy or torch on all")
-    if problem and cfg.lif_backend == "auto" and (cfg.cuda_graphs or cfg.pack_spikes):
-        raise UserError(f"--cuda-graphs, --pack-spikes: need the Triton kernels; lif_backend='triton' {problem}")
+    if cfg.compile or not may_run:
+        return
+    problems = distributed.gather([distributed.in_turns(triton_problem)])
+    rank = next((rank for rank, problem in enumerate(problems) if problem), None)
+    if rank is None:
+        return
+    reason = f"lif_backend='triton' {problems[rank]}"
+    if not all(problems):
+        raise UserError(f"rank {rank} of {len(problems)}: {reason} on all ranks")
+    if cfg.cuda_graphs or cfg.pack_spikes:
+        raise UserError(f"--cuda-graphs, --pack-spikes: need the Triton kernels; {reason}")
     if not world.is_main:
         warnings.filterwarnings("ignore", "lif_backend='auto'")  # the main rank prints why it does without Triton
 
@@ -228,7 +231,7 @@ def _model_to_train(cfg: Config, world: World, start: Start, data: Data) -> nn.M
         state = state or checkpoint.read(path)
         load_weights(cfg, model, state, path, new_head=not start.state)
         warn_of_other_network(cfg, state, path)
-    return distributed.sync_batchnorm(model, world.device) if cfg.sync_bn else model
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if cfg.sync_bn and world.world_size > 1 else model
 
 
 def _announce(trainer: Trainer) -> None:

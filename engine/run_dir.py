@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
@@ -17,11 +17,6 @@ from .config import Config, plain
 from .data.loaders import Data
 from .log import RunLog, logger
 from .world import World
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 SPLIT = "split.json"
 LOCK = ".lock"
@@ -57,11 +52,10 @@ def find_run(cfg: Config, world: World) -> Start:
     if path and state is None:
         state = checkpoint.read(path)
     start = Start(folder or (path.parent if path and state["format"] == "qkformer" else None), path, state)
-    fix = "use --finetune to start a new run from its weights"
-    if start.is_ours and "optimizer" not in state:
-        raise UserError(f"--resume {path}: holds no optimizer state; {fix}")
-    if state and not start.is_ours and (state["format"] != "imagenet" or not isinstance(state.get("epoch"), int)):
-        raise UserError(f"--resume {path}: not a checkpoint of this project or of the released ImageNet code; {fix}")
+    is_released = state is not None and state["format"] == "imagenet" and isinstance(state.get("epoch"), int)
+    if state and not is_released and not (start.is_ours and "optimizer" in state):
+        problem = "no training state of this project or of the released ImageNet code"
+        raise UserError(f"--resume {path}: {problem}; use --finetune to start a new run from its weights")
     if world.is_main:
         claim(start.folder)
     newest = next(iter(checkpoint.kept(start.folder / "last.pt")), None) if start.folder else None
@@ -76,12 +70,14 @@ def claim(folder: Path | None) -> None:
         return
     file = open(folder / LOCK, "a+")  # noqa: SIM115, closing it would unlock it
     try:
-        _lock(file)
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not for children, which `flock` and filelock would include
     except (BlockingIOError, PermissionError):
         file.seek(0)
         other = file.read(200).strip() or "unknown process"
         raise UserError(f"{folder}: another run writes to it ({other}); use another --output-dir") from None
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError) as error:  # Windows has no fcntl, and some disks have no locks
         logger.warning(f"warning: {folder}: cannot be locked ({error}); start no second run in it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -89,17 +85,6 @@ def claim(folder: Path | None) -> None:
     _locks[folder.resolve()] = file
     for name in ("last.pt.tmp", "best.pt.tmp"):  # of a save that was killed
         (folder / name).unlink(missing_ok=True)
-
-
-def _lock(file: IO) -> None:
-    """Lock a file for this process and none of its children, which `flock` and filelock would include."""
-    if fcntl:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else:
-        import msvcrt
-
-        file.seek(2**30)  # Windows also locks reading, and the text at the start must stay readable
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
@@ -118,13 +103,12 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
 
 
 def _checkpoint_to_resume(cfg: Config, folder: Path | None) -> tuple[Path | None, dict | None]:
-    may_restart, named = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0, cfg.resume not in (None, "auto")
-    if not folder and (cfg.resume == "auto" or may_restart):
-        cause = "--resume auto" if cfg.resume == "auto" else "torchrun --max-restarts"
-        raise UserError(f"{cause}: needs --output-dir, to find the run again")
-    if (cfg.resume == "auto" or may_restart) and (newest := newest_checkpoint(folder))[0]:
+    is_auto = cfg.resume == "auto" or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    if is_auto and not folder:
+        raise UserError("--resume auto, torchrun --max-restarts: need --output-dir, to find the run again")
+    if is_auto and (newest := newest_checkpoint(folder))[0]:
         return newest
-    return (Path(cfg.resume) if named else None), None
+    return (None if cfg.resume in (None, "auto") else Path(cfg.resume)), None
 
 
 def runs_of(cfg: Config) -> Path:

@@ -6,8 +6,6 @@ A checkpoint records all groups but `MachineSettings`.
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
-EVENT_DATASETS = ("digits-dvs", "dvs128-gesture", "cifar10-dvs")
-
 
 def option(default, help: str, **rules):
     """Declare a field: `choices`, or inclusive bounds `low` and `high`; `flags` are further spellings of its flag."""
@@ -29,7 +27,11 @@ class Published:
     """Published figures."""
 
     paper_top1: float | None = option(None, "accuracy in the paper (%)", low=0, high=100)
+    paper_top5: float | None = option(None, "top-5 accuracy in the paper (%)", low=0, high=100)
+    paper_unverified: bool = option(False, "paper_top1 was read from a copy of the paper, and is to be verified")
     log_top1: float | None = option(None, "best accuracy in the published log (%)", low=0, high=100)
+    log_hours: float | None = option(None, "hours of training in the published log", low=0)
+    log_memory_gb: float | None = option(None, "memory of each GPU in the published log (GB)", low=0)
     paper_energy_mj: float | None = option(None, "energy per inference in the paper (mJ)", low=0)
 
 
@@ -40,20 +42,16 @@ class ModelSettings:
     model: str = option("qkformer_4_384", "network, see models.list_models()")
     num_classes: int = option(10, "classes of the data set", low=1, flags=["--nb-classes"])
     in_channels: int = option(3, "channels of the input", low=1)
-    time_steps: int = option(
-        4, "T: time steps per image, or frames per recording", low=1, high=1024, flags=["--time-step"]
-    )
+    time_steps: int = option(4, "T: steps per image, or frames per recording", low=1, high=1024, flags=["--time-step"])
     attention: tuple[str, ...] | None = option(None, "token, channel or self for each stage (default: the model's)")
-    mlp_ratio: float | None = option(
-        None, "hidden over outer channels of the MLP (default: the model's)", low=0.1, high=64
-    )
+    mlp_ratio: float | None = option(None, "MLP: hidden over outer channels (default: the model's)", low=0.1, high=64)
     shortcut: bool = option(True, "SPEDS with its shortcut")
     embed: str | None = option(None, "patch embedding of Spikformer (default: the model's)", choices=("sps", "speds"))
     ssa_scale: float | None = option(None, "factor in the self-attention (default: 0.125)", low=1e-6)
     residual: str = option("sew", "residuals add spikes (sew) or membrane currents (ms)", choices=("sew", "ms"))
     ssa_membrane: str = option(
         "per_sample",
-        "membrane of the self-attention: per sample, or leaking over the batch as released (README, errata)",
+        "SSA: per sample, or leaking over the batch as released (errata)",
         choices=("per_sample", "released"),
     )
 
@@ -62,19 +60,15 @@ class ModelSettings:
 class DataSettings:
     """The data set and its augmentation."""
 
-    dataset: str = option(
-        "imagefolder", f"imagefolder, digits, {', '.join(EVENT_DATASETS)}, or a name of timm's create_dataset"
-    )
+    dataset: str = option("imagefolder", "data set, such as imagefolder or digits, or a name of timm's create_dataset")
     split_seed: int | None = option(
-        None, "CIFAR10-DVS: seed of a random split (default: the first 90 % of each class train)", low=0, high=2**32 - 1
+        None, "CIFAR10-DVS: seed of a random split (default: in order)", low=0, high=2**32 - 1
     )
     input_size: int = option(32, "height and width of the input", low=1, high=8192, flags=["--img-size"])
     batch_size: int = option(64, "images per rank and step", low=1, high=65536, flags=["-b"])
     eval_batch_size: int | None = option(None, "batch_size of evaluations (default: batch_size)", low=1, high=65536)
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
-    auto_augment: str | None = option(
-        None, "timm's policy, such as rand-m9-mstd0.5-inc1; for event frames: snn-wide", flags=["--aa"]
-    )
+    auto_augment: str | None = option(None, "timm's policy, as rand-m9-mstd0.5-inc1; events: snn-wide", flags=["--aa"])
     mixup: float = option(0.0, "alpha of mixup; 0: off", low=0)
     mixup_prob: float = option(1.0, "probability of mixup or cutmix", low=0, high=1)
     mixup_mode: str = option("batch", "one mixing ratio per batch, pair or image", choices=("batch", "pair", "elem"))
@@ -95,10 +89,7 @@ class ImageSettings:
     scale: tuple[float, ...] = option((1.0, 1.0), "random resized crop: least and most area", low=0.01, high=1)
     ratio: tuple[float, ...] = option((1.0, 1.0), "random resized crop: least and most aspect ratio", low=0.01)
     crop_pct: float | None = option(
-        None,
-        "evaluation: side of the centre crop over side of the resized image (default: 0.875 up to 224 pixels, else 1)",
-        low=0.1,
-        high=1,
+        None, "evaluation: centre crop over resized side (default: 0.875 up to 224 pixels, else 1)", low=0.1, high=1
     )
     color_jitter: float | None = option(None, "strength of colour jitter, without auto_augment", low=0)
     reprob: float = option(0.0, "probability of random erasing", low=0, high=1)
@@ -148,9 +139,7 @@ class MachineSettings:
     config: str = option("", "recipe in place of the script's own: a file, or its name next to the script")
     data_path: str | None = option(None, "folder of the data set; in a YAML relative to it", flags=["--data-dir"])
     download: bool = option(False, "download the data set where its library can")
-    workers: int = option(
-        4, "loader workers per rank, at most one per core", low=0, high=256, flags=["--num-workers", "-j"]
-    )
+    workers: int = option(4, "loader workers per rank", low=0, high=256, flags=["--num-workers", "-j"])
     device: str = option("auto", "device to compute on", choices=("auto", "cpu", "cuda"))
     threads: int | None = option(None, "CPU threads of torch per rank (default: torch's)", low=1, high=1024)
     lif_backend: str = option("auto", "implementation of the neurons", choices=("auto", "torch", "cupy", "triton"))
@@ -194,26 +183,17 @@ def conflicts(c: Config) -> Iterator[tuple[str, str]]:
         bounds = getattr(c, key)
         if bounds is not None and (len(bounds) != 2 or bounds[0] > bounds[1]):
             yield key, "needs two numbers, the smaller first"
-    is_events = c.dataset in EVENT_DATASETS
-    for key in names(ImageSettings) if is_events else ():
-        if getattr(c, key) != FIELDS[key].default:
-            yield key, f"is for images; {c.dataset} has event frames"
-    for key in () if is_events else ("mean", "std"):
-        if len(getattr(c, key) or (0, 0, 0)) != c.in_channels:  # ImageNet's have 3
-            yield key, "needs one number per channel (in_channels)"
-    kernels = c.lif_backend in ("auto", "triton")
     rules = (
-        (is_events and c.auto_augment not in (None, "snn-wide"), "auto_augment", "use snn-wide for event frames"),
-        (is_events and c.mixup and c.mixup_in != "step", "mixup_in", "set it to step for event frames"),
-        (c.split_seed is not None and c.dataset != "cifar10-dvs", "split_seed", "only cifar10-dvs is split here"),
         (c.lr is None and c.blr is None, "lr", "set lr, or blr to scale with the batch"),
         (c.warmup_prefix and c.warmup_epochs >= c.epochs, "warmup_epochs", "must be below epochs"),
         (mixes(c) and c.batch_size % 2, "batch_size", "must be even, because mixup pairs the images of a batch"),
         (c.compile and c.lif_backend not in ("auto", "torch"), "lif_backend", "use auto or torch with compile"),
         (c.pack_spikes and c.compile, "pack_spikes", "use it without compile"),
-        (c.pack_spikes and not kernels, "pack_spikes", "needs lif_backend auto or triton"),
+        (c.pack_spikes and c.lif_backend not in ("auto", "triton"), "pack_spikes", "needs lif_backend auto or triton"),
         (c.pack_spikes and c.residual == "ms", "pack_spikes", "needs residual sew"),
         (c.both_membranes and c.residual == "ms", "both_membranes", "needs residual sew"),
+        (c.finetune and c.resume not in (None, "auto"), "finetune", "starts a run; use it without resume"),
+        (c.energy and c.compile, "energy", "use it without compile"),
         (c.cuda_graphs and c.compile, "cuda_graphs", "use it without compile"),
         (c.cuda_graphs and c.lif_backend == "cupy", "lif_backend", "use auto or triton with cuda_graphs"),
         (c.cuda_graphs and c.grad_checkpointing and c.drop_path, "drop_path", "must be 0: a graph draws it once"),

@@ -19,7 +19,7 @@ from .data.loaders import Data, reseed
 from .graphs import GraphedStep
 from .log import logger, progress
 from .optim import lr_at, set_lr, total_epochs
-from .world import Agreement, World, autocast, in_memory_format
+from .world import World, autocast, in_memory_format
 
 NO_BEST = {"epoch": None, "test_top1": -1.0}
 LOWEST_SCALE = 2.0**-10  # of the loss; it starts at 2^16, and each update with an overflow halves it
@@ -35,7 +35,7 @@ class Trainer:
         self, cfg: Config, world: World, model: nn.Module, optimizer: Optimizer, data: Data, folder: Path | None = None
     ):
         self.cfg, self.world, self.model, self.optimizer, self.data = cfg, world, model, optimizer, data
-        self.folder, self.stop = folder, StopRequest()
+        self.folder, self.stop_request = folder, StopRequest()
         self.ema = ModelEmaV3(model, decay=cfg.ema_decay) if cfg.ema_decay is not None else None
         if cfg.compile:
             model.compile()
@@ -46,7 +46,6 @@ class Trainer:
         self.criterion = SoftTargetCrossEntropy() if mixes(cfg) else LabelSmoothingCrossEntropy(cfg.smoothing)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.amp == "fp16" and world.device.type == "cuda")
         self.step = GraphedStep(self._step) if cfg.cuda_graphs else self._step
-        self.agreement = Agreement()
         self.steps = len(data.train)  # of an epoch
         self.best = dict(NO_BEST)
         self.begin_epoch(0)
@@ -154,11 +153,11 @@ class Trainer:
 
     def stop_if_asked(self, where: str, is_due: bool = False) -> None:
         """Save if `is_due` or any rank got a signal; after a signal raise `Stopped`. All ranks call it."""
-        number = self.agreement.largest(self.stop.signal or 0)
+        number = distributed.largest(self.stop_request.signal or 0)
         if number or is_due:
             self.save()
         if number:
-            self.agreement.largest(0)  # a launcher may end all ranks once one has ended: wait for the one that saves
+            distributed.largest(0)  # a launcher may end all ranks once one has ended: wait for the one that saves
             raise Stopped(number, f"{where} of epoch {self.epoch + 1}")
 
     def end_epoch(self, result: dict) -> bool:

@@ -12,19 +12,15 @@ from torch import Tensor, nn
 
 from models import create_model
 from models.neuron import silent_layers
-from models.released import identify, load_released
+from models.registry import RELEASED_MD5, identify
+from models.released import load_strictly, without_prefixes
 
 from .cli import UserError, short
-from .config import EVENT_DATASETS, FIELDS, MODEL_FIELDS, Config, Layers, plain, read
+from .config import FIELDS, MODEL_FIELDS, Config, Sources, plain, read
+from .data.recordings import EVENT_DATASETS
 from .log import logger
 
-RELEASED = {  # md5 -> recipe in imagenet/
-    "60df416983ae326bb14bdb4566444320": "qkformer_10_384",
-    "85dd1f94c87ba5ec908fed5d0a3f7f69": "qkformer_10_512",
-    "dc1595408ed1bd40346be2bdaf5015d5": "qkformer_10_768",
-    "ba20af8eb450d4ec9c71009fde8e7125": "qkformer_10_768_288",
-    "99a671118f67a680aa38b6ac5aae449a": "qkformer_10_768_384",
-}
+RELEASED = {md5: name.replace(".in1k", "") for name, md5 in RELEASED_MD5.items()}  # md5 -> recipe in imagenet/
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -40,21 +36,21 @@ def build_model(cfg: Config) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if cfg.channels_last else model
 
 
-def settings_of(state: dict, path: Path, layers: Layers) -> Config:
+def settings_of(state: dict, path: Path, sources: Sources) -> Config:
     """Return the settings to evaluate a checkpoint with: its record, its published row or its shapes, under flags."""
     if state["format"] == "qkformer":
-        cfg = layers.config(state["config"])
-        own = layers.config(validate=False).dataset  # of the script, or of --dataset
+        cfg = sources.config(state["config"])
+        own = sources.config(validate=False).dataset  # of the script, or of --dataset
         if own != cfg.dataset and {own, cfg.dataset} & set(EVENT_DATASETS):
             raise UserError(f"{path}: trained on {cfg.dataset}, this script is for {own}; use {cfg.dataset}'s")
         if own != cfg.dataset:
             logger.warning(f"warning: {path}: trained on {cfg.dataset}; evaluating on that, not on {own}")
         warn_of_other_network(cfg, state, path)
-    elif "config" not in layers.flags and (known := recipe_of(path, layers.folder)):
-        cfg = dataclasses.replace(read(known), flags=layers.flags).config()
+    elif "config" not in sources.flags and (known := recipe_of(path, sources.folder)):
+        cfg = dataclasses.replace(read(known), flags=sources.flags).config()
         logger.info(f"{path}: the released checkpoint of {known.stem}, recognised by its md5")
     else:
-        cfg = layers.config(_shown_by(state, path))
+        cfg = sources.config(_shown_by(state, path))
     return dataclasses.replace(cfg, checkpoint=str(path))
 
 
@@ -94,7 +90,7 @@ def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, n
     if cfg.use_ema and state.get("state_dict_ema"):
         weights = state["state_dict_ema"]
         logger.info(f"{path}: using the averaged weights (--no-use-ema for the others)")
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    weights = without_prefixes(weights)
     head = weights.get("head.weight")
     if new_head and head is not None and len(head) != model.num_classes:
         logger.info(f"{path}: new head for {model.num_classes} classes in place of {len(head)}")
@@ -105,11 +101,8 @@ def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, n
             raise UserError(f"{path}: {name} holds values that are not finite; use an older checkpoint")
     trained = state.get("config", {}).get("model", cfg.model)
     try:
-        if any(name.startswith("stages.") for name in weights):
-            model.load_state_dict(weights)
-        else:
-            load_released(model, weights)
-    except (ValueError, RuntimeError) as error:
+        load_strictly(model, weights)
+    except ValueError as error:
         other = f"trained as {short(trained)}, not {cfg.model!r}; " if trained != cfg.model else ""
         raise UserError(f"{path}: {other}{textwrap.shorten(str(error), 400)}") from None
 
@@ -120,7 +113,8 @@ def warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:
         "ssa_membrane": "released" if cfg.residual == "sew" else "per_sample",
         "time_steps": getattr(state.get("args"), "time_step", cfg.time_steps),
     }
-    keys = [key for key in ("ssa_membrane", "residual", "time_steps", "attention", "ssa_scale") if key in recorded]
+    keys = ("variant", "ssa_membrane", "residual", "time_steps", "attention", "ssa_scale")
+    keys = [key for key in keys if key in recorded]
     for key, value, trained in differences(cfg, recorded, keys):
         logger.warning(f"warning: {path}: trained with {key} = {short(trained)}, this run has {value!r}")
 

@@ -3,22 +3,17 @@
 import contextlib
 import datetime
 import os
-import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as td
-import torch.distributed.nn.functional
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from .cli import RESUME, UserError
 from .settings import Config
-
-ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # set by a launcher
 
 
 @dataclass(frozen=True)
@@ -35,66 +30,38 @@ class World:
 
 
 def setup(device: str) -> World:
-    """Join the process group that a launcher announced in the environment, if any.
+    """Join the process group that torchrun announced in the environment, if any.
 
     Args:
         device: "cpu", "cuda", or "auto" for CUDA where torch sees it. NCCL connects GPUs, gloo CPUs.
 
     Raises:
-        UserError: no CUDA, more ranks than GPUs on this machine, or an incomplete environment.
+        UserError: no CUDA, more ranks than GPUs on this machine, or no way to join.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; use --device cpu")
-    is_slurm = _translate_slurm()
-    try:
-        rank, local_rank, size = (int(os.environ.get(key, key == "WORLD_SIZE")) for key in ENVIRONMENT)
-        if not 0 <= rank < size or local_rank < 0:
-            raise ValueError
-    except ValueError:
-        raise UserError(f"{', '.join(ENVIRONMENT)}: not integers with RANK < WORLD_SIZE; start with torchrun") from None
     where = torch.device(device)
     if device == "cuda":
-        gpus = torch.cuda.device_count()
-        index = 0 if is_slurm and gpus == 1 else local_rank  # Slurm may show each task its own GPU alone
-        if index >= gpus:
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= gpus:
             raise UserError(f"LOCAL_RANK {local_rank}: no GPU left on this machine; start {gpus} processes")
-        torch.cuda.set_device(index)
-        where = torch.device(device, index)
-    if size > 1:
-        _join(where)
-        return World(td.get_rank(), td.get_world_size(), where)
-    return World(0, 1, where)
-
-
-def _join(device: torch.device) -> None:
-    address = os.environ.get("MASTER_ADDR", "localhost")
+        where = torch.device(device, local_rank)
+        torch.cuda.set_device(where)
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return World(0, 1, where)
     try:
-        socket.getaddrinfo(address, None)  # torch would ask for half an hour
-        store, rank, world_size = next(rendezvous("env://"))
+        store, rank, size = next(rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun's restarted ranks get the store of the dead ones, with their addresses in it; on several
             # machines the numbers of restarts differ, see the README
             store = td.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        td.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
-    except (ValueError, RuntimeError, socket.gaierror) as error:
-        raise UserError(f"MASTER_ADDR {address}: cannot join the other ranks ({error}); start with torchrun") from None
-
-
-def _translate_slurm() -> bool:
-    """Set torchrun's variables in a process that `srun` started as one of several, without torchrun."""
-    env = os.environ
-    if "WORLD_SIZE" in env or "SLURM_PROCID" not in env or env.get("SLURM_STEP_NUM_TASKS", "1") == "1":
-        return False
-    host = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", env.get("SLURM_STEP_NODELIST", "localhost"))  # node[01-04,9] to node01
-    env.update(
-        RANK=env["SLURM_PROCID"], LOCAL_RANK=env.get("SLURM_LOCALID", "0"), WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"]
-    )
-    env.setdefault("MASTER_ADDR", host.split(",")[0])
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
-    return True
+        backend, device_id = ("cpu:gloo,cuda:nccl", where) if device == "cuda" else ("gloo", None)
+        td.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"WORLD_SIZE: cannot join the other ranks ({error}); start with torchrun") from None
+    return World(rank, size, where)
 
 
 @contextlib.contextmanager
@@ -104,10 +71,9 @@ def membership() -> Iterator[None]:
         yield
     except RuntimeError as error:
         signs = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
-        is_network = isinstance(error, td.DistError) or any(sign in str(error).lower() for sign in signs)
-        if not td.is_initialized() or not is_network:
+        reason = str(error).partition("\n")[0]
+        if not td.is_initialized() or not any(sign in str(error).lower() for sign in signs):
             raise
-        reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"another rank: lost ({reason}), see its own message; {RESUME}") from None
     teardown()
 
@@ -166,18 +132,12 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-class Agreement:
-    """A connection for decisions of all ranks that does not wait for a GPU; all ranks make it at once."""
-
-    def __init__(self):
-        self.group = td.new_group(backend="gloo") if td.is_initialized() else None
-
-    def largest(self, value: int) -> int:
-        """Return the largest of all ranks' values."""
-        box = torch.tensor(value)
-        if self.group is not None:
-            td.all_reduce(box, td.ReduceOp.MAX, self.group)
-        return int(box)
+def largest(value: int) -> int:
+    """Return the largest of all ranks' values; ranks meet over their CPUs, so that none waits for its GPU."""
+    box = torch.tensor(value)
+    if td.is_initialized():
+        td.all_reduce(box, td.ReduceOp.MAX)
+    return int(box)
 
 
 def from_main(value):
@@ -194,38 +154,3 @@ def gather(values: list) -> list:
     if td.is_initialized():
         td.all_gather_object(lists, values)
     return [value for part in lists for value in part]
-
-
-def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return `model` with BatchNorm over all ranks' batches: torch's on GPUs, ours on CPUs, where torch has none."""
-    if device.type != "cpu":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.__class__ = _SyncBatchNorm  # same parameters, buffers and settings
-    return model
-
-
-class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm whose mean and variance are differentiable sums over all ranks. [B,C,...], unchanged."""
-
-    process_group = None  # all ranks, as in torch's
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        pass  # any number of dimensions
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or world_size() == 1:
-            return super().forward(x)
-        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, self.weight.dtype))  # bfloat16 cannot count
-        dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
-        count = sum_over_ranks(x.new_tensor(x.numel() / x.shape[1]))
-        mean = torch.distributed.nn.functional.all_reduce(x.sum(dims)) / count
-        centred = x - mean.view(shape)
-        var = torch.distributed.nn.functional.all_reduce(centred.square().sum(dims)) / count
-        if self.track_running_stats:
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(dtype)

@@ -5,7 +5,7 @@ A `LIF` has a `function`, and the network has a `fast_path`; only this file sets
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
@@ -131,7 +131,7 @@ BACKENDS = {"auto": auto_lif, "torch": torch_lif, "cupy": cupy_lif, "triton": tr
 
 
 class FastPath:
-    """The network's `forward_features` in fused steps; None where the modules have to compute it."""
+    """Outputs of the network's stages, in fused steps; None where the modules have to compute it."""
 
     def __init__(self):
         self.coverage = Coverage()
@@ -139,13 +139,13 @@ class FastPath:
     def __reduce__(self) -> tuple:
         return FastPath, ()  # a copy of the network gets its own
 
-    def __call__(self, model: HierarchicalSpikingTransformer, x: Tensor) -> Tensor | None:
+    def __call__(self, model: HierarchicalSpikingTransformer, x: Tensor) -> Iterator[Tensor] | None:
         if torch.compiler.is_compiling() or model.residual != "sew" or model.embed != "speds" or is_continued():
             return None
         covered = self.coverage.of(model.stages)
         ops = _ops(covered, x) if x.numel() else None
         pack = model.spike_packing and model.training and not covered.drops
-        return None if ops is None else plan.forward_features(model, x, ops, pack)
+        return None if ops is None else plan.stage_outputs(model, x, ops, pack)
 
 
 def _ops(covered: Covered, x: Tensor) -> ModuleType | None:

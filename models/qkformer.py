@@ -4,14 +4,15 @@ Shapes: T time steps, B batch, C channels, H height, W width.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from timm.layers import calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from .attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
+from .backbone import Backbone
 from .embed import SPEDS, SPS
 from .layers import Chain, DropPath, SpikingMLP
 from .neuron import LIF, continued
@@ -51,7 +52,7 @@ class StreamState(NamedTuple):
     membranes: tuple[Tensor, ...]  # of every LIF, in the order of the modules
 
 
-class HierarchicalSpikingTransformer(nn.Module):
+class HierarchicalSpikingTransformer(Backbone):
     """QKFormer (Zhou et al., NeurIPS 2024): stages of one SPEDS and some blocks, then a linear head.
 
     Images [B,C,H,W] are repeated `time_steps` times; event frames [B,T,C,H,W] bring their own T. The result is
@@ -64,8 +65,10 @@ class HierarchicalSpikingTransformer(nn.Module):
         heads: attention heads, the same in all stages.
         mlp_ratio: hidden channels of the MLP over channels.
         attention: "token", "channel" or "self" for each stage.
-        in_channels: channels of the input.
-        num_classes: outputs of the head.
+        in_chans: channels of the input.
+        num_classes: outputs of the head; 0 leaves it out.
+        global_pool: "avg", or "" for feature maps in place of logits.
+        keep_time: feature maps are [T,B,C,H,W] instead of their mean over time [B,C,H,W].
         time_steps: T of a static image.
         shortcut: SPEDS with its shortcut; False is the paper's ablation "w/o SPEDS".
         embed: "speds", or "sps" for the patch splitting of Spikformer, in Spikformer's families alone.
@@ -74,7 +77,8 @@ class HierarchicalSpikingTransformer(nn.Module):
         ssa_scale: factor of the product in the self-attention; 1 is the paper's ablation "w/o scaling".
         ssa_membrane: "per_sample", or "released" to reproduce the leak across the batch in the released
             self-attention, on which the published accuracies and checkpoints depend (README, errata).
-        drop_path: stochastic depth, the rate of the last block; it rises linearly from 0 in the first.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth, the rate of the last block; it rises linearly from 0 in the first.
 
     Raises:
         ValueError: an argument is out of its range; the message names it.
@@ -89,8 +93,10 @@ class HierarchicalSpikingTransformer(nn.Module):
         heads: int,
         mlp_ratio: float = 4,
         attention: Sequence[str] = ("token", "token", "self"),
-        in_channels: int = 3,
+        in_chans: int = 3,
         num_classes: int = 1000,
+        global_pool: str = "avg",
+        keep_time: bool = False,
         time_steps: int = 4,
         embed: str = "speds",
         shortcut: bool = True,
@@ -98,28 +104,34 @@ class HierarchicalSpikingTransformer(nn.Module):
         qkv_bias: bool = False,
         ssa_scale: float = SSA_SCALE,
         ssa_membrane: str = "per_sample",
-        drop_path: float = 0.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         _require_kinds(family, embed, residual, ssa_membrane)
         _require_attention(attention, len(depths))
         dims = [width // 2 ** (len(depths) - 1 - i) for i in range(len(depths))]
-        _require_sizes(dims[0], heads, mlp_ratio, time_steps, num_classes, in_channels)
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path={drop_path} must be at least 0 and below 1")
+        _require_sizes(dims[0], heads, mlp_ratio, time_steps=time_steps, in_chans=in_chans)
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={drop_path_rate} must be at least 0 and below 1")
         self.family, self.attention, self.residual = family, tuple(attention), residual
         self.embed, self.shortcut, self.ssa_membrane, self.time_steps = embed, shortcut, ssa_membrane, time_steps
-        self.in_channels, self.num_classes = in_channels, num_classes
+        self.in_chans = self.in_channels = in_chans
+        self.keep_time, self.drop_rate = keep_time, drop_rate
+        self.num_features = self.head_hidden_size = width
         self.spike_packing = False
 
         first_units, first_branch, later_units = FAMILIES[family]
-        rates = iter(calculate_drop_path_rates(drop_path, sum(depths)))
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         attn = {"qkv_bias": qkv_bias}
         self_attn = attn | {"scale": ssa_scale, "leak_across_batch": ssa_membrane == "released"}
         self.stages = nn.ModuleList()
+        self.feature_info, reduction = [], 1
         for i, (dim, depth, kind) in enumerate(zip(dims, depths, attention, strict=True)):
             units = [(dim // n, pool) for n, pool in (later_units if i else first_units)]
-            channels, branch = (dims[i - 1], 0) if i else (in_channels, first_branch)
+            channels, branch = (dims[i - 1], 0) if i else (in_chans, first_branch)
             first = (
                 SPS(channels, units, shortcut) if embed == "sps" else SPEDS(channels, units, branch, shortcut, residual)
             )
@@ -133,39 +145,11 @@ class HierarchicalSpikingTransformer(nn.Module):
                 for _ in range(depth)
             ]
             self.stages.append(Chain(OrderedDict(embed=first, blocks=Chain(*blocks))))
+            reduction *= 2 ** sum(pool for _, pool in units)
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
         self.lif = LIF() if residual == "ms" else nn.Identity()
-        self.head = nn.Linear(width, num_classes)
-        trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
-        self.fast_path: Callable[[nn.Module, Tensor], Tensor | None] | None = None  # `models.backends` sets it
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Map [B,C,H,W] or [B,T,C,H,W] to the last stage's [T,B,C,H,W]."""
-        if x.dim() not in (4, 5) or x.shape[-3] != self.in_channels:
-            raise ValueError(
-                f"input of shape {tuple(x.shape)}: expected images [B,{self.in_channels},H,W] "
-                f"or event frames [B,T,{self.in_channels},H,W]"
-            )
-        if self.fast_path and (features := self.fast_path(self, x)) is not None:
-            return features
-        if x.dim() == 4:
-            x = x.expand(self.time_steps, *x.shape)  # [T,B,C,H,W]
-        else:
-            x = x.transpose(0, 1)  # [T,B,C,H,W]
-        for stage in self.stages:
-            x = stage(x)
-        return x
-
-    def forward_head(self, x: Tensor) -> Tensor:
-        """Map [T,B,C,H,W] to logits [B,num_classes]."""
-        return self.head(self._mean_tokens(x).mean(0))
-
-    def _mean_tokens(self, x: Tensor) -> Tensor:
-        """Average [T,B,C,H,W] over the tokens to [T,B,C], which the last LIF reads with "ms" residuals."""
-        return self.lif(x.mean((3, 4)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        self.reset_classifier(num_classes, global_pool)
+        self.to(device=device, dtype=dtype)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -192,19 +176,13 @@ class HierarchicalSpikingTransformer(nn.Module):
         neurons = [module for module in self.modules() if isinstance(module, LIF)]
         membranes = {} if state is None else dict(zip(neurons, state.membranes, strict=True))
         with continued(membranes):
-            y = self._mean_tokens(self.forward_features(x[:, None]))[0]  # [B,C]
+            y = self.mean_tokens(self._last_output(x[:, None]))[0]  # [B,C]
         total = y.to(torch.promote_types(y.dtype, torch.float32))  # a sum in half precision stops growing
         steps = 1
         if state is not None:
             total, steps = state.total + total, state.steps + 1
         logits = self.head((total / steps).to(y.dtype))
         return logits, StreamState(steps, total, tuple(membranes[neuron] for neuron in neurons))
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each SPEDS and block in the backward pass instead of keeping its activations (timm's name)."""
-        for module in self.modules():
-            if isinstance(module, Chain):
-                module.grad_checkpointing = enable
 
     def set_spike_packing(self, enable: bool = True) -> None:
         """Keep spikes for the backward pass as bits and bytes on the fused path: less memory for a little more time.
@@ -215,14 +193,6 @@ class HierarchicalSpikingTransformer(nn.Module):
         if enable and any(isinstance(module, DropPath) and module.rate for module in self.modules()):
             raise ValueError("packed spikes need drop_path=0: stochastic depth scales them, and they are whole numbers")
         self.spike_packing = enable
-
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Return patterns of parameters by depth for timm's layer decay: the first SPEDS, each block, the head.
-
-        A later SPEDS counts with the block after it.
-        """
-        by_block = [(r"^stages\.(\d+)\.embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        return {"stem": r"^stages\.0\.embed", "blocks": r"^stages\.(\d+)" if coarse else by_block}
 
 
 def _require_kinds(family: str, embed: str, residual: str, ssa_membrane: str) -> None:
@@ -248,10 +218,8 @@ def _require_attention(attention: Sequence[str], stages: int) -> None:
         _require_choice("attention", kind, ATTENTIONS)
 
 
-def _require_sizes(
-    narrowest: int, heads: int, mlp_ratio: float, time_steps: int, num_classes: int, in_channels: int
-) -> None:
-    for name, value in (("time_steps", time_steps), ("num_classes", num_classes), ("in_channels", in_channels)):
+def _require_sizes(narrowest: int, heads: int, mlp_ratio: float, **counts: int) -> None:
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     if heads < 1 or narrowest % heads:

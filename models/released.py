@@ -8,11 +8,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .qkformer import HierarchicalSpikingTransformer
-from .registry import VARIANTS, create_model
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ NAMINGS = {
     ),
     "ms": Naming(("proj_{}", "proj_{}1", "proj_{}2"), "rpe_{}", _LATER, {"token": "attn", "self": "attn"}, _FC),
 }
+PREFIXES = re.compile(r"^((module|_orig_mod|model)\.)+")  # of data parallelism, torch.compile, Lightning
 _ENTRY = re.compile(
     r"stages\.(?P<stage>\d+)\.(embed\.(units\.(?P<unit>\d+)|shortcut)|blocks\.(?P<block>\d+)\.(attn|mlp)\.(?P<part>\w+))"
     r"\.(?P<kind>conv|bn)\.(?P<leaf>\w+)"
@@ -98,81 +97,76 @@ def to_released(model: HierarchicalSpikingTransformer) -> dict[str, Tensor]:
 
 
 def load_released(model: HierarchicalSpikingTransformer, state_dict: Mapping[str, Tensor]) -> None:
-    """Load weights under any released spelling (also with `module.` in front) into `model`, strictly.
+    """Load weights under any released spelling into `model`, as `load_strictly` does.
 
     Raises:
-        ValueError: an entry is missing, foreign, or of another shape: the message lists 20 of each kind, and nothing
-            is loaded. Or the model has no released names, see `released_key_map`.
+        ValueError: see `load_strictly`, and `released_key_map` for models without released names.
     """
-    released_of = {key: released for released, key in released_key_map(model).items()}
-    key_of = {}
-    for kind, naming in NAMINGS.items():
-        if (kind == "ms") != (model.residual == "ms"):
-            continue  # equal shapes, another function: weights of the one are foreign to the other
-        key_of |= _key_map(model, naming)
-    state, wanted, foreign = {}, model.state_dict(), []
+    released_key_map(model)
+    load_strictly(model, state_dict)
+
+
+def load_strictly(model: HierarchicalSpikingTransformer, state_dict: Mapping[str, Tensor]) -> None:
+    """Load weights under this project's names or any released spelling, with prefixes or without.
+
+    Raises:
+        ValueError: an entry is missing, foreign, or of another shape: the message lists 20 of each kind under the
+            names of the weights, and nothing is loaded.
+    """
+    weights = without_prefixes(state_dict)
+    if problems := _problems(model, weights, _naming(model, weights)):
+        raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems)}")
+    model.load_state_dict(weights)
+
+
+def without_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the entries without the prefixes of wrappers ("module." and others); a duplicate keeps its own."""
+    weights = {}
     for name, value in state_dict.items():
-        key = key_of.get(name.removeprefix("module."))
-        if key is None or key in state:
-            foreign.append(name)
-        else:
-            state[key] = value
-    problems = _listing("missing", [released_of[key] for key in wanted if key not in state])
-    problems += _listing("foreign", foreign)
-    problems += _listing(
-        "of another shape",
-        [
-            f"{released_of[key]} (checkpoint {tuple(value.shape)}, model {tuple(wanted[key].shape)})"
-            for key, value in state.items()
-            if value.shape != wanted[key].shape
-        ],
-    )
-    if problems:
-        raise ValueError("the checkpoint does not fit the model: " + "; ".join(problems))
-    model.load_state_dict(state)
+        short = PREFIXES.sub("", name)
+        weights[name if short in weights else short] = value
+    return weights
 
 
-def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, object]]:
-    """Return name and arguments of the variant that these weights fit, from entries' names and shapes alone.
-
-    `time_steps`, `ssa_membrane` and the resolution leave no trace in shapes. Under this project's names, neither do
-    `attention` and `residual`; their defaults are assumed.
-
-    Raises:
-        ValueError: they fit none.
-    """
-    shapes = {name.removeprefix("module."): tuple(value.shape) for name, value in state_dict.items()}
-    if len(shapes.get("head.weight", ())) == 2:
-        classes, width = shapes["head.weight"]
-        for name, variant in VARIANTS.items():
-            for residual in ("sew", "ms") if variant["width"] == width else ():
-                if fitting := _fitting(shapes, name, {"num_classes": classes, "residual": residual}):
-                    return name, fitting
-    raise ValueError(f"these weights fit none of {', '.join(sorted(VARIANTS))} as released")
+def translated(state_dict: Mapping[str, Tensor], model: HierarchicalSpikingTransformer) -> dict[str, Tensor]:
+    """Return the entries under this project's names; one that the model does not have keeps its name."""
+    weights = without_prefixes(state_dict)
+    names = _naming(model, weights)
+    return {names.get(name, name): value for name, value in weights.items()}
 
 
-def _fitting(shapes: dict[str, tuple[int, ...]], name: str, arguments: dict) -> dict[str, object] | None:
-    """Return the arguments that give the variant entries of these names and shapes; None if there are none."""
-    with torch.device("meta"):
-        model = create_model(name, **arguments)
+def accept_released(model: HierarchicalSpikingTransformer, state_dict: dict, prefix: str, *_) -> None:
+    """Let `load_state_dict` take any spelling: a hook that torch calls before it loads."""
+    inside = [name for name in state_dict if name.startswith(prefix)]
+    weights = {name.removeprefix(prefix): state_dict.pop(name) for name in inside}
+    state_dict.update({prefix + name: value for name, value in translated(weights, model).items()})
+
+
+def _naming(model: HierarchicalSpikingTransformer, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return {name: this project's name} in the spelling that most entries have."""
     spellings = [{key: key for key in model.state_dict()}]
-    if model.family == "imagenet" or (arguments["residual"] == "sew" and model.family in NAMINGS):
-        spellings.append({key: released for released, key in released_key_map(model).items()})
-    for spelling in spellings:
-        if set(spelling.values()) != set(shapes):
-            continue
-        first_conv = shapes[spelling["stages.0.embed.units.0.conv.weight"]]
-        fc1 = shapes[spelling["stages.0.blocks.0.mlp.fc1.conv.weight"]]
-        if len(first_conv) != 4 or len(fc1) != 4 or 0 in fc1:
-            continue
-        arguments = {**arguments, "in_channels": first_conv[1], "mlp_ratio": fc1[0] / fc1[1]}
-        with torch.device("meta"):
-            wanted = create_model(name, **arguments).state_dict()
-        if all(shapes[spelling[key]] == tuple(value.shape) for key, value in wanted.items()):
-            if arguments["mlp_ratio"] == 4 and "mlp_ratio" not in VARIANTS[name]:
-                del arguments["mlp_ratio"]  # of the other variants there is more than one in use
-            return arguments
-    return None
+    for kind, naming in NAMINGS.items():
+        if (kind == "ms") == (model.residual == "ms"):  # equal shapes, another function: foreign to each other
+            spellings.append(_key_map(model, naming))
+    return max(spellings, key=lambda names: len(names.keys() & weights.keys()))
+
+
+def _problems(model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, str]) -> list[str]:
+    wanted = model.state_dict()
+    spelled = {key: key for key in wanted} | {key: name for name, key in names.items()}
+    known = {name: wanted[names[name]].shape for name in weights if name in names}
+    return [
+        *_listing("missing", [name for name in spelled.values() if name not in weights]),
+        *_listing("foreign", [name for name in weights if name not in names]),
+        *_listing(
+            "of another shape",
+            [
+                f"{name} (checkpoint {tuple(weights[name].shape)}, model {tuple(shape)})"
+                for name, shape in known.items()
+                if shape != weights[name].shape
+            ],
+        ),
+    ]
 
 
 def _listing(what: str, names: list[str], most: int = 20) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from scripts import ROOT, fail, here, named, refuses
 from test_models import lively
 
-from analysis import attention_masks, attention_statistics, common, firing_rates, membrane, tables
+from analysis import attention_masks, attention_statistics, common, curves, firing_rates, membrane, results, tables
 from analysis.energy import estimate
 from engine import checkpoint, config
 from engine.config import read
@@ -88,11 +88,22 @@ def test_firing_rates_and_integers_are_what_the_layers_get(all_kinds, tmp_path, 
         mean = (shares * torch.arange(len(shares))).sum()
         assert math.isclose(mean, inputs[f"stages.{stage}.{into}"].mean_input, rel_tol=1e-6)
         assert math.isclose(1 - shares[0], inputs[f"stages.{stage}.{into}"].density, rel_tol=1e-6)
-    here(monkeypatch, capfd, "analysis.firing_rates", "--checkpoint", all_kinds, "--output-dir", tmp_path / "out")
+    for name, values in rates.masked.items():
+        assert math.isclose(values.mean(), inputs[f"{name}.conv"].mean_input, rel_tol=1e-6)
+    assert len(rates.masked) == 2
+    arguments = ["--checkpoint", all_kinds, "--output-dir", tmp_path / "out", "--table"]
+    here(monkeypatch, capfd, "analysis.firing_rates", *arguments)
     rows = rows_of(tmp_path / "out/firing_rates.csv")
     assert [row["layer"] for row in rows] == list(rates.spikes)
     for row, values in zip(rows, rates.spikes.values(), strict=True):
         assert [float(row["t = 0"]), float(row["t = 1"])] == pytest.approx(values.tolist())
+    table = {(row["stage"], row["layer"]): row for row in rows_of(tmp_path / "out/firing_rates_table.csv")}
+    assert [layer for stage, layer in table if stage == "1"] == [name for name in firing_rates.TABLE if name != "V"]
+    assert [layer for stage, layer in table if stage == "3"] == [n for n in firing_rates.TABLE if n != "masked key"]
+    rate = rates.masked["stages.1.blocks.0.attn.proj"].mean().item()
+    assert float(table["2", "masked key"]["firing rate"]) == pytest.approx(rate)
+    (paper,) = [name for name in table["1", "Q"] if "paper" in name]
+    assert [table[key][paper] for key in (("1", "Q"), ("2", "MLP 2"), ("3", "Q"))] == ["0.0432", "0.1869", ""]
     assert len(rows_of(tmp_path / "out/integers.csv")) == 9
     assert (tmp_path / "out/firing_rates.png").exists()
 
@@ -119,6 +130,17 @@ def test_independent_spikes(kind):
     scale = 0.125 if kind == "self" else 1
     assert math.isclose(sums[0].mean() / scale, mean, rel_tol=0.01)
     assert math.isclose(sums[0].var() / scale**2, variance, rel_tol=0.03)
+
+
+def test_the_papers_bound_of_the_variance():
+    """It holds for sums of independent terms; those of self-attention share spikes, and go beyond."""
+    independent, bound = attention_statistics.independent, attention_statistics.bound
+    assert (bound("Q-K token", 64, 196), bound("Q-K channel", 64, 196), bound("self", 64, 196)) == (16, 49, 3136)
+    for kind in ("Q-K token", "Q-K channel"):
+        variances = [independent(kind, [rate / 10, 0.3], 64, 196)[1] for rate in range(11)]
+        assert max(variances) == variances[5] == bound(kind, 64, 196)
+    assert independent("self", [0.05, 0.05, 0.05], 64, 196)[1] < bound("self", 64, 196)
+    assert independent("self", [0.5, 1, 1], 64, 196)[1] == pytest.approx(196**2 * 64 / 4)
 
 
 def test_statistics_of_attention(all_kinds, tmp_path, monkeypatch, capfd):
@@ -248,6 +270,27 @@ def test_a_checkpoint_without_recipe_or_weights_is_refused(tmp_path, monkeypatch
     assert value in fail(monkeypatch, capfd, "analysis.firing_rates", *flags.split())
 
 
+def test_curves_of_logs_and_runs(tmp_path, monkeypatch, capfd):
+    """Each log ends with the epochs of its recipe; a run's figures are those of its metrics."""
+    lengths = {
+        name: (curve.epochs[0], curve.epochs[-1]) for name in curves.TITLES for curve in [curves.published(name)]
+    }
+    assert lengths.pop("imagenet_768_384") == (202, 210)
+    assert lengths == {"imagenet_768_224": (1, 200), "cifar10": (1, 410), "cifar100": (1, 408), "cifar10-dvs": (1, 106)}
+    rows = [{"epoch": i, "lr": 1, "train_loss": 3 - i, "test_loss": 2.5, "test_top1": 40 + i} for i in range(2)]
+    for name in ("a", "b"):
+        (tmp_path / name / "run").mkdir(parents=True)
+        (tmp_path / name / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = []
+    monkeypatch.setattr(curves, "draw", lambda *args, draw=curves.draw: drawn.append(args[0]) or draw(*args))
+    runs = [str(tmp_path / name / "run") for name in ("a", "b")]
+    curves.run([*runs, "--published", "cifar10", "--output", str(tmp_path / "new/curves.png")])
+    assert [curve.name for curve in drawn[0]][1:] == [str(Path("a/run")), str(Path("b/run"))]
+    assert drawn[0][1][1:] == ([1, 2], [40, 41], {"train": [3, 2], "test": [2.5, 2.5]})
+    assert (tmp_path / "new/curves.png").exists()
+    named(fail(monkeypatch, capfd, "analysis.curves", tmp_path), tmp_path)
+
+
 def result(path, top1, count=360, **changes):
     """What test.py writes for the digits."""
     path.parent.mkdir(exist_ok=True)
@@ -271,15 +314,23 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     result(tmp_path / "copy/best.test.json", 99.0, seed=1)
     result(tmp_path / "part/best.test.json", 12.0, count=100)
     result(tmp_path / "short/best.test.json", 14.0, epochs=2)
-    result(tmp_path / "another_network/best.test.json", 13.0, attention=["self", "self", "self"])
+    result(tmp_path / "another_network/best.test.json", 13.0, attention=["self", "self", "token"])
+    result(tmp_path / "variant/best.test.json", 97.0, attention=["self", "self", "self"])
     result(tmp_path / "another_size/best.test.json", 13.0, input_size=16)
     for name, text in NO_RESULTS.items():
         (tmp_path / f"{name}.test.json").write_text(text)
     monkeypatch.setattr(tables, "size", lambda *_: {"parameters": "1", "MACs a step": "1.00 M"})  # README's test counts
     tables.run(["--results", str(tmp_path), "--output-dir", str(tmp_path / "out")])
     told = capfd.readouterr().out
-    named(told, "part/best.test.json", "short/best.test.json", *(f"{name}.test.json" for name in NO_RESULTS))
-    found = {name: rows_of(tmp_path / f"out/{name}.csv") for name in ("imagenet", "small", "ablations")}
+    left_out = [line.split(": left out")[0] for line in told.splitlines() if ": left out" in line]
+    folders = ("a/last", "copy/best", "part/best", "short/best", "another_network/best", "another_size/best")
+    names = [*folders, *NO_RESULTS]
+    assert sorted(left_out) == sorted(str(tmp_path / f"{name}.test.json") for name in names)
+    named(told, "epochs is 2", "input_size is 16")  # with the reason
+    found = {
+        name: rows_of(tmp_path / f"out/{name}.csv")
+        for name in ("imagenet", "imagenet_others", "small", "small_others", "ablations", "ablations_digits")
+    }
     for name in ("imagenet", "small"):
         measured = [row["network"] for row in found[name] if row["top-1 (%) here"] or row["energy (mJ) here"]]
         assert measured == {"imagenet": [], "small": ["qkformer_3_64"]}[name]
@@ -289,14 +340,21 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     large = found["imagenet"][0]
     assert large["network"] == "qkformer_10_384"
     assert (large["top-1 (%) paper"], large["top-1 (%) log"], large["energy (mJ) paper"]) == ("78.80", "78.85", "15.13")
-    for row in found["imagenet"][6:]:  # of other networks energies alone
-        assert row["energy (mJ) paper"]
-        assert not row["top-1 (%) paper"]
+    assert found["imagenet"][4]["top-1 (%) paper"] == "85.65 (top-5 97.74)"
+    for row in found["imagenet_others"]:
+        assert row["top-1 (%) paper"]
+        assert row["network"].endswith("(not spiking)") == bool(row["parameters"]) != bool(row["T"])
+    assert found["small_others"][-1]["network"] == "QKFormer"
+    assert [found["small_others"][-1][f"{name} paper"] for name in ("CIFAR-10", "CIFAR10-DVS")] == ["96.18", "84.00"]
+    unverified = [row for row in found["small"] if "to be verified" in row["top-1 (%) paper"]]
+    assert [(row["data set"], row["T"]) for row in unverified] == [("CIFAR10-DVS", "10")]
+    digits = {row["--variant"]: row["digits: top-1 (%) here"] for row in found["ablations_digits"]}
+    assert {variant: text for variant, text in digits.items() if text} == {"": "98.50 ± 0.71 (2 runs)", "self": "97.00"}
     for row, cfg in zip(found["ablations"], read(ROOT / "cifar100/cifar100.yml").all(), strict=True):
         assert row["CIFAR-100: top-1 (%) here"] == ""
         assert {other["--variant"] for other in found["ablations"]} >= {cfg.variant or ""}
     paper = {row["--variant"]: row["CIFAR10-DVS: top-1 (%) paper"] for row in found["ablations"]}
     assert (paper["channel_self"], paper["spikformer_speds"], paper["ms"]) == ("84.30", "82.20", "")
-    assert set(tables.TEST_SAMPLES) == {cfg.dataset for _, cfg in common.recipes()}
+    assert set(results.TEST_SAMPLES) == {cfg.dataset for _, cfg in common.recipes()}
     absent = tmp_path / "absent"
     named(fail(monkeypatch, capfd, "analysis.tables", "--results", absent), absent)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scripts import TORCHRUN, Child, fail, free_port, named, ranks, same, succeed
 
-from engine import checkpoint, world
+from engine import checkpoint
 
 QUICK = ["--batch-size", "64", "--lr", "1e-2", "--time-steps", "1"]  # 11 steps an epoch in two processes
 
@@ -37,14 +37,14 @@ def two_processes(path, *flags):
     [(1, ["--channels-last", "--ema-decay", "0.5"]), (2, ["--grad-checkpointing"])],
 )
 def test_two_processes_make_the_updates_of_one(alone, tmp_path, accumulated, flags):
-    two = two_processes(tmp_path / "two.pt", "--sync-bn", "--accum-iter", accumulated, *flags)
+    two = two_processes(tmp_path / "two.pt", "--accum-iter", accumulated, *flags)
     one = alone[accumulated]
-    assert two["synced"] == 25
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
     assert len(two["gradients"]) == 2
     for ours, expected in zip(two["gradients"], one["gradients"], strict=True):
         largest = max(g.abs().max() for g in expected.values())
-        for name, gradient in expected.items():  # of a bias that a BatchNorm removes it is zero but for rounding
+        assert sum(not gradient.any() for gradient in expected.values()) <= 1  # the network spikes
+        for name, gradient in expected.items():
             scale = gradient.abs().clamp(min=1e-3 * largest)
             assert ((ours[name] - gradient).abs() / scale).max() < 1e-9, name
     for name, value in one["state"].items():
@@ -83,18 +83,18 @@ def with_self_test(tested, problem):
     ("flags", "problem", "tested", "value"),
     [
         (("--lif-backend triton",) * 2, "computes 17 for 4; use lif_backend='torch'", "01", "rank 1 of 2"),
-        (("--lif-backend triton", "--lif-backend torch"), None, "0", "rank 1 of 2"),
+        (("--lif-backend triton", "--lif-backend torch"), None, "", "lif_backend"),
         (("--batch-size 64", "--batch-size 32"), None, "", "batch_size"),
     ],
     ids=["self-test", "kernels", "settings"],
 )
 def test_ranks_that_disagree_all_end_in_one_line(tmp_path, flags, problem, tested, value):
-    """Rank 0 tests the kernels first, alone; rank 1 fails, or does not want them."""
+    """Rank 0 tests the kernels first, alone; rank 1 fails, or has other flags."""
     world = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     (tmp_path / "tested").touch()
     children = []
     for rank in range(2):
-        words = ["digits/train.py", "--sync-bn", "--device", "cpu", *flags[rank].split()]
+        words = ["digits/train.py", "--device", "cpu", *flags[rank].split()]
         before = partial(with_self_test, tmp_path / "tested", problem if rank else None)
         environment = world | {"TRITON_INTERPRET": "1", "RANK": str(rank)}
         children.append(Child(*words, log=tmp_path / f"{rank}", before=before, **environment))
@@ -116,34 +116,3 @@ def test_two_machines_under_torchrun(tmp_path):
     machines = [Child(*words, log=tmp_path / f"{i}.log") for i in range(2)]
     assert [machine.wait() for machine in machines] == [0, 0], machines[0].output + machines[1].output
     assert checkpoint.read(tmp_path / "last.pt")["position"]["order"]["world_size"] == 2
-
-
-def test_two_tasks_under_srun(tmp_path):
-    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
-    train = ["digits/train.py", *QUICK, "--epochs", "1", "--output-dir", tmp_path / "run"]
-    tasks = [
-        Child(*train, log=tmp_path / f"{i}.log", **slurm, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)
-    ]
-    assert [task.wait() for task in tasks] == [0, 0], tasks[0].output + tasks[1].output
-    assert checkpoint.read(tmp_path / "run/last.pt")["position"]["order"]["world_size"] == 2
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("node[01-04,9],other", "node01"), ("gpu7", "gpu7"), ("a-b[3,5-6]", "a-b3"), ("x1,x2", "x1"), (None, "localhost")],
-)
-def test_the_first_machine_of_a_slurm_step_is_the_meeting_point(monkeypatch, nodes, first):
-    for key in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NODELIST"):
-        monkeypatch.setenv(key, "")  # put back after the test
-        monkeypatch.delenv(key)
-    if nodes:
-        monkeypatch.setenv("SLURM_STEP_NODELIST", nodes)
-    for key, value in {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "40007"}.items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # an allocation's shell, or torchrun once per machine
-    world._translate_slurm()
-    assert "WORLD_SIZE" not in os.environ
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
-    world._translate_slurm()
-    told = [os.environ[key] for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
-    assert told == ["5", "1", "16", first, "20007"]

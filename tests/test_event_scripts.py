@@ -10,8 +10,8 @@ from scripts import fail, here, named, ranks, result_in, rows_in, succeed
 from tiny_data import cifar10_dvs, dvs128_gesture
 
 import engine.run
-from engine.data import digits_dvs, pictures
-from engine.data.event import DigitsDVS
+from engine.data import digits, pictures
+from engine.data.digits import DigitsDVS
 
 TINY = "--epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --time-steps 2 --batch-size 4 --workers 0 --threads 1".split()
 
@@ -71,11 +71,11 @@ def test_the_recipe_learns_the_digits_before_an_event_camera(tmp_path, seed):
 
 
 def test_the_simulated_camera_sees_changes_alone():
-    dark = digits_dvs.record(np.zeros((1, 8, 8), np.uint8), seed=0)[0]
+    dark = digits.record(np.zeros((1, 8, 8), np.uint8), seed=0)[0]
     assert len(dark.t) == 0
     dot = np.zeros((1, 8, 8), np.uint8)
     dot[0, 4, 4] = 255
-    events = digits_dvs.record(dot, seed=0)[0]
+    events = digits.record(dot, seed=0)[0]
     assert (np.diff(events.t) >= 0).all()
     on = np.zeros((32, 32), int)
     np.add.at(on, (events.y, events.x), 2 * events.p - 1)

@@ -29,10 +29,10 @@ from tiny_data import CIFAR10_CLASSES, aedat2, aedat31, cifar10_dvs, dvs128_gest
 
 from engine import config
 from engine.data import augment, event, recordings
-from engine.data.aedat import DamagedRecording, Events, read_aedat2, read_aedat31
+from engine.data.aedat import DamagedRecording, Events, read_aedat, read_aedat2, read_aedat31
 from engine.data.augment import sampling
 from engine.data.event import create_data, split_by_class
-from engine.data.frames import integrate
+from engine.data.frames import convert, integrate
 from engine.data.prepare import contents, prepare
 from engine.log import logger
 from engine.world import World
@@ -84,13 +84,13 @@ def test_counts_above_a_byte():
 
 
 def test_a_recording_is_cut_by_time_in_order_or_not():
-    events_in_order, spans = Events(*FEW), [(0, 400_000), (300_000, 700_000), None, (900_000, 900_000)]
+    events_in_order, spans = Events(*FEW), [(0, 400_000), (300_000, 700_000), recordings.WHOLE, (900_000, 900_000)]
     shuffled = Events(*(values[RANDOM.permutation(1003)] for values in FEW))
     for recording in (events_in_order, shuffled):
-        for span, part in zip(spans, recording.cut(spans), strict=True):
-            start, end = span or (0, 10**6)
+        for start, end in spans:
             chosen = (recording.t >= start) & (recording.t < end)
-            assert all(np.array_equal(a, b[chosen]) for a, b in zip(part, recording, strict=True))
+            part = recording.between(start, end)
+            assert all(np.array_equal(a, b[chosen]) for a, b in zip(part[:4], recording[:4], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,6 @@ def test_a_recording_is_cut_by_time_in_order_or_not():
         (read_aedat31, aedat31(*FEW)[:-40]),
         (read_aedat31, b"#!AER-DAT3.1\r\n#"),
         (read_aedat31, b"#!AER-DAT3.1\r\n#!END-HEADER\r\n"),
-        (read_aedat31, aedat31(*(np.full(5, value) for value in (0, 128, 0, 0)))),
     ],
 )
 def test_damaged_recordings_are_told_from_good_ones(read, content):
@@ -113,9 +112,75 @@ def test_damaged_recordings_are_told_from_good_ones(read, content):
         read(content)
 
 
-def test_too_few_events_for_the_frames():
+@pytest.mark.parametrize(
+    ("content", "value"),
+    [
+        (aedat2(*FEW).replace(b"a comment", b"AEChip: eu.seebetter.ini.chips.davis.DAVIS240C")[:-8]
+         + struct.pack(">II", 1 << 31, 0), "DAVIS240C"),
+        (aedat2(*FEW) + struct.pack(">II", 1 << 15, 0), "sensor"),
+        (aedat31(*FEW).replace(b"RAW", b"SERIALIZED"), "SERIALIZED"),
+        (aedat31(*FEW) + struct.pack("<HHIIIIII", 1, 1, 8, 4, 0, 5, 3, 3) + bytes(40), "5"),
+    ],
+    ids=["named sensor", "special event", "serialized", "room for more"],
+)  # fmt: skip
+def test_recordings_of_another_kind_are_refused(content, value):
+    read_aedat(aedat2(*FEW))
+    with pytest.raises(DamagedRecording, match=value):
+        read_aedat(content)
+
+
+def test_invalid_events_are_left_out_and_counted(tmp_path, one_core, monkeypatch):
+    words = np.frombuffer(aedat31(*FEW, per_packet=10_000)[-8 * 1003 :], "<u4").reshape(-1, 2).copy()
+    words[::10, 0] &= ~np.uint32(1)
+    content = aedat31(*FEW, per_packet=10_000)[: -8 * 1003] + words.tobytes()
+    events = read_aedat31(content)
+    assert (len(events.t), events.invalid) == (902, 101)
+    assert np.array_equal(events.x, np.delete(FEW[1], np.arange(0, 1003, 10)))
+    told = []
+    monkeypatch.setattr(logger, "warning", told.append)
+    root = dvs128_gesture(tmp_path, train=1, test=1, count=50)
+    name = "user01_led"
+    labels = b"class\n1,0,500000\n1,500000,1000000\n"
+    changes = {f"{name}.aedat": content, f"{name}_labels.csv": labels}
+    rewrite(root / "download" / GESTURE, lambda path, old: changes.get(Path(path).name, old))
+    load("dvs128-gesture", root, "--batch-size", "2")
+    named(told[0], 101, f"{name}.aedat")
+
+
+def test_recordings_in_another_format_are_named(tmp_path):
+    root = cifar10_dvs(tmp_path, per_class=2, count=50)
+    (root / "download/cat.zip").unlink()
+    (root / "cat").mkdir()
+    (root / "cat/x.aedat4").write_bytes(b"")
+    (root / "cat/._x.aedat").write_bytes(b"")
+    with refuses(root / "cat", ".aedat4"):
+        load("cifar10-dvs", root)
+
+
+def test_files_of_systems_are_no_recordings(tmp_path):
+    zipped, folder = cifar10_dvs(tmp_path / "zip", per_class=1, count=50), tmp_path / "folder"
+    for archive in (zipped / "download").iterdir():
+        with zipfile.ZipFile(archive, "a") as file:
+            for name in (f"{archive.stem}/._x.aedat", "__MACOSX/x.aedat", ".ipynb_checkpoints/x.aedat"):
+                file.writestr(name, b"junk")
+            file.extractall(folder)
+    for root in (zipped, folder):
+        assert len(recordings.cifar10_dvs(root, ".aedat", False)) == 10
+    gesture = dvs128_gesture(tmp_path / "tar", train=1, test=1, count=50) / "download" / GESTURE
+    with tarfile.open(gesture) as old:
+        files = {member.name: old.extractfile(member).read() for member in old}
+    with tarfile.open(gesture, "w:gz") as new:
+        for name, content in (files | {f"DvsGesture/._{Path(name).name}": b"junk" for name in files}).items():
+            tiny_data.add(new, name, content)
+    assert len(recordings.dvs128_gesture(gesture.parents[1], ".aedat", False)) == 2
+
+
+def test_events_that_do_not_fill_the_frames_or_leave_the_sensor():
     with pytest.raises(DamagedRecording, match=r"1003.*1004"):
         integrate(Events(*FEW), 1004)
+    for x, y in ((128, 0), (0, 128)):
+        with pytest.raises(DamagedRecording, match="128"):
+            integrate(Events(*(np.full(5, value) for value in (0, x, y, 0))), 1)
 
 
 @pytest.fixture
@@ -197,7 +262,7 @@ def test_each_process_trains_on_its_share_and_all_test_every_sample_once(tmp_pat
 
 
 def find(root):
-    return functools.partial(recordings.cifar10_dvs, root, False)
+    return functools.partial(recordings.cifar10_dvs, root, ".aedat", False)
 
 
 def die_at_file(number):
@@ -227,7 +292,7 @@ def test_killed_while_preparing_it_goes_on_to_the_same_frames(tmp_path, one_core
     assert not frames.exists()
     assert list(partial.rglob("*.tmp"))
     for folder in (root, whole):
-        prepare(folder, 4, find(folder), show=False)
+        prepare(folder, 4, 128, find(folder), show=False)
     names = contents(frames, CIFAR10_CLASSES)
     assert len(names) == 20
     for name in names:
@@ -243,9 +308,9 @@ def test_several_at_once(tmp_path, one_core):
 
     def counted():
         calls.append(1)
-        return recordings.cifar10_dvs(root, False)
+        return recordings.cifar10_dvs(root, ".aedat", False)
 
-    threads = [threading.Thread(target=prepare, args=(root, 4, counted, False)) for _ in range(3)]
+    threads = [threading.Thread(target=prepare, args=(root, 4, 128, counted, False)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -324,9 +389,9 @@ def test_no_flipped_bit_in_a_tar_goes_unnoticed(tmp_path):
         damaged[place] ^= 1 << RANDOM.integers(8)
         path.write_bytes(damaged)
         with refuses(path):
-            recordings.dvs128_gesture(tmp_path, False)
+            recordings.dvs128_gesture(tmp_path, ".aedat", False)
     path.write_bytes(content)
-    assert len(recordings.dvs128_gesture(tmp_path, False)) == 2
+    assert len(recordings.dvs128_gesture(tmp_path, ".aedat", False)) == 2
 
 
 def test_members_may_be_named_as_they_like(tmp_path, one_core):
@@ -345,8 +410,8 @@ def test_processes_that_prepare_import_little():
     """Else each of many would hold torch and all that comes with it."""
     code = "import sys, engine.data.frames; print(sorted({'torch', 'timm', 'matplotlib'} & set(sys.modules)))"
     assert run("-c", code).stdout == "[]\n"
-    for function in (recordings.read_member, recordings.read_aedat2, recordings.read_aedat31):
-        assert function.__module__ in ("engine.data.frames", "engine.data.aedat")
+    for function in (recordings.read_member, convert):
+        assert function.__module__ == "engine.data.frames"
 
 
 def test_addresses_and_checksums_are_those_of_spikingjelly():
@@ -365,7 +430,7 @@ def test_a_killed_worker_is_told(tmp_path, monkeypatch):
 
     monkeypatch.setattr("joblib.Parallel.__call__", broken)
     with refuses(root / "frames_4"):
-        prepare(root, 4, find(root), False)
+        prepare(root, 4, 128, find(root), False)
 
 
 @pytest.mark.parametrize(
@@ -494,13 +559,23 @@ def test_a_disk_that_fills_up(tmp_path, one_core, monkeypatch):
 
     monkeypatch.setattr(np, "save", fill)
     with refuses("No space left on device"):
-        prepare(root, 4, find(root), False)
+        prepare(root, 4, 128, find(root), False)
     monkeypatch.setattr(np, "save", save)
     assert len(list((root / "frames_4.partial").rglob("*.*"))) == 5
-    assert len(contents(prepare(root, 4, find(root), False), CIFAR10_CLASSES)) == 20
+    assert len(contents(prepare(root, 4, 128, find(root), False), CIFAR10_CLASSES)) == 20
 
 
-@pytest.mark.parametrize(("key", "value"), [("num_classes", "11"), ("input_size", "64"), ("auto_augment", "rand-m9")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_classes", "11"),
+        ("input_size", "64"),
+        ("auto_augment", "rand-m9"),
+        ("mixup_in", "loader"),
+        ("cutmix", "0.5"),
+        ("in_channels", "3"),
+    ],
+)
 def test_settings_that_do_not_fit_event_frames(key, value, tmp_path):
     with refuses(key, value):
         load("cifar10-dvs", tmp_path, f"--{key}", value)

@@ -18,7 +18,6 @@ from scripts import ROOT
 from torch import nn
 
 from benchmarks.turns import kept_bytes
-from engine import world
 from models import backends, create_model, neuron, set_lif_backend
 from models.attention import SpikingSelfAttention, TokenQKAttention
 from models.fused import autograd, selftest
@@ -302,7 +301,7 @@ def uneven_rank(rank, folder, network, x):
     """Save the gradients of one of two ranks, which take 1 and 3 samples."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     network = copy.deepcopy(network)  # its memory is shared by the ranks
-    step(world.sync_batchnorm(network, torch.device("cpu")), x[:1] if rank == 0 else x[1:], "triton")
+    step(torch.nn.SyncBatchNorm.convert_sync_batchnorm(network), x[:1] if rank == 0 else x[1:], "triton")
     assert network.fast_path.coverage.of(network.stages).function is backends.triton_lif
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
     torch.save({"gradients": gradients, "buffers": dict(network.named_buffers())}, folder / f"{rank}.pt")

@@ -9,7 +9,8 @@ from scripts import here
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.attentions import MODULES, PARTS, Attention
+from analysis import attentions
+from analysis.attentions import MODULES, PARTS, Attention, PeakMemory
 from benchmarks.growth import exponent, exponents, fitted_sizes
 from benchmarks.turns import kept_bytes
 
@@ -60,6 +61,35 @@ def test_both_orders_of_self_attention_give_the_same_spikes():
     first, second = (module.attend(*spikes(3, 4, 2, 2, 16, 9)) for module in modules)
     assert first.mean() > 0
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_counted_bytes_are_those_of_the_results(kind):
+    """The peak of a forward pass without its neuron; self-attention also holds the scaled product."""
+    attention = Attention(kind, "core", TOKENS, CHANNELS, HEADS)
+    module = attention.module()
+    module.attn_lif = nn.Identity()
+    inputs = attention.spikes(attention.inputs)
+    with torch.no_grad(), PeakMemory() as memory:
+        module.attend(*inputs)
+    scaled = 4 * TOKENS * CHANNELS if attention.inputs == 3 else 0
+    assert memory.peak == attention.counted_bytes() + scaled <= attention.measured_bytes()
+
+
+def test_peak_memory_forgets_what_is_freed():
+    with PeakMemory() as memory:
+        for _ in range(3):
+            x = torch.zeros(100)
+            x.add_(1).view(4, 25)  # no new storage
+    assert memory.peak == 2 * 400  # the next tensor is made before the last is freed
+
+
+def test_memory_decodes_the_papers_figures():
+    (row,) = [row for row in attentions.memory() if row["N"] == 2500]
+    paper = {key.split(":")[0]: value for key, value in row.items() if "paper" in key}
+    assert len(paper) == 2
+    for kind, value in paper.items():
+        assert row[f"{kind}: counted"] == pytest.approx(value, rel=0.01)
 
 
 def test_exponents_are_fitted_to_the_larger_half():

@@ -21,7 +21,7 @@ from tiny_data import cifar10_dvs, dvs128_gesture, image_folder, shards
 
 from engine import config, world
 from engine.cli import UserError
-from engine.data.datasets import create_dataset
+from engine.data.image import create_dataset
 from engine.log import logger
 from engine.run import create_data
 

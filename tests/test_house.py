@@ -16,7 +16,7 @@ MAY_IMPORT = {  # package -> the others that it may import
     **dict.fromkeys(SCRIPTS, ("engine",)),
 }
 RANKS = {  # a file may import files of its own and of lower ranks, the lowest last
-    "models": ["released", "registry", "backends", "fused", "qkformer", "attention embed layers", "neuron"],
+    "models": ["registry", "backends released", "fused", "qkformer", "backbone", "attention embed layers", "neuron"],
     "engine": [
         "run predict",
         "trainer evaluate weights run_dir data",

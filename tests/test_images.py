@@ -1,26 +1,30 @@
 """The scripts of ImageNet and CIFAR as a user runs them, on tiny data in the true formats."""
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import math
 import pickle
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm.data.dataset
 import timm.utils
 import torch
 import torchvision.datasets.cifar
 from PIL import Image
-from scripts import ROOT, fail, refuses
+from scripts import ROOT, fail, named, refuses
 from timm.data.transforms import MaybePILToTensor, ToNumpy
 from tiny_data import cifar, image_folder, shards
 
 from engine import config, world
 from engine.data import image, loaders
-from engine.data.datasets import create_dataset, read_image
-from engine.data.image import create_data
+from engine.data.image import create_data, create_dataset, read_image
+from engine.log import logger
 from engine.optim import create_optimizer
 from engine.run import build_model
 from engine.trainer import Trainer
@@ -90,7 +94,10 @@ def empty_class(root):
         (None, ["--data-path", "no/where"], "no/where"),
         (None, ["--num-classes", "1000"], "--num-classes"),
         (None, ["--in-channels", "2", "--mean", "0,0", "--std", "1,1"], "in_channels"),
+        (None, ["--in-channels", "1"], "mean"),
+        (None, ["--split-seed", "1"], "split_seed"),
         (None, ["--dataset", "imagenet"], "imagefolder"),
+        (None, ["--dataset", "cifar10dvs", "--in-channels", "2"], "cifar10-dvs"),
         (None, ["--dataset", "tfds/x"], "tfds/x"),
         (None, ["--dataset", "wds/x"], "wds/x"),
         (move("train", "training"), [], "/data"),
@@ -139,6 +146,64 @@ def test_an_image_is_read_in_the_mode_of_the_network(tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 128)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").mode == "RGB"
     assert read_image(tmp_path / "a.png", "L").mode == "L"
+
+
+RAMP = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_16_bit_images_are_scaled_and_not_clipped(name, mode, tmp_path):
+    Image.fromarray(RAMP).save(tmp_path / name)
+    values = np.asarray(read_image(tmp_path / name, mode))
+    assert np.array_equal(values if mode == "L" else values[..., 1], RAMP // 256)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("a.tif", np.float32), ("a.pfm", np.float32), ("b.tif", np.int32)])
+def test_images_without_a_range_are_refused(name, dtype, tmp_path):
+    Image.fromarray((RAMP / 65535).astype(dtype)).save(tmp_path / name)
+    with refuses(tmp_path / name):
+        read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_images_of_other_libraries_are_scaled_too(dtype, tmp_path, monkeypatch):
+    """timm reads those of `hfds/` and `wds/`, and torchvision those of `torch/`."""
+    file = io.BytesIO()
+    Image.fromarray(RAMP.astype(dtype)).save(file, "TIFF")
+    monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: [(file, 0)])
+    flags = "--dataset hfds/x --in-channels 1 --mean 0 --std 1 --input-size 8 --workers 0 --eval-batch-size 1"
+    with contextlib.nullcontext() if dtype == np.uint16 else refuses("hfds/x"):
+        (images, _), *_ = load("imagenet/qkformer_10_384.yml", *flags.split(), "--crop-pct", 1, train=False).test
+        assert torch.equal((images[0, 0] * 255).round(), torch.from_numpy(RAMP // 256).float())
+
+
+def test_files_of_systems_are_passed_over_and_images_of_other_formats_counted(tmp_path, monkeypatch):
+    told, root = [], image_folder(tmp_path / "data", train=4, test=4)
+    before = create_dataset(
+        config.load(ROOT / "imagenet/qkformer_10_384.yml", [*IMAGENET[:2], "--data-path", str(root)]), True
+    )
+    for junk in ("._x.png", ".ipynb_checkpoints/x.png", "__MACOSX/x.png", "n00000001/._1_0.JPEG",
+                 "n00000001/.ipynb_checkpoints/1_0.JPEG", ".DS_Store"):  # fmt: skip
+        path = root / "train" / junk
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"junk")
+    for other in ("n00000000/a.gif", "n00000001/b.AVIF", "n00000001/c.heic"):
+        (root / "train" / other).write_bytes(b"")
+    monkeypatch.setattr(logger, "warning", told.append)
+    after = create_dataset(
+        config.load(ROOT / "imagenet/qkformer_10_384.yml", [*IMAGENET[:2], "--data-path", str(root)]), True
+    )
+    assert (after.samples, after.classes) == (before.samples, before.classes)
+    (line,) = told
+    named(line, root / "train", 3)
+
+
+def test_a_large_photograph_is_read_without_a_warning(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    Image.fromarray(RAMP.astype(np.uint8)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").size == (8, 8)
+    assert not recwarn.list
 
 
 QUICK = ("qkformer_10_384", "cifar10")

@@ -176,9 +176,10 @@ def test_timm_creates_the_same_networks():
     ("name", "kwargs", "value"),
     [
         ("qkformer_10_385", {}, "qkformer_10_385"),
-        ("qkformer_4_384", {"time_step": 4}, "'time_step'"),
         ("qkformer_4_384", {"time_steps": 0}, "time_steps"),
-        ("qkformer_4_384", {"num_classes": 0}, "num_classes"),
+        ("qkformer_4_384", {"num_classes": -1}, "num_classes"),
+        ("qkformer_4_384", {"global_pool": "max"}, "max"),
+        ("qkformer_4_384", {"in_chans": 1, "in_channels": 3}, "in_channels"),
         ("qkformer_4_384", {"mlp_ratio": 0}, "mlp_ratio"),
         ("qkformer_4_384", {"heads": 7}, "heads"),
         ("qkformer_4_384", {"attention": ("token", "self")}, "attention"),

@@ -8,7 +8,7 @@ import sys
 import pytest
 from scripts import FIXED, ROOT
 
-from engine import checkpoint, run_dir
+from engine import checkpoint
 
 # runs at the start of each process; torch is first, because it registers at fork everywhere but on Windows
 WITHOUT_POSIX = """
@@ -33,20 +33,3 @@ def test_runs_train_and_resume_without_posix(script, tmp_path):
     assert checkpoint.read(tmp_path / "run/last.pt")["epoch"] == 2
     starts = json.loads((tmp_path / "run/run.json").read_text())
     assert [start["first_epoch"] for start in starts] == [0, 1]
-
-
-def test_a_folder_is_locked_on_windows(tmp_path, monkeypatch):
-    class Msvcrt:
-        LK_NBLCK = 2
-
-        @staticmethod
-        def locking(descriptor, mode, size):
-            raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(run_dir, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", Msvcrt)
-    (tmp_path / run_dir.LOCK).write_text("process 7 on x\n")
-    with pytest.raises(run_dir.UserError) as error:
-        run_dir.claim(tmp_path)
-    assert str(error.value).startswith(f"{tmp_path}: ")
-    assert "process 7 on x" in str(error.value)

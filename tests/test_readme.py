@@ -107,7 +107,8 @@ def test_the_commands_of_a_block_run_in_order(block, workplace, data, monkeypatc
 def test_the_tables_are_what_the_results_give(tmp_path, monkeypatch, capfd):
     arguments = ["--results", ROOT / "docs/results", "--output-dir", tmp_path]
     here(monkeypatch, capfd, "analysis.tables", *arguments)
-    shown = README.split("--results docs/results -->\n")[1].split("<!-- end -->")[0]
+    page = (ROOT / "docs/results.md").read_text()
+    shown = page.split("--results docs/results -->\n")[1].split("<!-- end -->")[0]
     assert shown.strip() == (tmp_path / "tables.md").read_text().strip()
 
 

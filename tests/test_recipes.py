@@ -1,4 +1,4 @@
-"""The recipes against the published logs, of which `facts/` holds the figures."""
+"""The recipes against the published logs, whose figures are in `analysis/logs`."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from engine.run import build_model
 from models import create_model
 
 ROOT = Path(__file__).resolve().parents[1]
-FACTS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "facts").glob("*.json")}
+FACTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "analysis/logs").glob("*.json")}
 RECIPES = sorted(path for path in ROOT.glob("*/*.yml") if (path.parent / "train.py").exists())
 EIGHT_GPUS = {"imagenet": 8}
 
@@ -74,6 +74,7 @@ def test_cifar10_dvs_rates_are_those_of_the_log(recipe):
         ("cifar10-dvs/cifar10-dvs.yml", 1_504_138, None),
         ("cifar10-dvs/cifar10-dvs_t10.yml", 1_504_138, None),
         ("dvs128-gesture/dvs128-gesture.yml", 1_504_395, "1.50 M"),
+        ("dvs128-gesture/dvs128-gesture_t10.yml", 1_504_395, "1.50 M"),
         ("dvs128-gesture/dvs128-gesture_mlp4.yml", 1_999_371, "2.00 M"),
     ],
 )
@@ -98,6 +99,16 @@ def test_the_published_accuracies_are_those_of_the_logs():
         assert config.load(ROOT / path).log_top1 == pytest.approx(max(FACTS[name]["test_acc1"]), abs=0.005)
 
 
+def logged_hours(header):
+    """Return the hours in a header: "D d H:M", "H:M:S" or "about H h", each of the log."""
+    if days := re.search(r"(\d+) d (\d+):(\d+) on", header):
+        return 24 * int(days[1]) + int(days[2]) + int(days[3]) / 60
+    if clock := re.search(r"(\d+):(\d+):(\d+) on", header):
+        return int(clock[1]) + int(clock[2]) / 60 + int(clock[3]) / 3600
+    hours = re.search(r"about ([\d.]+) h on", header)
+    return float(hours[1]) if hours else None
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipes_header_says_what_its_settings_do(processes, path):
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
@@ -109,7 +120,10 @@ def test_a_recipes_header_says_what_its_settings_do(processes, path):
         return
     assert re.search(rf"batch {cfg.effective_batch}\b", header)
     assert cfg.paper_top1 is None or f"{cfg.paper_top1:.2f} %" in header
+    assert ("(paper, to be verified" in header) == cfg.paper_unverified
     assert cfg.log_top1 is None or re.search(rf"{cfg.log_top1}0* %", header)
+    assert logged_hours(header) == pytest.approx(cfg.log_hours, abs=0.05)
+    assert cfg.log_memory_gb is None or f" {cfg.log_memory_gb} GB" in header
     assert f"{path.parent.name}/train.py" in header
     assert f"T = {cfg.time_steps}" in header.splitlines()[0]
     assert cfg.ssa_membrane == "released"
@@ -210,3 +224,17 @@ def test_ablations_are_the_paper_s(column, recipe):
             assert round(parameters / 1e6, 2) == PAPER_MILLIONS[name][column]
     assert build_model(recipes["spikformer_no_scaling"]).stages[0].blocks[0].attn.scale == 1
     assert build_model(recipes["spikformer"]).stages[0].blocks[0].attn.scale == 0.125
+
+
+@pytest.mark.parametrize(
+    ("small", "full"), [("digits/digits.yml", "cifar100"), ("digits-dvs/digits-dvs.yml", "cifar10-dvs")]
+)
+def test_the_digits_have_the_same_ablations(small, full):
+    """With the same changes, but for the name of the network and what only published figures need."""
+    of_full = {cfg.variant: cfg for cfg in config.read(ROOT / f"{full}/{full}.yml").all()}
+    of_small = {cfg.variant: cfg for cfg in config.read(ROOT / small).all()}
+    assert list(of_small) == list(of_full)
+    for name, cfg in of_small.items():
+        for key in ("attention", "shortcut", "embed", "ssa_scale", "residual"):
+            assert getattr(cfg, key) == getattr(of_full[name], key)
+        assert cfg.model.split("_")[0] == of_full[name].model.split("_")[0]

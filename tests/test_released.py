@@ -6,7 +6,8 @@ from golden_cases import MODELS, load_case, make_weights
 from scripts import refuses
 
 from models import create_model
-from models.released import identify, load_released, released_key_map, to_released
+from models.registry import identify
+from models.released import load_released, released_key_map, to_released
 
 SMALL = [
     "cifar10_T4_B3_32_s0",

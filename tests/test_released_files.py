@@ -10,7 +10,8 @@ from scripts import ROOT, fail, here, named, result_in, rows_in
 from engine import checkpoint, config, weights
 from engine.evaluate import Figures, published
 from models import create_model
-from models.released import identify, to_released
+from models.registry import identify
+from models.released import to_released
 
 SMALL = "--time-steps 1 --batch-size 8 --workers 0 --warmup-epochs 0 --num-classes 4 --input-size 32".split()
 
@@ -66,22 +67,23 @@ def test_a_known_file_is_evaluated_by_its_recipe(data, tmp_path, monkeypatch, ca
 def test_published_figures_stand_beside_their_own_network_only():
     for name, arguments in (("qkformer_10_384", {}), ("qkformer_4_384", {"num_classes": 100})):
         found, shown = identify(to_released(create_model(name, **arguments)))
-        folder = ROOT / ("cifar100" if arguments else "imagenet")
-        cfg = config.load(next(folder.glob("*.yml")), [], {"model": found, **shown})
-        assert set(published(cfg, config.read(next(folder.glob("*.yml")))).top1) == {"paper", "log"}
-    for flags, figures in [
-        ("", {"paper": 78.8, "log": 78.85}),
-        ("--ssa-membrane per_sample --batch-size 7", {"paper": 78.8, "log": 78.85}),
-        ("--model qkformer_10_768", {"paper": 84.22, "log": 84.29}),
-        ("--model qkformer_10_768 --time-steps 1", {"paper": 81.69}),
-        ("--model qkformer_10_768 --input-size 288", {"paper": 85.25, "log": 85.3}),
-        ("--model qkformer_10_768 --input-size 384", {"paper": 85.65, "log": 85.65}),
-        ("--model qkformer_10_512 --time-steps 2", {}),
-        ("--dataset wds/mine", {"paper": 78.8, "log": 78.85}),
-        ("--num-classes 4", {}),
+        recipe = ROOT / ("cifar100/cifar100.yml" if arguments else "imagenet/qkformer_10_384.yml")
+        assert set(published(config.load(recipe, [], {"model": found, **shown})).top1) == {"paper", "log"}
+    for recipe, flags, figures in [
+        ("qkformer_10_384", "", {"paper": 78.8, "log": 78.85}),
+        ("qkformer_10_384", "--ssa-membrane per_sample --batch-size 7", {"paper": 78.8, "log": 78.85}),
+        ("qkformer_10_384", "--model qkformer_10_512", {}),
+        ("qkformer_10_768", "", {"paper": 84.22, "log": 84.29}),
+        ("qkformer_10_768_t1", "", {"paper": 81.69}),
+        ("qkformer_10_768_288", "", {"paper": 85.25, "log": 85.3}),
+        ("qkformer_10_768_384", "--input-size 288", {}),
+        ("qkformer_10_384", "--dataset wds/mine", {"paper": 78.8, "log": 78.85}),
+        ("qkformer_10_384", "--num-classes 4", {}),
     ]:
-        cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", flags.split())
-        assert published(cfg, config.read(ROOT / "imagenet/qkformer_10_384.yml")).top1 == figures
+        cfg = config.load(ROOT / f"imagenet/{recipe}.yml", flags.split())
+        assert published(cfg).top1 == figures
+    variant = config.load(ROOT / "cifar100/cifar100.yml", ["--variant", "self"])
+    assert published(variant).top1 == {"paper": 81.23}
     assert len(weights.RELEASED) == 5
     assert all((ROOT / f"imagenet/{name}.yml").exists() for name in weights.RELEASED.values())
 

@@ -4,7 +4,6 @@ The events equal those of spikingjelly 0.0.0.0.14 on the same files.
 """
 
 import re
-from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -28,37 +27,42 @@ class Events(NamedTuple):
     x: np.ndarray  # column
     y: np.ndarray  # row
     p: np.ndarray  # polarity: 0 or 1
+    invalid: int = 0  # events that the camera marked as invalid; they are left out
 
-    def cut(self, spans: Iterable[tuple[int, int] | None]) -> Iterator["Events"]:
-        """Give for each span (start, end) the events with start <= t < end, for None all."""
-        in_order = (self.t[1:] >= self.t[:-1]).all()
-        for span in spans:
-            if span is None:
-                yield self
-                continue
-            start, end = span
-            chosen = slice(*np.searchsorted(self.t, span)) if in_order else (self.t >= start) & (self.t < end)
-            yield Events(*(values[chosen] for values in self))
+    def between(self, start: float, end: float) -> "Events":
+        """Return the events with start <= t < end."""
+        chosen = (self.t >= start) & (self.t < end)
+        return Events(*(values[chosen] for values in self[:4]))
+
+
+def read_aedat(content: bytes) -> Events:
+    """Return the events of a recording in either format; or raise DamagedRecording."""
+    return read_aedat31(content) if content.startswith(b"#!AER-DAT3.1") else read_aedat2(content)
 
 
 def read_aedat2(content: bytes) -> Events:
     """Return the events of a CIFAR10-DVS recording, turned upright as spikingjelly does; or raise DamagedRecording."""
     if not content.startswith(b"#!AER-DAT2.0"):
-        raise DamagedRecording("not a recording in the format AEDAT 2.0" if content else "empty")
+        raise DamagedRecording("not a recording in the format AEDAT 2.0 or 3.1" if content else "empty")
     data = memoryview(content)[re.match(rb"(#[^\n]*\n)*", content).end() :]  # after comments
     if len(data) % 8:
         raise DamagedRecording(f"cut: its last event has {len(data) % 8} of 8 bytes")
     address, t = np.frombuffer(data, ">u4").astype(np.uint32).reshape(-1, 2).T
+    if (address >> 15).any():
+        chip = re.search(rb"# AEChip: *(\S+)", content[: len(content) - len(data)])
+        sensor = chip[1].decode(errors="replace").rpartition(".")[2] if chip else "another sensor"
+        raise DamagedRecording(f"recorded by {sensor}; AEDAT 2.0 is read of a DVS128 alone, convert it to .npz")
     return Events(t, x=127 - (address >> 8 & 127), y=127 - (address >> 1 & 127), p=1 - (address & 1))
 
 
 def read_aedat31(content: bytes) -> Events:
     """Return the events of a DVS128 Gesture recording; or raise DamagedRecording."""
-    if not content.startswith(b"#!AER-DAT3.1"):
-        raise DamagedRecording("not a recording in the format AEDAT 3.1" if content else "empty")
-    header = re.match(rb".*?#!END-HEADER\r\n", content, re.DOTALL)
+    header = re.match(rb"#!AER-DAT3\.1.*?#!END-HEADER\r\n", content, re.DOTALL)
     if not header:
-        raise DamagedRecording("cut: its header has no end")
+        raise DamagedRecording("not a recording in the format AEDAT 3.1, or its header has no end")
+    encoding = re.search(rb"#Format: *(\S*)", header[0])
+    if encoding and encoding[1] != b"RAW":
+        raise DamagedRecording(f"in the encoding {encoding[1].decode(errors='replace')}; write it as RAW")
     at, address, t = header.end(), [], []
     while at < len(content):
         body = at + _PACKET_HEADER.itemsize
@@ -71,13 +75,15 @@ def read_aedat31(content: bytes) -> Events:
         if packet["type"] == _POLARITY_EVENT:
             if packet["size"] != 8:
                 raise DamagedRecording(f"its events have {packet['size']} bytes, AEDAT 3.1 has 8")
+            if packet["number"] != packet["capacity"]:
+                raise DamagedRecording(f"a packet with room for {packet['capacity']} events has {packet['number']}")
             words = np.frombuffer(content, "<u4", count=2 * int(packet["capacity"]), offset=body).reshape(-1, 2)
             address.append(words[:, 0])
             t.append(words[:, 1] | np.int64(packet["overflow"]) << 31)
     if not address:
         raise DamagedRecording("no events")
-    address = np.concatenate(address)
-    events = Events(np.concatenate(t), x=address >> 17 & 0x7FFF, y=address >> 2 & 0x7FFF, p=address >> 1 & 1)
-    if max(events.x.max(initial=0), events.y.max(initial=0)) >= SIDE:
-        raise DamagedRecording(f"events outside the {SIDE} x {SIDE} pixels of the sensor")
-    return events
+    address, t = np.concatenate(address), np.concatenate(t)
+    valid = address & 1 == 1
+    address = address[valid]
+    invalid = len(valid) - len(address)
+    return Events(t[valid], address >> 17 & 0x7FFF, address >> 2 & 0x7FFF, address >> 1 & 1, invalid)

@@ -3,15 +3,13 @@
 Batches are (frames [B,T,2,H,W] float32, event counts, on the device; labels [B] int64). Workers collate unsigned
 integers, a quarter of the bytes of float32.
 
-To add a data set of recordings, write a function in recordings.py that lists them, and name it in `RAW` and in
-`settings.EVENT_DATASETS`.
+To add a data set of recordings, write a function in recordings.py that lists them, and name it in `RAW` there.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,50 +20,28 @@ from .. import world as distributed
 from ..cli import UserError
 from ..config import Config
 from ..log import logger
+from ..settings import FIELDS, ImageSettings, names
 from ..world import World
-from . import digits_dvs, pictures, recordings
-from .aedat import SIDE
+from . import digits, pictures
 from .augment import SNNWideAugment
-from .datasets import Digits, data_path
-from .frames import integrate
+from .folders import data_path
 from .loaders import Data, create_loader, create_mixup
 from .prepare import contents, prepare
+from .recordings import RAW
 
 TRAIN_PART = 0.9  # of each class of CIFAR10-DVS
 COUNTS = {"mean": (0.0, 0.0), "std": (1 / 255, 1 / 255)}  # timm's loader multiplies both by 255: counts stay counts
 
 
-class Raw(NamedTuple):
-    """A data set that comes as recordings."""
-
-    find: Callable[[Path, bool], list[recordings.Recording]]  # lists those in a folder; True downloads them
-    classes: dict[str, str]  # class folder -> name, in the order of the labels
-    sizes: dict[str, int]  # published samples of each part
-    is_split: bool  # frames are in folders "train" and "test"; else `split_by_class` splits them
-
-
-RAW = {
-    "cifar10-dvs": Raw(
-        recordings.cifar10_dvs, {name: name for name in recordings.CIFAR10_DVS}, {"train": 9000, "test": 1000}, False
-    ),
-    "dvs128-gesture": Raw(
-        recordings.dvs128_gesture,
-        {folder: recordings.GESTURES[int(folder)] for folder in sorted(map(str, range(11)))},  # label 2 is gesture 11
-        {"train": 1176, "test": 288},
-        True,
-    ),
-}
-
-
-class Frames(Dataset):
+class FrameFiles(Dataset):
     """Some files of a frames folder with labels: ([T,2,H,W] unsigned, label), in the order of spikingjelly's data sets.
 
     Each file is in a folder named like its class; `classes` are in the order of the labels.
     """
 
-    def __init__(self, folder: Path, files: Sequence[str], classes: Sequence[str], frames: int):
+    def __init__(self, folder: Path, files: Sequence[str], classes: Sequence[str], shape: tuple[int, ...]):
         labels = {name: label for label, name in enumerate(classes)}
-        self.folder, self.shape = folder, (frames, 2, SIDE, SIDE)
+        self.folder, self.shape = folder, shape
         self.samples = sorted((labels[Path(file).parent.name], file) for file in files)
         self.labels = [label for label, _ in self.samples]
 
@@ -84,40 +60,39 @@ class Frames(Dataset):
         return frames, label
 
 
-class DigitsDVS(list):
-    """scikit-learn's digits before a simulated event camera: ([T,2,32,32] unsigned, label)."""
-
-    def __init__(self, train: bool, frames: int):
-        digits = Digits(train)
-        events = digits_dvs.record(digits.images, seed=0 if train else 1)
-        super().__init__(zip([integrate(e, frames, digits_dvs.SIDE) for e in events], digits.labels, strict=True))
-        self.labels = digits.labels
-
-
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """Create the loaders of the event frames that `cfg` describes; the first run makes frames of the recordings."""
     is_simulated = cfg.dataset == "digits-dvs"
-    names = list(Digits.classes if is_simulated else RAW[cfg.dataset].classes.values())
-    side = digits_dvs.SIDE if is_simulated else SIDE
-    for key, value in (("num_classes", len(names)), ("input_size", side), ("in_channels", 2)):
-        if getattr(cfg, key) != value:
-            raise UserError(f"{key} = {getattr(cfg, key)}: {cfg.dataset} has {value}; leave it out")
+    classes = list(digits.Digits.classes if is_simulated else RAW[cfg.dataset].classes.values())
+    side = digits.SIDE if is_simulated else RAW[cfg.dataset].side
+    _require_settings_of_events(cfg, len(classes), side, is_simulated or RAW[cfg.dataset].is_split)
     if is_simulated:
-        train_set = DigitsDVS(True, cfg.time_steps) if train else None
-        test_set, split = DigitsDVS(False, cfg.time_steps), None
+        train_set = digits.DigitsDVS(True, cfg.time_steps) if train else None
+        test_set, split = digits.DigitsDVS(False, cfg.time_steps), None
     else:
         train_set, test_set, split = _from_recordings(cfg, world)
     is_augmented = train and (cfg.hflip or cfg.auto_augment)
     return Data(
         train=create_loader(cfg, world, train_set, True, collate, **COUNTS) if train else None,
         test=create_loader(cfg, world, test_set, False, collate, **COUNTS),
-        classes=names,
+        classes=classes,
         mixup=create_mixup(cfg) if train else None,
         augment=SNNWideAugment(cfg.hflip, wide=cfg.auto_augment is not None) if is_augmented else None,
         split=split,
         show=pictures.of_events,
-        preview=functools.partial(_preview, train_set, names) if train else None,
+        preview=functools.partial(_preview, train_set, classes) if train else None,
     )
+
+
+def _require_settings_of_events(cfg: Config, classes: int, side: int, is_split: bool) -> None:
+    allowed = {key: (FIELDS[key].default,) for key in names(ImageSettings)}
+    allowed |= {"num_classes": (classes,), "input_size": (side,), "in_channels": (2,)}
+    allowed |= {"auto_augment": (None, "snn-wide"), "mixup_in": ("step",) if cfg.mixup else (cfg.mixup_in,)}
+    allowed |= {"split_seed": (None,)} if is_split else {}
+    for key, values in allowed.items():
+        if getattr(cfg, key) not in values:
+            fix = " or ".join(map(str, values))
+            raise UserError(f"{key} = {getattr(cfg, key)}: {cfg.dataset} has event frames; use {fix}")
 
 
 def collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
@@ -126,13 +101,13 @@ def collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.stack(frames)), torch.tensor(labels)
 
 
-def _from_recordings(cfg: Config, world: World) -> tuple[Frames, Frames, dict[str, list[str]]]:
+def _from_recordings(cfg: Config, world: World) -> tuple[FrameFiles, FrameFiles, dict[str, list[str]]]:
     """Return training set, test set, and the files of each."""
     root, raw = data_path(cfg, must_exist=False), RAW[cfg.dataset]
-    find = functools.partial(raw.find, root, cfg.download)
+    find = functools.partial(raw.find, root, raw.suffix, cfg.download)
     if not root.is_dir() and not cfg.download:
         find()  # raises the error that lists the files needed
-    folder = distributed.in_turns(lambda: prepare(root, cfg.time_steps, find, world.is_main))
+    folder = distributed.in_turns(lambda: prepare(root, cfg.time_steps, raw.side, find, world.is_main))
     files = contents(folder, raw.classes)
     if raw.is_split:
         split = {part: [file for file in files if file.startswith(f"{part}/")] for part in ("train", "test")}
@@ -143,7 +118,8 @@ def _from_recordings(cfg: Config, world: World) -> tuple[Frames, Frames, dict[st
             raise UserError(f"{folder}: no samples for the {part} set; complete the data set")
         if len(chosen) != raw.sizes[part]:
             logger.warning(f"warning: {folder}: {len(chosen):,} {part} samples, {cfg.dataset} has {raw.sizes[part]:,}")
-    train_set, test_set = (Frames(folder, split[part], list(raw.classes), cfg.time_steps) for part in ("train", "test"))
+    shape = (cfg.time_steps, 2, raw.side, raw.side)
+    train_set, test_set = (FrameFiles(folder, split[part], list(raw.classes), shape) for part in ("train", "test"))
     return train_set, test_set, split
 
 

@@ -1,4 +1,4 @@
-"""Frames from events, and the files that hold them; preparing processes import this, so it imports little.
+"""Frames from recordings, and the files that hold them; preparing processes import this, so it imports little.
 
 Shapes: T frames, 2 polarities, H and W pixels; frames are [T,2,H,W] in the smallest unsigned type for the counts.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..cli import UserError
-from .aedat import SIDE, DamagedRecording, Events
+from .aedat import SIDE, DamagedRecording, Events, read_aedat
 
 LARGEST = 2**30  # bytes of a recording; no real one has as many
 
@@ -20,11 +20,13 @@ def integrate(events: Events, frames: int, side: int = SIDE) -> np.ndarray:
     """Count the events of each pixel and polarity in parts of N // frames events; the last part takes the rest.
 
     Equals spikingjelly's `integrate_events_by_fixed_frames_number` with `split_by="number"`, as unsigned integers
-    [frames,2,side,side]. Fewer events than frames raise DamagedRecording.
+    [frames,2,side,side]. Fewer events than frames, or events outside the sensor, raise DamagedRecording.
     """
     count = len(events.t)
     if count < frames:
         raise DamagedRecording(f"{count} events are too few for {frames} frames (--time-steps)")
+    if max(events.x.max(), events.y.max()) >= side:
+        raise DamagedRecording(f"events outside the {side} x {side} pixels of the sensor")
     sizes = np.full(frames, count // frames)
     sizes[-1] += count % frames
     frame = np.repeat(np.arange(frames, dtype=np.uint32), sizes)
@@ -35,28 +37,28 @@ def integrate(events: Events, frames: int, side: int = SIDE) -> np.ndarray:
 
 
 def convert(
-    read: Callable[[], bytes],
-    decode: Callable[[bytes], Events],
-    samples: Mapping[str, tuple[int, int] | None],
-    folder: Path,
-    frames: int,
-) -> str | None:
-    """Write the frames of each of a recording's samples to `folder`; return the recording's problem, if there is one.
+    read: Callable[[], bytes], samples: Mapping[str, tuple[float, float]], folder: Path, frames: int, side: int
+) -> tuple[str | None, int]:
+    """Write the frames of each of a recording's samples to `folder`.
 
-    `samples` maps a file to its time span in microseconds, or to None for the whole recording.
+    Args:
+        samples: file -> time span in microseconds.
+
+    Returns:
+        The recording's problem, if there is one, and the number of its invalid events.
     """
+    sample = ""
     try:
-        events = decode(read())
+        events = read_aedat(read())
+        for sample, span in samples.items():
+            _save(folder / sample, integrate(events.between(*span), frames, side))
+    except UserError:
+        raise
     except Exception as error:  # a damaged archive makes its reader fail in any way
-        if isinstance(error, OSError) and error.filename:
+        if getattr(error, "filename", None):  # the disk fails, not the recording
             raise
-        return (str(error) or type(error).__name__)[:100]
-    for (name, span), part in zip(samples.items(), events.cut(samples.values()), strict=True):
-        try:
-            _save(folder / name, integrate(part, frames))
-        except DamagedRecording as error:
-            return str(error) if span is None else f"from {span[0]} to {span[1]} us {error}"
-    return None
+        return f"{sample} {str(error) or type(error).__name__}".strip()[:150], 0
+    return None, events.invalid
 
 
 def read_member(path: Path, member: str) -> bytes:

@@ -10,12 +10,11 @@ import joblib
 
 from ..cli import UserError
 from ..log import logger, progress
-from .aedat import SIDE
 from .frames import convert
 from .recordings import Recording
 
 
-def prepare(root: Path, frames: int, find: Callable[[], list[Recording]], show: bool) -> Path:
+def prepare(root: Path, frames: int, side: int, find: Callable[[], list[Recording]], show: bool) -> Path:
     """Return the folder with every sample of the data set in `root` as `frames` frames; make or finish it first.
 
     Several processes may call it at once: one works and the others wait. `find` is called only if there is work to do.
@@ -26,29 +25,32 @@ def prepare(root: Path, frames: int, find: Callable[[], list[Recording]], show: 
     logger.info(f"preparing {folder}, or waiting for another process that does")
     with filelock.FileLock(root / f"{folder.name}.lock"):
         if not folder.exists():
-            _make(folder, frames, find(), show)
+            _make(folder, frames, side, find(), show)
     return folder
 
 
-def _make(folder: Path, frames: int, recordings: list[Recording], show: bool) -> None:
+def _make(folder: Path, frames: int, side: int, recordings: list[Recording], show: bool) -> None:
     partial = folder.with_suffix(".partial")
     names = sorted(name for recording in recordings for name in recording.samples)
     left = [r for r in recordings if not all((partial / name).exists() for name in r.samples)]
-    size = len(names) * frames * 2 * SIDE**2 / 1e9
+    size = len(names) * frames * 2 * side**2 / 1e9
     logger.info(f"{len(left):,} of {len(recordings):,} recordings to do; all frames take {size:.1f} GB")
     for place in {(partial / name).parent for name in names}:
         place.mkdir(parents=True, exist_ok=True)
-    jobs = (joblib.delayed(convert)(r.open(), r.decode, r.samples, partial, frames) for r in left)
+    jobs = (joblib.delayed(convert)(r.open(), r.samples, partial, frames, side) for r in left)
     try:
         # `max_nbytes`: arguments go through pipes, not through files in a folder that may be small
         results = joblib.Parallel(joblib.cpu_count(), return_as="generator", max_nbytes=None)(jobs)
         results = progress(results, "preparing", max(1, len(left) // 20), show, total=len(left))
-        problems = [f"{r.name}: {problem}" for r, problem in zip(left, results, strict=True) if problem]
+        outcomes = [(r.name, *result) for r, result in zip(left, results, strict=True)]
     except BrokenProcessPool:
         raise UserError(f"{folder}: a process was killed, perhaps out of memory; start again, it goes on") from None
-    if problems:
+    if invalid := {name: count for name, _, count in outcomes if count}:
+        some = f"{sum(invalid.values()):,} invalid events in {len(invalid):,} recordings, such as {next(iter(invalid))}"
+        logger.warning(f"warning: {folder}: {some}; they are left out")
+    if problems := [f"{name}: {problem}" for name, problem, _ in outcomes if problem]:
         first = ", ".join(problems[:5])
-        raise UserError(f"{len(problems)} of {len(recordings)} recordings are unusable: {first}; fetch them again")
+        raise UserError(f"{len(problems)} of {len(recordings)} recordings are unusable: {first}; replace them")
     for path in set(_files(partial)) - set(names):
         (partial / path).unlink()  # halves that a killed process left
     partial.rename(folder)

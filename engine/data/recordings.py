@@ -1,20 +1,24 @@
-"""Raw files of CIFAR10-DVS and DVS128 Gesture: where they are, and which samples they are cut into.
+"""Raw files of event data sets: where they are, and which samples they are cut into. `RAW` lists the data sets.
 
 Archives are read in place and never extracted, changed or deleted.
 """
 
 import functools
+import math
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torchvision.datasets.utils import download_url
 
 from ..cli import UserError
 from ..log import logger
-from .aedat import Events, read_aedat2, read_aedat31
+from .aedat import SIDE
+from .folders import is_hidden
 from .frames import LARGEST, read_member
 
 FIGSHARE = "https://ndownloader.figshare.com/files/"
@@ -30,7 +34,6 @@ CIFAR10_DVS = {  # class -> file number at figshare and md5 of CLASS.zip
     "ship": ("7712836", "41c7bd7d6b251be82557c6cce9a7d5c9"),
     "truck": ("7712839", "89f3922fd147d9aeff89e76a2b0b70a7"),
 }
-CIFAR10_RECORDINGS = 1000  # per class
 GESTURE_PAGE = "https://ibm.ent.box.com/s/3hiq58ww1pbbjrinh367ykfdf60xsfm8/folder/50167556794"
 GESTURES = (
     "hand clapping, right hand wave, left hand wave, right arm clockwise, right arm counter-clockwise, left arm "
@@ -38,6 +41,7 @@ GESTURES = (
 ).split(", ")  # 1 to 11 in the tables of labels
 TEXTS = (".txt", ".csv")  # lists of trials and tables of labels
 MOST_FILES = 10_000  # in the archive of DVS128 Gesture, which has some 250
+WHOLE = (-math.inf, math.inf)
 
 Opener = Callable[[], Callable[[], bytes]]  # opens a file in this process; any process can call the result
 
@@ -48,23 +52,22 @@ class Recording:
 
     name: str
     open: Opener
-    decode: Callable[[bytes], Events]
-    samples: Mapping[str, tuple[int, int] | None]  # file of frames -> time span in microseconds, None for all
+    samples: Mapping[str, tuple[float, float]]  # file of frames -> time span in microseconds
 
 
-def cifar10_dvs(root: Path, download: bool) -> list[Recording]:
-    """List the recordings of CIFAR10-DVS: for each class a zip archive or a folder of *.aedat."""
+def cifar10_dvs(root: Path, suffix: str, download: bool) -> list[Recording]:
+    """List the recordings of CIFAR10-DVS: for each class a zip archive or a folder."""
     if download:
         _download(root)
-    sources = {name: _first_of(root, f"{name}.zip", name) for name in CIFAR10_DVS}
-    if absent := [f"{name}.zip" for name, path in sources.items() if path is None]:
+    sources = {label: _first_of(root, f"{label}.zip", label) for label in CIFAR10_DVS}
+    if absent := [f"{label}.zip" for label, path in sources.items() if path is None]:
         raise UserError(f"{root / 'download'}: no {', '.join(absent)}; use --download, or --data-path")
-    files = {label: _list(path)[1] for label, path in sources.items()}
-    _refuse_gaps(files, sources)
+    opens = {label: _list(path, suffix) for label, path in sources.items()}
+    _refuse_gaps(opens, sources)
     return [
-        Recording(f"{sources[label]}: {name}", opener, read_aedat2, {f"{label}/{Path(name).stem}.npy": None})
-        for label, opens in files.items()
-        for name, opener in opens.items()
+        Recording(f"{sources[label]}: {name}", opener, {f"{label}/{Path(name).stem}.npy": WHOLE})
+        for label in opens
+        for name, opener in opens[label].items()
     ]
 
 
@@ -79,56 +82,54 @@ def _later(read: Callable[..., bytes], *arguments: object) -> Opener:
     return lambda: functools.partial(read, *arguments)
 
 
-def _list(source: Path) -> tuple[dict[str, bytes], dict[str, Opener]]:
-    """Return lists and tables by name, and the opener of each recording, of a folder, a zip or a tar archive."""
-    if source.is_dir():
-        return _list_folder(source)
+def _list(source: Path, *suffixes: str) -> dict[str, Opener]:
+    """Return the files of a folder, a zip or a tar archive with one of the suffixes, by name."""
     try:
-        return _list_zip(source) if source.suffix == ".zip" else _list_tar(source)
+        if source.is_dir():
+            paths = [path for path in sorted(source.iterdir()) if path.is_file() and not is_hidden(path.name)]
+            files = {path.name: _later(Path.read_bytes, path) for path in paths}
+        elif source.suffix == ".zip":
+            with zipfile.ZipFile(source) as file:
+                members = [name for name in file.namelist() if not is_hidden(name)]
+            files = {Path(name).name: _later(read_member, source, name) for name in members}
+        else:
+            files = _list_tar(source)
     except Exception as error:  # a damaged archive makes its reader fail in any way
         if isinstance(error, OSError) and error.filename:
             raise
         raise UserError(f"{source}: damaged ({str(error) or type(error).__name__}); fetch it again") from None
+    chosen = {name: opener for name, opener in files.items() if name.endswith(suffixes)}
+    if not chosen:
+        kinds = sorted({Path(name).suffix for name in files})
+        raise UserError(f"{source}: holds {', '.join(kinds) or 'nothing'}; needs {', '.join(suffixes)} files")
+    return chosen
 
 
-def _list_folder(folder: Path) -> tuple[dict[str, bytes], dict[str, Opener]]:
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    texts = {path.name: path.read_bytes() for path in paths if path.suffix in TEXTS}
-    opens = {path.name: _later(Path.read_bytes, path) for path in paths if path.suffix == ".aedat"}
-    return texts, opens
-
-
-def _list_zip(archive: Path) -> tuple[dict[str, bytes], dict[str, Opener]]:
-    with zipfile.ZipFile(archive) as file:
-        names = {Path(name).name: name for name in file.namelist() if name.endswith(".aedat")}
-    # macOS adds files whose names start with a dot
-    return {}, {name: _later(read_member, archive, path) for name, path in names.items() if not name.startswith(".")}
-
-
-def _list_tar(archive: Path) -> tuple[dict[str, bytes], dict[str, Opener]]:
+def _list_tar(archive: Path) -> dict[str, Opener]:
     logger.info(f"reading {archive} for its contents; its events are read after that")
-    texts, opens = {}, {}
-    file = tarfile.open(archive, "r:gz")  # noqa: SIM115, `opens` read it
+    files, file = {}, tarfile.open(archive, "r:gz")  # noqa: SIM115, the openers read it
     for number, member in enumerate(file):
-        name = Path(member.name).name
         if number == MOST_FILES or member.size > LARGEST:
             raise tarfile.ReadError("too many files, or too large ones")
-        if member.isfile() and name.endswith(TEXTS):
-            texts[name] = file.extractfile(member).read()
-        elif member.isfile() and name.endswith(".aedat"):
-            opens[name] = lambda m=member: functools.partial(bytes, file.extractfile(m).read())
+        if member.isfile() and not is_hidden(member.name):
+            name, is_text = Path(member.name).name, member.name.endswith(TEXTS)
+            content = file.extractfile(member).read() if is_text else None
+            files[name] = _later(bytes, content) if is_text else _from_tar(file, member)
     while file.fileobj.read(2**20):
         pass  # the checksum of the whole is at its end
-    return texts, opens
+    return files
+
+
+def _from_tar(file: tarfile.TarFile, member: tarfile.TarInfo) -> Opener:
+    return lambda: functools.partial(bytes, file.extractfile(member).read())
 
 
 def _refuse_gaps(files: Mapping[str, Iterable[str]], sources: Mapping[str, Path]) -> None:
-    """Refuse a class without recordings, or without a number that other classes have."""
+    """Refuse a class without a number that other classes have."""
     numbers = {label: {Path(name).stem.rpartition("_")[2] for name in names} for label, names in files.items()}
     known = {number for some in numbers.values() for number in some if number.isdigit()}
     for label, some in numbers.items():
-        absent = sorted(known - some, key=int) or ["0"]
-        if not some or (known - some and len(some) != CIFAR10_RECORDINGS):
+        if absent := sorted(known - some, key=int):
             name = f"cifar10_{label}_{absent[0]}.aedat"
             raise UserError(f"{sources[label]}: {len(absent)} recordings are missing, such as {name}; complete it")
 
@@ -148,7 +149,7 @@ def _download(root: Path) -> None:
         part.replace(part.with_suffix(""))
 
 
-def dvs128_gesture(root: Path, download: bool) -> list[Recording]:
+def dvs128_gesture(root: Path, suffix: str, download: bool) -> list[Recording]:
     """List the recordings of DVS128 Gesture: its archive, or the folder that it unpacks to; `download` does nothing."""
     source = _first_of(root, "DvsGesture.tar.gz", "DvsGesture")
     if source is None and (root / "trials_to_train.txt").exists():
@@ -156,33 +157,33 @@ def dvs128_gesture(root: Path, download: bool) -> list[Recording]:
     if source is None:
         place = root / "download"
         raise UserError(f"{place}: no DvsGesture.tar.gz; fetch it by hand from {GESTURE_PAGE}, or use --data-path")
-    texts, opens = _list(source)
+    files = _list(source, suffix, *TEXTS)
 
     def text(name: str) -> str:
-        if name not in texts:
+        if name not in files:
             raise UserError(f"{source}: no {name}; complete it")
-        return texts[name].decode(errors="replace")
+        return files[name]()().decode(errors="replace")
 
     train, test = (text(f"trials_to_{part}.txt").split() for part in ("train", "test"))
     if both := set(train) & set(test):
         raise UserError(f"{source}: {min(both)} is listed for training and for testing; fetch it again")
     places = dict.fromkeys(train, "train") | dict.fromkeys(test, "test")
-    if absent := [name for name in places if name not in opens]:
+    if absent := [name for name in places if name not in files]:
         raise UserError(f"{source}: {len(absent)} of {len(places)} recordings are missing, such as {absent[0]}")
     recordings = []
-    for name, opener in opens.items():  # in the order of the archive, which can only be read from end to end
+    for name in files:  # in the order of the archive, which can only be read from end to end
         if name in places:
-            stem = Path(name).stem
-            samples = _gestures(text(f"{stem}_labels.csv"), places[name], stem, f"{source}: {stem}_labels.csv")
-            recordings.append(Recording(f"{source}: {name}", opener, read_aedat31, samples))
+            table = f"{Path(name).stem}_labels.csv"
+            samples = _gestures(text(table), places[name], Path(name).stem, f"{source}: {table}")
+            recordings.append(Recording(f"{source}: {name}", files[name], samples))
     return recordings
 
 
-def _gestures(table: str, place: str, stem: str, where: str) -> dict[str, tuple[int, int]]:
+def _gestures(table: str, part: str, stem: str, where: str) -> dict[str, tuple[int, int]]:
     """Return file -> time span for each line of a recording's table of labels."""
-    samples, counts = {}, {}
-    for number, row in enumerate(table.splitlines(), 1):
-        if number == 1 or not row:
+    samples, counts = {}, Counter()
+    for number, row in enumerate(table.splitlines()[1:], 2):
+        if not row:
             continue
         try:
             gesture, start, end = map(int, row.split(","))
@@ -190,8 +191,33 @@ def _gestures(table: str, place: str, stem: str, where: str) -> dict[str, tuple[
             gesture = start = end = 0
         if not 1 <= gesture <= len(GESTURES) or not 0 <= start < end < 2**63:
             raise UserError(f"{where}, line {number}: {row[:50]!r} is not a class of 1 to 11, a start and an end")
-        count = counts[gesture] = counts.get(gesture, -1) + 1
-        samples[f"{place}/{gesture - 1}/{stem}_{count}.npy"] = (start, end)
+        samples[f"{part}/{gesture - 1}/{stem}_{counts[gesture]}.npy"] = (start, end)
+        counts[gesture] += 1
     if not samples:
         raise UserError(f"{where}: no labels; fetch it again")
     return samples
+
+
+class Raw(NamedTuple):
+    """A data set of recordings."""
+
+    find: Callable[[Path, str, bool], list[Recording]]  # lists those of a suffix in a folder; True downloads them
+    classes: Mapping[str, str]  # class folder -> name, in the order of the labels
+    sizes: Mapping[str, int]  # published samples of each part
+    is_split: bool  # frames are in folders "train" and "test"; else `event.split_by_class` splits them
+    side: int = SIDE  # pixels of the sensor, in height and in width
+    suffix: str = ".aedat"
+
+
+RAW = {
+    "cifar10-dvs": Raw(
+        cifar10_dvs, {name: name for name in CIFAR10_DVS}, {"train": 9000, "test": 1000}, is_split=False
+    ),
+    "dvs128-gesture": Raw(
+        dvs128_gesture,
+        {folder: GESTURES[int(folder)] for folder in sorted(map(str, range(11)))},  # label 2 is gesture 11
+        {"train": 1176, "test": 288},
+        is_split=True,
+    ),
+}
+EVENT_DATASETS = ("digits-dvs", *RAW)

@@ -131,15 +131,9 @@ def _answer(modules: list[nn.Module]) -> Covered:
     return Covered(functions.pop(), trains.pop(), drops) if len(functions) == len(trains) == 1 else nothing
 
 
-def _kind(module: nn.Module) -> type[nn.Module]:
-    """Return the type; SyncBatchNorm for any BatchNorm whose class has a `process_group`, as the engine's on a CPU."""
-    kind = type(module)
-    return nn.SyncBatchNorm if issubclass(kind, _BatchNorm) and hasattr(kind, "process_group") else kind
-
-
 def _is_plain(m: nn.Module) -> bool:
     """Return whether nothing watches or patches a module, and its attributes and tensors are of plain types."""
-    kind, attributes = _kind(m), vars(m)
+    kind, attributes = type(m), vars(m)
     if any(attributes[name] for name in HOOKS) or any(hasattr(kind, name) for name in attributes):
         return False
     tensors = [*m._parameters.values(), *m._buffers.values()]
@@ -152,7 +146,7 @@ def _is_plain(m: nn.Module) -> bool:
 
 def _has(m: nn.Module, children: dict[str, tuple[type, ...]]) -> bool:
     """Return whether a module has exactly these children, apart from absent ones."""
-    kinds = {name: _kind(child) for name, child in m._modules.items() if child is not None}
+    kinds = {name: type(child) for name, child in m._modules.items() if child is not None}
     return kinds.keys() == children.keys() and all(kinds[name] in children[name] for name in kinds)
 
 
@@ -162,7 +156,7 @@ def _holds(m: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _is_known(m: nn.Module) -> bool:
     """Return whether the fused path computes the answer of a module of plain types, its children apart."""
-    kind = _kind(m)
+    kind = type(m)
     if kind in CONVS:
         if not all(type(getattr(m, name)) is tuple for name in WINDOW):
             return False

@@ -5,6 +5,7 @@ Activations are channels-last, [T,B,H,W,C], so that a 1x1 convolution is a matri
 """
 
 import functools
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -23,8 +24,8 @@ class Run(NamedTuple):
     pack: bool = False  # keep spikes for the backward pass packed
 
 
-def forward_features(model: nn.Module, x: Tensor, ops: ModuleType, pack: bool = False) -> Tensor:
-    """Map [B,C,H,W] or [B,T,C,H,W] to [T,B,C,H,W], as `HierarchicalSpikingTransformer.forward_features` does."""
+def stage_outputs(model: nn.Module, x: Tensor, ops: ModuleType, pack: bool = False) -> Iterator[Tensor]:
+    """Yield the output [T,B,C,H,W] of each stage for [B,C,H,W] or [B,T,C,H,W], as the network's modules compute it."""
     if x.dim() == 4:
         x, steps = x[None], model.time_steps  # [1,B,C,H,W]
     else:
@@ -34,7 +35,7 @@ def forward_features(model: nn.Module, x: Tensor, ops: ModuleType, pack: bool = 
     with torch.cuda.device_of(x):  # Triton launches on the current device
         for stage in model.stages:
             x = forward(stage, x, run)
-    return x.permute(0, 1, 4, 2, 3)
+            yield x.permute(0, 1, 4, 2, 3)
 
 
 def forward(m: nn.Module, x: Tensor, run: Run) -> Tensor:

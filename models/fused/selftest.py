@@ -14,7 +14,7 @@ from . import gpu, plan
 
 logger = logging.getLogger(__name__)  # silent unless a program listens, as `engine.log` does
 ROUNDING = 1e-6  # largest deviation in float64, relative to the norm
-SMALL = {"family": "cifar", "width": 64, "depths": (1, 1, 1), "heads": 8, "in_channels": 1, "num_classes": 10}
+SMALL = {"family": "cifar", "width": 64, "depths": (1, 1, 1), "heads": 8, "in_chans": 1, "num_classes": 10}
 FLIPS = 0.2  # share of spikes that rounding may decide otherwise in half precision
 
 
@@ -39,7 +39,7 @@ def _in_double(device: str) -> str | None:
     x = torch.randn(8, 1, 16, 16, dtype=torch.float64).to(device)
     reference = HierarchicalSpikingTransformer(**SMALL).double().to(device)
     fused = copy.deepcopy(reference)
-    fused.fast_path = functools.partial(plan.forward_features, ops=gpu)
+    fused.fast_path = functools.partial(plan.stage_outputs, ops=gpu)
     for what, a, b in zip(("logits", "gradients"), _step(fused, x), _step(reference, x), strict=True):
         if not (a - b).norm() <= ROUNDING * b.norm():
             return f"gives other {what} than torch here"

@@ -148,16 +148,13 @@ def forward(
     y: Tensor, norm: Tensor | None, add: Tensor | None, steps: int, threshold: float, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Spikes [T,R,C] of T steps, plus `add` where given; with `keep` also what `backward` needs of a long run."""
-    rows, channels = y.shape[1:]
-    dtype = accumulator(y)
-    out = torch.empty((steps, rows, channels), dtype=y.dtype, device=y.device)
+    shown, rows, channels = y.shape
+    out = y.new_empty((steps, rows, channels))
     keep = keep and steps > CHUNK
-    starts = y.new_empty((cdiv(steps, CHUNK), rows, channels), dtype=dtype) if keep else None
+    starts = y.new_empty((cdiv(steps, CHUNK), rows, channels), dtype=accumulator(y)) if keep else None
     tiles = tiling(rows, channels, 16 if steps <= CHUNK else 4)
-    _forward_kernel[tiles.grid](
-        y, norm, add, out, starts, rows, channels, threshold, steps, min(steps, CHUNK),
-        STATIC=len(y) < steps, **tiles.blocks,
-    )  # fmt: skip
+    constants = threshold, steps, min(steps, CHUNK), shown < steps
+    tiles.launch(_forward_kernel, y, norm, add, out, starts, rows, channels, *constants)
     return out, starts
 
 
@@ -170,14 +167,11 @@ def backward(
     Args:
         total: those gradients, over `count` rows, if the statistics are functions of y.
     """
-    steps, (rows, channels) = len(grad_out), y.shape[1:]
-    dtype = accumulator(y)
+    steps, rows, channels = grad_out.shape
     chunk = min(steps, CHUNK)
     tiles = tiling(rows, channels, per_thread(chunk, 2 if sums else 1), reduce=sums)
-    partial = y.new_empty((tiles.programs, 2, channels), dtype=dtype) if sums else None
+    partial = norm.new_empty((tiles.programs, 2, channels)) if sums else None
     grad = torch.empty_like(y) if of else None
-    _backward_kernel[tiles.grid](
-        y, norm, grad_out, starts, total, partial, grad, rows, channels, count, threshold, steps, chunk,
-        STATIC=len(y) < steps, GRAD_Y=of == "y", TILES=tiles.tiles, **tiles.blocks,
-    )  # fmt: skip
+    constants = threshold, steps, chunk, y.shape[0] < steps, of == "y", tiles.tiles
+    tiles.launch(_backward_kernel, y, norm, grad_out, starts, total, partial, grad, rows, channels, count, *constants)
     return partial.sum(0) if sums else None, grad

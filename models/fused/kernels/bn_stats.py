@@ -4,6 +4,7 @@ Rows that are shown T times over give the same mean and variance as once; only t
 running one has T times the count.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from .device import accumulator_of
-from .launch import accumulator, cdiv, next_power_of_2, tiling
+from .launch import Tiling, accumulator, cdiv, next_power_of_2, tiling
 
 
 class Norm(NamedTuple):
@@ -54,24 +55,25 @@ def _moments_kernel(
 
 @triton.jit(do_not_specialize=["rows", "P"])
 def _norm_kernel(
-    moments, counts, norms, norm, rows, P, width, C, PART: tl.constexpr, T: tl.constexpr, CONSTANTS: tl.constexpr,
-    BLOCKS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    moments, counts, norms, norm, rows, P, C, PART: tl.constexpr, T: tl.constexpr, CONSTANTS: tl.constexpr,
+    TILES: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """`norm` [4,width] of several BatchNorms of C channels each; in training from `moments` [2,P,width].
 
-    CONSTANTS holds eps, momentum and whether there is a bias, for each. Each part has PART of the `rows` rows, the last
-    one less; or `counts` [P] says how many. Sums over the parts are relative to the first part's mean.
+    CONSTANTS holds eps and momentum of each. Each part has PART of the `rows` rows, the last one less; or `counts` [P]
+    says how many. Sums over the parts are relative to the first part's mean.
     """
     ACC: tl.constexpr = accumulator_of(norm.dtype)
+    width = len(norms) * C
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
     for i in tl.static_range(len(norms)):
         if tl.program_id(1) == i:
-            running_mean, running_var, batches, gamma, beta, bias = norms[i]
+            running_mean, running_var, batches, gamma, beta = norms[i][:5]
             column = i * C + c
             shift = tl.zeros((BC,), ACC)
-            if CONSTANTS[i][2]:
-                shift = tl.load(bias + c, inside, 0.0).to(ACC)
+            if len(norms[i]) > 5:
+                shift = tl.load(norms[i][5] + c, inside, 0.0).to(ACC)
             mean = tl.load(running_mean + c, inside, 0.0).to(ACC)
             var = tl.load(running_var + c, inside, 1.0).to(ACC)
             if moments is not None:
@@ -79,8 +81,8 @@ def _norm_kernel(
                 numbers = tl.zeros((BP, 1), ACC)
                 sums = tl.zeros((BP, BC), ACC)
                 deviations = tl.zeros((BP, BC), ACC)
-                for block in range(BLOCKS):
-                    p = block * BP + tl.arange(0, BP)[:, None]
+                for tile in range(TILES):
+                    p = tile * BP + tl.arange(0, BP)[:, None]
                     there = (p < P) & inside[None, :]
                     at = p * width + column[None, :]
                     if counts is None:
@@ -122,42 +124,42 @@ def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int |
     Raises:
         ValueError: a single value per channel in training.
     """
-    dtype = accumulator(y)
-    width = y.shape[-1]
+    dtype, width, first = accumulator(y), y.shape[-1], norms[0].bn
     rows = y.numel() // width
-    first = norms[0].bn
     moments = counts = count = None
     parts, part = 0, 1
     if first.training:
         if rows * shown == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(y.shape)}")
         tiles = tiling(rows, width, 16, reduce=True)
-        parts, part = tiles.programs, tiles.blocks["BR"] * tiles.tiles
+        parts, part = tiles.programs, tiles.blocks[0] * tiles.tiles
         moments = y.new_empty((2, parts, width), dtype=dtype)
-        _moments_kernel[tiles.grid](
-            y, moments, rows, width, TILES=tiles.tiles, **tiles.blocks
-        )  # fmt: skip
+        tiles.launch(_moments_kernel, y, moments, rows, width, tiles.tiles)
         count = rows
         if is_synchronised(first):
             moments, counts = _gathered(moments, part, rows, first.process_group)
             parts, count = len(counts), counts.sum()
     norm = y.new_empty((4, width), dtype=dtype)
-    channels = first.num_features
-    BP, BC = min(1024, next_power_of_2(parts)), 8
-    _norm_kernel[cdiv(channels, BC), len(norms)](
-        moments, counts, tuple(map(_tensors, norms)), norm, rows, parts, width, channels,
-        PART=part, T=shown, CONSTANTS=tuple([(bn.eps, bn.momentum, bias is not None) for bn, bias in norms]),
-        BLOCKS=cdiv(parts, BP), BP=BP, BC=BC, num_warps=8 if BP >= 512 else 4,
-    )  # fmt: skip
+    channels = width // len(norms)
+    tiles = _norm_tiling(parts, channels, len(norms))
+    constants = part, shown, tuple([(bn.eps, bn.momentum) for bn, _ in norms]), tiles.tiles
+    tiles.launch(_norm_kernel, moments, counts, tuple(map(_tensors, norms)), norm, rows, parts, channels, *constants)
     return norm, count
+
+
+@functools.cache
+def _norm_tiling(parts: int, channels: int, norms: int) -> Tiling:
+    """Tiles of BP parts and BC channels of one norm."""
+    BP, BC = min(1024, next_power_of_2(parts)), 8
+    return Tiling((cdiv(channels, BC), norms), 8 if BP >= 512 else 4, (BP, BC), tiles=cdiv(parts, BP), programs=1)
 
 
 def _tensors(norm: Norm) -> tuple[Tensor, ...]:
     """Statistics, gamma, beta and bias; not as attributes of the module, which cost half a microsecond each."""
     buffers, parameters = norm.bn._buffers, norm.bn._parameters
-    gamma, beta = parameters["weight"], parameters["bias"]
-    bias = beta if norm.bias is None else norm.bias  # a kernel's tuple cannot hold None; it is not read
-    return buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"], gamma, beta, bias
+    statistics = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    biases = () if norm.bias is None else (norm.bias,)
+    return *statistics, parameters["weight"], parameters["bias"], *biases
 
 
 def is_synchronised(bn: nn.Module) -> bool:

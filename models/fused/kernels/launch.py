@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime.jit import KernelInterface
 
 CHUNK = 16  # steps whose membranes the backward pass holds in registers; longer runs go from chunk to chunk
 WARPS = 4  # of a program, at most
@@ -20,10 +21,15 @@ def accumulator(x: Tensor) -> torch.dtype:
 class Tiling(NamedTuple):
     """R rows of C channels in tiles of BR x BC, of which each program takes `tiles`, one after the other."""
 
-    blocks: dict[str, int]  # arguments of a launch: BR, BC, the grid's axis ROWS along the rows, num_warps
     grid: tuple[int, int]
+    warps: int
+    blocks: tuple[int, ...]  # last arguments of a kernel: BR, BC and perhaps the grid's axis ROWS along the rows
     tiles: int
     programs: int  # along the rows
+
+    def launch(self, kernel: KernelInterface, *arguments) -> None:
+        """Launch a kernel. `kernel[grid]` makes a function first, which takes the host a microsecond."""
+        kernel.run(*arguments, *self.blocks, grid=self.grid, num_warps=self.warps, warmup=False)
 
 
 def tiling(rows: int, channels: int, per_thread: int, reduce: bool = False) -> Tiling:
@@ -41,7 +47,7 @@ def _tiling(rows: int, channels: int, per_thread: int, reduce: bool, *constants:
     programs, columns = cdiv(rows, BR * tiles), cdiv(channels, BC)
     columns_first = COLUMNS_FIRST and BC == 32 and programs < 2**16  # the limit of a grid's second axis
     grid = (columns, programs) if columns_first else (programs, columns)
-    return Tiling({"BR": BR, "BC": BC, "ROWS": int(columns_first), "num_warps": warps}, grid, tiles, programs)
+    return Tiling(grid, warps, (BR, BC, int(columns_first)), tiles, programs)
 
 
 def cdiv(a: int, b: int) -> int:

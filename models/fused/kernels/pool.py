@@ -86,7 +86,7 @@ def forward(y: Tensor, norm: Tensor, index: bool) -> tuple[Tensor, Tensor | None
     which = torch.empty_like(out, dtype=torch.int8) if index else None
     rows = out.numel() // channels
     tiles = tiling(rows, channels, 8)
-    _forward_kernel[tiles.grid](y, norm, out, which, rows, h, w, *out.shape[1:3], channels, **tiles.blocks)
+    tiles.launch(_forward_kernel, y, norm, out, which, rows, h, w, *out.shape[1:3], channels)
     return out, which
 
 
@@ -99,8 +99,6 @@ def backward(y: Tensor, norm: Tensor, index: Tensor, grad_u: Tensor, total: Tens
     grad = torch.empty_like(y)
     rows = index.numel() // channels
     tiles = tiling(rows, channels, 8)
-    _backward_kernel[tiles.grid](
-        y, norm, index, grad_u, total, grad, rows, h, w, *index.shape[1:3], channels, count,
-        **tiles.blocks,
-    )  # fmt: skip
+    sizes = rows, h, w, *index.shape[1:3], channels, count
+    tiles.launch(_backward_kernel, y, norm, index, grad_u, total, grad, *sizes)
     return grad

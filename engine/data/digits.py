@@ -1,4 +1,4 @@
-"""Handwritten digits before a simulated event camera: an event data set that needs no download.
+"""Handwritten digits, as images and before a simulated event camera: data sets that need no download.
 
 CIFAR10-DVS was recorded from images that move along a closed path on a monitor (Li et al., "CIFAR10-DVS: An
 Event-Stream Dataset for Object Classification", 2017). Here scikit-learn's digits move along a circle.
@@ -10,10 +10,13 @@ import math
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from .aedat import Events
+from .frames import integrate
 
 SIDE = 32  # pixels of the sensor, in height and in width
 DIGIT = 20  # pixels of a digit on it
@@ -21,6 +24,43 @@ RADIUS = 4  # pixels of the circle
 STEPS = 48  # looks at the scene in one turn
 DARK = 0.1  # added to the intensities 0 to 1: the light of the dark room
 THRESHOLD = 0.2  # change of the log intensity that makes an event
+
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, shipped inside the package.
+
+    360 of them, a fifth of each class drawn with a fixed seed, are for testing.
+    """
+
+    classes = tuple(str(digit) for digit in range(10))
+
+    def __init__(self, train: bool):
+        from sklearn.datasets import load_digits  # a second to import, and no other data set needs it
+        from sklearn.model_selection import train_test_split
+
+        images, labels = load_digits(return_X_y=True)
+        parts = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
+        images, labels = parts[0::2] if train else parts[1::2]
+        self.images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)  # 0..16 to 0..255
+        self.labels = labels.tolist()
+        self.transform = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        image = Image.fromarray(self.images[index])
+        return (self.transform(image) if self.transform else image), self.labels[index]
+
+
+class DigitsDVS(list):
+    """scikit-learn's digits before a simulated event camera: ([T,2,32,32] unsigned, label)."""
+
+    def __init__(self, train: bool, frames: int):
+        digits = Digits(train)
+        events = record(digits.images, seed=0 if train else 1)
+        super().__init__(zip([integrate(e, frames, SIDE) for e in events], digits.labels, strict=True))
+        self.labels = digits.labels
 
 
 def record(images: np.ndarray, seed: int) -> list[Events]:

@@ -1,0 +1,78 @@
+"""Results that test.py wrote (NAME.test.json): which of them count, which recipe each follows, and their means."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from engine.config import FIELDS, LOCAL_FIELDS, MODEL_FIELDS, PUBLISHED, Config, plain
+from engine.log import logger
+
+# samples of the complete test sets; results on fewer do not count
+TEST_SAMPLES = {"imagefolder": 50_000, "torch/cifar10": 10_000, "torch/cifar100": 10_000, "dvs128-gesture": 288}
+TEST_SAMPLES |= {"cifar10-dvs": 1_000, "digits": 360, "digits-dvs": 360}
+# settings that decide the accuracy of a network; seeds may differ because they are averaged
+_OTHERS = "variant effective_batch seed eval_batch_size eval_amp channels_last grad_checkpointing".split()
+_TRAINING = [key for key in FIELDS if key not in (*LOCAL_FIELDS, *MODEL_FIELDS, *PUBLISHED, *_OTHERS)]
+SETTINGS = ["dataset", *MODEL_FIELDS, *(key for key in _TRAINING if key != "dataset")]
+
+
+def results(folders: Iterable[Path]) -> list[dict]:
+    """Return the newest result of each run folder in or below `folders`, with its `path`; name those left out."""
+    newest, seen = {}, {}
+    for path in sorted(path for folder in folders for path in folder.rglob("*.test.json")):
+        if (result := _read(path)) is None:
+            logger.warning(f"{path}: left out, test.py did not write it")
+        elif result["count"] != TEST_SAMPLES.get(result["dataset"]):
+            logger.warning(f"{path}: left out, {result['count']} samples are not the test set of {result['dataset']}")
+        elif (first := seen.setdefault(json.dumps(result), path)) != path:
+            logger.warning(f"{path}: left out, a copy of {first}")
+        else:
+            newest.setdefault(path.parent, []).append(result | {"path": path})
+    for group in newest.values():
+        group.sort(key=lambda result: result["time"])
+        for older in group[:-1]:
+            logger.warning(f"{older['path']}: left out, {group[-1]['path'].name} is newer")
+    return [group[-1] for group in newest.values()]
+
+
+def _read(path: Path) -> dict | None:
+    """Return the content of a file, or None if test.py did not write it."""
+    try:
+        content = json.loads(path.read_text())
+        figures = [content["top1"] / 100, content.get("energy", {"energy_mj": 0})["energy_mj"]]
+        texts = [content[key] for key in ("time", "dataset", "model")]
+        is_result = figures[0] <= 1 and all(0 <= x < math.inf for x in figures) and isinstance(content["count"], int)
+        return content if is_result and all(isinstance(text, str) for text in texts) else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError):
+        return None
+
+
+def differences(result: dict, cfg: Config) -> dict[str, tuple]:
+    """Return the settings that decide the accuracy and differ: name -> value of the result, value of `cfg`."""
+    wanted = plain(cfg)
+    pairs = {key: (result.get(key, FIELDS[key].default), wanted[key]) for key in SETTINGS}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def by_recipe(found: Sequence[dict], configs: Sequence[Config]) -> dict[Config, list[dict]]:
+    """Group results by the recipe or variant that they follow; name those that follow none."""
+    groups = {cfg: [] for cfg in configs}
+    for result in found:
+        nearest = min(configs, key=lambda cfg: (cfg.dataset != result["dataset"], len(differences(result, cfg))))
+        if different := differences(result, nearest):
+            key, (value, recipe) = next(iter(different.items()))
+            name = " ".join(filter(None, (Path(nearest.config).name, nearest.variant)))
+            logger.warning(f"{result['path']}: left out, {key} is {value}, and {recipe} in {name}, the nearest recipe")
+        else:
+            groups[nearest].append(result)
+    return groups
+
+
+def mean(values: Sequence[float], form: str, spread: bool = False) -> str:
+    """Format the mean of runs with their number, and with `spread` their standard deviation; "" without values."""
+    if len(values) < 2:
+        return "".join(f"{value:{form}}" for value in values)
+    deviation = f" ± {statistics.stdev(values):{form}}" if spread else ""
+    return f"{statistics.mean(values):{form}}{deviation} ({len(values)} runs)"

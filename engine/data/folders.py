@@ -1,0 +1,47 @@
+"""Folders of data sets: where they are, and their parts for training and testing."""
+
+import re
+from pathlib import Path
+
+from ..cli import UserError
+from ..config import Config
+
+SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}  # part -> names of its folder
+_HIDDEN = re.compile(r"(^|[/\\])(\.[^./\\]|__MACOSX([/\\]|$))")
+
+
+def is_hidden(path: str) -> bool:
+    """Tell if a path is of a system or an editor: `.DS_Store`, `._x.png`, `.ipynb_checkpoints`, `__MACOSX`."""
+    return _HIDDEN.search(path) is not None
+
+
+def data_path(cfg: Config, must_exist: bool = True) -> Path:
+    """Return the folder of the data set, absolute."""
+    if cfg.data_path is None:
+        raise UserError(f"dataset {cfg.dataset}: its folder is unknown; use --data-path")
+    root = Path(cfg.data_path).resolve()
+    if must_exist and not root.is_dir():
+        raise UserError(f"{root}: no such folder; use --data-path, or --download for CIFAR")
+    return root
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """Return the folders of `root` for training ("train") and for testing ("test"), those that exist."""
+    folders = {
+        part: next(root / name for name in names if (root / name).is_dir())
+        for part, names in SPLITS.items()
+        if any((root / name).is_dir() for name in names)
+    }
+    if len(folders) == 2:
+        train, test = (folder.resolve() for folder in folders.values())
+        if train.is_relative_to(test) or test.is_relative_to(train):
+            raise UserError(f"{folders['train']} and {folders['test']} overlap; keep test samples apart")
+    return folders
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of the classes in a folder, sorted; raise UserError if there are none."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+    if not names:
+        raise UserError(f"{folder}: no folders in it; make one per class")
+    return names

@@ -1,0 +1,23 @@
+"""Networks for torch.hub: `torch.hub.load(FOLDER, "qkformer_4_384", source="local", num_classes=100)`."""
+
+import importlib.util
+import pathlib
+import sys
+
+import timm
+
+dependencies = ["torch", "timm"]
+
+
+def _import_as(name: str, folder: pathlib.Path):
+    """Import a folder as the package `name`, because programs may have another package `models`."""
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    package = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return package
+
+
+_qkformer = sys.modules.get("qkformer") or _import_as("qkformer", pathlib.Path(__file__).parent / "models")
+globals().update({name: timm.models.model_entrypoint(name) for name in _qkformer.list_models()})

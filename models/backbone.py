@@ -1,0 +1,171 @@
+"""timm's contract for networks of stages: features, head, checkpointing and groups of parameters.
+
+Shapes: T time steps, B batch, C channels, H height, W width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from timm.layers import get_device_dtype, register_notrace_function, register_notrace_module, trunc_normal_
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from .layers import Chain
+from .neuron import LIF
+
+register_notrace_module(LIF)  # in a graph of torch.fx each is one node
+
+
+class Backbone(nn.Module):
+    """Stages in a row and a linear head. A subclass sets these, and `reset_classifier` builds the head."""
+
+    stages: nn.ModuleList
+    lif: nn.Module  # between the mean over tokens and the mean over time
+    residual: str
+    in_chans: int
+    time_steps: int
+    num_features: int  # channels of the last stage
+    head_hidden_size: int  # the same; timm asks for both
+    feature_info: list[dict]  # of each stage: num_chs, reduction, module
+    global_pool: str
+    keep_time: bool
+    drop_rate: float
+    fast_path: Callable[[nn.Module, Tensor], Iterator[Tensor] | None] | None = None  # `models.backends` sets it
+
+    def stage_outputs(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the output [T,B,C,H,W] of each stage for [B,C,H,W] or [B,T,C,H,W]."""
+        frames = time_first(x, self.time_steps, self.in_chans)
+        if self.fast_path and isinstance(x, Tensor) and (outputs := self.fast_path(self, x)) is not None:
+            yield from outputs
+            return
+        for stage in self.stages:
+            frames = stage(frames)
+            yield frames
+
+    def _last_output(self, x: Tensor) -> Tensor:
+        for output in self.stage_outputs(x):
+            last = output  # and no other stays in memory
+        return last
+
+    def _feature_map(self, x: Tensor) -> Tensor:
+        return x if self.keep_time else x.mean(0)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map [B,C,H,W] or [B,T,C,H,W] to the last stage's [B,C,H,W], or [T,B,C,H,W] with `keep_time`."""
+        return self._feature_map(self._last_output(x))
+
+    def mean_tokens(self, x: Tensor) -> Tensor:
+        """Average [T,B,C,H,W] over the tokens to [T,B,C], which the last LIF reads with "ms" residuals."""
+        return self.lif(x.mean((3, 4)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map features to logits [B,num_classes]; with `pre_logits` to [B,C], which the head reads.
+
+        Args:
+            x: [T,B,C,H,W]; with "sew" residuals also their mean over time [B,C,H,W].
+
+        Raises:
+            ValueError: a mean over time with "ms" residuals, or a head without `global_pool`.
+        """
+        x = with_time(x, self.residual)
+        if not self.global_pool:
+            if self.num_classes:
+                raise ValueError("global_pool='' gives feature maps, no logits; use reset_classifier(classes, 'avg')")
+            return self._feature_map(x)
+        x = nn.functional.dropout(self.mean_tokens(x).mean(0), self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self._last_output(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the features of `forward_features`, and a list with those of each stage.
+
+        Args:
+            indices: stages; a number for that many last ones, None for all.
+            norm: without effect: no norm follows the stages.
+            stop_early: compute no stage after the last of `indices`.
+            intermediates_only: return the list alone.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r}: feature maps are NCHW")
+        take, last = feature_take_indices(len(self.stages), indices)
+        maps = []
+        for i, output in enumerate(self.stage_outputs(x)):
+            if i in take:
+                maps.append(self._feature_map(output))
+            if stop_early and i == last:
+                break
+        return maps if intermediates_only else (self._feature_map(output), maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages after the last of `indices`, and the head; return `indices` counted from the first."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        is_cut = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or is_cut:
+            self.reset_classifier(0, "")
+        return take
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a new one; 0 classes leave it out. None keeps the pooling, "" leaves that out, too."""
+        if num_classes < 0:
+            raise ValueError(f"num_classes={num_classes} must be at least 0")
+        if global_pool not in (None, "avg", ""):
+            raise ValueError(f"global_pool={global_pool!r} is unknown: choose 'avg' or ''")
+        self.num_classes = num_classes
+        self.global_pool = self.global_pool if global_pool is None else global_pool
+        self.head = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(self.num_features, num_classes, **get_device_dtype(self))
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+        self.head.train(self.training)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each SPEDS and block in the backward pass instead of keeping its activations."""
+        for module in self.modules():
+            if isinstance(module, Chain):
+                module.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Return patterns of parameters by depth for timm's layer decay: the first SPEDS, each block, the head.
+
+        A later SPEDS counts with the block after it.
+        """
+        by_block = [(r"^stages\.(\d+)\.embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": r"^stages\.0\.embed", "blocks": r"^stages\.(\d+)" if coarse else by_block}
+
+
+@register_notrace_function  # of torch.fx, which overlooks names with an underscore in front
+def time_first(x: Tensor, time_steps: int, in_chans: int) -> Tensor:
+    """Return [T,B,C,H,W]: images [B,C,H,W] repeated, or event frames [B,T,C,H,W]."""
+    if x.dim() not in (4, 5) or x.shape[-3] != in_chans:
+        raise ValueError(
+            f"input of shape {tuple(x.shape)}: expected images [B,{in_chans},H,W] or event frames [B,T,{in_chans},H,W]"
+        )
+    return x.expand(time_steps, *x.shape) if x.dim() == 4 else x.transpose(0, 1)
+
+
+@register_notrace_function
+def with_time(x: Tensor, residual: str) -> Tensor:
+    """Return features as [T,B,C,H,W]; T is 1 if they are a mean over time."""
+    if x.dim() == 5:
+        return x
+    if residual == "ms":
+        raise ValueError("residual='ms': neurons read the features of each time step; build with keep_time=True")
+    return x[None]
