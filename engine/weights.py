@@ -25,12 +25,13 @@ RELEASED = {md5: name.replace(".in1k", "") for name, md5 in RELEASED_MD5.items()
 
 def build_model(cfg: Config) -> nn.Module:
     """Return the network of `cfg`; raise `UserError` if its settings conflict."""
+    always = ("num_classes", "in_channels", "time_steps")
     settings = {key: getattr(cfg, key) for key in MODEL_FIELDS if key != "model"}
-    settings = {key: value for key, value in settings.items() if value is not None}
+    settings = {key: value for key, value in settings.items() if key in always or value != FIELDS[key].default}
     try:
         model = create_model(cfg.model, **settings, drop_path=cfg.drop_path, lif_backend=cfg.lif_backend)
         model.set_spike_packing(cfg.pack_spikes)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(str(error)) from None
     model.set_grad_checkpointing(cfg.grad_checkpointing)
     return model.to(memory_format=torch.channels_last) if cfg.channels_last else model

@@ -14,16 +14,17 @@ from timm.models import (
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from .backbone import Backbone
 from .backends import set_lif_backend
 from .qkformer import HierarchicalSpikingTransformer
 from .released import accept_released, translated, without_prefixes
+from .rivals import FAMILIES, RIVALS, SpikingTransformer
 
 _IMAGENET = {"family": "imagenet", "depths": (1, 2, 7)}
 _CIFAR = {"family": "cifar", "heads": 8}
 _DVS = {"family": "dvs", "depths": (1, 1), "heads": 16, "mlp_ratio": 1, "attention": ("token", "self")}
 _DVS |= {"time_steps": 16}
-_SPIKFORMER = {"embed": "sps", "qkv_bias": True, "attention": ("self",), "mlp_ratio": 4}
-VARIANTS = {  # arguments of the network; `default_cfgs` has its channels and classes
+QKFORMERS = {  # arguments of `HierarchicalSpikingTransformer`
     "qkformer_10_384": {**_IMAGENET, "width": 384, "heads": 6},
     "qkformer_10_512": {**_IMAGENET, "width": 512, "heads": 8},
     "qkformer_10_768": {**_IMAGENET, "width": 768, "heads": 12},
@@ -31,12 +32,8 @@ VARIANTS = {  # arguments of the network; `default_cfgs` has its channels and cl
     "qkformer_3_64": {**_CIFAR, "width": 64, "depths": (1, 1, 1)},
     "qkformer_2_256": {**_DVS, "width": 256},
     "qkformer_2_64": {**_DVS, "width": 64},
-    "spikformer_4_384": {**_CIFAR, **_SPIKFORMER, "family": "spikformer_cifar", "width": 384, "depths": (4,)}
-    | {"heads": 12},
-    "spikformer_3_64": {**_CIFAR, **_SPIKFORMER, "family": "spikformer_cifar", "width": 64, "depths": (3,)},
-    "spikformer_2_256": {**_DVS, **_SPIKFORMER, "family": "spikformer_dvs", "width": 256, "depths": (2,)},
-    "spikformer_2_64": {**_DVS, **_SPIKFORMER, "family": "spikformer_dvs", "width": 64, "depths": (2,)},
 }
+VARIANTS = QKFORMERS | RIVALS  # `default_cfgs` has their channels and classes
 RELEASED_MD5 = {  # tags with a released file, trained with ssa_membrane="released"
     "qkformer_10_384.in1k": "60df416983ae326bb14bdb4566444320",
     "qkformer_10_512.in1k": "85dd1f94c87ba5ec908fed5d0a3f7f69",
@@ -70,10 +67,12 @@ default_cfgs = generate_default_cfgs(
         "qkformer_2_256.cifar10_dvs": _cfg(**_DVS_DATA),
         "qkformer_2_256.dvs128_gesture": _cfg(**_DVS_DATA | {"num_classes": 11}),
         "qkformer_2_64.digits_dvs": _cfg(**_DVS_DATA | {"size": 32}),
-        "spikformer_4_384.cifar10": _cfg(**_CIFAR_DATA),
-        "spikformer_4_384.cifar100": _cfg(**_CIFAR_DATA | {"num_classes": 100}),
+    }
+    | {f"{name}.in1k": _cfg() for name in RIVALS if "_8_" in name}
+    | {f"{name}.cifar10": _cfg(**_CIFAR_DATA) for name in ("spikformer_4_384", "spikingformer_4_384", "sdt_2_512")}
+    | {f"{name}.cifar10_dvs": _cfg(**_DVS_DATA) for name in ("spikformer_2_256", "spikingformer_2_256")}
+    | {
         "spikformer_3_64.digits": _cfg(**_DIGITS),
-        "spikformer_2_256.cifar10_dvs": _cfg(**_DVS_DATA),
         "spikformer_2_64.digits_dvs": _cfg(**_DVS_DATA | {"size": 32}),
     }
 )
@@ -105,8 +104,8 @@ def create_model(name: str, **kwargs) -> nn.Module:
     return timm.create_model(name, **kwargs)
 
 
-def _network(lif_backend: str = "auto", **kwargs) -> HierarchicalSpikingTransformer:
-    model = HierarchicalSpikingTransformer(**kwargs)
+def _network(lif_backend: str = "auto", **kwargs) -> Backbone:
+    model = (SpikingTransformer if kwargs["family"] in FAMILIES else HierarchicalSpikingTransformer)(**kwargs)
     set_lif_backend(model, lif_backend)
     model.register_load_state_dict_pre_hook(accept_released)
     return model
@@ -128,7 +127,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         arguments = VARIANTS[name] | kwargs
         if arguments.get("feature_cls", "getter") not in ("getter", FeatureGetterNet):
             raise ValueError(f"feature_cls={arguments['feature_cls']!r}: modules keep the time axis; use 'getter'")
-        features = {"feature_cls": "getter", "out_indices": tuple(range(len(arguments["depths"])))}
+        features = {"feature_cls": "getter", "out_indices": tuple(range(len(arguments.get("depths", (0,)))))}
         return build_model_with_cfg(
             _network, name, pretrained, feature_cfg=features, pretrained_filter_fn=translated, **arguments
         )
