@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from models import create_model
 from models.neuron import silent_layers
-from models.registry import RELEASED_MD5, identify
-from models.released import load_strictly, without_prefixes
+from models.registry import RELEASED as RELEASED_FILES
+from models.registry import identify
+from models.released import load_released, without_prefixes
 
 from .cli import UserError, short
 from .config import FIELDS, MODEL_FIELDS, Config, Sources, plain, read
 from .data.recordings import EVENT_DATASETS
 from .log import logger
 
-RELEASED = {md5: name.replace(".in1k", "") for name, md5 in RELEASED_MD5.items()}  # md5 -> recipe in imagenet/
+RELEASED = {md5: tag.replace(".in1k", "") for tag, (_, md5) in RELEASED_FILES.items()}  # md5 -> recipe in imagenet/
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -70,7 +71,7 @@ def _shown_by(state: dict, path: Path) -> dict[str, object]:
     except ValueError as error:
         logger.warning(f"warning: {path}: {error}; trying recipe and flags")
         return {}
-    if arguments["residual"] == "ms":
+    if arguments.get("residual") != "sew":
         arguments["ssa_membrane"] = "per_sample"
     shown = []
     for key, theirs in (("time_steps", "time_step"), ("time_steps", "T"), ("input_size", "input_size")):
@@ -102,7 +103,7 @@ def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, n
             raise UserError(f"{path}: {name} holds values that are not finite; use an older checkpoint")
     trained = state.get("config", {}).get("model", cfg.model)
     try:
-        load_strictly(model, weights)
+        load_released(model, weights)
     except ValueError as error:
         other = f"trained as {short(trained)}, not {cfg.model!r}; " if trained != cfg.model else ""
         raise UserError(f"{path}: {other}{textwrap.shorten(str(error), 400)}") from None

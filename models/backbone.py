@@ -104,19 +104,19 @@ class Backbone(nn.Module):
         return self._feature_map(self._last_output(x))
 
     def _mean_tokens(self, x: Tensor) -> Tensor:
-        """Average [T,B,C,H,W] over the tokens to [T,B,C], which the last LIF reads with "ms" residuals."""
+        """Average [T,B,C,H,W] over the tokens to [T,B,C], which `lif` reads if there is one."""
         return self.lif(x.mean((3, 4)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map features to logits [B,num_classes]; with `pre_logits` to [B,C], which the head reads.
 
         Args:
-            x: [T,B,C,H,W]; with "sew" residuals also their mean over time [B,C,H,W].
+            x: [T,B,C,H,W], or their mean over time [B,C,H,W] if no `lif` reads each time step.
 
         Raises:
-            ValueError: a mean over time with "ms" residuals, or a head without `global_pool`.
+            ValueError: a mean over time for a `lif`, or a head without `global_pool`.
         """
-        x = with_time(x, self.residual)
+        x = with_time(x, isinstance(self.lif, nn.Identity))
         if not self.global_pool:
             if self.num_classes:
                 raise ValueError("global_pool='' gives feature maps, no logits; use reset_classifier(classes, 'avg')")
@@ -169,7 +169,7 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the features of `forward_features`, and a list with those of each stage.
+        """Return the last stage's features, as `forward_features` does, and a list with those of `indices`.
 
         Args:
             indices: stages; a number for that many last ones, None for all.
@@ -250,10 +250,10 @@ def time_first(x: Tensor, time_steps: int, in_chans: int) -> Tensor:
 
 
 @register_notrace_function
-def with_time(x: Tensor, residual: str) -> Tensor:
+def with_time(x: Tensor, takes_mean: bool) -> Tensor:
     """Return features as [T,B,C,H,W]; T is 1 if they are a mean over time."""
     if x.dim() == 5:
         return x
-    if residual == "ms":
-        raise ValueError("residual='ms': neurons read the features of each time step; build with keep_time=True")
+    if not takes_mean:
+        raise ValueError("neurons read the features [T,B,C,H,W] of each time step; build with keep_time=True")
     return x[None]

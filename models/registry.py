@@ -1,5 +1,6 @@
 """Table of the variants, `create_model`, and the registration with timm."""
 
+import re
 from collections.abc import Callable, Mapping
 
 import timm
@@ -34,46 +35,46 @@ QKFORMERS = {  # arguments of `HierarchicalSpikingTransformer`
     "qkformer_2_64": {**_DVS, "width": 64},
 }
 VARIANTS = QKFORMERS | RIVALS  # `default_cfgs` has their channels and classes
-RELEASED_MD5 = {  # tags with a released file, trained with ssa_membrane="released"
-    "qkformer_10_384.in1k": "60df416983ae326bb14bdb4566444320",
-    "qkformer_10_512.in1k": "85dd1f94c87ba5ec908fed5d0a3f7f69",
-    "qkformer_10_768.in1k": "dc1595408ed1bd40346be2bdaf5015d5",
-    "qkformer_10_768.in1k_288": "ba20af8eb450d4ec9c71009fde8e7125",
-    "qkformer_10_768.in1k_384": "99a671118f67a680aa38b6ac5aae449a",
+RELEASED = {  # tag -> resolution and md5 of the released file, trained with ssa_membrane="released"
+    "qkformer_10_384.in1k": (224, "60df416983ae326bb14bdb4566444320"),
+    "qkformer_10_512.in1k": (224, "85dd1f94c87ba5ec908fed5d0a3f7f69"),
+    "qkformer_10_768.in1k": (224, "dc1595408ed1bd40346be2bdaf5015d5"),
+    "qkformer_10_768.in1k_288": (288, "ba20af8eb450d4ec9c71009fde8e7125"),
+    "qkformer_10_768.in1k_384": (384, "99a671118f67a680aa38b6ac5aae449a"),
 }
-FIRST_CONV = "stages.0.embed.units.0.conv"
 
 
-def _cfg(channels: int = 3, size: int = 224, stride: int = 16, **more) -> dict:
-    layers = {"pool_size": (size // stride,) * 2, "first_conv": FIRST_CONV, "classifier": "head"}
-    return {"input_size": (channels, size, size), **layers, **more}
+def _cfg(size: int, channels: int = 3, stride: int = 16, **more) -> dict:
+    layers = {"pool_size": (size // stride,) * 2, "first_conv": "stages.0.embed.units.0.conv", "classifier": "head"}
+    return {"input_size": (channels, size, size), "crop_pct": 0.875 if size == 224 else 1.0, **layers, **more}
 
 
-def _released(name: str, **more) -> dict:
-    return _cfg(notes=(f"md5 {RELEASED_MD5[name]}", "trained with ssa_membrane='released'"), **more)
-
-
-_CIFAR_DATA = {"size": 32, "stride": 4, "crop_pct": 1.0, "num_classes": 10}
-_CIFAR_DATA |= {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
-_DVS_DATA = {"channels": 2, "size": 128, "crop_pct": 1.0, "num_classes": 10, "mean": (0.0, 0.0), "std": (1.0, 1.0)}
-_DIGITS = {"channels": 1, "size": 8, "stride": 4, "crop_pct": 1.0, "num_classes": 10, "mean": (0.305,), "std": (0.376,)}
-_LARGE = {"in1k": {}, "in1k_288": {"size": 288, "crop_pct": 1.0}, "in1k_384": {"size": 384, "crop_pct": 1.0}}
+_CIFAR_DATA = {"size": 32, "stride": 4, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+_DVS_DATA = {"channels": 2, "mean": (0.0, 0.0), "std": (1.0, 1.0)}
+_DIGITS = {"channels": 1, "size": 8, "stride": 4, "mean": (0.305,), "std": (0.376,)}
 default_cfgs = generate_default_cfgs(
-    {name: _released(name, **_LARGE[name.partition(".")[2]]) for name in RELEASED_MD5}
+    {tag: _cfg(size, notes=(f"md5 {md5}", "ssa_membrane='released'")) for tag, (size, md5) in RELEASED.items()}
     | {
-        "qkformer_4_384.cifar10": _cfg(**_CIFAR_DATA),
-        "qkformer_4_384.cifar100": _cfg(**_CIFAR_DATA | {"num_classes": 100}),
-        "qkformer_3_64.digits": _cfg(**_DIGITS),
-        "qkformer_2_256.cifar10_dvs": _cfg(**_DVS_DATA),
-        "qkformer_2_256.dvs128_gesture": _cfg(**_DVS_DATA | {"num_classes": 11}),
-        "qkformer_2_64.digits_dvs": _cfg(**_DVS_DATA | {"size": 32}),
+        "qkformer_4_384.cifar10": _cfg(num_classes=10, **_CIFAR_DATA),
+        "qkformer_4_384.cifar100": _cfg(num_classes=100, **_CIFAR_DATA),
+        "qkformer_3_64.digits": _cfg(num_classes=10, **_DIGITS),
+        "qkformer_2_256.cifar10_dvs": _cfg(128, num_classes=10, **_DVS_DATA),
+        "qkformer_2_256.dvs128_gesture": _cfg(128, num_classes=11, **_DVS_DATA),
+        "qkformer_2_64.digits_dvs": _cfg(32, num_classes=10, **_DVS_DATA),
     }
-    | {f"{name}.in1k": _cfg() for name in RIVALS if "_8_" in name}
-    | {f"{name}.cifar10": _cfg(**_CIFAR_DATA) for name in ("spikformer_4_384", "spikingformer_4_384", "sdt_2_512")}
-    | {f"{name}.cifar10_dvs": _cfg(**_DVS_DATA) for name in ("spikformer_2_256", "spikingformer_2_256")}
+    | {f"{name}.in1k": _cfg(224) for name in RIVALS if "_8_" in name}
     | {
-        "spikformer_3_64.digits": _cfg(**_DIGITS),
-        "spikformer_2_64.digits_dvs": _cfg(**_DVS_DATA | {"size": 32}),
+        f"{name}.cifar{classes}": _cfg(num_classes=classes, **_CIFAR_DATA)
+        for name in ("spikformer_4_384", "spikingformer_4_384", "sdt_2_512")
+        for classes in (10, 100)
+    }
+    | {
+        "spikformer_3_64.digits": _cfg(num_classes=10, **_DIGITS),
+        "spikformer_2_256.cifar10_dvs": _cfg(128, num_classes=10, **_DVS_DATA),
+        "spikformer_2_64.digits_dvs": _cfg(32, num_classes=10, **_DVS_DATA),
+        "spikingformer_2_256.cifar10_dvs": _cfg(128, num_classes=10, **_DVS_DATA),
+        "spikingformer_2_256.dvs128_gesture": _cfg(128, num_classes=11, **_DVS_DATA),
+        "sdt_2_256.dvs128_gesture": _cfg(128, num_classes=11, **_DVS_DATA),
     }
 )
 ALIASES = {"in_channels": "in_chans", "drop_path": "drop_path_rate"}  # this project's names of timm's arguments
@@ -151,30 +152,29 @@ def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, object]]:
         ValueError: they fit none.
     """
     weights = without_prefixes(state_dict)
-    head = tuple(weights["head.weight"].shape) if "head.weight" in weights else ()
-    for name, variant in VARIANTS.items():
-        if len(head) == 2 and variant["width"] == head[1]:
-            for residual in ("sew", "ms") if variant["family"] == "imagenet" else ("sew",):
-                if arguments := _fitting(weights, name, {"num_classes": head[0], "residual": residual}):
-                    return name, arguments
+    layers = (r"head", r"(stages\.0\.embed\.units\.0\.|patch_embed1?\.(proj|block0)_)conv")
+    layers += (r"(stage|block).*\.mlp\.(fc1|mlp1)[._](conv|linear)",)
+    head, first_conv, fc1 = (_shape(weights, layer) for layer in layers)
+    if (len(head), len(first_conv)) == (2, 4) and len(fc1) >= 2 and 0 not in fc1:
+        arguments = {"num_classes": head[0], "in_channels": first_conv[1], "mlp_ratio": fc1[0] / fc1[1]}
+        for name, variant in VARIANTS.items():
+            kinds = ("sew", "ms") if variant["family"] == "imagenet" else ("sew",)
+            for residual in [{"residual": kind} for kind in kinds] if name in QKFORMERS else [{}]:
+                found = arguments | residual
+                if variant["width"] == head[1] and _fits(weights, name, found):
+                    if found["mlp_ratio"] == 4 and "mlp_ratio" not in variant:
+                        del found["mlp_ratio"]  # of the other variants there is more than one in use
+                    return name, found
     raise ValueError(f"these weights fit none of {', '.join(list_models())} as released")
 
 
-def _fitting(weights: Mapping[str, Tensor], name: str, arguments: dict) -> dict[str, object] | None:
-    """Return the arguments that give the variant entries of these names and shapes; None if there are none."""
+def _shape(weights: Mapping[str, Tensor], layer: str) -> tuple[int, ...]:
+    """Return the shape of the first weight of a layer whose name matches."""
+    return next((tuple(value.shape) for name, value in weights.items() if re.fullmatch(rf"{layer}\.weight", name)), ())
+
+
+def _fits(weights: Mapping[str, Tensor], name: str, arguments: dict) -> bool:
     with torch.device("meta"):
         model = create_model(name, **arguments)
-    shapes = {key: tuple(value.shape) for key, value in translated(weights, model).items()}
-    if shapes.keys() != model.state_dict().keys():
-        return None
-    first_conv, fc1 = shapes[f"{FIRST_CONV}.weight"], shapes["stages.0.blocks.0.mlp.fc1.conv.weight"]
-    if len(first_conv) != 4 or len(fc1) != 4 or 0 in fc1:
-        return None
-    arguments |= {"in_channels": first_conv[1], "mlp_ratio": fc1[0] / fc1[1]}
-    with torch.device("meta"):
-        model = create_model(name, **arguments)
-    if any(shapes[key] != tuple(value.shape) for key, value in model.state_dict().items()):
-        return None
-    if arguments["mlp_ratio"] == 4 and "mlp_ratio" not in VARIANTS[name]:
-        del arguments["mlp_ratio"]  # of the other variants there is more than one in use
-    return arguments
+    wanted = {key: value.shape for key, value in model.state_dict().items()}
+    return wanted == {key: value.shape for key, value in translated(weights, model).items()}

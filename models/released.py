@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .backbone import Backbone
 from .qkformer import HierarchicalSpikingTransformer
@@ -64,7 +64,6 @@ RIVAL_NAMINGS = {  # of a family, or of its networks for one kind of data
     "sdt": replace(_SPIKFORMER, attention={"sdsa": "attn"}, dims=(4, 4), unused=_TALKING_HEADS),
 }
 PREFIXES = re.compile(r"^((module|_orig_mod|model)\.)+")  # of data parallelism, torch.compile, Lightning
-_UNUSED = re.compile(r"block\.\d+\.(norm[12]\.\w+|attn\.talking_heads\.weight)|norm\.\w+|pos_embed")
 _ENTRY = re.compile(
     r"stages\.(?P<stage>\d+)\.(embed\.(units\.(?P<unit>\d+)|shortcut)|blocks\.(?P<block>\d+)\.(attn|mlp)\.(?P<part>\w+))"
     r"\.(?P<kind>conv|bn)\.(?P<leaf>\w+)"
@@ -147,26 +146,24 @@ def to_released(model: Backbone) -> dict[str, Tensor]:
 
 
 def load_released(model: Backbone, state_dict: Mapping[str, Tensor]) -> None:
-    """Load weights under any released spelling into `model`, as `load_strictly` does.
+    """Load weights under any released spelling or this project's names, strictly.
 
     Raises:
-        ValueError: see `load_strictly`, and `released_key_map` for models without released names.
-    """
-    released_key_map(model)
-    load_strictly(model, state_dict)
-
-
-def load_strictly(model: Backbone, state_dict: Mapping[str, Tensor]) -> None:
-    """Load weights under this project's names or any released spelling, with prefixes or without.
-
-    Raises:
-        ValueError: an entry is missing, foreign, or of another shape: the message lists 20 of each kind under the
-            names of the weights, and nothing is loaded.
+        ValueError: an entry is missing, foreign, or of another shape: the message lists 20 of each kind in the
+            spelling of the weights, and nothing is loaded.
     """
     weights = _read_by(model, without_prefixes(state_dict))
-    if problems := _problems(model, weights, _naming(model, weights)):
-        raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems)}")
-    model.load_state_dict(weights)
+    spelled = {key: name for name, key in _naming(model, weights).items()}
+    wanted = {spelled.get(key, key): value.shape for key, value in model.state_dict().items()}
+    sizes = {name: (tuple(weights[name].shape), tuple(shape)) for name, shape in wanted.items() if name in weights}
+    problems = [
+        *_listing("missing", [name for name in wanted if name not in weights]),
+        *_listing("foreign", [name for name in weights if name not in wanted]),
+        *_listing("of another shape", [f"{n} (checkpoint {a}, model {b})" for n, (a, b) in sizes.items() if a != b]),
+    ]
+    if problems:
+        raise ValueError("the checkpoint does not fit the model: " + "; ".join(problems))
+    model.load_state_dict(translated(weights, model))
 
 
 def without_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -190,7 +187,9 @@ def _read_by(model: Backbone, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if not _is_rival(model):
         return weights
     names, wanted = _naming(model, weights), model.state_dict()
-    weights = {name: value for name, value in weights.items() if name in names or not _UNUSED.fullmatch(name)}
+    patterns = {pattern for naming in _namings(model) for pattern in naming.unused}
+    unused = re.compile("|".join(re.escape(pattern).replace(r"\{\}", r"\d+") for pattern in patterns))
+    weights = {name: value for name, value in weights.items() if not unused.fullmatch(name)}
     for name, value in weights.items():
         shape = wanted[names[name]].shape if name in names else value.shape
         if value.shape[:2] == shape[:2] and value.numel() == shape.numel():
@@ -205,32 +204,17 @@ def accept_released(model: Backbone, state_dict: dict, prefix: str, *_) -> None:
     state_dict.update({prefix + name: value for name, value in translated(weights, model).items()})
 
 
+def _namings(model: Backbone) -> list[Naming]:
+    """Return the spellings of a model; those of networks with equal shapes and another function are left out."""
+    if _is_rival(model):
+        return [naming for kind, naming in RIVAL_NAMINGS.items() if kind.split("_")[0] == model.family]
+    return [naming for kind, naming in NAMINGS.items() if (kind == "ms") == (model.residual == "ms")]
+
+
 def _naming(model: Backbone, weights: Mapping[str, Tensor]) -> dict[str, str]:
     """Return {name: this project's name} in the spelling that most entries have."""
-    spellings = [{key: key for key in model.state_dict()}]
-    for kind, naming in RIVAL_NAMINGS.items() if _is_rival(model) else NAMINGS.items():
-        # equal shapes, another function: foreign to each other
-        if kind.split("_")[0] == model.family if _is_rival(model) else (kind == "ms") == (model.residual == "ms"):
-            spellings.append(_key_map(model, naming))
+    spellings = [{key: key for key in model.state_dict()}, *(_key_map(model, naming) for naming in _namings(model))]
     return max(spellings, key=lambda names: len(names.keys() & weights.keys()))
-
-
-def _problems(model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, str]) -> list[str]:
-    wanted = model.state_dict()
-    spelled = {key: key for key in wanted} | {key: name for name, key in names.items()}
-    known = {name: wanted[names[name]].shape for name in weights if name in names}
-    return [
-        *_listing("missing", [name for name in spelled.values() if name not in weights]),
-        *_listing("foreign", [name for name in weights if name not in names]),
-        *_listing(
-            "of another shape",
-            [
-                f"{name} (checkpoint {tuple(weights[name].shape)}, model {tuple(shape)})"
-                for name, shape in known.items()
-                if shape != weights[name].shape
-            ],
-        ),
-    ]
 
 
 def _listing(what: str, names: list[str], most: int = 20) -> list[str]:

@@ -89,6 +89,7 @@ RIVALS = {  # arguments of `SpikingTransformer`
     "spikformer_2_64": {"family": "spikformer", "width": 64, "ssa_scale": 0.25} | _DVS,
     "spikingformer_4_384": {"family": "spikingformer", "width": 384, "depth": 4, "heads": 12} | _CIFAR,
     "spikingformer_2_256": {"family": "spikingformer", "width": 256, "tau": 1.5} | _DVS,
+    "sdt_2_256": {"family": "sdt", "width": 256, "pools": "0111"} | _DVS | {"heads": 8},
     "sdt_2_512": {"family": "sdt", "width": 512, "depth": 2, "heads": 8} | _CIFAR,
 }
 
