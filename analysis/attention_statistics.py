@@ -28,7 +28,7 @@ from models.attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention
 from models.neuron import ATTN_THRESHOLD
 from models.qkformer import Block
 
-from .common import COLOURS, Subject, drawing, main, subjects, write_csv
+from .common import Subject, drawing, main, subjects, write_csv
 
 KINDS = {TokenQKAttention: "Q-K token", ChannelQKAttention: "Q-K channel", SpikingSelfAttention: "self"}
 
@@ -112,9 +112,9 @@ def _rows(depth: int, name: str, attention: nn.Module, sums: dict[str, Tensor], 
 def draw(tables: dict[str, list[dict]], path: Path) -> None:
     """Draw mean and variance over depth, a line for each checkpoint and kind; crosses for independent spikes."""
     styles = {  # of each kind: marker, colour
-        "Q-K token": ("o", COLOURS["token"]),
-        "Q-K channel": ("s", COLOURS["channel"]),
-        "self scaled": ("^", COLOURS["self"]),
+        "Q-K token": ("o", "tab:blue"),
+        "Q-K channel": ("s", "tab:green"),
+        "self scaled": ("^", "tab:red"),
         "self unscaled": ("v", "tab:orange"),
     }
     with drawing(path, 1, 2, (13, 4.6)) as (figure, axes):

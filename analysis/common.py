@@ -26,7 +26,6 @@ from engine.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "digits/digits.yml"
-COLOURS = {"token": "tab:blue", "channel": "tab:green", "self": "tab:red"}  # of the attentions, in every figure
 
 Callback = Callable[[Tensor, Tensor], Tensor | None]  # of a module's input and output; returns another output, or None
 

@@ -13,21 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from matplotlib.axes import Axes
-
 from engine.cli import UserError
 from engine.log import label, logger, read_record, setup_console
 
 from .common import drawing, main, parser
 
-LOGS = Path(__file__).with_name("logs")
-TITLES = {  # of the published logs
-    "imagenet_768_224": "ImageNet, 10-768 at 224",
-    "imagenet_768_384": "ImageNet, fine-tuned at 384",
-    "cifar10": "CIFAR-10, 4-384",
-    "cifar100": "CIFAR-100, 4-384",
-    "cifar10-dvs": "CIFAR10-DVS, 2-256",
-}
+LOGS = {path.stem: path for path in sorted(Path(__file__).with_name("logs").glob("*.json"))}  # published
 
 
 class Curve(NamedTuple):
@@ -41,11 +32,10 @@ class Curve(NamedTuple):
 
 def published(name: str) -> Curve:
     """Return the curve of a log. That of CIFAR-100 misses two epochs, so later ones are drawn up to two early."""
-    log = json.loads((LOGS / f"{name}.json").read_text())
-    top1 = log["test_acc1"]
-    epochs = [epoch + 1 for epoch in log.get("epochs", range(len(top1)))]
+    log = json.loads(LOGS[name].read_text())
+    epochs = [epoch + 1 for epoch in log.get("epochs", range(len(log["test_acc1"])))]
     losses = {kind: log[f"{kind}_loss"] for kind in ("train", "test") if f"{kind}_loss" in log}
-    return Curve(f"{TITLES[name]} (log)", epochs, top1, losses)
+    return Curve(f"{log['title']} (log)", epochs, log["test_acc1"], losses)
 
 
 def run_curve(folder: Path, name: str) -> Curve:
@@ -53,8 +43,7 @@ def run_curve(folder: Path, name: str) -> Curve:
     keys = ("epoch", "test_top1", "train_loss", "test_loss")
 
     def parse(text: str) -> list[list[float]]:
-        rows = [json.loads(line) for line in text.splitlines()]
-        return [[float(row[key]) for key in keys] for row in rows]
+        return [[float(row[key]) for key in keys] for row in map(json.loads, text.splitlines())]
 
     if not (rows := read_record(folder / "metrics.jsonl", [], parse)):
         raise UserError(f"{folder}: no epoch in metrics.jsonl; name the folder of a run of train.py")
@@ -64,39 +53,32 @@ def run_curve(folder: Path, name: str) -> Curve:
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
     """Draw the accuracies, and next to them the losses if there are any."""
-    with_losses = [curve for curve in curves if curve.losses]
-    with drawing(path, 1, 2 if with_losses else 1, (13 if with_losses else 7.5, 4.8)) as (_, (accuracy, *others)):
-        for i, curve in enumerate(curves):
-            _draw_accuracy(accuracy, curve, f"C{i}")
-            for axis in others:
-                for (kind, values), style in zip(curve.losses.items(), ("-", "--"), strict=False):
-                    axis.plot(curve.epochs, values, style, color=f"C{i}", label=f"{curve.name}, {kind}")
-        accuracy.set(ylabel="top-1 on the test set (%)", title="accuracy; circles: best epoch")
-        for axis in others:
-            axis.set(ylabel="loss", title="loss")
-        for axis in (accuracy, *others):
-            axis.set(xlabel="epoch")
+    panels = 2 if any(curve.losses for curve in curves) else 1
+    with drawing(path, 1, panels, (0.5 + 6.5 * panels, 4.8)) as (_, axes):
+        for i, (name, epochs, top1, losses) in enumerate(curves):
+            best = max(range(len(top1)), key=top1.__getitem__)
+            about = f"{name}: {top1[best]:.2f} %, epoch {epochs[best]}"
+            axes[0].plot(epochs, top1, color=f"C{i}", label=about)
+            axes[0].plot(epochs[best], top1[best], "o", color=f"C{i}", fillstyle="none")
+            for (kind, values), style in zip(losses.items(), ("-", "--"), strict=False):
+                axes[1].plot(epochs, values, style, color=f"C{i}", label=f"{name}, {kind}")
+        texts = ("accuracy on the test set; circles: best epoch", "top-1 (%)"), ("loss", "loss")
+        for axis, (title, unit) in zip(axes, texts, strict=False):
+            axis.set(title=title, ylabel=unit, xlabel="epoch")
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
             axis.legend(fontsize=9)
 
 
-def _draw_accuracy(axis: Axes, curve: Curve, colour: str) -> None:
-    best = max(range(len(curve.top1)), key=curve.top1.__getitem__)
-    name = f"{curve.name}: {curve.top1[best]:.2f} %, epoch {curve.epochs[best]}"
-    axis.plot(curve.epochs, curve.top1, color=colour, label=name)
-    axis.plot(curve.epochs[best], curve.top1[best], "o", color=colour, fillstyle="none")
-
-
 def run(argv: Sequence[str]) -> None:
     flags = parser(__doc__)
     flags.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs")
-    logs = {"nargs": "+", "choices": [*TITLES], "metavar": "LOG"}
-    flags.add_argument("--published", **logs, help=f"{', '.join(TITLES)} (all; with runs none)")
+    logs = {"nargs": "+", "choices": [*LOGS], "metavar": "LOG"}
+    flags.add_argument("--published", **logs, help=f"{', '.join(LOGS)} (all; with runs none)")
     flags.add_argument("--output", type=Path, default=Path("output/curves.png"), help="picture (output/curves.png)")
     args = flags.parse_args(argv)
     setup_console(is_main=True)
-    names = args.published or ([] if args.runs else [*TITLES])
+    names = args.published or ([] if args.runs else [*LOGS])
     curves = [published(name) for name in names]
     runs = [run.resolve() for run in args.runs]
     parent = os.path.commonpath([run.parent for run in runs]) if runs else None

@@ -127,13 +127,10 @@ def write(rates: Rates, title: str, folder: Path, suffix: str) -> None:
     ]
     write_csv(folder / f"firing_rates{suffix}.csv", rows)
     if rates.integers:
+        shares = {name: values.tolist() for name, values in rates.integers.items()}
         integers = [
-            {
-                "behind": name,
-                "mean": (shares * torch.arange(len(shares))).sum().item(),
-                **dict(enumerate(shares.tolist())),
-            }
-            for name, shares in rates.integers.items()
+            {"behind": name, "mean": sum(n * share for n, share in enumerate(row)), **dict(enumerate(row))}
+            for name, row in shares.items()
         ]
         write_csv(folder / f"integers{suffix}.csv", integers)
     draw(rates, title, folder / f"firing_rates{suffix}.png")

@@ -72,11 +72,8 @@ def _figures(found: Sequence[Tensor], labels: Tensor) -> dict[str, float]:
     pairs = list(itertools.pairwise(found))
     answers = [100 * (a.argmax(1) != b.argmax(1)).double().mean().item() for a, b in pairs]
     moved = [100 * (a - b).abs().sum(1).mean().item() / 2 for a, b in pairs]
-    return {
-        "top1": statistics.mean(top1),
-        "answers that change": statistics.mean(answers or [0.0]),
-        "probability that moves": statistics.mean(moved or [0.0]),
-    }
+    figures = [statistics.mean(values or [0.0]) for values in (top1, answers, moved)]
+    return dict(zip(("top1", *CHANGES), figures, strict=True))
 
 
 def averages(rows: Sequence[dict]) -> list[dict]:
@@ -84,34 +81,23 @@ def averages(rows: Sequence[dict]) -> list[dict]:
 
     `difference` is the difference of their accuracies in random order, `deviation` its standard deviation.
     """
-    keys = ("checkpoint", "evaluated", "batch size", "order")
-    found = {tuple(row[key] for key in keys): row for row in rows}
-    groups = {}
-    for (path, membrane, size, order), row in found.items():
-        if (membrane, order) == ("released", "random"):
-            others = [found[path, *case] for case in (("per_sample", size, order), ("released", size, "by class"))]
-            case = (row["network"], row["settings"], row["trained"], size)
-            groups.setdefault(case, []).append((row, *others))
-    return [_average(*case, group) for case, group in groups.items()]
-
-
-def _average(network: str, settings: str, trained: str, size: int, group: Sequence[tuple[dict, dict, dict]]) -> dict:
-    """Average (released, per_sample, released by class) over the checkpoints of a group."""
-    mean = statistics.mean
-    differences = [row["top1"] - other["top1"] for row, other, _ in group]
-    return {
-        "network": network,
-        "settings": settings,
-        "trained": trained,
-        "batch size": size,
-        "checkpoints": len(group),
-        "per_sample": mean(other["top1"] for _, other, _ in group),
-        "released": mean(row["top1"] for row, _, _ in group),
-        "released, by class": mean(by_class["top1"] for _, _, by_class in group),
-        "difference": mean(differences),
-        "deviation": statistics.stdev(differences) if len(group) > 1 else 0.0,
-        **{key: mean(row[key] for row, _, _ in group) for key in CHANGES},
-    }
+    groups, mean = {}, statistics.mean
+    for row in rows:
+        case = {key: row[key] for key in ("network", "settings", "trained", "batch size")}
+        groups.setdefault(tuple(case.items()), {}).setdefault((row["evaluated"], row["order"]), []).append(row)
+    means = []
+    for case, found in groups.items():
+        leaking, alone = found["released", "random"], found["per_sample", "random"]
+        differences = [row["top1"] - other["top1"] for row, other in zip(leaking, alone, strict=True)]
+        means.append(
+            dict(case)
+            | {"per_sample": mean(row["top1"] for row in alone), "released": mean(row["top1"] for row in leaking)}
+            | {"released, by class": mean(row["top1"] for row in found["released", "by class"])}
+            | {"difference": mean(differences), "checkpoints": len(differences)}
+            | {"deviation": statistics.stdev(differences) if len(differences) > 1 else 0.0}
+            | {key: mean(row[key] for row in leaking) for key in CHANGES}
+        )
+    return means
 
 
 def table(means: Sequence[dict]) -> str:

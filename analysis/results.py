@@ -3,9 +3,10 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from engine.cli import UserError
 from engine.config import FIELDS, LOCAL_FIELDS, MODEL_FIELDS, PUBLISHED, Config, plain
 from engine.log import logger
 
@@ -18,11 +19,16 @@ _TRAINING = [key for key in FIELDS if key not in (*LOCAL_FIELDS, *MODEL_FIELDS, 
 SETTINGS = ["dataset", *MODEL_FIELDS, *(key for key in _TRAINING if key != "dataset")]
 
 
-def results(folders: Iterable[Path]) -> list[dict]:
+def results(folders: Sequence[Path]) -> list[dict]:
     """Return the newest result of each run folder in or below `folders`, with its `path`; name those left out."""
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise UserError(f"{missing[0]}: no such folder; name folders of runs")
+    for path in sorted(path for folder in folders for path in folder.rglob("metrics.jsonl")):
+        if not any(path.parent.glob("*.test.json")):
+            logger.warning(f"{path.parent}: left out, not evaluated; run test.py")
     newest, seen = {}, {}
     for path in sorted(path for folder in folders for path in folder.rglob("*.test.json")):
-        if (result := _read(path)) is None:
+        if (result := read_result(path)) is None:
             logger.warning(f"{path}: left out, test.py did not write it")
         elif result["count"] != TEST_SAMPLES.get(result["dataset"]):
             logger.warning(f"{path}: left out, {result['count']} samples are not the test set of {result['dataset']}")
@@ -37,7 +43,7 @@ def results(folders: Iterable[Path]) -> list[dict]:
     return [group[-1] for group in newest.values()]
 
 
-def _read(path: Path) -> dict | None:
+def read_result(path: Path) -> dict | None:
     """Return the content of a file, or None if test.py did not write it."""
     try:
         content = json.loads(path.read_text())
@@ -70,9 +76,9 @@ def by_recipe(found: Sequence[dict], configs: Sequence[Config]) -> dict[Config, 
     return groups
 
 
-def mean(values: Sequence[float], form: str, spread: bool = False) -> str:
-    """Format the mean of runs with their number, and with `spread` their standard deviation; "" without values."""
+def mean(values: Sequence[float], form: str, spread: bool = False, count: bool = False) -> str:
+    """Format a mean, with `spread` its standard deviation, with `count` the number of runs; "" without values."""
     if len(values) < 2:
         return "".join(f"{value:{form}}" for value in values)
     deviation = f" ± {statistics.stdev(values):{form}}" if spread else ""
-    return f"{statistics.mean(values):{form}}{deviation} ({len(values)} runs)"
+    return f"{statistics.mean(values):{form}}{deviation}" + (f" ({len(values)} runs)" if count else "")

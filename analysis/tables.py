@@ -19,7 +19,6 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from engine.cli import UserError
 from engine.config import Config, read
 from engine.data.recordings import EVENT_DATASETS
 from engine.log import logger, setup_console
@@ -31,19 +30,6 @@ from .results import by_recipe, mean, results
 
 DATA_NAMES = {"torch/cifar10": "CIFAR-10", "torch/cifar100": "CIFAR-100", "dvs128-gesture": "DVS128 Gesture"}
 DATA_NAMES |= {"cifar10-dvs": "CIFAR10-DVS", "digits": "digits", "digits-dvs": "digits, as events"}
-ABLATIONS = {  # variant -> the paper's name of the row
-    None: "Q-K token + self-attention",
-    "no_speds": "the same without SPEDS",
-    "spikformer_no_scaling": "Spikformer without scaling",
-    "spikformer": "Spikformer",
-    "spikformer_speds": "Spikformer with SPEDS",
-    "channel_self": "Q-K channel + self-attention",
-    "token_channel": "Q-K token + Q-K channel",
-    "self": "self-attention alone",
-    "channel": "Q-K channel alone",
-    "token": "Q-K token alone",
-    "ms": "Q-K token + self, membrane shortcuts",
-}
 
 
 def size(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str, str]:
@@ -75,6 +61,7 @@ def row(cfg: Config, found: Found) -> dict[str, str]:
     paper = _given(cfg.paper_top1) + (" (to be verified)" if cfg.paper_unverified else "")
     paper += f" (top-5 {cfg.paper_top5:.2f})" if cfg.paper_top5 else ""
     energies = [result["energy"]["energy_mj"] for result in found[cfg] if "energy" in result]
+    top1 = [result["top1"] for result in found[cfg]]
     return {
         **({"data set": DATA_NAMES[cfg.dataset]} if cfg.dataset in DATA_NAMES else {}),
         "network": cfg.model,
@@ -82,10 +69,10 @@ def row(cfg: Config, found: Found) -> dict[str, str]:
         "input": str(cfg.input_size),
         **size(build, shape),
         "energy (mJ) *paper*": _given(cfg.paper_energy_mj),
-        "energy (mJ) *here*": mean(energies, ".3g"),
+        "energy (mJ) *here*": mean(energies, ".3g", count=True),
         "top-1 (%) *paper*": paper,
         "top-1 (%) *log*": _given(cfg.log_top1),
-        "top-1 (%) *here*": mean([result["top1"] for result in found[cfg]], ".2f", spread=True),
+        "top-1 (%) *here*": mean(top1, ".2f", spread=True, count=True),
         "hours *log*": _given(cfg.log_hours, ".1f"),
         "GB a GPU *log*": _given(cfg.log_memory_gb, ".1f"),
     }
@@ -93,9 +80,8 @@ def row(cfg: Config, found: Found) -> dict[str, str]:
 
 def own(found: Found, datasets: Sequence[str]) -> list[dict]:
     """Return a row for each recipe of the data sets, in their order."""
-    order = {name: i for i, name in enumerate(datasets)}
-    configs = [cfg for cfg in found if cfg.dataset in order and not cfg.variant]
-    return [row(cfg, found) for cfg in sorted(configs, key=lambda cfg: order[cfg.dataset])]
+    configs = [cfg for cfg in found if cfg.dataset in datasets and not cfg.variant]
+    return [row(cfg, found) for cfg in sorted(configs, key=lambda cfg: datasets.index(cfg.dataset))]
 
 
 def listed(table: dict, found: Found) -> list[dict]:
@@ -122,11 +108,12 @@ def _paper_top1(found: Found) -> dict[str, float]:
 
 def ablations(found: Found, datasets: Sequence[str], kept: Sequence[str]) -> list[dict]:
     """Return the columns `kept` of each variant, with the data sets side by side."""
-    rows = [{"attention, embedding": name, "--variant": variant or ""} for variant, name in ABLATIONS.items()]
+    names = published("ablations")
+    rows = [{"attention, embedding": name, "--variant": variant} for variant, name in names.items()]
     for dataset in datasets:
         configs = [cfg for cfg in found if cfg.dataset == dataset]
-        variants = {cfg.variant: cfg for cfg in configs if cfg.variant or cfg == configs[0]}
-        for texts, variant in zip(rows, ABLATIONS, strict=True):
+        variants = {cfg.variant or "": cfg for cfg in reversed(configs)}  # of several recipes the first
+        for texts, variant in zip(rows, names, strict=True):
             whole = row(variants[variant], found) if variant in variants else dict.fromkeys(kept, "")
             texts |= {f"{DATA_NAMES[dataset]}: {key}": whole[key] for key in kept}
     return rows
@@ -135,22 +122,16 @@ def ablations(found: Found, datasets: Sequence[str], kept: Sequence[str]) -> lis
 def tables(found: Found) -> dict[str, tuple[str, list[dict]]]:
     """Return title and rows of each table, by the name of its CSV file."""
     others = {name: (table["title"], listed(table, found)) for name, table in published("tables").items()}
-    counts = ("parameters", "MACs a step")
-    here = ("energy (mJ) *here*", "top-1 (%) *here*")
+    large = ("parameters", "MACs a step", "top-1 (%) *paper*", "top-1 (%) *here*")
+    small = ("parameters", "energy (mJ) *here*", "top-1 (%) *here*")
     return {
         "imagenet": ("ImageNet-1k", own(found, ["imagefolder"])),
         "imagenet_others": others.pop("imagenet_others"),
         "imagenet_later": others.pop("imagenet_later"),
         "small": ("CIFAR, event recordings, digits", own(found, [*DATA_NAMES])),
         **others,
-        "ablations": (
-            "Ablations",
-            ablations(found, ["torch/cifar100", "cifar10-dvs"], (*counts, "top-1 (%) *paper*", "top-1 (%) *here*")),
-        ),
-        "ablations_digits": (
-            "The same ablations on the digits",
-            ablations(found, ["digits", "digits-dvs"], ("parameters", *here)),
-        ),
+        "ablations": ("Ablations", ablations(found, ["torch/cifar100", "cifar10-dvs"], large)),
+        "ablations_digits": ("The same ablations on digits", ablations(found, ["digits", "digits-dvs"], small)),
     }
 
 
@@ -167,10 +148,8 @@ def run(argv: Sequence[str]) -> None:
     flags.add_argument("--output-dir", type=Path, default=Path("output/tables"), help="folder to write to")
     args = flags.parse_args(argv)
     setup_console(is_main=True)
-    if missing := [str(folder) for folder in args.results or () if not folder.is_dir()]:
-        raise UserError(f"--results {missing[0]}: no such folder; name folders of runs")
     configs = [cfg for path, _ in recipes() for cfg in read(path).all()]
-    found = by_recipe(results(args.results or [Path("output")]), configs)
+    found = by_recipe(results(args.results or [*Path().glob("output")]), configs)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     made = tables(found)
     text = "\n\n".join(markdown(*table) for table in made.values())

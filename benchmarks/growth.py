@@ -10,9 +10,8 @@ q (k^T v), the order of this project, and as (q k^T) v, the order of the paper's
 "core" runs from the spikes of q, k and v to those for the projection. "module" adds the projections, quadratic in D.
 
 Memory is the peak on CUDA, and on a CPU the bytes that autograd keeps for the backward pass. Exponents are slopes in
-the log-log plot over the larger half of the sizes, because small sizes measure the start of the kernels. Each point is
-written to growth-DATE-DEVICE.json at once; the end adds a figure and prints the exponents. Runs of one day with the
-same commit and settings share their points, so the same command goes on after an interruption.
+the log-log plot over the larger half of the sizes, because small sizes measure the start of the kernels. Points go to
+growth-DATE-DEVICE.json at once, where the same command goes on that day; the end draws and prints the exponents.
 """
 
 import argparse

@@ -55,23 +55,19 @@ def read(path: str | Path) -> dict:
 
 
 def _unpickled(content: bytes) -> object:
+    """Load a file of torch without running code; verify its checksums, which torch writes but does not check."""
     if content.startswith(b"PK\x03\x04"):  # the archive that torch writes since 1.6
-        _verify(content)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            parts = archive.infolist()
+            is_plain = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+            is_plain &= not any(part.external_attr & 16 for part in parts)  # torch reads folders from stray memory
+            if not is_plain or sum(part.file_size for part in parts) > len(content):
+                raise ValueError("its parts are packed or marked as torch never does")
+            if altered := archive.testzip():
+                raise ValueError(f"{altered} differs from its checksum")
     with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
         warnings.simplefilter("ignore")  # about pickles of other kinds, which torch then refuses
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def _verify(content: bytes) -> None:
-    """Compare each part of a checkpoint's archive with its checksum, which torch writes but does not check."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        parts = archive.infolist()
-        is_plain = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
-        is_plain &= not any(part.external_attr & 16 for part in parts)  # torch reads folders from stray memory
-        if not is_plain or sum(part.file_size for part in parts) > len(content):
-            raise ValueError("its parts are packed or marked as torch never does")
-        if altered := archive.testzip():
-            raise ValueError(f"{altered} differs from its checksum")
 
 
 def _read_safetensors(path: Path) -> dict:
@@ -100,32 +96,32 @@ def _recognised(content: object) -> dict:
         raise ValueError(f"it holds a {type(content).__name__}")
     content, entries = dict(content), ", ".join(map(str, list(content)[:10])) or "none"
     if content.get("format") == FORMAT:
-        wrong = [key for key, kind in ENTRIES.items() if not isinstance(content.get(key), kind)]
-        if content.get("state_dict_ema") is not None and not _is_weights(content["state_dict_ema"]):
-            wrong.append("state_dict_ema")
-        if wrong:
+        if wrong := [key for key, kind in ENTRIES.items() if not isinstance(content.get(key), kind)]:
             raise ValueError(", ".join(wrong))
         kind, state_dict = "qkformer", content.get("state_dict")
     elif "state_dict" in content:
         kind, state_dict = ("cifar" if "arch" in content else "weights"), content["state_dict"]
     elif "model" in content:
         kind, state_dict = ("dvs" if "max_test_acc1" in content else "imagenet"), content["model"]
+    elif key := next((key for key in ("net", "model_state_dict") if key in content), None):
+        kind, state_dict = "weights", content[key]
     else:
         kind, state_dict, content = "weights", content, {}
     if not _is_weights(state_dict):
         raise ValueError(f"no weights; its entries are {entries}")
-    return content | {"format": kind, "state_dict": dict(state_dict)}
+    averaged = content.get("state_dict_ema", content.get("model_ema"))
+    if averaged and not _is_weights(averaged):
+        raise ValueError("state_dict_ema")
+    return content | {"format": kind, "state_dict": dict(state_dict), "state_dict_ema": averaged}
 
 
 def _is_weights(value: object) -> bool:
-    return isinstance(value, Mapping) and len(value) > 0 and all(map(_is_weight, value.items()))
-
-
-def _is_weight(item: tuple[object, object]) -> bool:
-    """Tell if each element of a named tensor is stored: strides can show a few bytes as an enormous tensor."""
-    key, value = item
-    is_named = isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout is torch.strided
-    return is_named and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    """Tell if these are named tensors, each element stored: strides can show a few bytes as an enormous tensor."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        return False
+    tensors = [item for item in value.values() if isinstance(item, torch.Tensor) and item.layout is torch.strided]
+    is_stored = all(t.numel() * t.element_size() <= t.untyped_storage().nbytes() for t in tensors)
+    return is_stored and 0 < len(value) == len(tensors)
 
 
 def save(path: str | Path, content: dict, keep: int = 0) -> None:
@@ -149,7 +145,10 @@ def save(path: str | Path, content: dict, keep: int = 0) -> None:
             if newer.exists():
                 os.replace(newer, older)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # Windows opens no folders, and some file systems cannot
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            os.fsync(descriptor)  # the names of files, too
+            os.close(descriptor)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch's writer hides it
@@ -161,11 +160,3 @@ def kept(path: Path) -> list[Path]:
     pattern = re.compile(rf"{re.escape(path.stem)}-(\d+){re.escape(path.suffix)}")
     numbers = {int(match[1]): file for file in path.parent.glob("*") if (match := pattern.fullmatch(file.name))}
     return [path] * path.exists() + [file for _, file in sorted(numbers.items())]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush the names of files to the disk, too."""
-    with contextlib.suppress(OSError):  # Windows opens no folders, and some file systems cannot
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

@@ -34,10 +34,7 @@ class UserError(Exception):
 
 def short(value: object) -> str:
     """Return the `repr` of a value, cut if it is long."""
-    try:
-        return _REPR.repr(value)
-    except ValueError:  # Python writes no number of more than 4300 digits
-        return "a number of thousands of digits"
+    return _REPR.repr(value)
 
 
 _REPR = reprlib.Repr()
@@ -45,12 +42,7 @@ _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 100, 100
 
 
 class Stopped(Exception):
-    """The end of a run that a signal asked for, after saving.
-
-    Args:
-        number: the signal; the exit code is 128 + `number`, as a shell reports it.
-        where: position in the run.
-    """
+    """The end of a run that signal `number` asked for, after saving; the exit code is 128 + `number`, as in a shell."""
 
     def __init__(self, number: int, where: str):
         self.code = 128 + number
@@ -77,22 +69,12 @@ def guard() -> Iterator[None]:
         if (message := _explanation(error)) is None:
             raise
         _exit(message, UserError.code)
-    finally:
-        _flush()
 
 
 def _ignore_os_errors(error: threading.ExceptHookArgs) -> None:
     """Print errors of threads, but for TensorBoard's failures to write, which it raises in the main thread too."""
     if not issubclass(error.exc_type, OSError):
         threading.__excepthook__(error)
-
-
-def _flush() -> None:
-    """Flush stdout; its reader may be gone (`| head`), which Python would report at exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explanation(error: Exception) -> str | None:

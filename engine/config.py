@@ -32,11 +32,10 @@ IGNORED = (  # flags of the released scripts and of launchers without effect her
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Settings over the defaults: a recipe, one of its variants, and flags. `read` makes it."""
+    """Settings over the defaults: a recipe with its variants, and flags. `read` makes it."""
 
     path: Path
-    recipe: dict[str, object]
-    variants: dict[str, dict[str, object]]  # name -> changes
+    recipes: dict[str | None, dict[str, object]]  # of each variant, and of None, the recipe itself
     flags: dict[str, object]
     folder: Path  # of the script
 
@@ -52,25 +51,18 @@ class Sources:
         """
         recorded = {key: value for key, value in (recorded or {}).items() if key in FIELDS and key not in LOCAL_FIELDS}
         recorded = {key: _coerce(key, value, f"{key} in the checkpoint") for key, value in recorded.items()}
-        config = Config(**self._recipe() | recorded | self.flags | {"config": str(self.path)})
+        variant = self.flags.get("variant")
+        if variant not in self.recipes:
+            raise UserError(f"--variant {variant}: {self.path} lists {', '.join(list(self.recipes)[1:]) or 'none'}")
+        config = Config(**self.recipes[variant] | recorded | self.flags | {"config": str(self.path)})
         problems = itertools.chain(_out_of_range(config), conflicts(config) if validate else ())
         for key, problem in problems:
             raise UserError(f"{key} = {short(getattr(config, key))}: {problem} (recipe {config.config} and flags)")
         return dataclasses.replace(config, model=config.model.lower())  # the released code writes QKFormer_10_384
 
-    def _recipe(self) -> dict[str, object]:
-        if "variant" not in self.flags:
-            return self.recipe
-        variant = self.flags["variant"]
-        if variant not in self.variants:
-            raise UserError(f"--variant {variant}: {self.path} lists {', '.join(self.variants) or 'none'}")
-        # the published figures are the recipe's, not the variant's
-        return {key: value for key, value in self.recipe.items() if key not in PUBLISHED} | self.variants[variant]
-
     def all(self) -> list[Config]:
         """Return the recipe itself, then each of its variants, without flags."""
-        flags = [{}, *({"variant": name} for name in self.variants)]
-        return [dataclasses.replace(self, flags=chosen).config() for chosen in flags]
+        return [dataclasses.replace(self, flags={"variant": name}).config() for name in self.recipes]
 
 
 def read(yaml_path: str | Path, argv: Sequence[str] = ()) -> Sources:
@@ -83,9 +75,12 @@ def read(yaml_path: str | Path, argv: Sequence[str] = ()) -> Sources:
     Raises:
         UserError: unknown key (with the nearest valid one), or wrong type.
     """
-    flags = _read_flags(argv)
-    path = _recipe_path(Path(yaml_path), flags.get("config"))
-    return Sources(path, *_read_yaml(path), flags, Path(yaml_path).parent)
+    flags, folder = _read_flags(argv), Path(yaml_path).parent
+    path = Path(flags.get("config", yaml_path))
+    sibling = folder / (path if path.suffix else f"{path}.yml")
+    if not os.path.isfile(path) and os.path.isfile(sibling):
+        path = sibling
+    return Sources(path, _read_yaml(path), flags, folder)
 
 
 def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded=None, validate: bool = True) -> Config:
@@ -114,13 +109,6 @@ def plain(config: Config, without: Collection[str] = ()) -> dict[str, object]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def _recipe_path(own: Path, named: str | None) -> Path:
-    if named is None or os.path.isfile(named):
-        return Path(named or own)
-    sibling = own.parent / (named if Path(named).suffix else f"{named}.yml")
-    return sibling if os.path.isfile(sibling) else Path(named)
-
-
 class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML's safe loader, which would keep the last of duplicate keys; this one raises."""
 
@@ -132,8 +120,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
-    """Return the settings of a recipe, and the changes of each variant."""
+def _read_yaml(path: Path) -> dict[str | None, dict[str, object]]:
+    """Return the settings of a recipe, under None, and of each of its variants."""
     if not os.path.isfile(path):  # a pipe or a device may have no end
         raise UserError(f"{path}: no such recipe")
     try:
@@ -144,10 +132,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, object], dict[str, dict[str, objec
     variants = content.pop("variants", {}) if isinstance(content, dict) else {}
     if not isinstance(variants, dict):
         raise UserError(f"{path}: variants is a {type(variants).__name__}; write `name: changes` lines")
-    return (
-        _settings(content, path, str(path)),
-        {str(name): _settings(changes, path, f"{path}: variant {name}") for name, changes in variants.items()},
-    )
+    recipe = _settings(content, path, str(path))
+    shared = {key: value for key, value in recipe.items() if key not in PUBLISHED}  # figures of the recipe alone
+    changed = {str(name): _settings(changes, path, f"{path}: variant {name}") for name, changes in variants.items()}
+    return {None: recipe} | {name: shared | changes for name, changes in changed.items()}
 
 
 def _settings(content: object, path: Path, where: str) -> dict[str, object]:
@@ -175,9 +163,7 @@ def _flag(key: str) -> str:
 
 def _read_flags(argv: Sequence[str]) -> dict[str, object]:
     argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    note = (
-        "In [brackets] are the defaults of the engine; the recipe (YAML), then a checkpoint, then flags override them."
-    )
+    note = "The engine's defaults are in [brackets]; the recipe (YAML), then a checkpoint, then flags override them."
     parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog=note)
     for key, field in FIELDS.items():
         rules, default = field.metadata, "" if field.default in (None, "") else f" [{field.default}]"
@@ -185,16 +171,16 @@ def _read_flags(argv: Sequence[str]) -> dict[str, object]:
         if _TYPES[key] is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
         else:
-            is_tuple = "tuple" in str(_TYPES[key])
-            kwargs |= {"nargs": "+" if is_tuple else None, "metavar": "|".join(rules["choices"]) or "X"}
+            kwargs |= {
+                "nargs": "+" if "tuple" in str(_TYPES[key]) else None,
+                "metavar": "|".join(rules["choices"]) or "X",
+            }
         parser.add_argument(_flag(key), *rules["flags"], **kwargs)
     parser.add_argument(*IGNORED, help=argparse.SUPPRESS, dest="ignored", nargs="?")
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
-        if flag.startswith("-"):
-            raise UserError(f"{flag}: unknown flag{_nearest(flag, map(_flag, FIELDS))}")
-        raise UserError(f"{short(flag)}: unexpected argument (--help lists the flags)")
+        raise UserError(f"{flag}: unknown flag{_nearest(flag, map(_flag, FIELDS))}")
     return {key: _coerce(key, value, _flag(key)) for key, value in vars(parsed).items() if key in FIELDS}
 
 

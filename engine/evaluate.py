@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -15,7 +14,7 @@ from . import world as distributed
 from .cli import StopRequest, UserError
 from .config import MODEL_FIELDS, Config, plain, read
 from .log import logger, progress
-from .world import World, autocast, in_memory_format
+from .world import World, autocast
 
 
 @torch.inference_mode()
@@ -41,7 +40,7 @@ def evaluate(
     batches = []  # of each: loss, top-1, top-5, count
     for images, labels in progress(loader, name, cfg.log_interval, world.is_main):
         with autocast(cfg.eval_amp or cfg.amp, world.device):
-            logits = model(in_memory_format(cfg, images))
+            logits = model(images)
         losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         samples = [losses, hits[:, 0], hits.sum(1), torch.ones_like(losses)]
@@ -58,45 +57,41 @@ def evaluate(
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": int(count)}
 
 
-class Figures(NamedTuple):
-    """Published figures of a network: top-1 (percent) by source ("paper", "log"), and energy (mJ)."""
-
-    top1: dict[str, float] = {}  # noqa: RUF012, a tuple's default
-    energy_mj: float | None = None
-
-
-def published(cfg: Config) -> Figures:
-    """Return the figures of the recipe `cfg.config`, or of its variant, with the network and input of `cfg`.
+def published(cfg: Config) -> Config:
+    """Return the recipe of `cfg`, or its variant, if network and input are the same, for its published figures.
 
     `ssa_membrane` may differ, because the comparison of the two is of interest.
     """
     keys = {*MODEL_FIELDS, "input_size", "split_seed"} - {"ssa_membrane"}
-    for recipe in read(cfg.config).all():
-        if all(getattr(recipe, key) == getattr(cfg, key) for key in keys):
-            paper = "paper, to be verified" if recipe.paper_unverified else "paper"
-            top1 = {paper: recipe.paper_top1, "log": recipe.log_top1}
-            return Figures({source: value for source, value in top1.items() if value}, recipe.paper_energy_mj)
-    return Figures()
+    recipes = (recipe for recipe in read(cfg.config).all() if all(getattr(recipe, k) == getattr(cfg, k) for k in keys))
+    return next(recipes, Config())
 
 
-def report(cfg: Config, membrane: str, result: dict, figures: Figures) -> None:
+def _top1(recipe: Config) -> dict[str, float]:
+    """Return the published accuracies by source."""
+    paper = "paper, to be verified" if recipe.paper_unverified else "paper"
+    figures = {paper: recipe.paper_top1, "log": recipe.log_top1}
+    return {source: value for source, value in figures.items() if value}
+
+
+def report(cfg: Config, membrane: str, result: dict, recipe: Config) -> None:
     """Print the accuracy with one kind of membrane, and the published figures."""
     which = f" (ssa_membrane {membrane})" if cfg.both_membranes else ""
     logger.info(
         f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} "
         f"on {result['count']} samples{which}"
     )
-    if figures.top1:
-        parts = [f"{value:.2f} % ({source}; {result['top1'] - value:+.2f})" for source, value in figures.top1.items()]
+    parts = [f"{value:.2f} % ({source}; {result['top1'] - value:+.2f})" for source, value in _top1(recipe).items()]
+    if parts:
         logger.info(f"published: {', '.join(parts)}")
 
 
-def write(cfg: Config, folder: Path, results: dict[str, dict], figures: Figures, gallery: "Gallery", energy) -> None:
+def write(cfg: Config, folder: Path, results: dict[str, dict], recipe: Config, gallery: "Gallery", energy) -> None:
     """Write the numbers, the picture of the answers and, if it was measured, the energy."""
     name = Path(cfg.checkpoint).stem  # several checkpoints may share a folder
     written = [folder / f"{name}.test.json", folder / f"{name}.predictions.png"]
     settings = plain(cfg, without=("config", "output_dir", "energy")) | {"recipe": Path(cfg.config).stem}
-    content = {**next(iter(results.values())), "published_top1": figures.top1, **settings, **log.provenance()}
+    content = {**next(iter(results.values())), "published_top1": _top1(recipe), **settings, **log.provenance()}
     if cfg.both_membranes:
         content["membranes"] = results
     if energy:

@@ -1,11 +1,9 @@
 """Optimizer and learning rate. The rate depends on the epoch alone, so resuming needs no schedule state."""
 
-import functools
-import warnings
-
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from . import world
@@ -23,21 +21,6 @@ def base_lr(cfg: Config) -> float:
     return cfg.lr if cfg.lr is not None else cfg.blr * effective_batch(cfg) / 256
 
 
-def batch_advice(cfg: Config) -> str | None:
-    """Return a line if the effective batch is not the recipe's, with flags that restore it; else None."""
-    target, ranks = cfg.effective_batch, world.world_size()
-    if target in (None, effective_batch(cfg)):
-        return None
-    line = f"effective batch {effective_batch(cfg)}: the recipe has {target}; "
-    if target % ranks:
-        return line + f"{ranks} ranks cannot share {target} images evenly, use another number"
-    share = target // ranks
-    batch = max(n for n in range(1, cfg.batch_size + 1) if share % n == 0)
-    flags = [f"--batch-size {batch}"] if batch != cfg.batch_size else []
-    flags += [f"--accum-iter {share // batch}"] if share // batch != cfg.accum_iter else []
-    return line + f"restore it by {' '.join(flags)}"
-
-
 def total_epochs(cfg: Config) -> int:
     """Return the epochs of the schedule and of the cool-down after it."""
     return cfg.epochs + cfg.cooldown_epochs
@@ -51,7 +34,7 @@ def create_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
     """
     fused = {"fused": True} if cfg.opt == "adamw" and next(model.parameters()).is_cuda else {}
     try:
-        optimizer = create_optimizer_v2(
+        return create_optimizer_v2(
             model,
             opt=cfg.opt,
             lr=base_lr(cfg),
@@ -62,37 +45,24 @@ def create_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
         )
     except Exception as error:  # optimizers that miss a package or device raise errors of many kinds
         raise UserError(f"opt = {cfg.opt!r}: {error}; use adamw") from None
-    if getattr(optimizer, "is_second_order", False):
-        raise UserError(f"opt = {cfg.opt!r}: needs second derivatives, which spikes have not; use adamw")
-    return optimizer
+
+
+def create_schedule(cfg: Config, optimizer: torch.optim.Optimizer) -> Scheduler:
+    """Return timm's schedule; `step` with a (fractional) epoch sets the rate of each group, times its `lr_scale`."""
+    return create_scheduler_v2(
+        optimizer,
+        sched=cfg.sched,
+        num_epochs=cfg.epochs - (cfg.warmup_epochs if cfg.warmup_prefix else 0),
+        cooldown_epochs=cfg.cooldown_epochs,
+        warmup_epochs=cfg.warmup_epochs,
+        warmup_lr=cfg.warmup_lr,
+        warmup_prefix=cfg.warmup_prefix,
+        min_lr=cfg.min_lr,
+    )[0]
 
 
 def lr_at(cfg: Config, epoch: float) -> float:
-    """Return the learning rate at a (fractional) epoch, from timm's schedulers."""
-    optimizer, scheduler = _schedule(cfg, base_lr(cfg))
-    scheduler.step(epoch)
+    """Return the learning rate at a (fractional) epoch."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=base_lr(cfg))
+    create_schedule(cfg, optimizer).step(epoch)
     return optimizer.param_groups[0]["lr"]
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group, times its `lr_scale` where it has one (layer decay)."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
-
-
-@functools.lru_cache(maxsize=8)
-def _schedule(cfg: Config, lr: float):
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about stepping a schedule before its optimizer
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=cfg.sched,
-            num_epochs=cfg.epochs - (cfg.warmup_epochs if cfg.warmup_prefix else 0),
-            cooldown_epochs=cfg.cooldown_epochs,
-            warmup_epochs=cfg.warmup_epochs,
-            warmup_lr=cfg.warmup_lr,
-            warmup_prefix=cfg.warmup_prefix,
-            min_lr=cfg.min_lr,
-        )
-    return optimizer, scheduler

@@ -25,8 +25,8 @@ from .data.loaders import Data
 from .data.recordings import EVENT_DATASETS
 from .evaluate import Gallery, evaluate, published, report, write
 from .log import logger
-from .optim import base_lr, batch_advice, create_optimizer, effective_batch, total_epochs
-from .run_dir import Start, checkpoint_to_test, find_run, records, runs_of, warn_of_seen
+from .optim import base_lr, create_optimizer, effective_batch, total_epochs
+from .run_dir import Start, checkpoint_to_test, find_run, records, warn_of_seen
 from .trainer import Trainer
 from .weights import build_model, differences, load_weights, settings_of, warn_of_other_network, warn_of_silence
 from .world import World
@@ -37,9 +37,10 @@ def train(recipe: Path) -> None:
     """Train as the recipe and the command line say."""
     sources = read(recipe, sys.argv[1:])
     cfg = sources.config(validate=False)  # the rest may come from a checkpoint
-    _require_flags_of_train(cfg)
+    if cfg.checkpoint or cfg.energy:
+        raise UserError("--checkpoint, --energy: are for test.py; to continue a run use --resume")
     if cfg.eval:
-        _test(sources)
+        test(recipe, None)
         return
     world = setup(cfg)
     start = find_run(cfg, world)
@@ -48,15 +49,14 @@ def train(recipe: Path) -> None:
     timm.utils.random_seed(cfg.seed)
     data = create_data(cfg, world)
     model = _model_to_train(cfg, world, start, data)
-    folder = start.folder or Path(distributed.from_main(str(runs_of(cfg) / time.strftime("%Y%m%d-%H%M%S"))))
-    trainer = Trainer(cfg, world, model, create_optimizer(cfg, model), data, folder)
+    trainer = Trainer(cfg, world, model, create_optimizer(cfg, model), data, start.folder)
     if start.state:
         trainer.resume(start.state, start.path, new_run=not start.continues)
     _announce(trainer)
-    with trainer.stop_request, records(cfg, world, folder, data, trainer.epoch) as run_log:
+    with trainer.stop_request, records(cfg, world, start.folder, data, trainer.epoch) as run_log:
         while trainer.epoch < total_epochs(cfg):
             _train_one_epoch(trainer, run_log)
-    logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {folder}")
+    logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {start.folder}")
 
 
 def _train_one_epoch(trainer: Trainer, run_log: log.RunLog | None) -> None:
@@ -87,16 +87,13 @@ def _train_one_epoch(trainer: Trainer, run_log: log.RunLog | None) -> None:
 
 
 @distributed.membership()
-def test(recipe: Path, meter: str) -> None:
+def test(recipe: Path, meter: str | None) -> None:
     """Evaluate `--checkpoint` as the recipe and the command line say.
 
     Args:
         meter: "module:name" of what `--energy` measures with; a name, because analyses import the engine.
     """
-    _test(read(recipe, sys.argv[1:]), meter)
-
-
-def _test(sources: Sources, meter: str | None = None) -> None:
+    sources = read(recipe, sys.argv[1:])
     cfg = sources.config(validate=False)
     world = setup(cfg)
     path = distributed.from_main(checkpoint_to_test(cfg) if world.is_main else None)
@@ -107,13 +104,13 @@ def _test(sources: Sources, meter: str | None = None) -> None:
     tempfile.TemporaryFile(dir=folder).close()  # fail before the evaluation, not after it
     data = create_data(cfg, world, train=False)
     warn_of_seen(data, path)
-    figures = published(cfg)
+    about = published(cfg)
     membranes = dict.fromkeys((cfg.ssa_membrane, *(("released", "per_sample") if cfg.both_membranes else ())))
     logger.info(
         f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
         f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {' and '.join(membranes)}"
     )
-    _agree_on_triton(cfg, world)
+    _test_kernels(cfg, world)
     gallery, results, energy = Gallery(data.classes, data.show), {}, None
     for membrane in membranes:
         model = build_model(dataclasses.replace(cfg, ssa_membrane=membrane)).to(world.device)
@@ -126,14 +123,14 @@ def _test(sources: Sources, meter: str | None = None) -> None:
             results[membrane] = evaluate(cfg, world, model, data.test, on_batch=gallery.add if is_first else None)
         if not math.isfinite(results[membrane]["loss"]):
             raise UserError(f"{path}: gives a loss that is not finite; use --eval-amp off, or another checkpoint")
-        report(cfg, membrane, results[membrane], figures)
+        report(cfg, membrane, results[membrane], about)
         if measured:
             energy = measured.report(distributed.gather)
             logger.info(energy.totals())
-            if figures.energy_mj:
-                logger.info(f"published: {figures.energy_mj:.2f} mJ (paper)")
+            if about.paper_energy_mj:
+                logger.info(f"published: {about.paper_energy_mj:.2f} mJ (paper)")
     if world.is_main:
-        write(cfg, folder, results, figures, gallery, energy)
+        write(cfg, folder, results, about, gallery, energy)
 
 
 def setup(cfg: Config) -> World:
@@ -153,12 +150,6 @@ def setup(cfg: Config) -> World:
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """Return the loaders of images or of event frames; raise `UserError` as they do."""
     return (event if cfg.dataset in EVENT_DATASETS else image).create_data(cfg, world, train)
-
-
-def _require_flags_of_train(cfg: Config) -> None:
-    for flag in ("checkpoint", "energy"):
-        if getattr(cfg, flag):
-            raise UserError(f"--{flag}: is for test.py; to continue a run use --resume")
 
 
 def _settings_to_train(sources: Sources, start: Start) -> Config:
@@ -186,36 +177,29 @@ def _require_equal_settings(cfg: Config) -> None:
 def _require_gpu(cfg: Config, world: World) -> None:
     """Raise `UserError` for flags that need a GPU."""
     is_cpu, ranks = world.device.type == "cpu", world.world_size
-    if cfg.sync_bn and is_cpu and ranks > 1:
-        raise UserError("--sync-bn: torch synchronises BatchNorm on GPUs alone; omit it")
-    if cfg.cuda_graphs and (is_cpu or ranks > 1):
-        raise UserError("--cuda-graphs: needs one rank on a GPU; omit it")
-    if cfg.pack_spikes and is_cpu and cfg.lif_backend == "auto":
-        raise UserError("--pack-spikes: needs the Triton kernels on a GPU; omit it")
-    if (
-        cfg.lif_backend in ("cupy", "triton") and is_cpu and torch.cuda.is_available()
-    ):  # else models say what is missing
-        raise UserError(f"--lif-backend {cfg.lif_backend}: needs a GPU, and --device is cpu; use auto or torch")
+    is_kernel = cfg.lif_backend in ("cupy", "triton") and torch.cuda.is_available()  # else models say what is missing
+    rules = (
+        (cfg.sync_bn and is_cpu and ranks > 1, "sync-bn", "torch synchronises BatchNorm on GPUs alone"),
+        (cfg.cuda_graphs and (is_cpu or ranks > 1), "cuda-graphs", "needs one rank on a GPU"),
+        (cfg.pack_spikes and is_cpu and cfg.lif_backend == "auto", "pack-spikes", "needs the Triton kernels on a GPU"),
+        (is_kernel and is_cpu, "lif-backend", f"{cfg.lif_backend} needs a GPU, and --device is cpu"),
+    )
+    for is_wrong, flag, reason in rules:
+        if is_wrong:
+            raise UserError(f"--{flag}: {reason}; omit it")
 
 
-def _agree_on_triton(cfg: Config, world: World) -> None:
+def _test_kernels(cfg: Config, world: World) -> None:
     """Test the Triton kernels before the network needs them: on one rank of each machine first, which fills the cache.
 
     Raises:
-        UserError: ranks disagree, and would wait for each other in different collectives; or a flag needs the kernels.
+        UserError: they do not work, and a flag needs them.
     """
-    may_run = cfg.lif_backend == "triton" or (cfg.lif_backend == "auto" and world.device.type == "cuda")
-    if cfg.compile or not may_run:
+    if world.device.type == "cpu" or cfg.compile or cfg.lif_backend not in ("auto", "triton"):
         return
-    problems = distributed.gather([distributed.in_turns(triton_problem)])
-    rank = next((rank for rank, problem in enumerate(problems) if problem), None)
-    if rank is None:
-        return
-    reason = f"lif_backend='triton' {problems[rank]}"
-    if not all(problems):
-        raise UserError(f"rank {rank} of {len(problems)}: {reason} on all ranks")
-    if cfg.cuda_graphs or cfg.pack_spikes:
-        raise UserError(f"--cuda-graphs, --pack-spikes: need the Triton kernels; {reason}")
+    problem = distributed.in_turns(triton_problem)
+    if problem and (cfg.cuda_graphs or cfg.pack_spikes):
+        raise UserError(f"--cuda-graphs, --pack-spikes: need the Triton kernels; lif_backend='triton' {problem}")
     if not world.is_main:
         warnings.filterwarnings("ignore", "lif_backend='auto'")  # the main rank prints why it does without Triton
 
@@ -225,7 +209,7 @@ def _model_to_train(cfg: Config, world: World, start: Start, data: Data) -> nn.M
     path, state = (start.path, start.state) if start.state else (cfg.finetune, None)
     if path:
         warn_of_seen(data, Path(path))
-    _agree_on_triton(cfg, world)
+    _test_kernels(cfg, world)
     model = build_model(cfg).to(world.device)
     if path and not start.is_ours:
         state = state or checkpoint.read(path)
@@ -235,13 +219,13 @@ def _model_to_train(cfg: Config, world: World, start: Start, data: Data) -> nn.M
 
 
 def _announce(trainer: Trainer) -> None:
-    cfg, world = trainer.cfg, trainer.world
+    cfg, world, batch = trainer.cfg, trainer.world, effective_batch(trainer.cfg)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     logger.info(
         f"{cfg.model}: {parameters:,} parameters, T = {cfg.time_steps}, on {world.world_size} x {world.device.type}; "
-        f"effective batch {effective_batch(cfg)}, learning rate {base_lr(cfg):.3g}\nwriting to {trainer.folder}"
+        f"effective batch {batch}, learning rate {base_lr(cfg):.3g}\nwriting to {trainer.folder}"
     )
-    if advice := batch_advice(cfg):
-        logger.warning(f"warning: {advice}")
+    if cfg.effective_batch not in (None, batch):
+        logger.warning(f"warning: effective batch {batch}, the recipe has {cfg.effective_batch}; adapt --accum-iter")
     if trainer.epoch >= total_epochs(cfg):
         logger.info(f"nothing left to train: {trainer.epoch} of {total_epochs(cfg)} epochs are done")

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,14 +19,13 @@ from .log import RunLog, logger
 from .world import World
 
 SPLIT = "split.json"
-LOCK = ".lock"
 _locks = {}  # folder -> its locked file; closing it would unlock it
 
 
 class Start(NamedTuple):
-    """Where a run starts: its folder (None: a new one), and the checkpoint to resume, if any."""
+    """Where a run starts: its folder, and the checkpoint to resume, if any."""
 
-    folder: Path | None
+    folder: Path
     path: Path | None
     state: dict | None
 
@@ -43,48 +42,45 @@ class Start(NamedTuple):
 
 def find_run(cfg: Config, world: World) -> Start:
     """Return the folder to write to, locked if it exists, and the checkpoint to resume."""
-    folder = Path(cfg.output_dir) if cfg.output_dir else None
+    folder = Path(cfg.output_dir or runs_of(cfg) / time.strftime("%Y%m%d-%H%M%S"))
     path = state = None
+    if cfg.resume == "auto" and not cfg.output_dir:
+        raise UserError("--resume auto: needs --output-dir, to find the run again")
     if world.is_main:  # other ranks may not see its disk
         claim(folder)
-        path, state = _checkpoint_to_resume(cfg, folder)
-    path = distributed.from_main(path)
+        path, state = newest_checkpoint(folder) if cfg.resume == "auto" else (cfg.resume and Path(cfg.resume), None)
+    folder, path = distributed.from_main((folder, path))
     if path and state is None:
         state = checkpoint.read(path)
-    start = Start(folder or (path.parent if path and state["format"] == "qkformer" else None), path, state)
+    start = Start(folder, path, state)
+    if start.is_ours and not cfg.output_dir:
+        start = start._replace(folder=path.parent)
     is_released = state is not None and state["format"] == "imagenet" and isinstance(state.get("epoch"), int)
     if state and not is_released and not (start.is_ours and "optimizer" in state):
         problem = "no training state of this project or of the released ImageNet code"
         raise UserError(f"--resume {path}: {problem}; use --finetune to start a new run from its weights")
     if world.is_main:
         claim(start.folder)
-    newest = next(iter(checkpoint.kept(start.folder / "last.pt")), None) if start.folder else None
+    newest = next(iter(checkpoint.kept(start.folder / "last.pt")), None)
     if newest and not (path and path.samefile(newest)):
         raise UserError(f"{start.folder}: holds a run; use --resume auto, or another --output-dir")
     return start
 
 
-def claim(folder: Path | None) -> None:
+def claim(folder: Path) -> None:
     """Lock an existing folder until this process ends; raise `UserError` if another run writes to it."""
-    if not folder or not folder.exists() or folder.resolve() in _locks:
+    if not folder.exists() or folder.resolve() in _locks:
         return
-    file = open(folder / LOCK, "a+")  # noqa: SIM115, closing it would unlock it
+    file = open(folder / ".lock", "a")  # noqa: SIM115, closing it would unlock it
     try:
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not for children, which `flock` and filelock would include
     except (BlockingIOError, PermissionError):
-        file.seek(0)
-        other = file.read(200).strip() or "unknown process"
-        raise UserError(f"{folder}: another run writes to it ({other}); use another --output-dir") from None
+        raise UserError(f"{folder}: another run writes to it; use another --output-dir") from None
     except (OSError, ImportError) as error:  # Windows has no fcntl, and some disks have no locks
         logger.warning(f"warning: {folder}: cannot be locked ({error}); start no second run in it")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
     _locks[folder.resolve()] = file
-    for name in ("last.pt.tmp", "best.pt.tmp"):  # of a save that was killed
-        (folder / name).unlink(missing_ok=True)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
@@ -102,15 +98,6 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
     return None, None
 
 
-def _checkpoint_to_resume(cfg: Config, folder: Path | None) -> tuple[Path | None, dict | None]:
-    is_auto = cfg.resume == "auto" or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
-    if is_auto and not folder:
-        raise UserError("--resume auto, torchrun --max-restarts: need --output-dir, to find the run again")
-    if is_auto and (newest := newest_checkpoint(folder))[0]:
-        return newest
-    return (None if cfg.resume in (None, "auto") else Path(cfg.resume)), None
-
-
 def runs_of(cfg: Config) -> Path:
     """Return the folder of a recipe's runs without `--output-dir`."""
     return Path("output", "-".join(filter(None, (Path(cfg.config).stem, cfg.variant))))
@@ -119,8 +106,6 @@ def runs_of(cfg: Config) -> Path:
 def checkpoint_to_test(cfg: Config) -> Path:
     """Return the checkpoint that the flags name, else `best.pt` of the recipe's last run in `output/`."""
     named = cfg.checkpoint or cfg.resume or cfg.finetune
-    if named == "auto" and cfg.output_dir:
-        named = Path(cfg.output_dir) / "last.pt"
     if named:
         return Path(named)
     runs = sorted(runs_of(cfg).glob("*/best.pt"), key=os.path.getmtime)

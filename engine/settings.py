@@ -15,14 +15,6 @@ def option(default, help: str, **rules):
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Identity of a recipe."""
-
-    variant: str | None = option(None, "variant of the recipe, such as an ablation")
-    effective_batch: int | None = option(None, "images per update; a run with another number warns", low=1)
-
-
-@dataclass(frozen=True)
 class Published:
     """Published figures."""
 
@@ -63,9 +55,12 @@ class ModelSettings:
 class DataSettings:
     """The data set and its augmentation."""
 
-    dataset: str = option("imagefolder", "data set, such as imagefolder or digits, or a name of timm's create_dataset")
+    dataset: str = option("imagefolder", "imagefolder, eventfolder, digits, ..., or a name of timm's create_dataset")
     split_seed: int | None = option(
-        None, "CIFAR10-DVS: seed of a random split (default: in order)", low=0, high=2**32 - 1
+        None, "cifar10-dvs, eventfolder: seed of a random split (default: in order)", low=0, high=2**32 - 1
+    )
+    sensor_size: tuple[int, ...] | None = option(
+        None, "eventfolder: height and width of the sensor of recordings (default: input_size)", low=1
     )
     input_size: int = option(32, "height and width of the input", low=1, high=8192, flags=["--img-size"])
     batch_size: int = option(64, "images per rank and step", low=1, high=65536, flags=["-b"])
@@ -107,6 +102,8 @@ class ImageSettings:
 class OptimSettings:
     """Training: optimizer, schedule, precision, checkpoints."""
 
+    variant: str | None = option(None, "variant of the recipe, such as an ablation")
+    effective_batch: int | None = option(None, "images per update; a run with another number warns", low=1)
     opt: str = option("adamw", "timm's optimizer")
     lr: float | None = option(None, "learning rate (default: blr * effective batch / 256)", low=0, high=1000)
     blr: float | None = option(None, "learning rate per 256 images of effective batch", low=0, high=1000)
@@ -128,7 +125,7 @@ class OptimSettings:
     amp: str = option("off", "mixed precision of the training", choices=("fp16", "bf16", "off"))
     eval_amp: str | None = option(None, "amp of evaluations (default: amp)", choices=("fp16", "bf16", "off"))
     sync_bn: bool = option(False, "BatchNorm over the batches of all ranks")
-    channels_last: bool = option(False, "keep images in channels-last memory")
+    channels_last: bool = option(False, "keep weights and activations in channels-last memory")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     seed: int = option(42, "seed of weights, order and augmentation", low=0, high=2**32 - 1)
     save_steps: int | None = option(None, "also save after every so many updates of an epoch (default: no)", low=1)
@@ -163,7 +160,7 @@ class MachineSettings:
 
 
 @dataclass(frozen=True)
-class Config(MachineSettings, OptimSettings, ImageSettings, DataSettings, ModelSettings, Published, Recipe):
+class Config(MachineSettings, OptimSettings, ImageSettings, DataSettings, ModelSettings, Published):
     """All settings of a run. Sizes in pixels, rates per image, learning rates absolute unless said otherwise."""
 
 

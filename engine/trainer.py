@@ -18,8 +18,8 @@ from .config import LOCAL_FIELDS, Config, mixes, plain
 from .data.loaders import Data, reseed
 from .graphs import GraphedStep
 from .log import logger, progress
-from .optim import lr_at, set_lr, total_epochs
-from .world import World, autocast, in_memory_format
+from .optim import create_schedule, total_epochs
+from .world import World, autocast
 
 NO_BEST = {"epoch": None, "test_top1": -1.0}
 LOWEST_SCALE = 2.0**-10  # of the loss; it starts at 2^16, and each update with an overflow halves it
@@ -37,15 +37,16 @@ class Trainer:
         self.cfg, self.world, self.model, self.optimizer, self.data = cfg, world, model, optimizer, data
         self.folder, self.stop_request = folder, StopRequest()
         self.ema = ModelEmaV3(model, decay=cfg.ema_decay) if cfg.ema_decay is not None else None
+        self.models = [model, self.ema.module] if self.ema else [model]
         if cfg.compile:
             model.compile()
         self.parallel = model
         if world.world_size > 1:
-            ids = [world.device] if world.device.type == "cuda" else None
-            self.parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            self.parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         self.criterion = SoftTargetCrossEntropy() if mixes(cfg) else LabelSmoothingCrossEntropy(cfg.smoothing)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.amp == "fp16" and world.device.type == "cuda")
         self.step = GraphedStep(self._step) if cfg.cuda_graphs else self._step
+        self.schedule = create_schedule(cfg, optimizer)
         self.steps = len(data.train)  # of an epoch
         self.best = dict(NO_BEST)
         self.begin_epoch(0)
@@ -62,10 +63,7 @@ class Trainer:
     @property
     def evaluated(self) -> nn.Module:
         """The network to evaluate: with the averaged weights, if there are any."""
-        return self.ema.module if self.ema else self.model
-
-    def _models(self) -> list[nn.Module]:
-        return [self.model, self.ema.module] if self.ema else [self.model]
+        return self.models[-1]
 
     def _order(self) -> dict[str, int]:
         """Settings that decide which samples a step sees."""
@@ -78,7 +76,7 @@ class Trainer:
         own = {"loss_sum": self.loss_sum.item(), "seen": self.seen}
         is_within = 0 < self.steps_done < self.steps
         if is_within and self.world.world_size > 1:  # then each rank has its own running statistics
-            own["buffers"] = [{k: v.cpu() for k, v in model.named_buffers()} for model in self._models()]
+            own["buffers"] = [{k: v.cpu() for k, v in model.named_buffers()} for model in self.models]
         processes = distributed.gather([own]) if is_within else [own]
         return {
             "state_dict": self.model.state_dict(),
@@ -109,14 +107,13 @@ class Trainer:
         is_trained = steps_done == order.get("steps")  # and only the evaluation is left
         if steps_done and not is_trained and order != self._order():
             changes = [f"{k} {order.get(k)} -> {v}" for k, v in self._order().items() if order.get(k) != v]
-            where = f"step {steps_done} of epoch {self.epoch + 1}"
-            logger.warning(f"warning: {where}: its epoch starts again with these weights ({', '.join(changes)})")
+            logger.warning(f"warning: {self.name}: starts again with the weights of a step ({', '.join(changes)})")
             return
         own = processes[self.world.rank if len(processes) == self.world.world_size else 0]
         self.steps_done = self.steps if is_trained else steps_done
         self.loss_sum.fill_(own["loss_sum"])
         self.seen = own["seen"]
-        for model, buffers in zip(self._models(), own.get("buffers", ()), strict=False):
+        for model, buffers in zip(self.models, own.get("buffers", ()), strict=False):
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
 
@@ -176,25 +173,24 @@ class Trainer:
         """
         if self.steps_done < self.steps:
             self._train_steps()
-            totals = torch.stack([self.loss_sum, self.loss_sum.new_tensor(self.seen)])
-            self.loss_sum, seen = distributed.sum_over_ranks(totals)
-            self.seen = int(seen)
-            self._require_sound(self.loss_sum.item())
             if self.world.world_size > 1:
-                for model in self._models():
+                totals = torch.stack([self.loss_sum, self.loss_sum.new_tensor(self.seen)])
+                torch.distributed.all_reduce(totals)
+                self.loss_sum, self.seen = totals[0], int(totals[1])
+                for model in self.models:
                     timm.utils.distribute_bn(model, self.world.world_size, reduce=True)
+            self._require_sound(self.loss_sum.item())
         return self.loss_sum.item() / self.seen
 
     def _train_steps(self) -> None:
-        cfg, mixup, key = self.cfg, self.data.mixup, (self.cfg.seed, self.epoch, self.world.rank)
+        cfg, world, mixup = self.cfg, self.world, self.data.mixup
+        key = cfg.seed, self.epoch, world.rank
         reseed(*key)  # the order of the samples
         if mixup:
             mixup.mixup_enabled = cfg.mixup_off_epoch is None or self.epoch < cfg.mixup_off_epoch
         self.parallel.train()
         batches = self.data.train.batches(self.epoch, self.steps_done)
-        shown = progress(
-            batches, self.name, cfg.log_interval, self.world.is_main, self._status, self.steps, self.steps_done
-        )
+        shown = progress(batches, self.name, cfg.log_interval, world.is_main, self._status, self.steps, self.steps_done)
         for step, (images, labels) in enumerate(shown, self.steps_done):
             reseed(*key, step + 1)
             first = step // cfg.accum_iter * cfg.accum_iter  # step of this update
@@ -202,13 +198,12 @@ class Trainer:
             is_update = step == first + group - 1
             if step == first:
                 part = first / self.steps if cfg.lr_step == "iteration" else 0
-                set_lr(self.optimizer, lr_at(cfg, self.epoch + part))
+                self.schedule.step(self.epoch + part)
             if self.data.augment:
                 images = self.data.augment(images)
             if mixup and cfg.mixup_in == "step":
                 images, labels = mixup(images, labels)
-            images = in_memory_format(cfg, images)
-            with contextlib.nullcontext() if is_update or self.world.world_size == 1 else self.parallel.no_sync():
+            with contextlib.nullcontext() if is_update or world.world_size == 1 else self.parallel.no_sync():
                 loss = self.step(images, labels, images.new_full((), group))
             if is_update:
                 self._update()

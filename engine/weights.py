@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from models.registry import identify
 from models.released import load_released, without_prefixes
 
 from .cli import UserError, short
-from .config import FIELDS, MODEL_FIELDS, Config, Sources, plain, read
-from .data.recordings import EVENT_DATASETS
+from .config import MODEL_FIELDS, Config, Sources, plain, read
 from .log import logger
 
 RELEASED = {md5: tag.replace(".in1k", "") for tag, (_, md5) in RELEASED_FILES.items()}  # md5 -> recipe in imagenet/
@@ -43,8 +41,6 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
     if state["format"] == "qkformer":
         cfg = sources.config(state["config"])
         own = sources.config(validate=False).dataset  # of the script, or of --dataset
-        if own != cfg.dataset and {own, cfg.dataset} & set(EVENT_DATASETS):
-            raise UserError(f"{path}: trained on {cfg.dataset}, this script is for {own}; use {cfg.dataset}'s")
         if own != cfg.dataset:
             logger.warning(f"warning: {path}: trained on {cfg.dataset}; evaluating on that, not on {own}")
         warn_of_other_network(cfg, state, path)
@@ -73,17 +69,15 @@ def _shown_by(state: dict, path: Path) -> dict[str, object]:
         return {}
     if arguments.get("residual") != "sew":
         arguments["ssa_membrane"] = "per_sample"
-    shown = []
-    for key, theirs in (("time_steps", "time_step"), ("time_steps", "T"), ("input_size", "input_size")):
-        value = getattr(state.get("args"), theirs, None)
-        if isinstance(value, int) and FIELDS[key].metadata["low"] <= value <= FIELDS[key].metadata["high"]:
-            arguments[key] = value
-            shown.append(key)
+    args = state.get("args")
+    shown = {"time_steps": getattr(args, "time_step", getattr(args, "T", None))}
+    shown["input_size"] = getattr(args, "input_size", None)
+    shown = {key: value for key, value in shown.items() if isinstance(value, int)}
     logger.info(
         f"{path}: {name}, recognised by its shapes, with {' and '.join(shown) or 'neither T nor size'} recorded. "
         "Other values: --time-steps, --input-size (224, 288 and 384 have the same shapes), --ssa-membrane"
     )
-    return {"model": name, **arguments}
+    return {"model": name, **arguments, **shown}
 
 
 def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, new_head: bool = False) -> None:
@@ -106,7 +100,7 @@ def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, n
         load_released(model, weights)
     except ValueError as error:
         other = f"trained as {short(trained)}, not {cfg.model!r}; " if trained != cfg.model else ""
-        raise UserError(f"{path}: {other}{textwrap.shorten(str(error), 400)}") from None
+        raise UserError(f"{path}: {other}{error}") from None
 
 
 def warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:
@@ -132,6 +126,5 @@ def warn_of_silence(model: nn.Module, images: Tensor) -> None:
     """Warn about layers with no spikes on these images; nothing after them can learn."""
     model.eval()
     if names := silent_layers(model, images):
-        more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
-        where = f"{', '.join(names[:3])}{more}"
+        where = ", ".join(names[:3]) + (f" and {len(names) - 3} more layers" if len(names) > 3 else "")
         logger.warning(f"warning: {where}: no spikes on {len(images)} test samples; if this lasts, lower lr")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as td
-from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from .cli import RESUME, UserError
@@ -94,14 +93,8 @@ def set_arithmetic(cfg: Config) -> None:
 
 def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManager:
     """Return the mixed precision `amp` ("fp16", "bf16" or "off"); fp16 is slow on a CPU, which uses float32."""
-    if amp == "off" or (amp == "fp16" and device.type == "cpu"):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, {"fp16": torch.float16, "bf16": torch.bfloat16}[amp])
-
-
-def in_memory_format(cfg: Config, images: Tensor) -> Tensor:
-    """Return images [B,C,H,W] in the memory format of `cfg`; event frames [B,T,C,H,W] keep theirs."""
-    return images.contiguous(memory_format=torch.channels_last) if cfg.channels_last and images.dim() == 4 else images
+    is_used = amp == "bf16" or (amp == "fp16" and device.type != "cpu")
+    return torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=is_used)
 
 
 def in_turns(make: Callable):
@@ -123,13 +116,6 @@ def in_turns(make: Callable):
 def world_size() -> int:
     """Return the number of ranks."""
     return td.get_world_size() if td.is_initialized() else 1
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Return the elementwise sum of all ranks' `values` (in place)."""
-    if td.is_initialized():
-        td.all_reduce(values)
-    return values
 
 
 def largest(value: int) -> int:

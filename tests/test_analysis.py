@@ -272,9 +272,7 @@ def test_a_checkpoint_without_recipe_or_weights_is_refused(tmp_path, monkeypatch
 
 def test_curves_of_logs_and_runs(tmp_path, monkeypatch, capfd):
     """Each log ends with the epochs of its recipe; a run's figures are those of its metrics."""
-    lengths = {
-        name: (curve.epochs[0], curve.epochs[-1]) for name in curves.TITLES for curve in [curves.published(name)]
-    }
+    lengths = {name: (curve.epochs[0], curve.epochs[-1]) for name in curves.LOGS for curve in [curves.published(name)]}
     assert lengths.pop("imagenet_768_384") == (202, 210)
     assert lengths == {"imagenet_768_224": (1, 200), "cifar10": (1, 410), "cifar100": (1, 408), "cifar10-dvs": (1, 106)}
     rows = [{"epoch": i, "lr": 1, "train_loss": 3 - i, "test_loss": 2.5, "test_top1": 40 + i} for i in range(2)]
@@ -317,6 +315,8 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     result(tmp_path / "another_network/best.test.json", 13.0, attention=["self", "self", "token"])
     result(tmp_path / "variant/best.test.json", 97.0, attention=["self", "self", "self"])
     result(tmp_path / "another_size/best.test.json", 13.0, input_size=16)
+    (tmp_path / "untested").mkdir()
+    (tmp_path / "untested/metrics.jsonl").touch()
     for name, text in NO_RESULTS.items():
         (tmp_path / f"{name}.test.json").write_text(text)
     monkeypatch.setattr(tables, "size", lambda *_: {"parameters": "1", "MACs a step": "1.00 M"})  # README's test counts
@@ -325,6 +325,7 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     left_out = [line.split(": left out")[0] for line in told.splitlines() if ": left out" in line]
     folders = ("a/last", "copy/best", "part/best", "short/best", "another_network/best", "another_size/best")
     names = [*folders, *NO_RESULTS]
+    assert left_out.pop(0) == str(tmp_path / "untested")
     assert sorted(left_out) == sorted(str(tmp_path / f"{name}.test.json") for name in names)
     named(told, "epochs is 2", "input_size is 16")  # with the reason
     found = {

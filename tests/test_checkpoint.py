@@ -82,6 +82,23 @@ def test_released_formats(tmp_path, write, kind):
     assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), model.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("averaged", ["state_dict_ema", "model_ema"])  # of timm's scripts, of DeiT's
+@pytest.mark.parametrize("key", ["state_dict", "model", "net", "model_state_dict"])
+def test_entries_that_other_projects_use(tmp_path, key, averaged):
+    weights, average = {"module.head.weight": torch.zeros(2)}, {"module.head.weight": torch.ones(2)}
+    torch.save({key: weights, averaged: average, "epoch": 3, "arch": "resnet18"}, tmp_path / "file.pth")
+    state = checkpoint.read(tmp_path / "file.pth")
+    assert (state["epoch"], *map(list, (state["state_dict"], state["state_dict_ema"]))) == (
+        3,
+        list(weights),
+        list(average),
+    )
+    assert state["state_dict_ema"]["module.head.weight"].all()
+    torch.save({key: weights, averaged: {"decay": 0.9}}, tmp_path / "file.pth")
+    with refuses("state_dict_ema"):
+        checkpoint.read(tmp_path / "file.pth")
+
+
 class Payload:
     def __reduce__(self):
         return os.system, ("touch " + os.environ["PAYLOAD_MARK"],)

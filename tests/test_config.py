@@ -117,7 +117,7 @@ def test_a_variant_changes_what_it_lists(recipe):
     path = recipe(
         "lr: 1e-3\nepochs: 7\nlog_top1: 50\nvariants:\n  short: {epochs: 2, paper_top1: 40}\n  other: {lr: 2}"
     )
-    assert list(config.read(path).variants) == ["short", "other"]
+    assert list(config.read(path).recipes) == [None, "short", "other"]
     cfg = config.load(path, ["--variant", "short"])
     assert (cfg.variant, cfg.lr, cfg.epochs, cfg.paper_top1, cfg.log_top1) == ("short", 1e-3, 2, 40, None)
     assert config.load(path, ["--variant", "short", "--epochs", "3"]).epochs == 3

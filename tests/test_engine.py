@@ -15,7 +15,7 @@ from engine.cli import UserError
 from engine.data.image import create_data
 from engine.evaluate import evaluate
 from engine.optim import create_optimizer, lr_at
-from engine.run import _agree_on_triton, build_model, setup
+from engine.run import _test_kernels, build_model, setup
 from engine.trainer import Trainer, autocast
 
 DIGITS = Path(__file__).resolve().parents[1] / "digits/digits.yml"
@@ -272,7 +272,7 @@ def test_kernels_that_fail_on_every_rank_end_only_what_needs_them(flags, is_test
     problem = "computes 17 for 4; use lif_backend='torch'"
     monkeypatch.setattr("engine.run.triton_problem", lambda: tests.append(1) or problem)
     with pytest.raises(UserError) if is_refused else contextlib.nullcontext():
-        _agree_on_triton(configure(*flags), world.World(0, 1, torch.device("cuda")))
+        _test_kernels(configure(*flags), world.World(0, 1, torch.device("cuda")))
     assert len(tests) == is_tested
 
 

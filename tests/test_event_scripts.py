@@ -12,6 +12,7 @@ from tiny_data import cifar10_dvs, dvs128_gesture
 import engine.run
 from engine.data import digits, pictures
 from engine.data.digits import DigitsDVS
+from engine.data.frames import Layout
 
 TINY = "--epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --time-steps 2 --batch-size 4 --workers 0 --threads 1".split()
 
@@ -37,15 +38,14 @@ def test_a_shuffled_split_goes_with_the_run(tmp_path, one_core, monkeypatch, cap
     named(fail(monkeypatch, capfd, *train, "--epochs", "2", "--resume", "auto"), record)
 
 
-def test_a_checkpoint_of_other_events_or_another_network_is_refused(tmp_path, monkeypatch, capfd):
-    """Before the data are read."""
+def test_a_checkpoint_of_other_data_is_evaluated_on_them(tmp_path, monkeypatch, capfd):
     flags = [*TINY, "--epochs", "1", "--batch-size", "1400", "--time-steps", "1", "--output-dir", tmp_path]
     here(monkeypatch, capfd, "digits-dvs/train.py", *flags)
-    monkeypatch.setattr(engine.run, "create_data", None)
-    for name in ("dvs128-gesture", "digits"):
-        line = fail(monkeypatch, capfd, f"{name}/test.py", "--checkpoint", tmp_path / "last.pt")
-        named(line, tmp_path / "last.pt", "digits-dvs", name)
+    said = here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "last.pt", "--workers", 0)
+    named(said, tmp_path / "last.pt", "digits-dvs")
+    assert result_in(tmp_path)["dataset"] == "digits-dvs"
     resume = ["--output-dir", tmp_path, "--resume", "auto", "--time-steps", "3"]
+    monkeypatch.setattr(engine.run, "create_data", None)  # before the data are read
     named(fail(monkeypatch, capfd, "digits-dvs/train.py", *resume), "time_steps", 1, 3)
 
 
@@ -81,7 +81,7 @@ def test_the_simulated_camera_sees_changes_alone():
     np.add.at(on, (events.y, events.x), 2 * events.p - 1)
     assert np.abs(on).max() <= 1  # a full turn ends where it began, but for less than one threshold
     assert np.hypot(events.x - 16, events.y - 16).max() < 12
-    data, again = DigitsDVS(train=False, frames=8), DigitsDVS(train=False, frames=8)
+    data, again = (DigitsDVS(train=False, layout=Layout(8, (32, 32), 32)) for _ in range(2))
     assert pickle.loads(pickle.dumps(data)).labels == data.labels  # as workers get it under spawn
     counts = np.stack([frames.sum((1, 2, 3)) for frames, _ in data[:20]])
     assert data[0][0].shape == (8, 2, 32, 32)

@@ -32,7 +32,7 @@ from engine.data import augment, event, recordings
 from engine.data.aedat import DamagedRecording, Events, read_aedat, read_aedat2, read_aedat31
 from engine.data.augment import sampling
 from engine.data.event import create_data, split_by_class
-from engine.data.frames import convert, integrate
+from engine.data.frames import WHOLE, Layout, convert, integrate
 from engine.data.prepare import contents, prepare
 from engine.log import logger
 from engine.world import World
@@ -40,6 +40,7 @@ from engine.world import World
 RANDOM = np.random.default_rng(0)
 FEW = events(3, 10, 1003, RANDOM)
 GESTURE = "DvsGesture.tar.gz"
+FOUR = Layout(4, (128, 128), 128)
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +85,7 @@ def test_counts_above_a_byte():
 
 
 def test_a_recording_is_cut_by_time_in_order_or_not():
-    events_in_order, spans = Events(*FEW), [(0, 400_000), (300_000, 700_000), recordings.WHOLE, (900_000, 900_000)]
+    events_in_order, spans = Events(*FEW), [(0, 400_000), (300_000, 700_000), WHOLE, (900_000, 900_000)]
     shuffled = Events(*(values[RANDOM.permutation(1003)] for values in FEW))
     for recording in (events_in_order, shuffled):
         for start, end in spans:
@@ -292,7 +293,7 @@ def test_killed_while_preparing_it_goes_on_to_the_same_frames(tmp_path, one_core
     assert not frames.exists()
     assert list(partial.rglob("*.tmp"))
     for folder in (root, whole):
-        prepare(folder, 4, 128, find(folder), show=False)
+        prepare(folder, FOUR, find(folder), show=False)
     names = contents(frames, CIFAR10_CLASSES)
     assert len(names) == 20
     for name in names:
@@ -310,7 +311,7 @@ def test_several_at_once(tmp_path, one_core):
         calls.append(1)
         return recordings.cifar10_dvs(root, ".aedat", False)
 
-    threads = [threading.Thread(target=prepare, args=(root, 4, 128, counted, False)) for _ in range(3)]
+    threads = [threading.Thread(target=prepare, args=(root, FOUR, counted, False)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -430,7 +431,7 @@ def test_a_killed_worker_is_told(tmp_path, monkeypatch):
 
     monkeypatch.setattr("joblib.Parallel.__call__", broken)
     with refuses(root / "frames_4"):
-        prepare(root, 4, 128, find(root), False)
+        prepare(root, FOUR, find(root), False)
 
 
 @pytest.mark.parametrize(
@@ -516,10 +517,12 @@ def test_cifar10_dvs_can_be_fetched(tmp_path, one_core, monkeypatch):
         load("cifar10-dvs", root, "--download", "--batch-size", "2")
     assert not (root / "download/truck.zip").exists()
     mine = root / "download/cat.zip"
-    shutil.copy(source / "dog.zip", mine)
+    with zipfile.ZipFile(mine, "a") as archive:
+        archive.comment = b"mine"
+    content = mine.read_bytes()
     monkeypatch.setattr(recordings, "CIFAR10_DVS", files)
     load("cifar10-dvs", root, "--download", "--batch-size", "2")
-    assert mine.read_bytes() == (source / "dog.zip").read_bytes()
+    assert mine.read_bytes() == content
     assert {path.name for path in (root / "download").iterdir()} == {f"{name}.zip" for name in CIFAR10_CLASSES}
     server.shutdown()
 
@@ -559,17 +562,16 @@ def test_a_disk_that_fills_up(tmp_path, one_core, monkeypatch):
 
     monkeypatch.setattr(np, "save", fill)
     with refuses("No space left on device"):
-        prepare(root, 4, 128, find(root), False)
+        prepare(root, FOUR, find(root), False)
     monkeypatch.setattr(np, "save", save)
     assert len(list((root / "frames_4.partial").rglob("*.*"))) == 5
-    assert len(contents(prepare(root, 4, 128, find(root), False), CIFAR10_CLASSES)) == 20
+    assert len(contents(prepare(root, FOUR, find(root), False), CIFAR10_CLASSES)) == 20
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("num_classes", "11"),
-        ("input_size", "64"),
         ("auto_augment", "rand-m9"),
         ("mixup_in", "loader"),
         ("cutmix", "0.5"),

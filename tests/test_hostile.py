@@ -154,7 +154,6 @@ class Samples(list):
         (4, "4"),
         (-1, "-1"),
         ("cat", "'cat'"),
-        pytest.param(10**5000, "hfds/x", id="enormous"),
     ],
 )
 def test_a_label_without_an_output_is_named(label, value, monkeypatch):
@@ -200,7 +199,7 @@ def test_copies_of_training_images_are_counted(tmp_path, monkeypatch):
     (root / "val/n00000003/3_0.JPEG").unlink()
     (root / "val/n00000003/3_0.JPEG").hardlink_to(root / "train/n00000003/3_0.JPEG")
     dataset(*IMAGENET, root)
-    named(told[0], 14, 54, root / "val")
+    named(told[0], 14, 54, root / "train")
 
 
 GESTURE, CIFAR = "dvs128-gesture/dvs128-gesture.yml", "cifar10-dvs/cifar10-dvs.yml"

@@ -96,6 +96,7 @@ def empty_class(root):
         (None, ["--in-channels", "2", "--mean", "0,0", "--std", "1,1"], "in_channels"),
         (None, ["--in-channels", "1"], "mean"),
         (None, ["--split-seed", "1"], "split_seed"),
+        (None, ["--sensor-size", "9", "9"], "sensor_size"),
         (None, ["--dataset", "imagenet"], "imagefolder"),
         (None, ["--dataset", "cifar10dvs", "--in-channels", "2"], "cifar10-dvs"),
         (None, ["--dataset", "tfds/x"], "tfds/x"),
@@ -140,6 +141,17 @@ def test_an_altered_file_of_cifar_is_refused_and_not_unpickled(tmp_path, monkeyp
             assert altered not in unpickled
         else:
             assert len(load("cifar10/cifar10.yml", *where).train.dataset) == 150
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_file_alone_is_what_the_test_set_has(channels, data):
+    flags = ["--in-channels", channels, "--mean", *channels * [0.3], "--std", *channels * [0.2]]
+    flags = [*IMAGENET, "--data-path", data / "five", "--workers", 0, *flags]
+    test = load("imagenet/qkformer_10_384.yml", *flags, train=False).test
+    cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", list(map(str, flags)))
+    images = torch.cat([images for images, _ in test])
+    alone = torch.stack([image.read_tensor(Path(path), cfg) for path, _ in test.loader.dataset.samples])
+    assert torch.equal(images, alone)
 
 
 def test_an_image_is_read_in_the_mode_of_the_network(tmp_path):

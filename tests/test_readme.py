@@ -11,6 +11,7 @@ from scripts import ROOT, here, succeed
 from tiny_data import cifar, cifar10_dvs, dvs128_gesture, image_folder
 
 from engine import config
+from engine.weights import RELEASED
 from models import create_model, list_models
 from models.released import to_released
 
@@ -139,6 +140,10 @@ def test_the_table_of_recipes_is_complete():
         assert f"{cfg.effective_batch} | " in row
         for figure in (cfg.paper_top1, cfg.log_top1):
             assert figure is None or f"| {figure:.2f} %" in row or f"| {figure} %" in row
+
+
+def test_the_checksums_are_those_that_are_recognised():
+    assert re.findall(r"`([0-9a-f]{32})`", README) == [*RELEASED]
 
 
 @pytest.mark.parametrize(("code", "shape"), list(zip(PYTHON, [(2, 100), (1, 11)], strict=True)))

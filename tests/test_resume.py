@@ -272,25 +272,3 @@ def test_skipped_samples_are_not_loaded():
     assert [batch.tolist() for batch in loader.batches(0, 3)] == whole[3:]
     assert len(seen) == 2
     assert len(loader) == 4
-
-
-CHATTY = """
-from engine.cli import guard
-with guard():
-    from engine import log
-    log.setup_console(True)
-    for _ in range(9999):
-        log.logger.info("x" * 99)
-"""
-
-
-def lose_the_reader():
-    ends = os.pipe()
-    os.dup2(ends[1], 1)
-    list(map(os.close, ends))
-
-
-def test_output_that_nobody_reads_ends_no_run(tmp_path):
-    (tmp_path / "chatty.py").write_text(CHATTY)
-    result = run(tmp_path / "chatty.py", before=lose_the_reader)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -102,7 +102,6 @@ def test_two_ranks(tmp_path):
         (["train.py", "--num-classes", "11"], "11"),
         (["train.py", "--batch-size", "4000"], "batch_size"),
         (["train.py", "--opt", "adamx"], "adamx"),
-        (["train.py", "--opt", "adahessian"], "adahessian"),
         (["train.py", "--opt", "fusedadam"], "fusedadam"),
         (["train.py", "--auto-augment", "foo"], "foo"),
         (["train.py", "--in-channels", "2", "--mean", "0,0", "--std", "1,1"], "in_channels"),

@@ -120,6 +120,11 @@ def aedat31(t, x, y, p, per_packet=1000):
     return b"".join(content)
 
 
+def atis(t, x, y, p):
+    """A recording of N-MNIST or N-Caltech101."""
+    return np.stack([x, y, p << 7 | t >> 16, t >> 8 & 255, t & 255], 1).astype(np.uint8).tobytes()
+
+
 def cifar10_dvs(root, per_class=10, count=500):
     """download/CLASS.zip, each with CLASS/cifar10_CLASS_NUMBER.aedat."""
     random = np.random.default_rng(0)

@@ -47,9 +47,7 @@ class SNNWideAugment:
 def sampling(operation: str, magnitude: float, flip: bool, height: int, width: int) -> list[list[float]]:
     """Return the 2x3 matrix of `affine_grid` from the pixels of the result to their sources; signs as in torchvision.
 
-    Args:
-        magnitude: shear in radians, shift in pixels (rounded towards 0), or angle in degrees.
-        flip: mirror before the operation.
+    `magnitude` is shear in radians, shift in pixels (rounded towards 0) or angle in degrees; a flip comes before it.
     """
     xx, xy, x, yx, yy, y = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
     if operation == "shear_x":

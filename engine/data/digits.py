@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .aedat import Events
-from .frames import integrate
+from .frames import Layout, to_frames
 
 SIDE = 32  # pixels of the sensor, in height and in width
 DIGIT = 20  # pixels of a digit on it
@@ -56,10 +56,10 @@ class Digits(Dataset):
 class DigitsDVS(list):
     """scikit-learn's digits before a simulated event camera: ([T,2,32,32] unsigned, label)."""
 
-    def __init__(self, train: bool, frames: int):
+    def __init__(self, train: bool, layout: Layout):
         digits = Digits(train)
         events = record(digits.images, seed=0 if train else 1)
-        super().__init__(zip([integrate(e, frames, SIDE) for e in events], digits.labels, strict=True))
+        super().__init__(zip([to_frames(e, layout) for e in events], digits.labels, strict=True))
         self.labels = digits.labels
 
 

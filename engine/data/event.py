@@ -7,6 +7,7 @@ To add a data set of recordings, write a function in recordings.py that lists th
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +26,10 @@ from ..world import World
 from . import digits, pictures
 from .augment import SNNWideAugment
 from .folders import data_path
+from .frames import Layout, decode, to_frames
 from .loaders import Data, create_loader, create_mixup
 from .prepare import contents, prepare
-from .recordings import RAW
+from .recordings import RAW, Raw, event_folder
 
 TRAIN_PART = 0.9  # of each class of CIFAR10-DVS
 COUNTS = {"mean": (0.0, 0.0), "std": (1 / 255, 1 / 255)}  # timm's loader multiplies both by 255: counts stay counts
@@ -39,9 +41,9 @@ class FrameFiles(Dataset):
     Each file is in a folder named like its class; `classes` are in the order of the labels.
     """
 
-    def __init__(self, folder: Path, files: Sequence[str], classes: Sequence[str], shape: tuple[int, ...]):
+    def __init__(self, folder: Path, files: Sequence[str], classes: Sequence[str], layout: Layout):
         labels = {name: label for label, name in enumerate(classes)}
-        self.folder, self.shape = folder, shape
+        self.folder, self.shape = folder, (layout.time_steps, 2, layout.side, layout.side)
         self.samples = sorted((labels[Path(file).parent.name], file) for file in files)
         self.labels = [label for label, _ in self.samples]
 
@@ -62,15 +64,14 @@ class FrameFiles(Dataset):
 
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """Create the loaders of the event frames that `cfg` describes; the first run makes frames of the recordings."""
-    is_simulated = cfg.dataset == "digits-dvs"
-    classes = list(digits.Digits.classes if is_simulated else RAW[cfg.dataset].classes.values())
-    side = digits.SIDE if is_simulated else RAW[cfg.dataset].side
-    _require_settings_of_events(cfg, len(classes), side, is_simulated or RAW[cfg.dataset].is_split)
-    if is_simulated:
-        train_set = digits.DigitsDVS(True, cfg.time_steps) if train else None
-        test_set, split = digits.DigitsDVS(False, cfg.time_steps), None
+    raw = RAW.get(cfg.dataset) or event_folder(data_path(cfg), cfg.split_seed)
+    classes = list(raw.classes.values())
+    _require_settings_of_events(cfg, raw)
+    if cfg.dataset == "digits-dvs":
+        train_set = digits.DigitsDVS(True, layout(cfg)) if train else None
+        test_set, split = digits.DigitsDVS(False, layout(cfg)), None
     else:
-        train_set, test_set, split = _from_recordings(cfg, world)
+        train_set, test_set, split = _from_recordings(cfg, raw, world)
     is_augmented = train and (cfg.hflip or cfg.auto_augment)
     return Data(
         train=create_loader(cfg, world, train_set, True, collate, **COUNTS) if train else None,
@@ -84,11 +85,30 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     )
 
 
-def _require_settings_of_events(cfg: Config, classes: int, side: int, is_split: bool) -> None:
+def layout(cfg: Config) -> Layout:
+    """Return the layout of the frames of a data set."""
+    side = RAW[cfg.dataset].side if cfg.dataset in RAW else None
+    sensor = (side, side) if side else cfg.sensor_size or (cfg.input_size, cfg.input_size)
+    if len(sensor) != 2:
+        raise UserError(f"sensor_size = {sensor}: needs height and width")
+    return Layout(cfg.time_steps, sensor, cfg.input_size)
+
+
+def read_recording(path: Path, cfg: Config) -> Tensor:
+    """Return the frames of one recording, or of a file of frames, as the network of `cfg` takes them: [T,2,S,S]."""
+    try:
+        frames = to_frames(decode(path.name, path.read_bytes()), layout(cfg))
+    except Exception as error:  # a damaged file makes its reader fail in any way
+        raise UserError(f"{path}: unusable recording ({str(error) or type(error).__name__}); replace it") from None
+    return torch.from_numpy(frames.astype(np.float32))
+
+
+def _require_settings_of_events(cfg: Config, raw: Raw) -> None:
     allowed = {key: (FIELDS[key].default,) for key in names(ImageSettings)}
-    allowed |= {"num_classes": (classes,), "input_size": (side,), "in_channels": (2,)}
-    allowed |= {"auto_augment": (None, "snn-wide"), "mixup_in": ("step",) if cfg.mixup else (cfg.mixup_in,)}
-    allowed |= {"split_seed": (None,)} if is_split else {}
+    allowed |= {"num_classes": (len(raw.classes),), "in_channels": (2,), "auto_augment": (None, "snn-wide")}
+    allowed |= {"mixup_in": ("step",)} if cfg.mixup else {}
+    allowed |= {"split_seed": (None,)} if raw.is_split else {}
+    allowed |= {"sensor_size": (None,)} if raw.side else {}
     for key, values in allowed.items():
         if getattr(cfg, key) not in values:
             fix = " or ".join(map(str, values))
@@ -101,14 +121,16 @@ def collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.stack(frames)), torch.tensor(labels)
 
 
-def _from_recordings(cfg: Config, world: World) -> tuple[FrameFiles, FrameFiles, dict[str, list[str]]]:
+def _from_recordings(cfg: Config, raw: Raw, world: World) -> tuple[FrameFiles, FrameFiles, dict[str, list[str]]]:
     """Return training set, test set, and the files of each."""
-    root, raw = data_path(cfg, must_exist=False), RAW[cfg.dataset]
+    root, shape = data_path(cfg, must_exist=False), layout(cfg)
     find = functools.partial(raw.find, root, raw.suffix, cfg.download)
     if not root.is_dir() and not cfg.download:
         find()  # raises the error that lists the files needed
-    folder = distributed.in_turns(lambda: prepare(root, cfg.time_steps, raw.side, find, world.is_main))
+    folder = distributed.in_turns(lambda: prepare(root, shape, find, world.is_main))
     files = contents(folder, raw.classes)
+    if not raw.sizes and files != sorted(name for recording in find() for name in recording.samples):
+        raise UserError(f"{folder}: made of other recordings than {root} has now; delete it")
     if raw.is_split:
         split = {part: [file for file in files if file.startswith(f"{part}/")] for part in ("train", "test")}
     else:
@@ -116,9 +138,8 @@ def _from_recordings(cfg: Config, world: World) -> tuple[FrameFiles, FrameFiles,
     for part, chosen in split.items():
         if not chosen:
             raise UserError(f"{folder}: no samples for the {part} set; complete the data set")
-        if len(chosen) != raw.sizes[part]:
-            logger.warning(f"warning: {folder}: {len(chosen):,} {part} samples, {cfg.dataset} has {raw.sizes[part]:,}")
-    shape = (cfg.time_steps, 2, raw.side, raw.side)
+        if len(chosen) != (size := raw.sizes.get(part, len(chosen))):
+            logger.warning(f"warning: {folder}: {len(chosen):,} {part} samples, {cfg.dataset} has {size:,}")
     train_set, test_set = (FrameFiles(folder, split[part], list(raw.classes), shape) for part in ("train", "test"))
     return train_set, test_set, split
 
@@ -131,8 +152,8 @@ def split_by_class(files: Sequence[str], seed: int | None) -> dict[str, list[str
     """
     rng = np.random.default_rng(seed)
     split = {"train": [], "test": []}
-    for label in sorted({Path(file).parent for file in files}):
-        members = sorted(file for file in files if Path(file).parent == label)
+    for _, group in itertools.groupby(sorted(files), lambda file: Path(file).parent):
+        members = list(group)
         if seed is not None:
             rng.shuffle(members)
         count = min(math.ceil(len(members) * TRAIN_PART), len(members) - 1)

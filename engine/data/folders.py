@@ -6,7 +6,7 @@ from pathlib import Path
 from ..cli import UserError
 from ..config import Config
 
-SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}  # part -> names of its folder
+SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}  # part -> names of its folder, in any case
 _HIDDEN = re.compile(r"(^|[/\\])(\.[^./\\]|__MACOSX([/\\]|$))")
 
 
@@ -27,11 +27,9 @@ def data_path(cfg: Config, must_exist: bool = True) -> Path:
 
 def split_folders(root: Path) -> dict[str, Path]:
     """Return the folders of `root` for training ("train") and for testing ("test"), those that exist."""
-    folders = {
-        part: next(root / name for name in names if (root / name).is_dir())
-        for part, names in SPLITS.items()
-        if any((root / name).is_dir() for name in names)
-    }
+    present = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
+    found = {part: [present[name] for name in names if name in present] for part, names in SPLITS.items()}
+    folders = {part: paths[0] for part, paths in found.items() if paths}
     if len(folders) == 2:
         train, test = (folder.resolve() for folder in folders.values())
         if train.is_relative_to(test) or test.is_relative_to(train):
@@ -39,9 +37,9 @@ def split_folders(root: Path) -> dict[str, Path]:
     return folders
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Return the names of the classes in a folder, sorted; raise UserError if there are none."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+def find_classes(folder: str | Path) -> tuple[list[str], dict[str, int]]:
+    """Return the names of the class folders, sorted, and name -> label, as torchvision does."""
+    names = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not is_hidden(path.name))
     if not names:
         raise UserError(f"{folder}: no folders in it; make one per class")
-    return names
+    return names, {name: label for label, name in enumerate(names)}

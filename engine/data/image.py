@@ -6,23 +6,25 @@ To add a data set, write a function (cfg, train) -> data set of (PIL image, labe
 `transform`, `target_transform` and `classes`, and name it in `DATASETS`.
 """
 
-import contextlib
 import filecmp
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import timm.data
+import torch
 from PIL import Image
 from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import ToNumpy
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.transforms.functional import normalize
 
 from .. import world as distributed
 from ..cli import UserError, short
@@ -31,7 +33,7 @@ from ..log import logger
 from ..world import World
 from . import pictures
 from .digits import Digits
-from .folders import class_folders, data_path, is_hidden, split_folders
+from .folders import data_path, find_classes, is_hidden, split_folders
 from .loaders import Data, Seeded, create_loader, create_mixup
 from .recordings import EVENT_DATASETS
 
@@ -44,15 +46,15 @@ IMAGENET_SIZES = {"train": 1_281_167, "test": 50_000}
 
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """Create the loaders of the images that `cfg` describes."""
-    mean, std = cfg.mean or timm.data.IMAGENET_DEFAULT_MEAN, cfg.std or timm.data.IMAGENET_DEFAULT_STD
     test_set = create_dataset(cfg, train=False)
-    for key, values in (("mean", mean), ("std", std)):
-        if len(values) != cfg.in_channels:
-            raise UserError(f"{key} = {values}: needs one number per channel (in_channels = {cfg.in_channels})")
-    if cfg.split_seed is not None:
-        raise UserError(f"split_seed = {cfg.split_seed}: {cfg.dataset} is not split here; leave it out")
+    mean, std = _statistics(cfg)
+    for key in ("split_seed", "sensor_size"):
+        if getattr(cfg, key) is not None:
+            raise UserError(
+                f"{key} = {getattr(cfg, key)}: is for event recordings, not for {cfg.dataset}; leave it out"
+            )
     names = class_names(test_set)
-    test_set.transform = _transform(cfg, mean, train=False)
+    test_set.transform = _transform(cfg, train=False)
     test = create_loader(cfg, world, test_set, False, fast_collate, mean, std)
     show = functools.partial(pictures.of_image, mean, std)
     classes = _in_words(names) or [str(i) for i in range(cfg.num_classes)]
@@ -62,7 +64,7 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     train_set = create_dataset(cfg, train=True)
     if different := set(class_names(train_set)) ^ set(names):
         raise UserError(f"{cfg.dataset}: only one of training and test set has the class {min(different)}; complete it")
-    train_set.transform = _transform(cfg, mean, train=True)
+    train_set.transform = _transform(cfg, train=True)
     if not isinstance(train_set, IterableDataset):
         train_set = Seeded(train_set, cfg.seed)
     mixup, erasing = create_mixup(cfg), None
@@ -72,9 +74,14 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     return Data(create_loader(cfg, world, train_set, True, collate, mean, std), test, classes, mixup, show, erasing)
 
 
-def _transform(cfg: Config, mean: tuple[float, ...], train: bool) -> object:
+def _transform(cfg: Config, train: bool) -> object:
     """Return timm's transform from a PIL image to uint8 [C,H,W]."""
-    settings = {"interpolation": cfg.interpolation, "mean": mean, "use_prefetcher": True, "is_training": train}
+    settings = {
+        "interpolation": cfg.interpolation,
+        "mean": _statistics(cfg)[0],
+        "use_prefetcher": True,
+        "is_training": train,
+    }
     if train:
         names = ("scale", "ratio", "hflip", "color_jitter", "auto_augment")
         settings |= {name: getattr(cfg, name) for name in names}
@@ -86,19 +93,13 @@ def _transform(cfg: Config, mean: tuple[float, ...], train: bool) -> object:
         if not cfg.auto_augment:
             raise
         raise UserError(f"auto_augment = {cfg.auto_augment!r}: unknown policy; see timm's auto_augment.py") from None
-    transform.transforms.insert(0, functools.partial(to_mode, cfg.dataset, _mode(cfg)))
+    transform.transforms.insert(0, functools.partial(read_image, mode=_mode(cfg), name=cfg.dataset))
     transform.transforms[-1] = ToNumpy()  # collates faster than timm's tensor
     return transform
 
 
 def create_dataset(cfg: Config, train: bool) -> Dataset:
-    """Return the training or the test set of images that `cfg` names.
-
-    Raises:
-        UserError: the data set is unknown, missing or incomplete, its package is not installed, its classes are
-            not those of `cfg`, or it tests on training images. Samples raise it for an unreadable image or a label
-            without an output.
-    """
+    """Return the training or the test set of images that `cfg` names; it and its samples raise `UserError`."""
     dataset = DATASETS.get(cfg.dataset, _of_timm)(cfg, train)
     names = class_names(dataset)
     if names and len(names) != cfg.num_classes:
@@ -109,7 +110,6 @@ def create_dataset(cfg: Config, train: bool) -> Dataset:
 
 
 def _require_label(cfg: Config, label: object) -> object:
-    """Return the label, if the network has an output for it."""
     if not isinstance(label, (int, np.integer)) or not 0 <= label < cfg.num_classes:
         raise UserError(f"{cfg.dataset}: label {short(label)} is not 0 to {cfg.num_classes - 1}; use --num-classes")
     return label
@@ -130,37 +130,42 @@ def is_imagenet(names: list[str]) -> bool:
 
 def _in_words(names: list[str]) -> list[str]:
     """Replace ImageNet's WordNet numbers."""
-    imagenet = timm.data.ImageNetInfo()
-    return [imagenet.label_name_to_description(n).split(",")[0] for n in names] if is_imagenet(names) else names
+    describe = timm.data.ImageNetInfo().label_name_to_description
+    return [describe(name).split(",")[0] for name in names] if is_imagenet(names) else names
 
 
-@contextlib.contextmanager
-def _naming(file: object) -> Iterator[None]:
-    """Raise errors of Pillow, of any kind, as UserError with the name of the image; silence its warnings."""
+def read_image(source: object, mode: str = "RGB", name: str | None = None) -> Image.Image:
+    """Return an image in the mode "L" or "RGB"; values of 16 bits are divided by 256, where Pillow would clip them.
+
+    `source` is a path, an open file or a Pillow image; `name` is for errors (UserError) if it is no path.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about EXIF data, palettes, and sizes that it reads nevertheless
-            yield
-    except Exception as error:
-        raise UserError(f"{file}: unusable image ({error}); replace or remove it") from None
+            warnings.simplefilter("ignore")  # about EXIF data, palettes, and sizes that Pillow reads nevertheless
+            image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError(f"mode {image.mode} has no largest value; save it with 8 or 16 bits")
+            return image.convert(mode)
+    except Exception as error:  # a damaged file makes decoders fail in any way
+        raise UserError(f"{name or source}: unusable image ({error}); replace or remove it") from None
 
 
-def read_image(file: object, mode: str = "RGB") -> Image.Image:
-    """Return the image in `file`, a path or an open file; an unusable one raises UserError with its name."""
-    with _naming(file):
-        image = Image.open(file, formats=FORMATS)
-    with image:
-        return to_mode(file, mode, image)
+def read_tensor(path: Path, cfg: Config) -> Tensor:
+    """Return the image in a file as the network of `cfg` sees it in an evaluation: [C,H,W] float32, normalised."""
+    mean, std = (255 * np.array(values, np.float32) for values in _statistics(cfg))
+    pixels = _transform(cfg, train=False)(read_image(path, _mode(cfg)))
+    return normalize(torch.from_numpy(pixels).float(), mean.tolist(), std.tolist())
 
 
-def to_mode(name: object, mode: str, image: Image.Image) -> Image.Image:
-    """Convert an image to "L" or "RGB". Values of 16 bits are divided by 256; Pillow would clip them."""
-    with _naming(name):
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise ValueError(f"mode {image.mode} has no largest value; save it with 8 or 16 bits")
-        return image.convert(mode)
+def _statistics(cfg: Config) -> tuple[Sequence[float], Sequence[float]]:
+    """Return mean and standard deviation of each channel, for pixels from 0 to 1."""
+    mean, std = cfg.mean or timm.data.IMAGENET_DEFAULT_MEAN, cfg.std or timm.data.IMAGENET_DEFAULT_STD
+    for key, values in (("mean", mean), ("std", std)):
+        if len(values) != cfg.in_channels:
+            raise UserError(f"{key} = {values}: needs one number per channel (in_channels = {cfg.in_channels})")
+    return mean, std
 
 
 def _mode(cfg: Config) -> str:
@@ -170,62 +175,48 @@ def _mode(cfg: Config) -> str:
 
 
 class _ImageFolder(ImageFolder):
-    """torchvision's, without the files and folders that systems and editors add."""
+    """torchvision's, without the folders that systems and editors add."""
 
-    def __init__(self, folder: Path, mode: str):
-        skipped = []
-        is_image = functools.partial(_is_image, str(folder), skipped)
-        super().__init__(str(folder), loader=functools.partial(read_image, mode=mode), is_valid_file=is_image)
-        if skipped:
-            count = f"{len(skipped):,} images are skipped, such as {skipped[0]}"
-            logger.warning(f"warning: {folder}: {count}; convert them to PNG or JPEG")
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        names = class_folders(Path(directory))
-        return names, {name: label for label, name in enumerate(names)}
-
-
-def _is_image(folder: str, skipped: list[str], path: str) -> bool:
-    """Tell by its name if a file is an image; note images of other formats in `skipped`."""
-    if is_hidden(path[len(folder) :]):
-        return False
-    if path.lower().endswith(SKIPPED):
-        skipped.append(path)
-    return path.lower().endswith(IMG_EXTENSIONS)
+    find_classes = staticmethod(find_classes)
 
 
 def _image_folder(cfg: Config, train: bool) -> ImageFolder:
     """Return the training or the test part of a folder, with a folder per class in each."""
-    part, root = "train" if train else "test", data_path(cfg)
+    part, root, skipped = "train" if train else "test", data_path(cfg), []
     folders = split_folders(root)
     if part not in folders:
         raise UserError(f"{root}: no folder {part}; make train and val, each with a folder per class")
-    folder = folders[part]
+
+    def is_image(path: str) -> bool:
+        if not is_hidden(path[len(str(root)) :]) and path.lower().endswith(SKIPPED):
+            skipped.append(path)
+        return not is_hidden(path[len(str(root)) :]) and path.lower().endswith(IMG_EXTENSIONS)
+
+    folder, loader = folders[part], functools.partial(read_image, mode=_mode(cfg))
     try:
-        dataset = _ImageFolder(folder, _mode(cfg))
+        dataset = _ImageFolder(str(folder), loader=loader, is_valid_file=is_image)
     except FileNotFoundError as error:
         raise UserError(f"{folder}: {error}; complete the data set, with a folder per class") from None
+    if skipped:
+        count = f"{len(skipped):,} images are skipped, such as {skipped[0]}"
+        logger.warning(f"warning: {folder}: {count}; convert them to PNG or JPEG")
     if is_imagenet(dataset.classes) and len(dataset) != (size := IMAGENET_SIZES[part]):
         logger.warning(f"warning: {folder}: {len(dataset):,} of {size:,} images; extract its archive again")
     if train and "test" in folders:
-        _warn_of_copies(dataset, folders["test"])
+        test = make_dataset(str(folders["test"]), dataset.class_to_idx, is_valid_file=is_image, allow_empty=True)
+        _warn_of_copies(dataset.samples, test)
     return dataset
 
 
-def _warn_of_copies(train: ImageFolder, val: Path, most: int = 64) -> None:
-    """Look for some images of the folder `val` in the same class of the training set, by their names and bytes."""
-    is_image = functools.partial(_is_image, str(val), [])
-    images = make_dataset(str(val), train.class_to_idx, is_valid_file=is_image, allow_empty=True)
-    images = images[:: -(-len(images) // most) or 1]
-    wanted = {(os.path.basename(path), label): path for path, label in images}
-    copies = [
-        path
-        for path, label in train.samples
-        if (other := wanted.get((os.path.basename(path), label))) and filecmp.cmp(path, other, shallow=False)
-    ]
+def _warn_of_copies(train: Sequence[tuple[str, int]], test: Sequence[tuple[str, int]], most: int = 64) -> None:
+    """Look for some test images in the same class of the training set, by their names and bytes."""
+    test = test[:: -(-len(test) // most) or 1]
+    wanted = {(os.path.basename(path), label): path for path, label in test}
+    pairs = [(path, wanted.get((os.path.basename(path), label))) for path, label in train]
+    copies = [path for path, other in pairs if other and filecmp.cmp(path, other, shallow=False)]
     if copies:
-        count = f"{len(copies)} of {len(images)} images compared"
-        logger.warning(f"warning: {val}: {count} are training images too, such as {copies[0]}; keep them apart")
+        count = f"{len(copies)} of {len(test)} test images compared"
+        logger.warning(f"warning: {count} are training images too, such as {copies[0]}; keep them apart")
 
 
 def _of_timm(cfg: Config, train: bool) -> Dataset:

@@ -1,7 +1,6 @@
 """Frames folder of a raw event data set: made once, on all cores; it gets its name when it is complete."""
 
-import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -10,34 +9,35 @@ import joblib
 
 from ..cli import UserError
 from ..log import logger, progress
-from .frames import convert
+from .frames import Layout, convert
 from .recordings import Recording
 
 
-def prepare(root: Path, frames: int, side: int, find: Callable[[], list[Recording]], show: bool) -> Path:
-    """Return the folder with every sample of the data set in `root` as `frames` frames; make or finish it first.
+def prepare(root: Path, layout: Layout, find: Callable[[], list[Recording]], show: bool) -> Path:
+    """Return the folder with the frames of every sample of the data set in `root`; make or finish it first.
 
     Several processes may call it at once: one works and the others wait. `find` is called only if there is work to do.
     """
-    folder = root / f"frames_{frames}"
+    folder = root / layout.folder
     if folder.exists():
         return folder
     logger.info(f"preparing {folder}, or waiting for another process that does")
     with filelock.FileLock(root / f"{folder.name}.lock"):
         if not folder.exists():
-            _make(folder, frames, side, find(), show)
+            _make(folder, layout, find(), show)
     return folder
 
 
-def _make(folder: Path, frames: int, side: int, recordings: list[Recording], show: bool) -> None:
+def _make(folder: Path, layout: Layout, recordings: list[Recording], show: bool) -> None:
     partial = folder.with_suffix(".partial")
-    names = sorted(name for recording in recordings for name in recording.samples)
+    names = {name for recording in recordings for name in recording.samples}
     left = [r for r in recordings if not all((partial / name).exists() for name in r.samples)]
-    size = len(names) * frames * 2 * side**2 / 1e9
-    logger.info(f"{len(left):,} of {len(recordings):,} recordings to do; all frames take {size:.1f} GB")
+    size = len(names) * layout.time_steps * 2 * layout.side**2 / 1e9
+    what = "frames of {} x {} pixels from {} x {}".format(layout.side, layout.side, *layout.sensor)
+    logger.info(f"{len(left):,} of {len(recordings):,} recordings to do; {what} take {size:.1f} GB in all")
     for place in {(partial / name).parent for name in names}:
         place.mkdir(parents=True, exist_ok=True)
-    jobs = (joblib.delayed(convert)(r.open(), r.samples, partial, frames, side) for r in left)
+    jobs = (joblib.delayed(convert)(r.name, r.open(), r.samples, partial, layout) for r in left)
     try:
         # `max_nbytes`: arguments go through pipes, not through files in a folder that may be small
         results = joblib.Parallel(joblib.cpu_count(), return_as="generator", max_nbytes=None)(jobs)
@@ -51,16 +51,12 @@ def _make(folder: Path, frames: int, side: int, recordings: list[Recording], sho
     if problems := [f"{name}: {problem}" for name, problem, _ in outcomes if problem]:
         first = ", ".join(problems[:5])
         raise UserError(f"{len(problems)} of {len(recordings)} recordings are unusable: {first}; replace them")
-    for path in set(_files(partial)) - set(names):
-        (partial / path).unlink()  # halves that a killed process left
+    for path in partial.rglob("*.*"):
+        if path.relative_to(partial).as_posix() not in names:
+            path.unlink()  # halves that a killed process left
     partial.rename(folder)
-
-
-def _files(folder: Path) -> Iterator[str]:
-    walk = os.walk(folder)  # asks the disk for names alone
-    return (Path(place, file).relative_to(folder).as_posix() for place, _, files in walk for file in files)
 
 
 def contents(folder: Path, classes: Collection[str]) -> list[str]:
     """Return the files of a frames folder, sorted; each is in a folder named like its class."""
-    return sorted(file for file in _files(folder) if file.endswith(".npy") and Path(file).parent.name in classes)
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.npy") if path.parent.name in classes)

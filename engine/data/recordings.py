@@ -4,12 +4,11 @@ Archives are read in place and never extracted, changed or deleted.
 """
 
 import functools
-import math
+import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +16,10 @@ from torchvision.datasets.utils import download_url
 
 from ..cli import UserError
 from ..log import logger
+from . import digits
 from .aedat import SIDE
-from .folders import is_hidden
-from .frames import LARGEST, read_member
+from .folders import find_classes, is_hidden, split_folders
+from .frames import DECODERS, LARGEST, WHOLE, read_member
 
 FIGSHARE = "https://ndownloader.figshare.com/files/"
 CIFAR10_DVS = {  # class -> file number at figshare and md5 of CLASS.zip
@@ -41,13 +41,12 @@ GESTURES = (
 ).split(", ")  # 1 to 11 in the tables of labels
 TEXTS = (".txt", ".csv")  # lists of trials and tables of labels
 MOST_FILES = 10_000  # in the archive of DVS128 Gesture, which has some 250
-WHOLE = (-math.inf, math.inf)
+FRAMES = re.compile(r"frames_\d+(_|\.|$)")  # folders that `prepare` makes
 
 Opener = Callable[[], Callable[[], bytes]]  # opens a file in this process; any process can call the result
 
 
-@dataclass(frozen=True)
-class Recording:
+class Recording(NamedTuple):
     """One raw file, and the samples that `frames.convert` makes of it."""
 
     name: str
@@ -62,12 +61,21 @@ def cifar10_dvs(root: Path, suffix: str, download: bool) -> list[Recording]:
     sources = {label: _first_of(root, f"{label}.zip", label) for label in CIFAR10_DVS}
     if absent := [f"{label}.zip" for label, path in sources.items() if path is None]:
         raise UserError(f"{root / 'download'}: no {', '.join(absent)}; use --download, or --data-path")
-    opens = {label: _list(path, suffix) for label, path in sources.items()}
-    _refuse_gaps(opens, sources)
+    recordings = _by_class(sources, suffix)
+    stems = {Path(sample).stem for recording in recordings for sample in recording.samples}
+    numbers = {stem.rpartition("_")[2] for stem in stems}
+    wanted = {f"cifar10_{label}_{number}" for label in sources for number in numbers if number.isdigit()}
+    if absent := sorted(wanted - stems):
+        raise UserError(f"{root}: {len(absent)} recordings are missing, such as {absent[0]}{suffix}; complete it")
+    return recordings
+
+
+def _by_class(sources: Mapping[str, Path], *suffixes: str) -> list[Recording]:
+    """List the recordings of folders or archives, given by the folder of their frames."""
     return [
-        Recording(f"{sources[label]}: {name}", opener, {f"{label}/{Path(name).stem}.npy": WHOLE})
-        for label in opens
-        for name, opener in opens[label].items()
+        Recording(f"{source}: {name}", opener, {f"{folder}/{name.removesuffix('.aedat')}.npy": WHOLE})
+        for folder, source in sources.items()
+        for name, opener in _list(source, *suffixes).items()
     ]
 
 
@@ -98,7 +106,7 @@ def _list(source: Path, *suffixes: str) -> dict[str, Opener]:
         if isinstance(error, OSError) and error.filename:
             raise
         raise UserError(f"{source}: damaged ({str(error) or type(error).__name__}); fetch it again") from None
-    chosen = {name: opener for name, opener in files.items() if name.endswith(suffixes)}
+    chosen = {name: opener for name, opener in files.items() if name.lower().endswith(suffixes)}
     if not chosen:
         kinds = sorted({Path(name).suffix for name in files})
         raise UserError(f"{source}: holds {', '.join(kinds) or 'nothing'}; needs {', '.join(suffixes)} files")
@@ -112,26 +120,13 @@ def _list_tar(archive: Path) -> dict[str, Opener]:
         if number == MOST_FILES or member.size > LARGEST:
             raise tarfile.ReadError("too many files, or too large ones")
         if member.isfile() and not is_hidden(member.name):
-            name, is_text = Path(member.name).name, member.name.endswith(TEXTS)
-            content = file.extractfile(member).read() if is_text else None
-            files[name] = _later(bytes, content) if is_text else _from_tar(file, member)
+            name = Path(member.name).name
+            files[name] = lambda m=member: functools.partial(bytes, file.extractfile(m).read())
+            if name.endswith(TEXTS):
+                files[name] = _later(bytes, files[name]()())
     while file.fileobj.read(2**20):
         pass  # the checksum of the whole is at its end
     return files
-
-
-def _from_tar(file: tarfile.TarFile, member: tarfile.TarInfo) -> Opener:
-    return lambda: functools.partial(bytes, file.extractfile(member).read())
-
-
-def _refuse_gaps(files: Mapping[str, Iterable[str]], sources: Mapping[str, Path]) -> None:
-    """Refuse a class without a number that other classes have."""
-    numbers = {label: {Path(name).stem.rpartition("_")[2] for name in names} for label, names in files.items()}
-    known = {number for some in numbers.values() for number in some if number.isdigit()}
-    for label, some in numbers.items():
-        if absent := sorted(known - some, key=int):
-            name = f"cifar10_{label}_{absent[0]}.aedat"
-            raise UserError(f"{sources[label]}: {len(absent)} recordings are missing, such as {name}; complete it")
 
 
 def _download(root: Path) -> None:
@@ -201,15 +196,16 @@ def _gestures(table: str, part: str, stem: str, where: str) -> dict[str, tuple[i
 class Raw(NamedTuple):
     """A data set of recordings."""
 
-    find: Callable[[Path, str, bool], list[Recording]]  # lists those of a suffix in a folder; True downloads them
+    find: Callable[[Path, str, bool], list[Recording]] | None  # lists files of a suffix, in a folder; True downloads
     classes: Mapping[str, str]  # class folder -> name, in the order of the labels
     sizes: Mapping[str, int]  # published samples of each part
     is_split: bool  # frames are in folders "train" and "test"; else `event.split_by_class` splits them
-    side: int = SIDE  # pixels of the sensor, in height and in width
+    side: int | None = SIDE  # pixels of the sensor, in height and in width; None: --sensor-size
     suffix: str = ".aedat"
 
 
 RAW = {
+    "digits-dvs": Raw(None, {name: name for name in digits.Digits.classes}, {}, True, digits.SIDE),
     "cifar10-dvs": Raw(
         cifar10_dvs, {name: name for name in CIFAR10_DVS}, {"train": 9000, "test": 1000}, is_split=False
     ),
@@ -220,4 +216,19 @@ RAW = {
         is_split=True,
     ),
 }
-EVENT_DATASETS = ("digits-dvs", *RAW)
+EVENT_DATASETS = ("eventfolder", *RAW)
+
+
+def event_folder(root: Path, split_seed: int | None) -> Raw:
+    """Describe a folder of one's own: train/CLASS/* and test/CLASS/*, or CLASS/* to be split by a seed."""
+    folders = split_folders(root)
+    if len(folders) == 1 or (not folders and split_seed is None):
+        raise UserError(f"{root}: no folders train and test; make both, or use --split-seed on a folder per class")
+    folders = {f"{part}/": folder for part, folder in folders.items()} or {"": root}
+    classes = [[name for name in find_classes(folder)[0] if not FRAMES.match(name)] for folder in folders.values()]
+    if different := set(classes[0]) ^ set(classes[-1]):
+        raise UserError(f"{root}: only one of train and test has the class {min(different)}; complete it")
+
+    sources = {f"{part}{name}": folder / name for part, folder in folders.items() for name in classes[0]}
+    names = {name: name for name in classes[0]}
+    return Raw(lambda *_: _by_class(sources, *DECODERS), names, {}, len(folders) == 2, side=None)

@@ -42,7 +42,7 @@ FRAGMENTS = [
     "!!python/object/apply:os.system [ls]\n", "lr: !!python/name:os.system\n", "lr: !!binary aGk=\n",
     "lr: !!set {1, 2}\n", "lr: !!float x\n", "lr: !!int ''\n", "lr: !!timestamp x\n", "lr: !<x> 1\n", "lr: !!null x\n",
     "%YAML 9.9\n---\n", "---\nlr: 1\n---\nlr: 2\n", "...\n", "\t", "\0", "\ufeff", "lr: .nan\n", "lr: -.inf\n",
-    "epochs: 0x" + "f" * 5000 + "\n", "epochs: " + "9" * 5000 + "\n", "seed: 1" + ":59" * 3000 + "\n",
+    "epochs: 0x" + "f" * 99 + "\n", "epochs: " + "9" * 5000 + "\n", "seed: 1" + ":59" * 99 + "\n",
     "mean: " + "[" * 2000 + "\n", "{" * 2000, "- " * 3000, "mean: " + "[" * 90 + "]" * 90 + "\n",
     "variants: {a: {lr: 1}, a: {}}\n", "variants: {a: {variants: {}}}\n", "'", '"\\', "|", ">9", '"\\ud800": 1\n',
     'model: "\\udcff"\n', 'data_path: "\\0"\n', "data_path: ~nobody/x\n", "model: \U0001f600\n",

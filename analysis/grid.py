@@ -1,0 +1,180 @@
+"""Runs of a recipe over variants and seeds, one process each, and the table of any runs.
+
+    python -m analysis.grid digits/digits.yml --variants recipe self token --seeds 0 1 2 [--out FOLDER] [-- FLAGS]
+    python -m analysis.grid --compare output/first output/self
+
+Trains each variant ("recipe" is the recipe itself) with each seed under all FLAGS of train.py, in FOLDER/VARIANT-seedN,
+and evaluates its last checkpoint with its energy. The same command goes on after an interruption, and skips runs that
+are done. The table has a row for each setting: mean and standard deviation of the accuracy over its seeds, and means of
+the seconds of training, the energy and the firing rate of all neuron layers. Writes grid.md and grid.csv.
+"""
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tabulate import tabulate
+
+from engine.cli import Stopped, StopRequest, UserError
+from engine.config import FIELDS, MODEL_FIELDS, Config, load, read
+from engine.log import logger, read_record, setup_console
+from engine.run import build_model
+
+from .common import main, parser, write_csv
+from .results import SETTINGS, differences, mean, read_result, results
+
+ITSELF = "recipe"  # name of the variant without changes
+
+
+class Run(NamedTuple):
+    """One run of a grid; `flags` are those of train.py that decide its result."""
+
+    recipe: Path
+    folder: Path
+    flags: list[str]
+
+    def result(self) -> dict | None:
+        """Return the result, or None before the run is done; raises `UserError` if it is of other settings."""
+        path = self.folder / "last.test.json"
+        if (result := read_result(path)) is None:
+            return None
+        for key, (value, wanted) in differences(result, load(self.recipe, self.flags)).items():
+            raise UserError(f"{self.folder}: was run with {key} = {value}, not {wanted}; use another --out")
+        return result | {"path": path}
+
+    def execute(self) -> bool:
+        """Train and evaluate in processes of their own that write to grid.log; return True if both succeed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        flags = ["--config", self.recipe.resolve(), *self.flags]
+        train = ["train.py", *flags, "--output-dir", self.folder, "--resume", "auto"]
+        test = ["test.py", *flags, "--checkpoint", self.folder / "last.pt", "--energy"]
+        return self._call(*train) == 0 and self._call(*test) == 0
+
+    def _call(self, script: str, *flags: object) -> int:
+        """Return a script's exit code. A signal is passed on, so that training saves before it ends."""
+        command = [sys.executable, str(self.recipe.parent / script), *map(str, flags)]
+        with (self.folder / "grid.log").open("a") as log, StopRequest() as stop:
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            while process.poll() is None and not stop.signal:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+            if stop.signal:
+                process.send_signal(stop.signal)
+                process.wait()
+                raise Stopped(stop.signal, f"in {self.folder}")
+        return process.returncode
+
+
+def plan(recipe: Path, variants: Sequence[str] | None, seeds: Sequence[int], out: Path, flags: list[str]) -> list[Run]:
+    """Return the runs, all variants with the first seed before the second seed."""
+    if not (recipe.parent / "train.py").exists():
+        raise UserError(f"{recipe}: no train.py next to it; name a recipe such as digits/digits.yml")
+    known = [ITSELF, *read(recipe).variants]
+    if unknown := [variant for variant in variants or () if variant not in known]:
+        raise UserError(f"--variants {unknown[0]}: {recipe} lists {', '.join(known)}")
+    chosen = {name: [] if name == ITSELF else ["--variant", name] for name in variants or known}
+    return [
+        Run(recipe, out / f"{name}-seed{seed}", [*variant, "--seed", str(seed), *flags])
+        for seed in seeds
+        for name, variant in chosen.items()
+    ]
+
+
+def train(runs: Sequence[Run]) -> list[str]:
+    """Train what is not done; return the folders of runs that failed."""
+    pending, failed = [run for run in runs if not run.result()], []
+    logger.info(f"{len(runs)} runs, {len(runs) - len(pending)} of them done")
+    for i, run in enumerate(pending, 1):
+        logger.info(f"run {i}/{len(pending)}: {run.folder}, output in grid.log")
+        if run.execute():
+            logger.info(f"  top-1 {run.result()['top1']:.2f} %")
+        else:
+            failed.append(str(run.folder))
+            logger.warning(f"  failed: {(run.folder / 'grid.log').read_text().strip().splitlines()[-1]}")
+    return failed
+
+
+def summary(found: Sequence[dict]) -> list[dict]:
+    """Return a row for each setting of the results, over its seeds; it names what differs on the same data set."""
+    groups, values = {}, {}
+    for result in found:
+        settings = {key: result.get(key, FIELDS[key].default) for key in SETTINGS}
+        groups.setdefault(json.dumps(settings), []).append(result | settings)
+        for key in SETTINGS[1:]:
+            values.setdefault((result["dataset"], key), []).append(settings[key])
+    differing = {pair for pair, every in values.items() if any(value != every[0] for value in every)}
+    return [_row(group, differing) for group in groups.values()]
+
+
+def _row(group: Sequence[dict], differing: set[tuple[str, str]]) -> dict[str, str]:
+    first, beside = group[0], [_beside(result["path"]) for result in group]
+    changes = {key: first[key] for key in SETTINGS if (first["dataset"], key) in differing}
+    changes = {key: value for key, value in changes.items() if value != FIELDS[key].default}
+    with torch.device("meta"):
+        model = build_model(Config(**{key: first[key] for key in MODEL_FIELDS}))
+    return {
+        "data set": first["dataset"],
+        "variant": first.get("variant") or ITSELF,
+        "settings": json.dumps(changes)[1:-1].replace('"', ""),
+        "seeds": " ".join(str(result.get("seed")) for result in group),
+        "top-1 (%)": mean([result["top1"] for result in group], ".2f", spread=True),
+        "seconds": mean([seconds for seconds, _ in beside if seconds], ".0f"),
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "energy (mJ)": mean([result["energy"]["energy_mj"] for result in group if "energy" in result], ".3g"),
+        "firing rate": mean([rate for _, rate in beside if rate], ".4f"),
+    }
+
+
+def _beside(path: Path) -> tuple[float, float]:
+    """Return seconds of training and mean firing rate of the layers from the files next to a result, 0 without them."""
+    metrics, energy = path.with_name("metrics.jsonl"), path.with_name(path.name.replace(".test.", ".energy."))
+    seconds = read_record(metrics, [], lambda text: [json.loads(line)["seconds"] for line in text.splitlines()])
+    rates = read_record(energy, [], lambda text: [*json.loads(text)["firing_rates"].values()])
+    return sum(seconds), statistics.mean(rates or [0])
+
+
+def show(found: Sequence[dict], folder: Path | None) -> None:
+    """Print the table, and write it to a folder if one is given."""
+    if not found:
+        raise UserError("results: none; evaluate the runs with test.py")
+    rows = summary(found)
+    text = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    logger.info(text)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "grid.md").write_text(text + "\n")
+        write_csv(folder / "grid.csv", rows)
+        logger.info(f"written: grid.md and grid.csv in {folder}")
+
+
+def run(argv: Sequence[str]) -> None:
+    at = argv.index("--") if "--" in argv else len(argv)
+    flags = parser(__doc__)
+    flags.add_argument("recipe", nargs="?", type=Path, help="such as digits/digits.yml")
+    flags.add_argument("--variants", nargs="+", help=f"of the recipe, {ITSELF} for itself (all)")
+    flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    flags.add_argument("--out", type=Path, help="folder of the runs and the table (output/grid/RECIPE)")
+    flags.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="show these runs, train nothing")
+    args = flags.parse_args(argv[:at])
+    setup_console(is_main=True)
+    if args.compare:
+        show(results(args.compare), args.out)
+        return
+    if not args.recipe:
+        raise UserError("recipe: missing; name one such as digits/digits.yml, or --compare RUN ...")
+    out = args.out or Path("output/grid", args.recipe.stem)
+    runs = plan(args.recipe, args.variants, args.seeds, out, list(argv[at + 1 :]))
+    failed = train(runs)
+    show([result for run in runs if (result := run.result())], out)
+    if failed:
+        raise UserError(f"{', '.join(failed)}: failed; see grid.log there, and start the same command again")
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,111 @@
+"""The grid of runs: what is done is skipped, what fails is named, and a signal reaches the run."""
+
+import csv
+import os
+import signal
+import time
+
+import pytest
+from scripts import ROOT, Child, fail, here, named
+from test_analysis import result
+
+from analysis import grid
+
+TRAIN = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--output-dir") + 1])
+assert sys.argv[-2:] == ["--resume", "auto"]
+(folder / "starts").open("a").write("x")
+if "7" in sys.argv:
+    sys.exit("error: seven")
+if "8" in sys.argv:
+    signal.signal(signal.SIGTERM, lambda *_: (folder / "saved").touch() or sys.exit(143))
+    (folder / "ready").touch()
+    time.sleep(60)
+(folder / "metrics.jsonl").write_text('{"seconds": 1.5}\\n{"seconds": 2}\\n')
+(folder / "last.pt").touch()
+"""
+TEST = f"""
+import json, pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from engine import config
+cfg = config.load("", sys.argv[1:])
+path = pathlib.Path(cfg.checkpoint)
+content = config.plain(cfg) | {{"top1": 90 + cfg.seed, "count": 360, "time": "1", "energy": {{"energy_mj": 0.002}}}}
+path.with_suffix(".test.json").write_text(json.dumps(content))
+path.with_suffix(".energy.json").write_text('{{"firing_rates": {{"a": 0.1, "b": 0.3}}}}')
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe next to scripts that take no time."""
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    (folder / "train.py").write_text(TRAIN)
+    (folder / "test.py").write_text(TEST)
+    (folder / "digits.yml").write_text((ROOT / "digits/digits.yml").read_text())
+    return folder / "digits.yml"
+
+
+def starts(folder):
+    return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
+
+
+def test_a_grid_goes_on_and_skips_what_is_done(recipe, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "out"
+    command = ["analysis.grid", recipe, "--variants", "recipe", "self", "--out", out, "--seeds"]
+    here(monkeypatch, capfd, *command, 0, 2)
+    assert starts(out) == dict.fromkeys(["recipe-seed0", "recipe-seed2", "self-seed0", "self-seed2"], 1)
+    (out / "self-seed2/last.test.json").write_text("{")  # its evaluation was killed
+    named(fail(monkeypatch, capfd, *command, 0, 2, 7), out / "recipe-seed7", out / "self-seed7")
+    done = {"recipe-seed0": 1, "recipe-seed2": 1, "self-seed0": 1, "self-seed2": 2}
+    assert starts(out) == done | {"recipe-seed7": 1, "self-seed7": 1}
+    rows = [*csv.DictReader((out / "grid.csv").open())]
+    assert [(row["variant"], row["seeds"], row["top-1 (%)"]) for row in rows] == [
+        ("recipe", "0 2", "91.00 ± 1.41"),
+        ("self", "0 2", "91.00 ± 1.41"),
+    ]
+    assert {(row["seconds"], row["energy (mJ)"], row["firing rate"]) for row in rows} == {("4", "0.002", "0.2000")}
+    assert [row["parameters"] for row in rows] == ["140,162", "141,538"]
+    named(fail(monkeypatch, capfd, *command, 0, "--", "--epochs", 3), "recipe-seed0", "epochs", 3)
+
+
+def test_a_signal_lets_the_run_save(recipe, tmp_path):
+    out = tmp_path / "out"
+    command = ["-m", "analysis.grid", recipe, "--variants", "recipe", "--seeds", 8, "--out", out]
+    child = Child(*command, log=tmp_path / "log")
+    while not (out / "recipe-seed8/ready").exists():
+        assert child.process.is_alive(), child.output
+        time.sleep(0.1)
+    os.kill(child.process.pid, signal.SIGTERM)
+    assert child.wait() == 143, child.output
+    assert (out / "recipe-seed8/saved").exists()
+
+
+def test_any_runs_side_by_side(tmp_path, monkeypatch, capfd):
+    """Seeds are averaged, and what differs is named."""
+    for seed, top1 in enumerate((98.0, 99.0)):
+        result(tmp_path / f"a{seed}/best.test.json", top1, seed=seed)
+    result(tmp_path / "b/best.test.json", 97.0, epochs=2)
+    here(monkeypatch, capfd, "analysis.grid", "--compare", tmp_path, "--out", tmp_path)
+    rows = [*csv.DictReader((tmp_path / "grid.csv").open())]
+    assert [(row["settings"], row["seeds"], row["top-1 (%)"]) for row in rows] == [
+        ("epochs: 8", "0 1", "98.50 ± 0.71"),
+        ("epochs: 2", "0", "97.00"),
+    ]
+    assert {row["seconds"] for row in rows} == {""}
+
+
+@pytest.mark.parametrize("words", ["", "absent/digits.yml", "digits/digits.yml --variants selfish", "--compare absent"])
+def test_what_a_grid_cannot_run_is_refused(words, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    named(fail(monkeypatch, capfd, "analysis.grid", *words.split()), *words.split()[-1:])
+
+
+def test_runs_of_the_first_seed_come_first(tmp_path):
+    runs = grid.plan(ROOT / "digits/digits.yml", ["ms", "recipe"], [3, 1], tmp_path, ["--epochs", "2"])
+    names = [run.folder.name for run in runs]
+    assert names == ["ms-seed3", "recipe-seed3", "ms-seed1", "recipe-seed1"]
+    assert runs[0].flags == ["--variant", "ms", "--seed", "3", "--epochs", "2"]
+    assert runs[1].flags == ["--seed", "3", "--epochs", "2"]
