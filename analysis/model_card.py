@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from engine.config import MODEL_FIELDS, Config, plain
 from engine.data.recordings import EVENT_DATASETS
@@ -15,8 +15,8 @@ LIBRARY = "library_name: qkformer\n"  # in every card
 TAGS = ["qkformer", "spiking-neural-network", "spiking-transformer", "arxiv:2403.16552"]
 
 
-def _front_matter(cfg: Config, top1: float | None) -> str:
-    """Return the YAML that Hugging Face reads.
+def _card_data(cfg: Config, top1: float | None) -> ModelCardData:
+    """Return the metadata that Hugging Face reads.
 
     It names no license, because only those who trained the weights can choose one.
     """
@@ -31,7 +31,7 @@ def _front_matter(cfg: Config, top1: float | None) -> str:
         datasets=[cfg.dataset],
         pipeline_tag=None if cfg.dataset in EVENT_DATASETS else task,
         **measured,
-    ).to_yaml()
+    )
 
 
 def model_card(subject: Subject, name: str) -> str:
@@ -42,8 +42,8 @@ def model_card(subject: Subject, name: str) -> str:
     arguments = "".join(f"    {key}={value!r},\n" for key, value in settings.items())
     shape = "event frames [B,T,C,H,W]" if cfg.dataset in EVENT_DATASETS else "images [B,C,H,W]"
     size = f"{cfg.input_size} x {cfg.input_size}"
-    return f"""---
-{_front_matter(cfg, top1)}
+    content = f"""---
+{_card_data(cfg, top1).to_yaml()}
 ---
 
 # {cfg.model} on {cfg.dataset}
@@ -76,6 +76,7 @@ model.eval()
 
 `python {Path(cfg.config).parent.name}/test.py --checkpoint {name}` evaluates it with the settings it records.
 """
+    return str(ModelCard(content))
 
 
 def _measured(subject: Subject) -> float | None:

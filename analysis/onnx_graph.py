@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.cli import UserError
 from models import LIF
-from models.neuron import continued, lif_step
+from models.neuron import lif_step
 
 from .common import hooked
 
@@ -87,12 +87,12 @@ class _WithSpikes(nn.Module):
         callbacks = {
             lif: lambda _, out, name=name: spikes.update({name: out}) for name, lif in _lifs(self.model).items()
         }
-        # neurons step by step, as in a stream: writing in place would make a graph of scatters
-        with continued({}), hooked(callbacks):
+        with hooked(callbacks):
             logits = self.model(x)
         return logits, *(spikes[name] for name in self.names)
 
 
+@torch.no_grad()  # else the graph computes surrogate gradients too
 def to_onnx(model: nn.Module, x: Tensor, batch: int | None, metadata: dict[str, str]) -> Exported:
     """Export one of our networks in evaluation mode, on the CPU.
 

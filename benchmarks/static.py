@@ -10,9 +10,11 @@ A row of the table is a kernel with its optional arguments and switches:
     launches      in the step or the evaluation
     registers     a thread, the most of all compiled variants; warps: those that a multiprocessor can hold then
     spill         bytes a thread keeps outside registers
-    instructions  an element, in the innermost loop with loads (else in the whole kernel); the elements are those of the
-                  current, of the pooled map (forward), of the map before pooling (backward), of the query
-    accesses      loads (L) and stores (S) of global memory there, in the order of the machine code
+    instructions  an element, in the innermost loop with loads, over time or tiles (else in the whole kernel); the
+                  elements are those of the current, of the pooled map (forward), of the map before pooling (backward),
+                  of the query. Loops over few tiles are counted with many, because the compiler unrolls them.
+    once          instructions of a thread before and after that loop
+    accesses      loads (L) and stores (S) of global memory in the loop, in the order of the machine code
 """
 
 import math
@@ -28,6 +30,7 @@ import torch
 import triton
 from tabulate import tabulate
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 
 from analysis.common import main, parser
@@ -41,18 +44,20 @@ KERNELS = ("bn_lif", "bn_stats", "linear_lif", "pool", "self_attention", "token_
 WARPS, REGISTERS, SHARED = 64, 65536, 233472  # of a multiprocessor of sm_90
 TILE = ("BR", "BC", "BN", "BD", "BH")  # constexprs whose product is the elements of a tile
 OPTIONAL = ("add", "starts", "index", "total", "partial", "grad")  # arguments of kernels that may be None
+MANY = 16  # tiles
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Launch(NamedTuple):
     """A launch that stopped after the compiler."""
 
-    kernel: triton.compiler.CompiledKernel
+    kernel: CompiledKernel
+    looped: CompiledKernel  # with many tiles, if few leave no loop
     name: str  # file, function and the switches that are on
     elements: int  # of a thread in one pass of its innermost loop
 
 
-def launch_of(function: jit.JITFunction, kernel: triton.compiler.CompiledKernel, arguments: dict) -> Launch:
+def launch_of(function: jit.JITFunction, kernel: CompiledKernel, looped: CompiledKernel, arguments: dict) -> Launch:
     """Name a launch and count its elements."""
     steps = arguments.get("T", 1)
     chunk = min(steps, arguments.get("CHUNK", steps))
@@ -61,7 +66,7 @@ def launch_of(function: jit.JITFunction, kernel: triton.compiler.CompiledKernel,
     elements = chunk * math.prod(arguments.get(key, 1) for key in TILE)
     name = " ".join([module_of(function), function.fn.__name__.strip("_").removesuffix("_kernel"), *switches])
     elements *= 4 if name.startswith("pool backward") else 1  # its tiles are of 2x2 blocks
-    return Launch(kernel, name, max(1, elements // (32 * kernel.metadata.num_warps)))
+    return Launch(kernel, looped, name, max(1, elements // (32 * kernel.metadata.num_warps)))
 
 
 def module_of(function: jit.JITFunction) -> str:
@@ -91,15 +96,18 @@ def compiled(step: Callable[[], object], architecture: int, kernels: Sequence[st
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         if module_of(self) in kernels:
-            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-            launches.append(launch_of(self, kernel, dict(zip(self.arg_names, args, strict=False)) | kwargs))
+            arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+            kernel = looped = run(self, grid=grid, warmup=True, **arguments)
+            if "TILES" in arguments and not loops(lines_of(kernel)):
+                looped = run(self, grid=grid, warmup=True, **arguments | {"TILES": MANY})
+            launches.append(launch_of(self, kernel, looped, arguments))
 
     with mock.patch.object(jit.JITFunction, "run", compile_only):
         step()
     return launches
 
 
-def resources(kernel: triton.compiler.CompiledKernel) -> tuple[int, int]:
+def resources(kernel: CompiledKernel) -> tuple[int, int]:
     """Return the registers of a thread, and the bytes that it spills."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -109,18 +117,27 @@ def resources(kernel: triton.compiler.CompiledKernel) -> tuple[int, int]:
     return tuple(int(re.search(rf"{key}:(\d+)", output)[1]) for key in ("REG", "STACK"))
 
 
-def innermost(sass: str) -> list[str]:
-    """Return the instructions of the longest innermost loop that loads from memory, else of the whole kernel."""
-    lines = [line.split("\t")[-1] for line in sass.splitlines() if line and not line.startswith("Function")]
+def lines_of(kernel: CompiledKernel) -> list[str]:
+    """Return labels and instructions of the machine code."""
+    lines = kernel.asm["sass"].splitlines()
+    return [line.split("\t")[-1] for line in lines if line and not line.startswith("Function")]
+
+
+def instructions(lines: Iterable[str]) -> list[str]:
+    """Leave out labels and padding."""
+    return [line for line in lines if not line.endswith(":") and not line.startswith("NOP")]
+
+
+def loops(lines: Sequence[str]) -> list[list[str]]:
+    """Return the lines of every innermost loop that loads from memory."""
     labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.endswith(":")}
-    loops = []
+    found = []
     for end, line in enumerate(lines):
         if (target := re.search(r"BRA\S* .*?(LBB\d+)", line)) and labels.get(target[1], end) < end:
             body = lines[labels[target[1]] : end]
-            if any("LDG" in step for step in body) and not any(start >= labels[target[1]] for start, _ in loops):
-                loops.append((labels[target[1]], body))
-    body = max((body for _, body in loops), key=len, default=lines)
-    return [line for line in body if not line.endswith(":") and not line.startswith("NOP")]
+            if any("LDG" in step for step in body) and not any(start >= labels[target[1]] for start, _ in found):
+                found.append((labels[target[1]], body))
+    return [body for _, body in found]
 
 
 def accesses(instructions: Iterable[str]) -> str:
@@ -136,20 +153,22 @@ def figures(launches: Sequence[Launch]) -> list[dict]:
     rows = {}
     for launch in variants.values():
         registers, spill = resources(launch.kernel)
-        body = innermost(launch.kernel.asm["sass"])
+        lines = lines_of(launch.looped)
+        body = instructions(max(loops(lines), key=len, default=lines))
         row = rows.setdefault(launch.name, {"kernel": launch.name, "launches": 0, "registers": 0, "warps": WARPS})
         row["registers"] = max(row["registers"], registers)
         row["warps"] = min(row["warps"], resident_warps(launch.kernel, registers))
         row["spill"] = max(row.get("spill", 0), spill)
         row["shared"] = max(row.get("shared", 0), launch.kernel.metadata.shared)
         if (each := len(body) / launch.elements) > row.get("instructions", 0):
-            row |= {"instructions": each, "accesses": accesses(body)}
+            once = len(instructions(lines)) - len(body)
+            row |= {"instructions": each, "once": once, "accesses": accesses(body)}
     for launch in launches:
         rows[launch.name]["launches"] += 1
     return list(rows.values())
 
 
-def resident_warps(kernel: triton.compiler.CompiledKernel, registers: int) -> int:
+def resident_warps(kernel: CompiledKernel, registers: int) -> int:
     """Return the warps of this kernel that a multiprocessor holds, limited by registers and shared memory."""
     warps = kernel.metadata.num_warps
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32) // warps

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from timm.layers import get_device_dtype, register_notrace_function, register_notrace_module, trunc_normal_
+from timm.layers import get_device_dtype, register_notrace_module, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .layers import Chain
 from .neuron import LIF, TAU, continued, set_neurons
 
-register_notrace_module(LIF)  # in a graph of torch.fx each is one node
+register_notrace_module(LIF)  # one node in a graph of torch.fx, for timm; others name it in leaf_modules
 
 
 class StreamState(NamedTuple):
@@ -124,7 +124,13 @@ class Backbone(nn.Module):
         x = nn.functional.dropout(self._mean_tokens(x).mean(0), self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time_first: bool = False) -> Tensor:
+        """Map images [B,C,H,W] or event frames [B,T,C,H,W] to logits [B,num_classes].
+
+        **Frames [T,B,C,H,W], as spikingjelly orders them, need `time_first=True`: a shape does not tell T from B.**
+        """
+        if time_first and x.dim() == 5:
+            x = x.transpose(0, 1)  # [B,T,C,H,W]
         return self.forward_head(self._last_output(x))
 
     @torch.compiler.disable
@@ -132,8 +138,8 @@ class Backbone(nn.Module):
     def step(self, x: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
         """Classify a recording that is still arriving, frame by frame: a pure function, in evaluation mode.
 
-        After T steps the logits are those of `forward` on the T frames together, to the last bit where that is computed
-        by the modules (lif_backend "torch"); memory does not grow with T.
+        After T steps the logits equal those of `forward` on the T frames in float64. In float32 rounding can flip a
+        spike, because a convolution of one frame adds up in another order. Memory does not grow with T.
 
         Args:
             x: the next frame [B,C,H,W].
@@ -153,12 +159,10 @@ class Backbone(nn.Module):
         membranes = {} if state is None else dict(zip(neurons, state.membranes, strict=True))
         with continued(membranes):
             y = self._mean_tokens(self._last_output(x[:, None]))[0]  # [B,C]
-        total = y.to(torch.promote_types(y.dtype, torch.float32))  # a sum in half precision stops growing
-        steps = 1
-        if state is not None:
-            total, steps = state.total + total, state.steps + 1
-        logits = self.head((total / steps).to(y.dtype))
-        return logits, StreamState(steps, total, tuple(membranes[neuron] for neuron in neurons))
+        steps, total = (0, 0.0) if state is None else state[:2]
+        total = total + y.to(torch.promote_types(y.dtype, torch.float32))  # a sum in half precision stops growing
+        logits = self.head((total / (steps + 1)).to(y.dtype))
+        return logits, StreamState(steps + 1, total, tuple(membranes[neuron] for neuron in neurons))
 
     def forward_intermediates(
         self,
@@ -225,11 +229,6 @@ class Backbone(nn.Module):
             if isinstance(module, Chain):
                 module.grad_checkpointing = enable
 
-    def set_spike_packing(self, enable: bool = True) -> None:
-        """Keep spikes packed for the backward pass, where a network's fused path does that; others raise ValueError."""
-        if enable:
-            raise ValueError("packed spikes: only QKFormer's networks have them")
-
     def group_matcher(self, coarse: bool = False) -> dict:
         """Return patterns of parameters by depth for timm's layer decay: the first SPEDS, each block, the head.
 
@@ -239,9 +238,11 @@ class Backbone(nn.Module):
         return {"stem": r"^stages\.0\.embed", "blocks": r"^stages\.(\d+)" if coarse else by_block}
 
 
-@register_notrace_function  # of torch.fx, which overlooks names with an underscore in front
+@torch.fx.wrap  # one node in a graph of torch.fx
 def time_first(x: Tensor, time_steps: int, in_chans: int) -> Tensor:
     """Return [T,B,C,H,W]: images [B,C,H,W] repeated, or event frames [B,T,C,H,W]."""
+    if not x.is_floating_point():
+        raise TypeError(f"input of {x.dtype}: expected floating point; use x.float(), and normalize images")
     if x.dim() not in (4, 5) or x.shape[-3] != in_chans:
         raise ValueError(
             f"input of shape {tuple(x.shape)}: expected images [B,{in_chans},H,W] or event frames [B,T,{in_chans},H,W]"
@@ -249,7 +250,7 @@ def time_first(x: Tensor, time_steps: int, in_chans: int) -> Tensor:
     return x.expand(time_steps, *x.shape) if x.dim() == 4 else x.transpose(0, 1)
 
 
-@register_notrace_function
+@torch.fx.wrap
 def with_time(x: Tensor, takes_mean: bool) -> Tensor:
     """Return features as [T,B,C,H,W]; T is 1 if they are a mean over time."""
     if x.dim() == 5:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .fused import cpu, plan
 from .fused.coverage import Coverage, Covered
-from .neuron import ALPHA, LIF, TAU, THRESHOLD, is_continued, torch_lif
+from .neuron import ALPHA, LIF, TAU, THRESHOLD, is_continued, is_transformed, torch_lif
 from .qkformer import HierarchicalSpikingTransformer
 
 CUPY_MAX_ELEMENTS = 2**31  # of T + 1 steps: the CuPy kernels index with 32-bit integers up to the step after the last
@@ -140,7 +140,9 @@ class FastPath:
         return FastPath, ()  # a copy of the network gets its own
 
     def __call__(self, model: HierarchicalSpikingTransformer, x: Tensor) -> Iterator[Tensor] | None:
-        if torch.compiler.is_compiling() or model.residual != "sew" or is_continued():
+        if torch.compiler.is_compiling() or is_transformed() or is_continued():
+            return None
+        if model.residual != "sew":
             return None
         covered = self.coverage.of(model.stages)
         ops = _ops(covered, x) if x.numel() else None

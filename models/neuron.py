@@ -111,6 +111,17 @@ def is_continued() -> bool:
     return _membranes.get() is not None
 
 
+def is_transformed() -> bool:
+    """Return whether torch.export, torch.jit.trace or torch.func records or transforms the call.
+
+    They need single operations without side effects, and get them from the steps of `LIF`.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False  # the compiler takes autograd functions as they are
+    is_in_func = torch._C._are_functorch_transforms_active()  # torch has no public name for it
+    return is_in_func or torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 class LIF(nn.Module):
     """Multi-step LIF neurons: currents [T, ...] to spikes [T, ...], the membrane at zero before and after.
 
@@ -130,6 +141,8 @@ class LIF(nn.Module):
         self.function: Callable[[Tensor, float], Tensor] = torch_lif  # `models.backends` sets others
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError("torch.fx: spiking neurons cannot be traced; use leaf_modules=[LIF], or features_only=True")
         if self.leak_across_batch:
             return self._over_time(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         return self._over_time(x)
@@ -140,7 +153,7 @@ class LIF(nn.Module):
 
     def _over_time(self, x: Tensor) -> Tensor:
         membranes = None if torch.compiler.is_dynamo_compiling() else _membranes.get()  # dynamo knows no ContextVar
-        if membranes is None and type(self) is LIF and self.tau == TAU:
+        if membranes is None and type(self) is LIF and self.tau == TAU and not is_transformed():
             return self.function(x, self.threshold)
         spikes, v = self._steps(x, 0.0 if membranes is None else membranes.get(self, 0.0))
         if membranes is not None:
@@ -154,11 +167,14 @@ class LIF(nn.Module):
             h = self.charge(x_t, v)
             spike = torch.ge(h, self.threshold).to(x.dtype)
             v = h * (1 - spike)
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or torch.jit.is_tracing():  # which checks its graph without gradients
                 surrogate = torch.sigmoid((h - self.threshold) * ALPHA)
                 spike = spike + (surrogate - surrogate.detach())  # the value of the one, the gradient of the other
             spikes.append(spike)
         return torch.cat(spikes), v
+
+    def __prepare_scriptable__(self) -> "LIF":
+        raise TypeError("torch.jit.script: spiking neurons cannot be scripted; use torch.export or torch.jit.trace")
 
     def extra_repr(self) -> str:
         leak = ", leak_across_batch=True" if self.leak_across_batch else ""
@@ -188,6 +204,8 @@ NEURONS = {"lif": LIF, "if": IF, "plif": PLIF}
 
 def set_neurons(model: nn.Module, kind: str, tau: float = TAU) -> None:
     """Replace every `LIF` of `model` by a neuron of `kind`, a key of `NEURONS`, and set its time constant."""
+    if kind not in NEURONS:
+        raise ValueError(f"neuron={kind!r} is unknown: choose one of {', '.join(NEURONS)}")
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, LIF):

@@ -74,7 +74,7 @@ default_cfgs = generate_default_cfgs(
         "spikformer_2_64.digits_dvs": _cfg(32, num_classes=10, **_DVS_DATA),
         "spikingformer_2_256.cifar10_dvs": _cfg(128, num_classes=10, **_DVS_DATA),
         "spikingformer_2_256.dvs128_gesture": _cfg(128, num_classes=11, **_DVS_DATA),
-        "sdt_2_256.dvs128_gesture": _cfg(128, num_classes=11, **_DVS_DATA),
+        "sdt_2_256.dvs128_gesture": _cfg(128, stride=8, num_classes=11, **_DVS_DATA),
     }
 )
 ALIASES = {"in_channels": "in_chans", "drop_path": "drop_path_rate"}  # this project's names of timm's arguments

@@ -132,6 +132,8 @@ class SpikingTransformer(Backbone):
             raise ValueError(f"heads={heads} must divide the {width} channels")
         if embed not in (None, "speds") or (embed and family != "spikformer"):
             raise ValueError(f"embed={embed!r}: only Spikformer has a choice, which is 'speds'")
+        if len(pools) != 4 or not set(pools) <= set("01"):
+            raise ValueError(f"pools={pools!r} must be four digits, each 0 or 1")
         kind, attention, residual, head_lif = FAMILIES[family]
         widths = (width // 8, width // 4, width // 2, width, width)
         units = [(channels, flag == "1") for channels, flag in zip(widths, f"{pools}0", strict=True)]

@@ -6,7 +6,6 @@ import torch
 from scripts import refuses
 from test_models import images, lively
 from timm.data import resolve_model_data_config
-from timm.models import get_notrace_functions, get_notrace_modules
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import models
@@ -211,10 +210,12 @@ def test_mismatches_are_told_in_the_naming_of_the_file():
 
 def test_the_graph_of_torch_fx_computes_the_same():
     model = build()
-    tracer = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
-    graph = create_feature_extractor(model, ["stages.1.blocks.0.add_1", "head"], tracer_kwargs=tracer)
+    leaves = {"leaf_modules": [models.LIF]}
+    graph = create_feature_extractor(model, ["stages.1.blocks.0.add_1", "head"], tracer_kwargs=leaves)
     x = digits(3)
     with torch.no_grad():
         block, logits = graph(x).values()
         torch.testing.assert_close(logits, model(x))
         torch.testing.assert_close(block.mean(0), model.forward_intermediates(x)[1][1])
+    with pytest.raises(TypeError, match="leaf_modules"):
+        create_feature_extractor(model, ["head"])

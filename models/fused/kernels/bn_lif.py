@@ -12,19 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import (
-    accumulator_of,
-    add_pairs,
-    charge,
-    current_gradient,
-    load_means,
-    load_norm,
-    load_steps,
-    normalised,
-    reset,
-    through_norm,
-    until,
-)
+from . import device
 from .launch import CHUNK, accumulator, cdiv, per_thread, tiling
 
 
@@ -34,7 +22,7 @@ def _forward_kernel(
     STATIC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Spikes, step by step; the loads of GROUP steps come before their stores."""
-    ACC: tl.constexpr = accumulator_of(y.dtype)
+    ACC: tl.constexpr = device.accumulator_of(y.dtype)
     GROUP: tl.constexpr = CHUNK if T > CHUNK else min(T, 4)
     r = tl.program_id(ROWS).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
     c = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)[None, :]
@@ -42,29 +30,29 @@ def _forward_kernel(
     at = r * C + c
     size = R.to(tl.int64) * C  # of a step
     if norm is not None:
-        bn = load_norm(norm, c, C, ACC)
+        bn = device.load_norm(norm, c, C, ACC)
     if STATIC:
-        ys = load_steps(y, at, 0, 0, inside, 1, 1)
+        ys = device.load_steps(y, at, 0, 0, inside, 1, 1)
     v = tl.zeros((BR, BC), ACC)
     for first in range(0, T, CHUNK):
         if starts is not None:
             tl.store(starts + first // CHUNK * size + at, v, inside)
         for group in tl.static_range(0, CHUNK, GROUP):
             if not STATIC:
-                ys = load_steps(y, at, size, first + group, inside, T, GROUP)
+                ys = device.load_steps(y, at, size, first + group, inside, T, GROUP)
             if add is not None:
-                adds = load_steps(add, at, size, first + group, inside, T, GROUP)
+                adds = device.load_steps(add, at, size, first + group, inside, T, GROUP)
             for step in tl.static_range(GROUP):
                 t = first + group + step
                 u = ys[0 if STATIC else step].to(ACC)
                 if norm is not None:
-                    u = normalised(u, bn)
-                h = charge(u, v)
-                v = reset(h, THRESHOLD)
+                    u = device.normalised(u, bn)
+                h = device.charge(u, v)
+                v = device.reset(h, THRESHOLD)
                 s = tl.where(h >= THRESHOLD, 1.0, 0.0)
                 if add is not None:
                     s += adds[step].to(ACC)
-                tl.store(out + t * size + at, s, until(T, t, inside, GROUP))
+                tl.store(out + t * size + at, s, device.until(T, t, inside, GROUP))
 
 
 @triton.jit(do_not_specialize=["R", "M"])
@@ -78,21 +66,21 @@ def _backward_kernel(
     With `total` [2,C], the sums over the M rows, the gradient of y includes that through the statistics. The loads of
     a chunk come before its stores.
     """
-    ACC: tl.constexpr = accumulator_of(y.dtype)
+    ACC: tl.constexpr = device.accumulator_of(y.dtype)
     program = tl.program_id(ROWS).to(tl.int64)
     c = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)[None, :]
     size = R.to(tl.int64) * C
     sum_g = tl.zeros((BR, BC), ACC)
     sum_gx = tl.zeros((BR, BC), ACC)
     if norm is not None:
-        bn = load_norm(norm, c, C, ACC)
-    means = load_means(total, c, C, M, ACC)
+        bn = device.load_norm(norm, c, C, ACC)
+    means = device.load_means(total, c, C, M, ACC)
     for tile in range(TILES):
         r = (program * TILES + tile) * BR + tl.arange(0, BR)[:, None]
         inside = (r < R) & (c < C)
         at = r * C + c
         if STATIC:
-            ys = load_steps(y, at, 0, 0, inside, 1, 1)
+            ys = device.load_steps(y, at, 0, 0, inside, 1, 1)
         grad_v = tl.zeros((BR, BC), ACC)
         grad_static = tl.zeros((BR, BC), ACC)
         for back in range(0, T, CHUNK):
@@ -101,45 +89,33 @@ def _backward_kernel(
             if T > CHUNK:
                 v = tl.load(starts + first // CHUNK * size + at, inside, 0.0).to(ACC)
             if not STATIC:
-                ys = load_steps(y, at, size, first, inside, T, CHUNK)
-            grads = load_steps(grad_out, at, size, first, inside, T, CHUNK)
+                ys = device.load_steps(y, at, size, first, inside, T, CHUNK)
+            grads = device.load_steps(grad_out, at, size, first, inside, T, CHUNK)
             charges = ()
             for step in tl.static_range(CHUNK):
                 u = ys[0 if STATIC else step].to(ACC)
                 if norm is not None:
-                    u = normalised(u, bn)
-                h = charge(u, v)
-                v = reset(h, THRESHOLD)
+                    u = device.normalised(u, bn)
+                h = device.charge(u, v)
+                v = device.reset(h, THRESHOLD)
                 charges = charges + (h,)
             for step in tl.static_range(CHUNK - 1, -1, -1):
-                grad_v = current_gradient(grads[step].to(ACC), charges[step], THRESHOLD, grad_v)
-                g = grad_v
+                grad_v = device.current_gradient(grads[step].to(ACC), charges[step], THRESHOLD, grad_v)
+                y_step = ys[0 if STATIC else step].to(ACC)
+                if partial is not None:
+                    sum_g += grad_v
+                    sum_gx += grad_v * (y_step - bn[0])
                 if STATIC:
-                    grad_static += g
-                else:
-                    if partial is not None or GRAD_Y:
-                        centred = ys[step].to(ACC) - bn[0]
-                    if partial is not None:
-                        sum_g += g
-                        sum_gx += g * centred
-                    if GRAD_Y:
-                        g = through_norm(g, centred, bn, means)
-                    if grad is not None:
-                        tl.store(grad + (first + step) * size + at, g, until(T, first + step, inside, CHUNK))
-        if STATIC:
-            g = grad_static
-            if partial is not None or GRAD_Y:
-                centred = ys[0].to(ACC) - bn[0]
-            if partial is not None:
-                sum_g += g
-                sum_gx += g * centred
-            if GRAD_Y:
-                g = through_norm(g, centred, bn, means)
-            if grad is not None:
-                tl.store(grad + at, g, inside)
+                    grad_static += grad_v
+                elif grad is not None:
+                    g = device.through_norm(grad_v, y_step, bn, means) if GRAD_Y else grad_v
+                    tl.store(grad + (first + step) * size + at, g, device.until(T, first + step, inside, CHUNK))
+        if STATIC and grad is not None:
+            g = device.through_norm(grad_static, ys[0].to(ACC), bn, means) if GRAD_Y else grad_static
+            tl.store(grad + at, g, inside)
     if partial is not None:
         out = partial + program * 2 * C + c
-        sum_g, sum_gx = tl.reduce((sum_g, sum_gx), 0, add_pairs, keep_dims=True)
+        sum_g, sum_gx = tl.reduce((sum_g, sum_gx), 0, device.add_pairs, keep_dims=True)
         tl.store(out, sum_g, c < C)
         tl.store(out + C, sum_gx * bn[1], c < C)
 

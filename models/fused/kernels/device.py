@@ -94,18 +94,19 @@ def load_means(total, c, C, M, ACC: tl.constexpr):
     """A tuple: means over M rows of the gradients of beta and gamma, `total` [2,C]; empty where that is None."""
     means = ()
     if total is not None:
-        of_beta = tl.load(total + c, c < C, 0.0).to(ACC) / M.to(ACC)
-        means = (of_beta, tl.load(total + C + c, c < C, 0.0).to(ACC) / M.to(ACC))
+        share = 1.0 / M.to(ACC)
+        of_beta = tl.load(total + c, c < C, 0.0).to(ACC) * share
+        means = (of_beta, tl.load(total + C + c, c < C, 0.0).to(ACC) * share)
     return means
 
 
 @triton.jit
-def through_norm(g, centred, norm, means):
-    """Gradient of y from that of BatchNorm's output; `centred` is y - mean, and `means` that of `load_means`."""
+def through_norm(g, y, norm, means):
+    """Gradient of y from that of BatchNorm's output, with the tuples of `load_norm` and `load_means`."""
     scale = norm[1] * norm[2]
     g = g * scale
     if len(means) > 0:
-        g -= centred * (norm[1] * means[1] * scale) + means[0] * scale
+        g -= (y - norm[0]) * (norm[1] * means[1] * scale) + means[0] * scale
     return g
 
 

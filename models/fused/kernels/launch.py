@@ -23,7 +23,7 @@ class Tiling(NamedTuple):
 
     grid: tuple[int, int]
     warps: int
-    blocks: tuple[int, ...]  # last arguments of a kernel: BR, BC and perhaps the grid's axis ROWS along the rows
+    blocks: tuple[int, ...]  # last arguments of a kernel: a tile's sizes, perhaps the grid's axis ROWS along the rows
     tiles: int
     programs: int  # along the rows
 

@@ -75,7 +75,7 @@ def _backward_kernel(
             if window // 2 <= k // 2 and window % 2 <= k % 2:  # an even row or column lies in one window alone
                 place = (k // 2 - window // 2 * 2 + 1) * 3 + k % 2 - window % 2 * 2 + 1
                 g += tl.where(places[window] == place, grads[window], 0.0)
-        g = through_norm(g, ys[k].to(ACC) - bn[0], bn, means)
+        g = through_norm(g, ys[k].to(ACC), bn, means)
         tl.store(grad + ((n * H + h) * W + w) * C + c, g, inside & (h < H) & (w < W))
 
 

@@ -1,0 +1,177 @@
+"""What torch's own tools do with a network: each gives the network's answers and gradients, or refuses by name."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from test_models import images, lively
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.func import functional_call, grad, jvp, stack_module_state, vjp, vmap
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.tensorboard import SummaryWriter
+
+from models import LIF, create_model
+
+OF_TORCHSCRIPT = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+
+
+@pytest.fixture
+def model():
+    """A network in float64 and evaluation mode that spikes."""
+    return spiking()
+
+
+def spiking(seed=0):
+    model = lively(create_model("qkformer_3_64", time_steps=3), seed)
+    with torch.no_grad():
+        assert model(inputs()).std(0).max() > 0.01  # else the comparisons below compare nothing
+    return model
+
+
+def inputs(batch=4, seed=0):
+    return images(batch, 1, 8, 8, seed=seed)
+
+
+def gradients(model, x):
+    """Logits, and gradients of all parameters, of a loss that reads all logits."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    logits = model(x)
+    return logits.detach(), torch.autograd.grad(logits.square().sum(), parameters)
+
+
+def assert_alike(actual, expected):
+    """Equal logits; gradients equal to rounding, because tools add up in another order."""
+    assert torch.equal(actual[0], expected[0])
+    for a, b in zip(actual[1], expected[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_export(model, strict):
+    """With any batch size, and gradients that go on through the spikes."""
+    batch = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(model, (inputs(),), dynamic_shapes=(batch,), strict=strict)
+    with torch.no_grad():
+        assert torch.equal(program.module()(inputs(7, seed=1)), model(inputs(7, seed=1)))
+    if not strict:
+        assert_alike(gradients(program.module(), inputs()), gradients(model, inputs()))
+
+
+@OF_TORCHSCRIPT
+def test_trace(model):
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, inputs()), file)
+    file.seek(0)
+    assert_alike(gradients(torch.jit.load(file), inputs(7, seed=1)), gradients(model, inputs(7, seed=1)))
+
+
+def test_script_is_refused(model):
+    with pytest.raises(TypeError, match=r"^[^\n]*torch\.export[^\n]*$"):
+        torch.jit.script(model)
+
+
+@OF_TORCHSCRIPT
+def test_tensorboard_graph(model, tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_graph(model, inputs())
+    (file,) = tmp_path.iterdir()
+    assert b"SpikingSelfAttention" in file.read_bytes()
+
+
+def parameters(model):
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def test_gradients_of_each_sample(model):
+    def loss(weights, sample):
+        return functional_call(model, weights, (sample[None],)).square().sum()
+
+    each = vmap(grad(loss), in_dims=(None, 0))(parameters(model), inputs())
+    for i, sample in enumerate(inputs()):
+        _, expected = gradients(model, sample[None])
+        for a, b in zip(each.values(), expected, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_ensembles(with_gradients):
+    networks, x = [spiking(seed) for seed in range(2)], inputs()
+    weights, buffers = stack_module_state(networks)
+    with torch.set_grad_enabled(with_gradients):
+        logits = vmap(lambda w, b: functional_call(networks[0], (w, b), (x,)))(weights, buffers)
+        for network, y in zip(networks, logits, strict=True):
+            torch.testing.assert_close(y, network(x), rtol=1e-12, atol=1e-12)
+
+
+def test_forward_and_reverse_derivatives_agree(model):
+    direction, weight = inputs(seed=1), torch.randn(4, 10, dtype=torch.float64)
+    logits, change = jvp(model, (inputs(),), (direction,))
+    _, pull = vjp(model, inputs())
+    assert torch.equal(logits, model(inputs()))
+    assert change.norm() > 1e-3
+    torch.testing.assert_close((change * weight).sum(), (pull(weight)[0] * direction).sum())
+
+
+def test_attribution_by_hooks(model):
+    """As captum's layer attributions: keep a layer's output and its gradient, or put another output in its place."""
+    layer, seen = model.stages[1].blocks[0].attn, []
+    expected = model(inputs())
+    handle = layer.register_forward_hook(lambda _, __, output: seen.append(output))
+    logits = model(inputs())
+    handle.remove()
+    assert torch.equal(logits, expected)
+    (slope,) = torch.autograd.grad(logits[:, 3].sum(), seen)
+    assert seen[0].shape == slope.shape == (3, 4, 32, 4, 4)  # [T,B,C,H,W]
+    assert slope.any()
+    handle = layer.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+    with torch.no_grad():  # where the fused path would not call the layer
+        assert not torch.equal(model(inputs()), expected)
+    handle.remove()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_checkpointing_of_each_stage(model, training):
+    model.train(training)
+    wrapped = copy.deepcopy(model)
+    for i, stage in enumerate(wrapped.stages):
+        wrapped.stages[i] = checkpoint_wrapper(stage)
+    assert_alike(gradients(wrapped, inputs()), gradients(model, inputs()))
+
+
+def test_fsdp_of_each_stage(model):
+    expected = gradients(model, inputs())
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for module in (*model.stages, model):
+            fully_shard(module, mesh=mesh)
+        logits = model(inputs())
+        logits.square().sum().backward()
+        assert_alike((logits.detach(), [p.grad.full_tensor() for p in model.parameters()]), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved, nn.DataParallel, AveragedModel],
+    ids=["deepcopy", "pickle", "save", "DataParallel", "AveragedModel"],
+)
+def test_copies(model, copied):
+    other = copied(model)
+    assert_alike(gradients(other, inputs()), gradients(model, inputs()))
+    with torch.no_grad():
+        assert torch.equal(other(inputs()), model(inputs()))
+    assert any(isinstance(module, LIF) for module in other.modules())
