@@ -44,7 +44,6 @@ KERNELS = ("bn_lif", "bn_stats", "linear_lif", "pool", "self_attention", "token_
 WARPS, REGISTERS, SHARED = 64, 65536, 233472  # of a multiprocessor of sm_90
 TILE = ("BR", "BC", "BN", "BD", "BH")  # constexprs whose product is the elements of a tile
 OPTIONAL = ("add", "starts", "index", "total", "partial", "grad")  # arguments of kernels that may be None
-MANY = 16  # tiles
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -98,8 +97,8 @@ def compiled(step: Callable[[], object], architecture: int, kernels: Sequence[st
         if module_of(self) in kernels:
             arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
             kernel = looped = run(self, grid=grid, warmup=True, **arguments)
-            if "TILES" in arguments and not loops(lines_of(kernel)):
-                looped = run(self, grid=grid, warmup=True, **arguments | {"TILES": MANY})
+            if "TILES" in arguments and not instructions(kernel)[1]:
+                looped = run(self, grid=grid, warmup=True, **arguments | {"TILES": 16})
             launches.append(launch_of(self, kernel, looped, arguments))
 
     with mock.patch.object(jit.JITFunction, "run", compile_only):
@@ -117,27 +116,20 @@ def resources(kernel: CompiledKernel) -> tuple[int, int]:
     return tuple(int(re.search(rf"{key}:(\d+)", output)[1]) for key in ("REG", "STACK"))
 
 
-def lines_of(kernel: CompiledKernel) -> list[str]:
-    """Return labels and instructions of the machine code."""
-    lines = kernel.asm["sass"].splitlines()
-    return [line.split("\t")[-1] for line in lines if line and not line.startswith("Function")]
-
-
-def instructions(lines: Iterable[str]) -> list[str]:
-    """Leave out labels and padding."""
-    return [line for line in lines if not line.endswith(":") and not line.startswith("NOP")]
-
-
-def loops(lines: Sequence[str]) -> list[list[str]]:
-    """Return the lines of every innermost loop that loads from memory."""
+def instructions(kernel: CompiledKernel) -> tuple[list[str], list[str]]:
+    """Return all instructions, and those of the longest innermost loop that loads from memory."""
+    lines = [
+        line.split("\t")[-1] for line in kernel.asm["sass"].splitlines() if line and not line.startswith("Function")
+    ]
     labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.endswith(":")}
-    found = []
+    loops = []
     for end, line in enumerate(lines):
         if (target := re.search(r"BRA\S* .*?(LBB\d+)", line)) and labels.get(target[1], end) < end:
             body = lines[labels[target[1]] : end]
-            if any("LDG" in step for step in body) and not any(start >= labels[target[1]] for start, _ in found):
-                found.append((labels[target[1]], body))
-    return [body for _, body in found]
+            if any("LDG" in step for step in body) and not any(start >= labels[target[1]] for start, _ in loops):
+                loops.append((labels[target[1]], body))
+    loop = max((body for _, body in loops), key=len, default=[])
+    return tuple([line for line in part if not line.endswith(":") and line[:3] != "NOP"] for part in (lines, loop))
 
 
 def accesses(instructions: Iterable[str]) -> str:
@@ -153,16 +145,15 @@ def figures(launches: Sequence[Launch]) -> list[dict]:
     rows = {}
     for launch in variants.values():
         registers, spill = resources(launch.kernel)
-        lines = lines_of(launch.looped)
-        body = instructions(max(loops(lines), key=len, default=lines))
+        whole, loop = instructions(launch.looped)
+        body = loop or whole
         row = rows.setdefault(launch.name, {"kernel": launch.name, "launches": 0, "registers": 0, "warps": WARPS})
         row["registers"] = max(row["registers"], registers)
         row["warps"] = min(row["warps"], resident_warps(launch.kernel, registers))
         row["spill"] = max(row.get("spill", 0), spill)
         row["shared"] = max(row.get("shared", 0), launch.kernel.metadata.shared)
         if (each := len(body) / launch.elements) > row.get("instructions", 0):
-            once = len(instructions(lines)) - len(body)
-            row |= {"instructions": each, "once": once, "accesses": accesses(body)}
+            row |= {"instructions": each, "once": len(whole) - len(body), "accesses": accesses(body)}
     for launch in launches:
         rows[launch.name]["launches"] += 1
     return list(rows.values())

@@ -129,9 +129,7 @@ class Backbone(nn.Module):
 
         **Frames [T,B,C,H,W], as spikingjelly orders them, need `time_first=True`: a shape does not tell T from B.**
         """
-        if time_first and x.dim() == 5:
-            x = x.transpose(0, 1)  # [B,T,C,H,W]
-        return self.forward_head(self._last_output(x))
+        return self.forward_head(self._last_output(batch_first(x, time_first)))
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -236,6 +234,12 @@ class Backbone(nn.Module):
         """
         by_block = [(r"^stages\.(\d+)\.embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         return {"stem": r"^stages\.0\.embed", "blocks": r"^stages\.(\d+)" if coarse else by_block}
+
+
+@torch.fx.wrap
+def batch_first(x: Tensor, is_time_first: bool) -> Tensor:
+    """Return images [B,C,H,W] as they are, and frames as [B,T,C,H,W]."""
+    return x.transpose(0, 1) if is_time_first and x.dim() == 5 else x
 
 
 @torch.fx.wrap  # one node in a graph of torch.fx

@@ -1,6 +1,7 @@
 """The package `qkformer` that pip installs, next to another package called `models`."""
 
 import itertools
+import os
 import re
 import shutil
 import tomllib
@@ -53,7 +54,7 @@ def test_the_package_holds_all_of_models_and_nothing_else(source, other, tmp_pat
     files = {path.relative_to(library / "qkformer") for path in library.rglob("*.py")}
     assert files == {path.relative_to(ROOT / "models") for path in (ROOT / "models").rglob("*.py")}
     assert [path.name for path in library.iterdir()] == ["qkformer"]
-    output = succeed("-c", USE, cwd=tmp_path, PYTHONPATH=f"{other}:{library}")
+    output = succeed("-c", USE, cwd=tmp_path, PYTHONPATH=os.pathsep.join(map(str, (other, library))))
     assert output.split()[-1] == str(library / "qkformer")
 
 
@@ -65,7 +66,9 @@ def test_pip_installs_it_into_an_empty_environment(source, other, tmp_path):
     succeed("-m", "pip", "--python", python, "install", "--quiet", "--no-deps", source, cwd=tmp_path)
     (library,) = (tmp_path / "venv").glob("lib/*/site-packages")
     assert not {"models", "engine", "tests"} & {path.name for path in library.iterdir()}
-    output = succeed("-c", USE, cwd=tmp_path, PYTHONPATH=f"{other}:{library}", PYTHONSAFEPATH="1")
+    output = succeed(
+        "-c", USE, cwd=tmp_path, PYTHONPATH=os.pathsep.join(map(str, (other, library))), PYTHONSAFEPATH="1"
+    )
     assert output.split()[-1] == str(library / "qkformer")
 
 

@@ -106,6 +106,7 @@ def test_ensembles(with_gradients):
         logits = vmap(lambda w, b: functional_call(networks[0], (w, b), (x,)))(weights, buffers)
         for network, y in zip(networks, logits, strict=True):
             torch.testing.assert_close(y, network(x), rtol=1e-12, atol=1e-12)
+        assert torch.equal(functional_call(networks[0], networks[1].state_dict(), (x,)), networks[1](x))
 
 
 def test_forward_and_reverse_derivatives_agree(model):
@@ -143,13 +144,16 @@ def test_checkpointing_of_each_stage(model, training):
     assert_alike(gradients(wrapped, inputs()), gradients(model, inputs()))
 
 
-def test_fsdp_of_each_stage(model):
+@pytest.mark.parametrize("of_stages", [True, False])
+def test_fsdp(model, of_stages):
     expected = gradients(model, inputs())
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        for module in (*model.stages, model):
+        for module in (*model.stages, model) if of_stages else (model,):
             fully_shard(module, mesh=mesh)
+        with torch.no_grad():
+            assert torch.equal(model(inputs()), expected[0])
         logits = model(inputs())
         logits.square().sum().backward()
         assert_alike((logits.detach(), [p.grad.full_tensor() for p in model.parameters()]), expected)

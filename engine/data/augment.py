@@ -49,19 +49,14 @@ def sampling(operation: str, magnitude: float, flip: bool, height: int, width: i
 
     `magnitude` is shear in radians, shift in pixels (rounded towards 0) or angle in degrees; a flip comes before it.
     """
-    xx, xy, x, yx, yy, y = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
-    if operation == "shear_x":
-        xy = math.tan(magnitude) * height / width
-    elif operation == "translate_x":
-        x = -2 * int(magnitude) / width
-    elif operation == "translate_y":
-        y = -2 * int(magnitude) / height
-    elif operation == "rotate":
-        angle = math.radians(magnitude)
-        xx = yy = math.cos(angle)
-        xy, yx = -math.sin(angle) * height / width, math.sin(angle) * width / height
-    sign = -1 if flip else 1
-    return [[sign * xx, sign * xy, sign * x], [yx, yy, y]]
+    cos, sin = math.cos(math.radians(magnitude)), math.sin(math.radians(magnitude))
+    of_column, of_row = {
+        "shear_x": ([1.0, math.tan(magnitude) * height / width, 0.0], [0.0, 1.0, 0.0]),
+        "translate_x": ([1.0, 0.0, -2 * int(magnitude) / width], [0.0, 1.0, 0.0]),
+        "translate_y": ([1.0, 0.0, 0.0], [0.0, 1.0, -2 * int(magnitude) / height]),
+        "rotate": ([cos, -sin * height / width, 0.0], [sin * width / height, cos, 0.0]),
+    }.get(operation, ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0]))
+    return [[-value for value in of_column] if flip else of_column, of_row]
 
 
 def _move(frames: Tensor, matrices: Tensor) -> Tensor:

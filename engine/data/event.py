@@ -131,10 +131,8 @@ def _from_recordings(cfg: Config, raw: Raw, world: World) -> tuple[FrameFiles, F
     files = contents(folder, raw.classes)
     if not raw.sizes and files != sorted(name for recording in find() for name in recording.samples):
         raise UserError(f"{folder}: made of other recordings than {root} has now; delete it")
-    if raw.is_split:
-        split = {part: [file for file in files if file.startswith(f"{part}/")] for part in ("train", "test")}
-    else:
-        split = split_by_class(files, cfg.split_seed)
+    parts = {part: [file for file in files if file.startswith(f"{part}/")] for part in ("train", "test")}
+    split = parts if raw.is_split else split_by_class(files, cfg.split_seed)
     for part, chosen in split.items():
         if not chosen:
             raise UserError(f"{folder}: no samples for the {part} set; complete the data set")

@@ -147,7 +147,8 @@ def read_image(source: object, mode: str = "RGB", name: str | None = None) -> Im
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             if image.mode in ("I", "F"):
                 raise ValueError(f"mode {image.mode} has no largest value; save it with 8 or 16 bits")
-            return image.convert(mode)
+            image.load()  # here, where its errors get a name
+            return image if image.mode == mode else image.convert(mode)
     except Exception as error:  # a damaged file makes decoders fail in any way
         raise UserError(f"{name or source}: unusable image ({error}); replace or remove it") from None
 
