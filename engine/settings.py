@@ -37,8 +37,11 @@ class ModelSettings:
     time_steps: int = option(4, "T: steps per image, or frames per recording", low=1, high=1024, flags=["--time-step"])
     attention: tuple[str, ...] | None = option(None, "token, channel or self for each stage (default: the model's)")
     mlp_ratio: float | None = option(None, "MLP: hidden over outer channels (default: the model's)", low=0.1, high=64)
+    heads: int | None = option(None, "attention heads (default: the model's)", low=1)
+    neuron: str = option("lif", "neurons: lif, if (no decay), plif (learned decay)", choices=("lif", "if", "plif"))
+    tau: float | None = option(None, "membrane time constant (default: the model's)", low=1)
     shortcut: bool = option(True, "SPEDS with its shortcut")
-    embed: str | None = option(None, "patch embedding of Spikformer (default: the model's)", choices=("sps", "speds"))
+    embed: str | None = option(None, "speds: SPEDS in Spikformer (default: its own)", choices=("speds",))
     ssa_scale: float | None = option(None, "factor in the self-attention (default: 0.125)", low=1e-6)
     residual: str = option("sew", "residuals add spikes (sew) or membrane currents (ms)", choices=("sew", "ms"))
     ssa_membrane: str = option(

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from models import create_model
 from models.neuron import silent_layers
+from models.registry import QKFORMERS, identify
 from models.registry import RELEASED as RELEASED_FILES
-from models.registry import identify
 from models.released import load_released, without_prefixes
 
 from .cli import UserError, short
-from .config import MODEL_FIELDS, Config, Sources, plain, read
+from .config import FIELDS, MODEL_FIELDS, Config, Sources, plain, read
 from .log import logger
 
 RELEASED = {md5: tag.replace(".in1k", "") for tag, (_, md5) in RELEASED_FILES.items()}  # md5 -> recipe in imagenet/
@@ -24,13 +24,17 @@ RELEASED = {md5: tag.replace(".in1k", "") for tag, (_, md5) in RELEASED_FILES.it
 
 def build_model(cfg: Config) -> nn.Module:
     """Return the network of `cfg`; raise `UserError` if its settings conflict."""
-    settings = {key: getattr(cfg, key) for key in MODEL_FIELDS if key != "model"}
-    settings = {key: value for key, value in settings.items() if value is not None}
+    always = ("num_classes", "in_channels", "time_steps")
+    settings = {key: getattr(cfg, key) for key in (*MODEL_FIELDS, "drop_path") if key != "model"}
+    settings = {key: value for key, value in settings.items() if key in always or value != FIELDS[key].default}
+    if cfg.pack_spikes and cfg.model not in QKFORMERS:
+        raise UserError(f"--pack-spikes: {cfg.model} has no path that packs spikes; omit it")
     try:
-        model = create_model(cfg.model, **settings, drop_path=cfg.drop_path, lif_backend=cfg.lif_backend)
-        model.set_spike_packing(cfg.pack_spikes)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        model = create_model(cfg.model, **settings, lif_backend=cfg.lif_backend)
+        if cfg.pack_spikes:
+            model.set_spike_packing()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model = {cfg.model}: {error}") from None
     model.set_grad_checkpointing(cfg.grad_checkpointing)
     return model.to(memory_format=torch.channels_last) if cfg.channels_last else model
 
@@ -66,7 +70,7 @@ def _shown_by(state: dict, path: Path) -> dict[str, object]:
     except ValueError as error:
         logger.warning(f"warning: {path}: {error}; trying recipe and flags")
         return {}
-    if arguments["residual"] == "ms":
+    if arguments.get("residual") != "sew":
         arguments["ssa_membrane"] = "per_sample"
     args = state.get("args")
     shown = {"time_steps": getattr(args, "time_step", getattr(args, "T", None))}

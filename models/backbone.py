@@ -4,6 +4,7 @@ Shapes: T time steps, B batch, C channels, H height, W width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from timm.layers import get_device_dtype, register_notrace_module, trunc_normal_
@@ -11,19 +12,74 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .layers import Chain
-from .neuron import LIF
+from .neuron import LIF, TAU, continued, set_neurons
 
 register_notrace_module(LIF)  # one node in a graph of torch.fx, for timm; others name it in leaf_modules
 
 
-class Backbone(nn.Module):
-    """Stages in a row and a linear head.
+class StreamState(NamedTuple):
+    """State of `Backbone.step` between two frames."""
 
-    A subclass sets the attributes that are read here (`stages`, `lif` between the mean over tokens and that over time,
-    `feature_info`, ...) and calls `reset_classifier`.
+    steps: int  # frames so far
+    total: Tensor  # [B,C], sum over the frames of what the head reads
+    membranes: tuple[Tensor, ...]  # of every LIF, in the order of the modules
+
+
+class Backbone(nn.Module):
+    """Stages in a row and a linear head; a subclass builds the stages.
+
+    Images [B,C,H,W] are repeated `time_steps` times; event frames [B,T,C,H,W] bring their own T. The result is
+    [B,num_classes], averaged over tokens and time. Every membrane starts at zero and none outlives the call.
+
+    Args:
+        stages: modules that map [T,B,C,H,W] to [T,B,C',H',W'].
+        feature_info: num_chs, reduction and module of each stage, as timm has it.
+        residual: "sew" or "ms"; with "ms" stages end in membrane currents.
+        head_lif: neurons stand between the mean over tokens and the mean over time.
+        in_chans: channels of the input.
+        num_classes: outputs of the head; 0 leaves it out.
+        global_pool: "avg", or "" for feature maps in place of logits.
+        keep_time: feature maps are [T,B,C,H,W] instead of their mean over time [B,C,H,W].
+        time_steps: T of a static image.
+        drop_rate: dropout before the head.
+        neuron: a key of `models.neuron.NEURONS`.
+        tau: membrane time constant of every neuron; that of "plif" is where it starts.
+        device, dtype: of the parameters.
     """
 
     fast_path: Callable[[nn.Module, Tensor], Iterator[Tensor] | None] | None = None  # `models.backends` sets it
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        feature_info: list[dict],
+        residual: str,
+        *,
+        head_lif: bool,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        keep_time: bool = False,
+        time_steps: int = 4,
+        drop_rate: float = 0.0,
+        neuron: str = "lif",
+        tau: float = TAU,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        for name, value in (("time_steps", time_steps), ("in_chans", in_chans)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        self.residual, self.time_steps = residual, time_steps
+        self.in_chans = self.in_channels = in_chans
+        self.keep_time, self.drop_rate, self.feature_info = keep_time, drop_rate, feature_info
+        self.num_features = self.head_hidden_size = feature_info[-1]["num_chs"]  # timm asks for both
+        self.stages = nn.ModuleList(stages)
+        self.lif = LIF() if head_lif else nn.Identity()
+        set_neurons(self, neuron, tau)
+        self.reset_classifier(num_classes, global_pool)
+        self.to(device=device, dtype=dtype)
 
     def stage_outputs(self, x: Tensor) -> Iterator[Tensor]:
         """Yield the output [T,B,C,H,W] of each stage for [B,C,H,W] or [B,T,C,H,W]."""
@@ -47,7 +103,7 @@ class Backbone(nn.Module):
         """Map [B,C,H,W] or [B,T,C,H,W] to the last stage's [B,C,H,W], or [T,B,C,H,W] with `keep_time`."""
         return self._feature_map(self._last_output(x))
 
-    def mean_tokens(self, x: Tensor) -> Tensor:
+    def _mean_tokens(self, x: Tensor) -> Tensor:
         """Average [T,B,C,H,W] over the tokens to [T,B,C], which `lif` reads if there is one."""
         return self.lif(x.mean((3, 4)))
 
@@ -65,7 +121,7 @@ class Backbone(nn.Module):
             if self.num_classes:
                 raise ValueError("global_pool='' gives feature maps, no logits; use reset_classifier(classes, 'avg')")
             return self._feature_map(x)
-        x = nn.functional.dropout(self.mean_tokens(x).mean(0), self.drop_rate, self.training)
+        x = nn.functional.dropout(self._mean_tokens(x).mean(0), self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor, time_first: bool = False) -> Tensor:
@@ -74,6 +130,37 @@ class Backbone(nn.Module):
         **Frames [T,B,C,H,W], as spikingjelly orders them, need `time_first=True`: a shape does not tell T from B.**
         """
         return self.forward_head(self._last_output(batch_first(x, time_first)))
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def step(self, x: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
+        """Classify a recording that is still arriving, frame by frame: a pure function, in evaluation mode.
+
+        After T steps the logits equal those of `forward` on the T frames in float64. In float32 rounding can flip a
+        spike, because a convolution of one frame adds up in another order. Memory does not grow with T.
+
+        Args:
+            x: the next frame [B,C,H,W].
+            state: the state that the previous step returned; None starts a recording.
+
+        Returns:
+            Logits [B,num_classes] for the frames so far, and the state for the next step.
+
+        Raises:
+            ValueError: the network is in training mode, or the frames are of another number of recordings.
+        """
+        if self.training:
+            raise ValueError("step needs evaluation mode, call model.eval(): in training BatchNorm needs all frames")
+        if state is not None and len(state.total) != len(x):
+            raise ValueError(f"frames of {len(x)} recordings cannot continue a state of {len(state.total)}")
+        neurons = [module for module in self.modules() if isinstance(module, LIF)]
+        membranes = {} if state is None else dict(zip(neurons, state.membranes, strict=True))
+        with continued(membranes):
+            y = self._mean_tokens(self._last_output(x[:, None]))[0]  # [B,C]
+        steps, total = (0, 0.0) if state is None else state[:2]
+        total = total + y.to(torch.promote_types(y.dtype, torch.float32))  # a sum in half precision stops growing
+        logits = self.head((total / (steps + 1)).to(y.dtype))
+        return logits, StreamState(steps + 1, total, tuple(membranes[neuron] for neuron in neurons))
 
     def forward_intermediates(
         self,

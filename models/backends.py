@@ -142,7 +142,7 @@ class FastPath:
     def __call__(self, model: HierarchicalSpikingTransformer, x: Tensor) -> Iterator[Tensor] | None:
         if torch.compiler.is_compiling() or is_transformed() or is_continued():
             return None
-        if model.residual != "sew" or model.embed != "speds":
+        if model.residual != "sew":
             return None
         covered = self.coverage.of(model.stages)
         ops = _ops(covered, x) if x.numel() else None

@@ -1,4 +1,4 @@
-"""Patch embeddings: SPEDS with its deformed shortcut (paper, section 3.3), and the SPS of Spikformer.
+"""Patch embeddings: SPEDS with its deformed shortcut (paper, section 3.3).
 
 Shapes: T time steps, B batch, C channels, H height, W width.
 """
@@ -52,27 +52,3 @@ class SPEDS(nn.Module):
         for unit in self.units[self.branch :]:
             y = unit(y)
         return y if self.shortcut is None else y + self.shortcut(x)
-
-
-class SPS(nn.Module):
-    """Spiking patch splitting of Spikformer (Zhou et al., ICLR 2023), the baseline of the paper's ablations.
-
-    A chain of 3x3 spiking convolutions as in `SPEDS`, but spikes are pooled instead of currents, and the shortcut is
-    the identity around the last unit, which must not change its input's shape. [T,B,C,H,W] -> [T,B,C',H/s,W/s].
-    """
-
-    def __init__(self, in_channels: int, units: Sequence[tuple[int, bool]], shortcut: bool = True):
-        super().__init__()
-        self.shortcut = shortcut
-        channels = [in_channels, *(channels for channels, _ in units)]
-        self.units = nn.ModuleList(SpikingConv(channels[i], channels[i + 1], kernel_size=3) for i in range(len(units)))
-        self.pools = nn.ModuleList(
-            nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if pool else nn.Identity() for _, pool in units
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for unit, pool in zip(self.units[:-1], self.pools[:-1], strict=True):
-            y = unit(x)
-            x = pool(y.flatten(0, 1)).unflatten(0, y.shape[:2])  # [T,B,C',H',W']
-        y = self.units[-1](x)
-        return x + y if self.shortcut else y

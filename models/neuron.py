@@ -204,6 +204,8 @@ NEURONS = {"lif": LIF, "if": IF, "plif": PLIF}
 
 def set_neurons(model: nn.Module, kind: str, tau: float = TAU) -> None:
     """Replace every `LIF` of `model` by a neuron of `kind`, a key of `NEURONS`, and set its time constant."""
+    if kind not in NEURONS:
+        raise ValueError(f"neuron={kind!r} is unknown: choose one of {', '.join(NEURONS)}")
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, LIF):

@@ -15,16 +15,17 @@ from timm.models import (
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from .backbone import Backbone
 from .backends import set_lif_backend
 from .qkformer import HierarchicalSpikingTransformer
 from .released import accept_released, translated, without_prefixes
+from .rivals import FAMILIES, RIVALS, SpikingTransformer
 
 _IMAGENET = {"family": "imagenet", "depths": (1, 2, 7)}
 _CIFAR = {"family": "cifar", "heads": 8}
 _DVS = {"family": "dvs", "depths": (1, 1), "heads": 16, "mlp_ratio": 1, "attention": ("token", "self")}
 _DVS |= {"time_steps": 16}
-_SPIKFORMER = {"embed": "sps", "qkv_bias": True, "attention": ("self",), "mlp_ratio": 4}
-VARIANTS = {  # arguments of the network; `default_cfgs` has its channels and classes
+QKFORMERS = {  # arguments of `HierarchicalSpikingTransformer`
     "qkformer_10_384": {**_IMAGENET, "width": 384, "heads": 6},
     "qkformer_10_512": {**_IMAGENET, "width": 512, "heads": 8},
     "qkformer_10_768": {**_IMAGENET, "width": 768, "heads": 12},
@@ -32,12 +33,8 @@ VARIANTS = {  # arguments of the network; `default_cfgs` has its channels and cl
     "qkformer_3_64": {**_CIFAR, "width": 64, "depths": (1, 1, 1)},
     "qkformer_2_256": {**_DVS, "width": 256},
     "qkformer_2_64": {**_DVS, "width": 64},
-    "spikformer_4_384": {**_CIFAR, **_SPIKFORMER, "family": "spikformer_cifar", "width": 384, "depths": (4,)}
-    | {"heads": 12},
-    "spikformer_3_64": {**_CIFAR, **_SPIKFORMER, "family": "spikformer_cifar", "width": 64, "depths": (3,)},
-    "spikformer_2_256": {**_DVS, **_SPIKFORMER, "family": "spikformer_dvs", "width": 256, "depths": (2,)},
-    "spikformer_2_64": {**_DVS, **_SPIKFORMER, "family": "spikformer_dvs", "width": 64, "depths": (2,)},
 }
+VARIANTS = QKFORMERS | RIVALS  # `default_cfgs` has their channels and classes
 RELEASED = {  # tag -> resolution and md5 of the released file, trained with ssa_membrane="released"
     "qkformer_10_384.in1k": (224, "60df416983ae326bb14bdb4566444320"),
     "qkformer_10_512.in1k": (224, "85dd1f94c87ba5ec908fed5d0a3f7f69"),
@@ -64,11 +61,20 @@ default_cfgs = generate_default_cfgs(
         "qkformer_2_256.cifar10_dvs": _cfg(128, num_classes=10, **_DVS_DATA),
         "qkformer_2_256.dvs128_gesture": _cfg(128, num_classes=11, **_DVS_DATA),
         "qkformer_2_64.digits_dvs": _cfg(32, num_classes=10, **_DVS_DATA),
-        "spikformer_4_384.cifar10": _cfg(num_classes=10, **_CIFAR_DATA),
-        "spikformer_4_384.cifar100": _cfg(num_classes=100, **_CIFAR_DATA),
+    }
+    | {f"{name}.in1k": _cfg(224) for name in RIVALS if "_8_" in name}
+    | {
+        f"{name}.cifar{classes}": _cfg(num_classes=classes, **_CIFAR_DATA)
+        for name in ("spikformer_4_384", "spikingformer_4_384", "sdt_2_512")
+        for classes in (10, 100)
+    }
+    | {
         "spikformer_3_64.digits": _cfg(num_classes=10, **_DIGITS),
         "spikformer_2_256.cifar10_dvs": _cfg(128, num_classes=10, **_DVS_DATA),
         "spikformer_2_64.digits_dvs": _cfg(32, num_classes=10, **_DVS_DATA),
+        "spikingformer_2_256.cifar10_dvs": _cfg(128, num_classes=10, **_DVS_DATA),
+        "spikingformer_2_256.dvs128_gesture": _cfg(128, num_classes=11, **_DVS_DATA),
+        "sdt_2_256.dvs128_gesture": _cfg(128, stride=8, num_classes=11, **_DVS_DATA),
     }
 )
 ALIASES = {"in_channels": "in_chans", "drop_path": "drop_path_rate"}  # this project's names of timm's arguments
@@ -99,8 +105,8 @@ def create_model(name: str, **kwargs) -> nn.Module:
     return timm.create_model(name, **kwargs)
 
 
-def _network(lif_backend: str = "auto", **kwargs) -> HierarchicalSpikingTransformer:
-    model = HierarchicalSpikingTransformer(**kwargs)
+def _network(lif_backend: str = "auto", **kwargs) -> Backbone:
+    model = (SpikingTransformer if kwargs["family"] in FAMILIES else HierarchicalSpikingTransformer)(**kwargs)
     set_lif_backend(model, lif_backend)
     model.register_load_state_dict_pre_hook(accept_released)
     return model
@@ -122,7 +128,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         arguments = VARIANTS[name] | kwargs
         if arguments.get("feature_cls", "getter") not in ("getter", FeatureGetterNet):
             raise ValueError(f"feature_cls={arguments['feature_cls']!r}: modules keep the time axis; use 'getter'")
-        features = {"feature_cls": "getter", "out_indices": tuple(range(len(arguments["depths"])))}
+        features = {"feature_cls": "getter", "out_indices": tuple(range(len(arguments.get("depths", (0,)))))}
         return build_model_with_cfg(
             _network, name, pretrained, feature_cfg=features, pretrained_filter_fn=translated, **arguments
         )
@@ -146,16 +152,19 @@ def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, object]]:
         ValueError: they fit none.
     """
     weights = without_prefixes(state_dict)
-    layers = (r"head", r"(stages\.0\.embed\.units\.0\.|patch_embed1\.proj_)conv", r"stage.*\.mlp\.(fc1|mlp1)[._]conv")
+    layers = (r"head", r"(stages\.0\.embed\.units\.0\.|patch_embed1?\.(proj|block0)_)conv")
+    layers += (r"(stage|block).*\.mlp\.(fc1|mlp1)[._](conv|linear)",)
     head, first_conv, fc1 = (_shape(weights, layer) for layer in layers)
-    if (len(head), len(first_conv), len(fc1)) == (2, 4, 4) and 0 not in fc1:
+    if (len(head), len(first_conv)) == (2, 4) and len(fc1) >= 2 and 0 not in fc1:
         arguments = {"num_classes": head[0], "in_channels": first_conv[1], "mlp_ratio": fc1[0] / fc1[1]}
         for name, variant in VARIANTS.items():
-            for residual in ("sew", "ms") if variant["family"] == "imagenet" else ("sew",):
-                if variant["width"] == head[1] and _fits(weights, name, arguments | {"residual": residual}):
-                    if arguments["mlp_ratio"] == 4 and "mlp_ratio" not in variant:
-                        del arguments["mlp_ratio"]  # of the other variants there is more than one in use
-                    return name, arguments | {"residual": residual}
+            kinds = ("sew", "ms") if variant["family"] == "imagenet" else ("sew",)
+            for residual in [{"residual": kind} for kind in kinds] if name in QKFORMERS else [{}]:
+                found = arguments | residual
+                if variant["width"] == head[1] and _fits(weights, name, found):
+                    if found["mlp_ratio"] == 4 and "mlp_ratio" not in variant:
+                        del found["mlp_ratio"]  # of the other variants there is more than one in use
+                    return name, found
     raise ValueError(f"these weights fit none of {', '.join(list_models())} as released")
 
 

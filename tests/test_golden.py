@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from golden_cases import MEMBRANES, MODELS, load_case
+from golden_cases import MEMBRANES, MODELS, RIVALS, load_case, make_weights
 
 from models import attention, create_model, layers, neuron
-from models.released import to_released
+from models.registry import identify
+from models.released import load_released, released_key_map, to_released
 
 CASES = {name: load_case(name) for name in MODELS}
 MEASURED = [
@@ -38,6 +39,34 @@ LONG = [  # the small cases cover their code
 )
 def test_equals_released_code(name, membrane, what):
     CASES[name].compare(CASES[name].model(membrane), membrane, what)
+
+
+SMALL_RIVALS = [name for name in RIVALS if "cifar10_" in name]
+
+
+@pytest.mark.parametrize("what", ["eval", "train"])
+@pytest.mark.parametrize(
+    "name", [name if name in SMALL_RIVALS else pytest.param(name, marks=pytest.mark.slow) for name in RIVALS]
+)
+def test_rival_equals_released_code(name, what):
+    case = load_case(name)
+    if f"ref.{what}.logits" in case.arrays:
+        case.compare(case.model("ref"), "ref", what)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_rival_is_recognised_and_writes_its_released_file(name):
+    case, (variant, arguments) = load_case(name), RIVALS[name]
+    weights = make_weights(case.about["state_dict"], case.seed)
+    found, shown = identify(weights)
+    assert (found, shown["num_classes"]) == (variant, case.about["classes"])
+    model = create_model(variant, **arguments)
+    load_released(model, weights)
+    written = to_released(model)
+    assert {key: list(value.shape) for key, value in written.items()} == case.about["state_dict"]
+    read = released_key_map(model)
+    assert all(torch.equal(written[key].double(), weights[key].float().double()) for key in read)
+    assert sum(p.numel() for p in model.parameters()) == case.about["params_used"]
 
 
 @pytest.mark.parametrize("name", CASES)
