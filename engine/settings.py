@@ -82,9 +82,7 @@ class ImageSettings:
     interpolation: str = option("bicubic", "resizing filter", choices=("bicubic", "bilinear", "nearest"))
     scale: tuple[float, ...] = option((1.0, 1.0), "random resized crop: least and most area", low=0.01, high=1)
     ratio: tuple[float, ...] = option((1.0, 1.0), "random resized crop: least and most aspect ratio", low=0.01)
-    crop_pct: float | None = option(
-        None, "evaluation: centre crop over resized side (default: 0.875 up to 224 pixels, else 1)", low=0.1, high=1
-    )
+    crop_pct: float | None = option(None, "test: crop over resized side [0.875; above 224: 1]", low=0.1, high=1)
     color_jitter: float | None = option(None, "strength of colour jitter, without auto_augment", low=0)
     reprob: float = option(0.0, "probability of random erasing", low=0, high=1)
     remode: str = option("const", "fill of random erasing", choices=("const", "rand", "pixel"))

@@ -74,11 +74,6 @@ def membership() -> Iterator[None]:
         if not td.is_initialized() or not any(sign in str(error).lower() for sign in signs):
             raise
         raise UserError(f"another rank: lost ({reason}), see its own message; {RESUME}") from None
-    teardown()
-
-
-def teardown() -> None:
-    """Leave the process group, if there is one."""
     if td.is_initialized():
         # torch waits for gloo's threads without releasing the interpreter, which they need to free the last message
         time.sleep(0.2)

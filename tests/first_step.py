@@ -41,6 +41,7 @@ def calibrated(model):
     return model
 
 
+@world.membership()
 def main(result, *flags):
     torch.set_default_dtype(torch.float64)
     cfg = config.load(RECIPE, ["--time-steps", "2", "--smoothing", "0", *flags])
@@ -65,7 +66,6 @@ def main(result, *flags):
     loss = trainer.train_epoch()
     if here.is_main:
         torch.save({"gradients": gradients, "state": model.state_dict(), "loss": loss}, result)
-    world.teardown()
 
 
 if __name__ == "__main__":
