@@ -75,7 +75,7 @@ def plan(recipe: Path, variants: Sequence[str] | None, seeds: Sequence[int], out
     """Return the runs, all variants with the first seed before the second seed."""
     if not (recipe.parent / "train.py").exists():
         raise UserError(f"{recipe}: no train.py next to it; name a recipe such as digits/digits.yml")
-    known = [ITSELF, *read(recipe).variants]
+    known = [ITSELF if name is None else name for name in read(recipe).recipes]
     if unknown := [variant for variant in variants or () if variant not in known]:
         raise UserError(f"--variants {unknown[0]}: {recipe} lists {', '.join(known)}")
     chosen = {name: [] if name == ITSELF else ["--variant", name] for name in variants or known}

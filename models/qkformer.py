@@ -91,6 +91,7 @@ class HierarchicalSpikingTransformer(Backbone):
         for i, (dim, depth, kind) in enumerate(zip(dims, depths, attention, strict=True)):
             units = [(dim // n, pool) for n, pool in (later_units if i else first_units)]
             channels, branch = (dims[i - 1], 0) if i else (in_chans, first_branch)
+            embed = SPEDS(channels, units, branch, shortcut, residual)
             blocks = [
                 Block(
                     ATTENTIONS[kind](dim, heads, residual, **(self_attn if kind == "self" else {})),
@@ -99,7 +100,6 @@ class HierarchicalSpikingTransformer(Backbone):
                 )
                 for _ in range(depth)
             ]
-            embed = SPEDS(channels, units, branch, shortcut, residual)
             stages.append(Chain(OrderedDict(embed=embed, blocks=Chain(*blocks))))
             reduction *= 2 ** sum(pool for _, pool in units)
             feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})

@@ -137,6 +137,7 @@ class SpikingTransformer(Backbone):
         kind, attention, residual, head_lif = FAMILIES[family]
         widths = (width // 8, width // 4, width // 2, width, width)
         units = [(channels, flag == "1") for channels, flag in zip(widths, f"{pools}0", strict=True)]
+        first = SPEDS(in_chans, units, branch=3) if embed else PatchSplitting(in_chans, units, kind)
         blocks = [
             Block(
                 ATTENTIONS[attention](width, heads, residual, qkv_bias, ssa_scale),
@@ -144,7 +145,6 @@ class SpikingTransformer(Backbone):
             )
             for _ in range(depth)
         ]
-        first = SPEDS(in_chans, units, branch=3) if embed else PatchSplitting(in_chans, units, kind)
         stage = Chain(OrderedDict(embed=first, blocks=Chain(*blocks)))
         info = [{"num_chs": width, "reduction": 2 ** pools.count("1"), "module": "stages.0"}]
         super().__init__([stage], info, residual, head_lif=head_lif, in_chans=in_chans, **kwargs)
