@@ -193,11 +193,16 @@ def _test_kernels(cfg: Config, world: World) -> None:
     """Test the Triton kernels before the network needs them: on one rank of each machine first, which fills the cache.
 
     Raises:
-        UserError: they do not work, and a flag needs them.
+        UserError: they do not work, and a flag needs them; or on some ranks only, which would use other collectives.
     """
     if world.device.type == "cpu" or cfg.compile or cfg.lif_backend not in ("auto", "triton"):
         return
     problem = distributed.in_turns(triton_problem)
+    problems = distributed.gather([problem])
+    if any(problems) and not all(problems):
+        rank, reason = next((rank, reason) for rank, reason in enumerate(problems) if reason)
+        reason = reason.partition(";")[0]
+        raise UserError(f"rank {rank}: lif_backend='triton' {reason}; use --lif-backend cupy or torch on all")
     if problem and (cfg.cuda_graphs or cfg.pack_spikes):
         raise UserError(f"--cuda-graphs, --pack-spikes: need the Triton kernels; lif_backend='triton' {problem}")
     if not world.is_main:

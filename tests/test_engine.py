@@ -276,6 +276,13 @@ def test_kernels_that_fail_on_every_rank_end_only_what_needs_them(flags, is_test
     assert len(tests) == is_tested
 
 
+def test_kernels_that_fail_on_one_rank_end_the_run(monkeypatch):
+    monkeypatch.setattr("engine.run.triton_problem", lambda: None)
+    monkeypatch.setattr("engine.world.gather", lambda values: [*values, "computes 17 for 4; use lif_backend='torch'"])
+    with refuses("rank 1", "computes 17 for 4"):
+        _test_kernels(configure(), world.World(0, 2, torch.device("cuda")))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "flags",
