@@ -81,6 +81,32 @@ def test_rows_of_anns(row):
     assert round(MAC_PJ * math.floor(report.flops / 1e8) / 10, 2) == row["energy (mJ)"]
 
 
+IMPLIED = {  # mean inputs of docs/analyses.md; two rows of sdt_8_512, T = 1 and T = 4
+    "spikformer_8_384": 0.366,
+    "spikformer_8_512": 0.335,
+    "spikformer_8_768": 0.297,
+    "spikingformer_8_384": 0.209,
+    "spikingformer_8_512": 0.197,
+    "spikingformer_8_768": 0.168,
+    "sdt_8_384": 0.163,
+    "sdt_8_512": 0.099,
+    "sdt_8_768": 0.020,
+}
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in PUBLISHED if row.get("timm") in IMPLIED], ids=lambda row: row["network"]
+)
+def test_rows_of_rivals(row):
+    with torch.device("meta"):
+        report = estimated(timm.create_model(row["timm"], time_steps=1), row["input"])
+    own = report.layers[0].macs
+    counted_first = 3 * 3 * 3 * row.get("first_channels", 0) * row["input"] ** 2 or own
+    others = report.flops - own
+    implied = implied_mean_input(row["energy (mJ)"], others + counted_first, counted_first, row["T"])
+    assert abs(implied - IMPLIED[row["timm"]]) <= 0.001
+
+
 @pytest.mark.parametrize("row", [row for row in PUBLISHED if "sops" in row], ids=lambda row: row["network"])
 def test_rows_of_other_spiking_networks(row):
     first = 3 * 3 * 3 * row["first_channels"] * 224**2
