@@ -111,9 +111,11 @@ class Gallery:
         """`show` turns a sample as the network sees it into [H,W,3] or [H,W,1], 0 to 1."""
         self.classes, self.show = classes, show
         self.wrong, self.right = [], []
+        self.first: Tensor | None = None  # samples of the first batch, on the device
 
     def add(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
         """Keep what is still needed of a batch: samples [B,...] as the network sees them, logits [B,classes]."""
+        self.first = images[:32] if self.first is None else self.first
         size = self.rows * self.columns
         answers = logits.argmax(1)
         for kept, chosen, limit in ((self.wrong, answers != labels, size // 2), (self.right, answers == labels, size)):

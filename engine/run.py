@@ -124,6 +124,8 @@ def test(recipe: Path, meter: str | None) -> None:
         if not math.isfinite(results[membrane]["loss"]):
             raise UserError(f"{path}: gives a loss that is not finite; use --eval-amp off, or another checkpoint")
         report(cfg, membrane, results[membrane], about)
+        if is_first and gallery.first is not None and not cfg.compile:
+            warn_of_silence(model, gallery.first, "check the settings of the input, or train longer")
         if measured:
             energy = measured.report(distributed.gather)
             logger.info(energy.totals())
