@@ -5,13 +5,14 @@
 As a function: `predictor = engine.predict.load("output/shapes/best.pt")`, then `predictor(["photo.png"])`.
 """
 
-import argparse
 import csv
-import functools
+import dataclasses
 import json
 import os
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import timm.data
@@ -32,6 +33,8 @@ from .log import logger
 from .weights import build_model, load_weights, recipe_of, settings_of
 
 FLAGS = "config eval_batch_size device workers input_size time_steps sensor_size ssa_membrane use_ema".split()
+COLUMNS = ("file", "rank", "class", "probability")
+NOTE = "Values in [brackets] are for what neither the checkpoint nor the recipe sets."
 TOP, DRAWN = 5, 40  # classes of an answer, inputs in a picture
 Answer = list[tuple[str, float]]  # the most probable classes with their probabilities, the best first
 
@@ -41,8 +44,11 @@ class Predictor:
 
     def __init__(self, cfg: Config, model: nn.Module, classes: Sequence[str], device: torch.device):
         self.cfg, self.model, self.classes, self.device = cfg, model.to(device).eval(), classes, device
-        self.is_of_events, self.batch_size = cfg.in_channels == 2, cfg.eval_batch_size or cfg.batch_size
-        self.read = functools.partial(event.read_recording if self.is_of_events else image.read_tensor, cfg=cfg)
+        self.batch_size, self.is_of_events = cfg.eval_batch_size or cfg.batch_size, cfg.in_channels == 2
+        self.read, self.show = partial(event.read_recording, cfg=cfg), pictures.of_events
+        if not self.is_of_events:
+            self.read = partial(image.read_tensor, cfg=cfg)
+            self.show = partial(pictures.of_image, *image.statistics(cfg))
 
     def __call__(self, inputs: Sequence[str | Path | Tensor] | Tensor) -> list[Answer]:
         """Return the answer to each input: a file, or a tensor as `read` returns it of a file.
@@ -82,26 +88,19 @@ def load(path: str | Path, device: str = "auto", **settings: object) -> Predicto
     Raises:
         UserError: the file is no checkpoint, or nothing tells its preprocessing.
     """
-    path, folder = Path(path), log.ROOT / "imagenet"
-    state, sources = checkpoint.read(path), Sources(path, {None: {}}, settings, folder)
-    if "config" in settings:
-        sources = read(folder / "own_images.yml", ["--config", str(settings["config"])])
-        sources.flags.update(settings)
-    elif state["format"] != "qkformer" and not recipe_of(path, folder):
-        raise UserError(
-            f"{path}: does not record its preprocessing; use --config, such as imagenet/qkformer_10_384.yml"
-        )
-    cfg = settings_of(state, path, sources)
+    path, recipe, folder = Path(path), settings.get("config"), log.ROOT / "imagenet"
+    state, sources = checkpoint.read(path), read(recipe) if recipe else Sources(path, {None: {}}, {}, folder)
+    if not (recipe or state["format"] == "qkformer" or recipe_of(path, folder)):
+        raise UserError(f"{path}: does not record its preprocessing; use --config RECIPE, a file in {folder.name}")
+    cfg = settings_of(state, path, dataclasses.replace(sources, flags=settings))
     if cfg.ssa_membrane == "released" and cfg.residual == "sew":
         fix = "--eval-batch-size 1 makes them independent"
         logger.warning(f"warning: ssa_membrane released: answers depend on the other inputs of a batch; {fix}")
     model = build_model(cfg)
     load_weights(cfg, model, state, path)
-    names = state.get("classes")
-    if not isinstance(names, list) or len(names) != cfg.num_classes:
-        names = range(cfg.num_classes)
-        if cfg.num_classes == 1000:
-            names = [timm.data.ImageNetInfo().index_to_description(i).split(",")[0] for i in names]
+    describe, numbers = timm.data.ImageNetInfo().index_to_description, range(cfg.num_classes)
+    names = state.get("classes") or [describe(i).split(",")[0] for i in range(1000)]
+    names = names if len(names) == len(numbers) else numbers
     return Predictor(cfg, model, [str(name) for name in names], distributed.setup(device).device)
 
 
@@ -112,10 +111,8 @@ class _Files(Dataset):
         suffixes = tuple(DECODERS) if predictor.is_of_events else (*IMG_EXTENSIONS, *image.SKIPPED)
         self.read, self.paths = predictor.read, []
         for path in paths:
-            inside = path.rglob("*") if path.is_dir() else ()
-            inside = [
-                p for p in sorted(inside) if p.suffix.lower() in suffixes and not is_hidden(str(p)[len(str(path)) :])
-            ]
+            names = sorted(str(file.relative_to(path)) for file in path.rglob("*"))
+            inside = [path / name for name in names if name.lower().endswith(suffixes) and not is_hidden(name)]
             if path.is_dir() and not inside:
                 raise UserError(f"{path}: holds none of {', '.join(suffixes)}; name files, or a folder of them")
             self.paths += inside or [path]
@@ -130,7 +127,7 @@ class _Files(Dataset):
                 samples[path] = self.read(path)
             except UserError as error:
                 errors.append(str(error))
-        return list(samples), torch.stack(list(samples.values())) if samples else torch.empty(0), errors
+        return list(samples), torch.stack([*samples.values()]) if samples else torch.empty(0), errors
 
 
 def run(argv: Sequence[str]) -> None:
@@ -141,9 +138,9 @@ def run(argv: Sequence[str]) -> None:
     predictor = load(settings.pop("checkpoint"), **settings)
     if args.stream and not predictor.is_of_events:
         raise UserError("--stream: needs a network of recordings, this one takes images; omit it")
+    files, rows, drawn, failed = _Files(args.paths, predictor), [], [], 0
     for path in filter(None, (args.csv, args.json, args.picture)):
         path.parent.mkdir(parents=True, exist_ok=True)
-    files, rows, drawn, failed = _Files(args.paths, predictor), [], [], 0
     workers = min(predictor.cfg.workers, os.cpu_count() or 1, len(files) // predictor.batch_size)
     loader = DataLoader(files, predictor.batch_size, num_workers=workers, collate_fn=tuple)
     with logging_redirect_tqdm([logger]):
@@ -151,46 +148,32 @@ def run(argv: Sequence[str]) -> None:
             for error in errors:
                 logger.warning(f"warning: {error}")
             failed += len(errors)
-            answers = [predictor.stream(x) for x in samples] if args.stream else [[x] for x in predictor(samples)]
+            answers = map(predictor.stream, samples) if args.stream else ([x] for x in predictor(samples))
             for path, sample, steps in zip(paths, samples, answers, strict=True):
                 for step, answer in enumerate(steps, 1):
                     where = f"{path}, frame {step}/{len(sample)}" if args.stream else path
                     logger.info(f"{where}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in answer)}")
-                rows.append({"file": str(path), "answers": [{"class": name, "probability": p} for name, p in answer]})
-                drawn += [(path.name, sample, *answer[0])] if len(drawn) < DRAWN else []
-    _write(args, rows, drawn, predictor.cfg)
-    if failed:
-        raise UserError(f"{failed} of {len(files)} files: cannot be read, see the warnings; replace them")
-
-
-def _write(
-    args: argparse.Namespace, rows: list[dict], drawn: list[tuple[str, Tensor, str, float]], cfg: Config
-) -> None:
-    """Write the answers to the files that flags name."""
+                rows += [dict(zip(COLUMNS, (str(path), i, *best), strict=True)) for i, best in enumerate(answer, 1)]
+                caption = f"{log.label(path.name)}\n{log.label(answer[0][0])} ({answer[0][1]:.0%})"
+                drawn += [(predictor.show(sample), caption, "black")] if len(drawn) < DRAWN else []
     if args.json:
         log.write_whole(args.json, json.dumps(rows, indent=1) + "\n")
     if args.csv:
         with args.csv.open("w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["file", "rank", "class", "probability"])
-            for row in rows:
-                table.writerows([row["file"], i, *answer.values()] for i, answer in enumerate(row["answers"], 1))
-    if args.picture and drawn:
-        show = pictures.of_events
-        if cfg.in_channels != 2:
-            show = functools.partial(pictures.of_image, *image.statistics(cfg))
-        captions = [f"{log.label(file)}\n{log.label(name)} {p:.0%}" for file, _, name, p in drawn]
-        samples = [(show(x), caption, "black") for (_, x, *_), caption in zip(drawn, captions, strict=True)]
-        pictures.gallery(samples, args.picture, "Inputs as the network sees them, with its answers")
+            csv.writer(file).writerows([COLUMNS, *(row.values() for row in rows)])
+    if args.picture:
+        pictures.gallery(drawn, args.picture, "Inputs as the network sees them, with its answers")
+    if failed:
+        raise UserError(f"{failed} of {len(files)} files: cannot be read, see the warnings; replace them")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False, epilog=NOTE)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="images or recordings, or folders of them")
-    parser.add_argument("--checkpoint", required=True, help="file that train.py wrote, or a released file")
     parser.add_argument("--stream", action="store_true", help="recordings: print the answer after each frame")
     for name, content in {"csv": "a table", "json": "JSON", "picture": "a picture of inputs with answers"}.items():
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"also write {content}")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a run's best.pt, or a released file")
     add_flags(parser, FLAGS)
     return parser
 

@@ -109,7 +109,8 @@ def test(recipe: Path, meter: str | None) -> None:
     membranes = dict.fromkeys((cfg.ssa_membrane, *(("released", "per_sample") if cfg.both_membranes else ())))
     logger.info(
         f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
-        f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {' and '.join(membranes)}"
+        f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {' and '.join(membranes)}, "
+        f"on {cfg.data_path or cfg.dataset}"
     )
     _test_kernels(cfg, world)
     gallery, results, energy = Gallery(data.classes, data.show), {}, None

@@ -66,7 +66,6 @@ def _with_data_of_run(cfg: Config, path: Path, sources: Sources) -> Config:
         return cfg
     if not os.path.exists(recorded) and cfg.data_path and os.path.exists(cfg.data_path):
         return cfg  # a run that was copied from another machine
-    logger.info(f"{path}: trained on data in {recorded}, which are used")
     return dataclasses.replace(cfg, data_path=recorded)
 
 
