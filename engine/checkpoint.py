@@ -99,6 +99,7 @@ def _recognised(content: object) -> dict:
         if wrong := [key for key, kind in ENTRIES.items() if not isinstance(content.get(key), kind)]:
             raise ValueError(", ".join(wrong))
         kind, state_dict = "qkformer", content.get("state_dict")
+        content["classes"] = list(content.get("classes", []))  # names; files of older versions have none
     elif "state_dict" in content:
         kind, state_dict = ("cifar" if "arch" in content else "weights"), content["state_dict"]
     elif "model" in content:

@@ -164,21 +164,32 @@ def _flag(key: str) -> str:
 def _read_flags(argv: Sequence[str]) -> dict[str, object]:
     argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     note = "The engine's defaults are in [brackets]; the recipe (YAML), then a checkpoint, then flags override them."
-    parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog=note)
-    for key, field in FIELDS.items():
-        rules, default = field.metadata, "" if field.default in (None, "") else f" [{field.default}]"
-        kwargs = {"dest": key, "help": (rules["help"] + default).replace("%", "%%")}
+    parser = Parser(allow_abbrev=False, epilog=note)
+    add_flags(parser, FIELDS)
+    parser.add_argument(*IGNORED, help=argparse.SUPPRESS, dest="ignored", nargs="?")
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise UserError(f"{flag}: unknown flag{_nearest(flag, map(_flag, FIELDS))}")
+    return settings_in(parsed)
+
+
+def add_flags(parser: argparse.ArgumentParser, keys: Iterable[str]) -> None:
+    """Add the flags of some fields; those that are not given leave nothing behind."""
+    for key in keys:
+        field, rules = FIELDS[key], FIELDS[key].metadata
+        default = "" if field.default in (None, "") else f" [{field.default}]"
+        kwargs = {"dest": key, "default": argparse.SUPPRESS, "help": (rules["help"] + default).replace("%", "%%")}
         if _TYPES[key] is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
         else:
             kwargs["nargs"] = "+" if "tuple" in str(_TYPES[key]) else None
             kwargs["metavar"] = "|".join(rules["choices"]) or "X"
         parser.add_argument(_flag(key), *rules["flags"], **kwargs)
-    parser.add_argument(*IGNORED, help=argparse.SUPPRESS, dest="ignored", nargs="?")
-    parsed, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise UserError(f"{flag}: unknown flag{_nearest(flag, map(_flag, FIELDS))}")
+
+
+def settings_in(parsed: argparse.Namespace) -> dict[str, object]:
+    """Return the settings among parsed flags, in the types of their fields."""
     return {key: _coerce(key, value, _flag(key)) for key, value in vars(parsed).items() if key in FIELDS}
 
 

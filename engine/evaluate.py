@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from . import log
 from . import world as distributed
 from .cli import StopRequest, UserError
 from .config import MODEL_FIELDS, Config, plain, read
+from .data import pictures
 from .log import logger, progress
 from .world import World, autocast
 
@@ -111,9 +111,11 @@ class Gallery:
         """`show` turns a sample as the network sees it into [H,W,3] or [H,W,1], 0 to 1."""
         self.classes, self.show = classes, show
         self.wrong, self.right = [], []
+        self.first: Tensor | None = None  # samples of the first batch, on the device
 
     def add(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
         """Keep what is still needed of a batch: samples [B,...] as the network sees them, logits [B,classes]."""
+        self.first = images[:32] if self.first is None else self.first
         size = self.rows * self.columns
         answers = logits.argmax(1)
         for kept, chosen, limit in ((self.wrong, answers != labels, size // 2), (self.right, answers == labels, size)):
@@ -122,14 +124,10 @@ class Gallery:
 
     def draw(self, path: Path) -> None:
         """Write the picture; mistakes are red, with the truth."""
-        figure = Figure(figsize=(11, 1.5 * self.rows), layout="constrained")
-        axes = figure.subplots(self.rows, self.columns)
-        for axis in axes.flat:
-            axis.axis("off")
-        for axis, (image, label, answer) in zip(axes.flat, self.wrong + self.right, strict=False):
-            axis.imshow(self.show(image).numpy(), cmap="gray", vmin=0, vmax=1)
+        samples = []
+        for image, label, answer in self.wrong + self.right:
             said, true = (log.label(self.classes[index]) for index in (answer, label))
-            title, color = (said, "black") if label == answer else (f"{said}\nis {true}", "tab:red")
-            axis.set_title(title, fontsize=8, color=color)
-        figure.suptitle("Test samples with the model's answers; mistakes first, in red", fontsize=11)
-        figure.savefig(path, dpi=110)
+            caption = (said, "black") if label == answer else (f"{said}\nis {true}", "tab:red")
+            samples.append((self.show(image), *caption))
+        title = "Test samples with the model's answers; mistakes first, in red"
+        pictures.gallery(samples, path, title, self.columns)

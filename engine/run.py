@@ -21,8 +21,9 @@ from . import world as distributed
 from .cli import UserError, short, spare_children
 from .config import LOCAL_FIELDS, MODEL_FIELDS, Config, Sources, plain, read
 from .data import event, image
+from .data.folders import data_path, find_classes, split_folders
 from .data.loaders import Data
-from .data.recordings import EVENT_DATASETS
+from .data.recordings import EVENT_DATASETS, event_folder
 from .evaluate import Gallery, evaluate, published, report, write
 from .log import logger
 from .optim import base_lr, create_optimizer, effective_batch, total_epochs
@@ -98,7 +99,7 @@ def test(recipe: Path, meter: str | None) -> None:
     world = setup(cfg)
     path = distributed.from_main(checkpoint_to_test(cfg) if world.is_main else None)
     state = checkpoint.read(path)
-    cfg = settings_of(state, path, sources)
+    cfg = _counted(settings_of(state, path, sources))
     folder = Path(cfg.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # fail before the evaluation, not after it
@@ -108,7 +109,8 @@ def test(recipe: Path, meter: str | None) -> None:
     membranes = dict.fromkeys((cfg.ssa_membrane, *(("released", "per_sample") if cfg.both_membranes else ())))
     logger.info(
         f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
-        f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {' and '.join(membranes)}"
+        f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {' and '.join(membranes)}, "
+        f"on {cfg.data_path or cfg.dataset}"
     )
     _test_kernels(cfg, world)
     gallery, results, energy = Gallery(data.classes, data.show), {}, None
@@ -124,6 +126,8 @@ def test(recipe: Path, meter: str | None) -> None:
         if not math.isfinite(results[membrane]["loss"]):
             raise UserError(f"{path}: gives a loss that is not finite; use --eval-amp off, or another checkpoint")
         report(cfg, membrane, results[membrane], about)
+        if is_first and gallery.first is not None and not cfg.compile:
+            warn_of_silence(model, gallery.first, "check the settings of the input, or train longer")
         if measured:
             energy = measured.report(distributed.gather)
             logger.info(energy.totals())
@@ -154,9 +158,9 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
 
 def _settings_to_train(sources: Sources, start: Start) -> Config:
     """Return the settings of a run: its own if it continues, else those of the recipe, under flags."""
-    cfg = sources.config(start.state["config"] if start.continues else None)
+    cfg = _counted(sources.config(start.state["config"] if start.continues else None))
     if start.continues and "config" in sources.flags:
-        recipe = sources.config(validate=False)
+        recipe = _counted(sources.config(validate=False))
         for key, value, recorded in differences(recipe, plain(cfg), plain(cfg, without=LOCAL_FIELDS)):
             change = f"{start.path} was trained with {key} = {recorded!r}, not {value!r}"
             raise UserError(f"--config {sources.path}: {change}; omit the flag, or branch off with --output-dir NEW")
@@ -164,6 +168,18 @@ def _settings_to_train(sources: Sources, start: Start) -> Config:
     for key, value, trained in differences(cfg, recorded, ("variant", *MODEL_FIELDS, "opt")):
         raise UserError(f"--resume {start.path}: trained with {key}={short(trained)}, not {value!r}; use --finetune")
     return cfg
+
+
+def _counted(cfg: Config) -> Config:
+    """Return the settings with the number of classes; null counts the folders of the data set."""
+    if cfg.num_classes is not None:
+        return cfg
+    if cfg.dataset == "eventfolder":
+        return dataclasses.replace(cfg, num_classes=len(event_folder(data_path(cfg), cfg.split_seed).classes))
+    folders = split_folders(data_path(cfg)) if cfg.dataset == "imagefolder" else {}
+    if not folders:
+        raise UserError(f"num_classes: {cfg.data_path} has no folders train and val to count in; use --num-classes")
+    return dataclasses.replace(cfg, num_classes=len(find_classes(next(iter(folders.values())))[0]))
 
 
 def _require_equal_settings(cfg: Config) -> None:
@@ -230,7 +246,11 @@ def _announce(trainer: Trainer) -> None:
         f"{cfg.model}: {parameters:,} parameters, T = {cfg.time_steps}, on {world.world_size} x {world.device.type}; "
         f"effective batch {batch}, learning rate {base_lr(cfg):.3g}\nwriting to {trainer.folder}"
     )
+    if cfg.ssa_membrane == "released" and cfg.residual == "sew":
+        logger.info("ssa_membrane released: answers depend on the other samples of a batch; per_sample avoids it")
     if cfg.effective_batch not in (None, batch):
-        logger.warning(f"warning: effective batch {batch}, the recipe has {cfg.effective_batch}; adapt --accum-iter")
+        is_long = cfg.effective_batch * cfg.accum_iter <= batch * trainer.steps
+        fix = "adapt --accum-iter" if is_long else f"an epoch has {trainer.steps} steps, so adapt --lr"
+        logger.warning(f"warning: effective batch {batch}, the recipe has {cfg.effective_batch}; {fix}")
     if trainer.epoch >= total_epochs(cfg):
         logger.info(f"nothing left to train: {trainer.epoch} of {total_epochs(cfg)} epochs are done")

@@ -147,6 +147,8 @@ def records(cfg: Config, world: World, folder: Path, data: Data, first_epoch: in
     starts.append({**log.provenance(), "first_epoch": first_epoch, "config": plain(cfg)})
     log.write_whole(folder / "run.json", json.dumps(starts, indent=2) + "\n")
     settings = plain(cfg, without=("config", "variant", "output_dir", "resume", "checkpoint"))
+    if cfg.data_path and ":" not in cfg.data_path:
+        settings["data_path"] = os.path.abspath(cfg.data_path)  # a YAML's is relative to its folder
     (folder / "config.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
     with contextlib.closing(RunLog(folder, first_epoch)) as run_log:
         yield run_log

@@ -32,7 +32,7 @@ class ModelSettings:
     """Arguments of the network; None is the model's default."""
 
     model: str = option("qkformer_4_384", "network, see models.list_models()")
-    num_classes: int = option(10, "classes of the data set", low=1, flags=["--nb-classes"])
+    num_classes: int | None = option(10, "classes; none: count the folders", low=1, flags=["--nb-classes"])
     in_channels: int = option(3, "channels of the input", low=1)
     time_steps: int = option(4, "T: steps per image, or frames per recording", low=1, high=1024, flags=["--time-step"])
     attention: tuple[str, ...] | None = option(None, "token, channel or self for each stage (default: the model's)")

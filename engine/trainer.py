@@ -138,7 +138,8 @@ class Trainer:
         Raises:
             UserError: weights are not finite, which the loss may hide (a membrane that is NaN never fires).
         """
-        content = self.state() | {"config": plain(self.cfg, without=LOCAL_FIELDS)}
+        config = plain(self.cfg, without=LOCAL_FIELDS)
+        content = self.state() | {"config": config, "classes": list(self.data.classes)}
         if not self.world.is_main:
             return
         weights = [*content["state_dict"].values(), *(content["state_dict_ema"] or {}).values()]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .config import FIELDS, MODEL_FIELDS, Config, Sources, plain, read
 from .log import logger
 
 RELEASED = {md5: tag.replace(".in1k", "") for tag, (_, md5) in RELEASED_FILES.items()}  # md5 -> recipe in imagenet/
+FEW_UPDATES = 100  # of running statistics that still lag behind the weights
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -43,16 +45,28 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
     """Return the settings to evaluate a checkpoint with: its record, its published row or its shapes, under flags."""
     if state["format"] == "qkformer":
         cfg = sources.config(state["config"])
-        own = sources.config(validate=False).dataset  # of the script, or of --dataset
+        own = (sources.recipes[None] | sources.flags).get("dataset", cfg.dataset)
         if own != cfg.dataset:
             logger.warning(f"warning: {path}: trained on {cfg.dataset}; evaluating on that, not on {own}")
         warn_of_other_network(cfg, state, path)
+        cfg = _with_data_of_run(cfg, path, sources)
     elif "config" not in sources.flags and (known := recipe_of(path, sources.folder)):
         cfg = dataclasses.replace(read(known), flags=sources.flags).config()
         logger.info(f"{path}: the released checkpoint of {known.stem}, recognised by its md5")
     else:
         cfg = sources.config(_shown_by(state, path))
     return dataclasses.replace(cfg, checkpoint=str(path))
+
+
+def _with_data_of_run(cfg: Config, path: Path, sources: Sources) -> Config:
+    """Return the settings with the data folder that the run of a checkpoint recorded next to it, unless a flag does."""
+    record = path.with_name("config.yml")
+    recorded = read(record).config(validate=False).data_path if record.is_file() else None
+    if "data_path" in sources.flags or recorded in (None, cfg.data_path):
+        return cfg
+    if not os.path.exists(recorded) and cfg.data_path and os.path.exists(cfg.data_path):
+        return cfg  # a run that was copied from another machine
+    return dataclasses.replace(cfg, data_path=recorded)
 
 
 def recipe_of(path: Path, folder: Path) -> Path | None:
@@ -124,9 +138,13 @@ def differences(cfg: Config, recorded: dict, keys: Sequence[str]) -> Iterator[tu
 
 
 @torch.inference_mode()
-def warn_of_silence(model: nn.Module, images: Tensor) -> None:
+def warn_of_silence(model: nn.Module, images: Tensor, fix: str = "if this lasts, lower lr") -> None:
     """Warn about layers with no spikes on these images; nothing after them can learn."""
     model.eval()
     if names := silent_layers(model, images):
         where = ", ".join(names[:3]) + (f" and {len(names) - 3} more layers" if len(names) > 3 else "")
-        logger.warning(f"warning: {where}: no spikes on {len(images)} test samples; if this lasts, lower lr")
+        updates = min(int(value) for name, value in model.named_buffers() if name.endswith("num_batches_tracked"))
+        if updates < FEW_UPDATES:
+            lag = f"BatchNorm's running statistics have seen only {updates} updates"
+            fix = f"{lag}; train longer or use a smaller batch"
+        logger.warning(f"warning: {where}: no spikes on {len(images)} test samples; {fix}")

@@ -47,7 +47,7 @@ IMAGENET_SIZES = {"train": 1_281_167, "test": 50_000}
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """Create the loaders of the images that `cfg` describes."""
     test_set = create_dataset(cfg, train=False)
-    mean, std = _statistics(cfg)
+    mean, std = statistics(cfg)
     for key in ("split_seed", "sensor_size"):
         if getattr(cfg, key) is not None:
             raise UserError(
@@ -78,7 +78,7 @@ def _transform(cfg: Config, train: bool) -> object:
     """Return timm's transform from a PIL image to uint8 [C,H,W]."""
     settings = {
         "interpolation": cfg.interpolation,
-        "mean": _statistics(cfg)[0],
+        "mean": statistics(cfg)[0],
         "use_prefetcher": True,
         "is_training": train,
     }
@@ -155,12 +155,12 @@ def read_image(source: object, mode: str = "RGB", name: str | None = None) -> Im
 
 def read_tensor(path: Path, cfg: Config) -> Tensor:
     """Return the image in a file as the network of `cfg` sees it in an evaluation: [C,H,W] float32, normalised."""
-    mean, std = (255 * np.array(values, np.float32) for values in _statistics(cfg))
+    mean, std = (255 * np.array(values, np.float32) for values in statistics(cfg))
     pixels = _transform(cfg, train=False)(read_image(path, _mode(cfg)))
     return normalize(torch.from_numpy(pixels).float(), mean.tolist(), std.tolist())
 
 
-def _statistics(cfg: Config) -> tuple[Sequence[float], Sequence[float]]:
+def statistics(cfg: Config) -> tuple[Sequence[float], Sequence[float]]:
     """Return mean and standard deviation of each channel, for pixels from 0 to 1."""
     mean, std = cfg.mean or timm.data.IMAGENET_DEFAULT_MEAN, cfg.std or timm.data.IMAGENET_DEFAULT_STD
     for key, values in (("mean", mean), ("std", std)):

@@ -32,6 +32,20 @@ def _of_frame(frame: Tensor) -> Tensor:
     return 1 - torch.stack([off, on + off, on], 2).clamp(0, 1)
 
 
+def gallery(samples: Sequence[tuple[Tensor, str, str]], path: Path, title: str, columns: int = 10) -> None:
+    """Draw images [H,W,C], each with a caption and the colour of the caption."""
+    rows = max(1, -(-len(samples) // columns))
+    figure = Figure(figsize=(11, 1.5 * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in axes:
+        axis.axis("off")
+    for axis, (image, caption, color) in zip(figure.axes, samples, strict=False):
+        axis.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+        axis.set_title(caption, fontsize=8, color=color)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+
+
 def frames(samples: Sequence[Tensor], names: Sequence[str], path: Path, most: int = 16) -> None:
     """Draw event frames [T,2,H,W], one sample per row, up to `most` frames each."""
     columns = min(len(samples[0]), most)
