@@ -11,7 +11,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from models import create_model
-from models.neuron import silent_layers
+from models.neuron import LIF
 from models.registry import QKFORMERS, identify
 from models.registry import RELEASED as RELEASED_FILES
 from models.released import load_released, without_prefixes
@@ -148,3 +148,19 @@ def warn_of_silence(model: nn.Module, images: Tensor, fix: str = "if this lasts,
             lag = f"BatchNorm's running statistics have seen only {updates} updates"
             fix = f"{lag}; train longer or use a smaller batch"
         logger.warning(f"warning: {where}: no spikes on {len(images)} test samples; {fix}")
+
+
+def silent_layers(model: nn.Module, x: Tensor) -> list[str]:
+    """Return the names of the `LIF`s of `model` in which no neuron fires on `x`."""
+    silent = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, spikes, name=name: None if spikes.any() else silent.append(name))
+        for name, module in model.named_modules()
+        if isinstance(module, LIF)
+    ]
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return silent

@@ -15,52 +15,15 @@ from .neuron import ATTN_THRESHOLD, LIF
 SSA_SCALE = 0.125
 
 
-class _QKAttention(nn.Module):
-    """Q-K attention (paper, section 3.2): a sum of the query's spikes decides which keys pass."""
-
-    sum_dim: int  # axis of [T,B,h,d,N] over which the query is summed
-
-    def __init__(self, dim: int, heads: int, residual: str = "sew", qkv_bias: bool = False):
-        super().__init__()
-        self.heads = heads
-        self.lif, last = residual_branch(residual)
-        self.q = SpikingConv(dim, dim, bias=qkv_bias, tokens=True)
-        self.k = SpikingConv(dim, dim, bias=qkv_bias, tokens=True)
-        self.attn_lif = LIF(ATTN_THRESHOLD)
-        self.proj = last(dim, dim, bias=True, tokens=True)
-
-    def attend(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return the keys that pass, [T,B,h,d,N], from spikes of query and key of this shape."""
-        mask = self.attn_lif(q.sum(self.sum_dim, keepdim=True))  # token: [T,B,h,1,N], channel: [T,B,h,d,1]
-        return mask * k
-
-    def forward(self, x: Tensor) -> Tensor:
-        x_tokens = self.lif(x).flatten(3)  # [T,B,C,N]
-        q = self.q(x_tokens).unflatten(2, (self.heads, -1))  # [T,B,h,d,N]
-        k = self.k(x_tokens).unflatten(2, (self.heads, -1))  # [T,B,h,d,N]
-        y = self.proj(self.attend(q, k).flatten(2, 3))  # [T,B,C,N]
-        return y.unflatten(3, x.shape[3:])  # [T,B,C,H,W]
-
-
-class TokenQKAttention(_QKAttention):
-    """Q-K token attention (QKTA): the query, summed over a head's channels, masks tokens."""
-
-    sum_dim = 3
-
-
-class ChannelQKAttention(_QKAttention):
-    """Q-K channel attention (QKCA): the query, summed over the tokens, masks channels."""
-
-    sum_dim = 4
-
-
-class SpikingSelfAttention(nn.Module):
-    """Spiking self-attention (SSA, from Spikformer): LIF(q (k^T v) * scale), linear in N by its order.
+class SpikingAttention(nn.Module):
+    """Units of query, key and perhaps value, and the projection; a subclass says how they attend.
 
     Args:
-        scale: factor of the product; 1 is the paper's "w/o scaling".
+        qkv_bias: bias of the convolutions to q, k and v, which the BatchNorm after them makes idle.
         leak_across_batch: let the membrane after the projection run over the batch, as in the released code.
     """
+
+    parts = ("q", "k")
 
     def __init__(
         self,
@@ -68,29 +31,60 @@ class SpikingSelfAttention(nn.Module):
         heads: int,
         residual: str = "sew",
         qkv_bias: bool = False,
-        scale: float = SSA_SCALE,
         leak_across_batch: bool = False,
     ):
         super().__init__()
         self.heads = heads
-        self.scale = scale
         self.lif, last = residual_branch(residual)
-        self.q = SpikingConv(dim, dim, bias=qkv_bias, tokens=True)
-        self.k = SpikingConv(dim, dim, bias=qkv_bias, tokens=True)
-        self.v = SpikingConv(dim, dim, bias=qkv_bias, tokens=True)
+        for part in self.parts:
+            self.add_module(part, SpikingConv(dim, dim, bias=qkv_bias, tokens=True))
         self.attn_lif = LIF(ATTN_THRESHOLD)
         leak = {"leak_across_batch": True} if leak_across_batch else {}
         self.proj = last(dim, dim, bias=True, tokens=True, **leak)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Map spikes [T,B,h,d,N] of query, key and value to spikes of the same shape."""
-        kv = v @ k.mT  # [T,B,h,d,d], the transpose of k^T v with tokens as rows
-        return self.attn_lif(kv @ q * self.scale)
+    def units(self) -> list[SpikingConv]:
+        """Return the units of query, key and perhaps value."""
+        return [getattr(self, part) for part in self.parts]
+
+    def attend(self, *spikes: Tensor) -> Tensor:
+        """Map spikes [T,B,h,d,N] of query, key and perhaps value to spikes of the same shape."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         x_tokens = self.lif(x).flatten(3)  # [T,B,C,N]
-        q = self.q(x_tokens).unflatten(2, (self.heads, -1))  # [T,B,h,d,N]
-        k = self.k(x_tokens).unflatten(2, (self.heads, -1))  # [T,B,h,d,N]
-        v = self.v(x_tokens).unflatten(2, (self.heads, -1))  # [T,B,h,d,N]
-        y = self.proj(self.attend(q, k, v).flatten(2, 3))  # [T,B,C,N]
+        spikes = [unit(x_tokens).unflatten(2, (self.heads, -1)) for unit in self.units()]  # each [T,B,h,d,N]
+        y = self.proj(self.attend(*spikes).flatten(2, 3))  # [T,B,C,N]
         return y.unflatten(3, x.shape[3:])  # [T,B,C,H,W]
+
+
+class TokenQKAttention(SpikingAttention):
+    """Q-K token attention (QKTA; paper, section 3.2): the query, summed over a head's channels, masks tokens."""
+
+    def attend(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.attn_lif(q.sum(3, keepdim=True)) * k  # [T,B,h,1,N] * [T,B,h,d,N]
+
+
+class ChannelQKAttention(SpikingAttention):
+    """Q-K channel attention (QKCA; paper, section 3.2): the query, summed over the tokens, masks channels."""
+
+    def attend(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.attn_lif(q.sum(4, keepdim=True)) * k  # [T,B,h,d,1] * [T,B,h,d,N]
+
+
+class SpikingSelfAttention(SpikingAttention):
+    """Spiking self-attention (SSA, from Spikformer): LIF(q (k^T v) * scale), linear in N by its order.
+
+    Args:
+        scale: factor of the product; 1 is the paper's "w/o scaling".
+        **kwargs: see `SpikingAttention`.
+    """
+
+    parts = ("q", "k", "v")
+
+    def __init__(self, dim: int, heads: int, residual: str = "sew", scale: float = SSA_SCALE, **kwargs):
+        super().__init__(dim, heads, residual, **kwargs)
+        self.scale = scale
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kv = v @ k.mT  # [T,B,h,d,d], the transpose of k^T v with tokens as rows
+        return self.attn_lif(kv @ q * self.scale)

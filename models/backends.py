@@ -140,9 +140,7 @@ class FastPath:
         return FastPath, ()  # a copy of the network gets its own
 
     def __call__(self, model: HierarchicalSpikingTransformer, x: Tensor) -> Iterator[Tensor] | None:
-        if torch.compiler.is_compiling() or is_transformed() or is_continued():
-            return None
-        if model.residual != "sew":
+        if model.residual != "sew" or torch.compiler.is_compiling() or is_transformed() or is_continued():
             return None
         covered = self.coverage.of(model.stages)
         ops = _ops(covered, x) if x.numel() else None

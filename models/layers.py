@@ -4,9 +4,9 @@ Shapes: T time steps, B batch, C channels, H height, W width, N = H*W tokens.
 """
 
 import contextlib
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 
 import torch
 from timm.layers import drop_path
@@ -113,10 +113,19 @@ class Chain(nn.Sequential):
         return x
 
 
+# The compiler recomputes everything, also inside the LIF: values, never the update of the running statistics. torch
+# warns of in-place operations here; the tests find results and gradients equal.
+_RECOMPUTE_ALL = functools.partial(
+    create_selective_checkpoint_contexts,
+    lambda *_, **__: CheckpointPolicy.MUST_RECOMPUTE,
+    allow_cache_entry_mutation=True,
+)
+
+
 def checkpointed(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Compute `forward(x)`, or `module(x)`, and keep only `x` for the backward pass, which computes it again."""
     if torch.compiler.is_compiling():
-        return checkpoint(module, x, use_reentrant=False, context_fn=_everything_recomputed)
+        return checkpoint(module, x, use_reentrant=False, context_fn=_RECOMPUTE_ALL)
     is_random = any(isinstance(m, DropPath) and m.rate for m in module.modules())
     return checkpoint(
         forward or module,
@@ -124,17 +133,6 @@ def checkpointed(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tenso
         use_reentrant=False,
         preserve_rng_state=is_random,  # which copies the state of the GPU's generator, and no CUDA graph may do that
         context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(module)),
-    )
-
-
-def _everything_recomputed() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Let the compiler recompute everything, also inside the LIF.
-
-    It recomputes values, never the update of the running statistics. torch warns of in-place operations here; the
-    tests find results and gradients equal.
-    """
-    return create_selective_checkpoint_contexts(
-        lambda *_, **__: CheckpointPolicy.MUST_RECOMPUTE, allow_cache_entry_mutation=True
     )
 
 

@@ -43,15 +43,6 @@ def lif_step(
     return spike, h * (1 - spike)
 
 
-def spike_backward(grad_spike: Tensor, over_threshold: Tensor) -> Tensor:
-    """Return the gradient with respect to h - threshold: the slope of sigmoid(ALPHA u) replaces the step's.
-
-    The order of the products is spikingjelly's, so that gradients agree to the last bit.
-    """
-    sigmoid = torch.sigmoid(over_threshold * ALPHA)
-    return grad_spike * (1 - sigmoid) * sigmoid * ALPHA
-
-
 class _TorchLIF(torch.autograd.Function):
     """`lif_step` over T, with the backward pass written out so that only h is kept: bit-equal to autograd's."""
 
@@ -76,7 +67,8 @@ class _TorchLIF(torch.autograd.Function):
         grad_v = None  # of the membrane that step t hands to step t + 1
         for t in reversed(range(len(h_seq))):
             over_threshold = h_seq[t] - ctx.threshold
-            grad_h = spike_backward(grad_spikes[t], over_threshold)
+            sigmoid = torch.sigmoid(over_threshold * ALPHA)  # whose slope replaces the step's
+            grad_h = grad_spikes[t] * (1 - sigmoid) * sigmoid * ALPHA  # spikingjelly's order of products: equal bits
             if grad_v is not None:
                 grad_h.addcmul_(grad_v, (over_threshold < 0).to(grad_h.dtype))
             torch.div(grad_h, TAU, out=grad_x[t])
@@ -212,19 +204,3 @@ def set_neurons(model: nn.Module, kind: str, tau: float = TAU) -> None:
                 neuron = NEURONS[kind](child.threshold, child.leak_across_batch)
                 neuron.tau, neuron.function = tau, child.function
                 setattr(module, name, neuron)
-
-
-def silent_layers(model: nn.Module, x: Tensor) -> list[str]:
-    """Return the names of the `LIF`s of `model` in which no neuron fires on `x`."""
-    silent = []
-    hooks = [
-        module.register_forward_hook(lambda _, __, spikes, name=name: None if spikes.any() else silent.append(name))
-        for name, module in model.named_modules()
-        if isinstance(module, LIF)
-    ]
-    try:
-        model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return silent

@@ -140,7 +140,7 @@ class SpikingTransformer(Backbone):
         first = SPEDS(in_chans, units, branch=3) if embed else PatchSplitting(in_chans, units, kind)
         blocks = [
             Block(
-                ATTENTIONS[attention](width, heads, residual, qkv_bias, ssa_scale),
+                ATTENTIONS[attention](width, heads, residual, ssa_scale, qkv_bias=qkv_bias),
                 SpikingMLP(width, int(width * mlp_ratio), residual),
             )
             for _ in range(depth)

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from engine.weights import silent_layers
 from models import create_model, set_lif_backend
 from models.layers import SpikingConv
-from models.neuron import LIF, silent_layers, torch_lif
+from models.neuron import LIF, torch_lif
 
 METHODS = ("forward", "attend", "_over_time", "_conv_forward", "_check_input_dim", "_call_impl")
 SETTINGS = {

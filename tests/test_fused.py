@@ -446,6 +446,10 @@ def test_the_self_test_is_logged(monkeypatch, caplog):
     assert str(triton.knobs.cache.dir) in caplog.text
 
 
+def test_the_self_test_passes_single_blocks():
+    assert selftest._in_half(DEVICE) is None
+
+
 @pytest.mark.slow
 def test_the_check_before_auto_takes_the_kernels(monkeypatch):
     with torch.inference_mode():

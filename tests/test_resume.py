@@ -17,7 +17,7 @@ from engine.cli import Stopped, StopRequest, guard
 from engine.data.loaders import TrainLoader
 from engine.optim import create_optimizer
 from engine.trainer import Trainer
-from models.neuron import silent_layers
+from engine.weights import silent_layers
 
 IMAGES = (
     "digits/train.py --batch-size 240 --epochs 2 --time-steps 1 --drop-path 0.3 --ema-decay 0.9 --accum-iter 2 --mixup "

@@ -39,7 +39,8 @@ NAMES = (
     "_call_impl",
     "forward",
     "attend",
-    "sum_dim",
+    "parts",
+    "units",
     "_over_time",
     "charge",
     "_conv_forward",
@@ -182,7 +183,7 @@ def _is_known(m: nn.Module) -> bool:
         has_width = len(m.conv.weight) == width and (m.conv.bias is None or _is_row(m.conv.bias, width))
         return has_width and m.lif.threshold == THRESHOLD
     if kind in ATTENTIONS:
-        parts = [m.q, m.k, m.v] if kind is SpikingSelfAttention else [m.q, m.k]
+        parts = m.units()
         widths = {len(part.conv.weight) for part in parts}
         divides = m.heads > 0 and not any(width % m.heads for width in widths)
         per_sample = not any(part.lif.leak_across_batch for part in parts)

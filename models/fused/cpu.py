@@ -1,17 +1,17 @@
 """Units and attentions for evaluation on a CPU: BatchNorm folded into the weights, neurons in place."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..attention import SpikingSelfAttention
+from ..attention import SpikingAttention
 from ..layers import ConvBN, SpikingConv
 from ..neuron import TAU, THRESHOLD
 from .plan import Run, attend_by_module, convolution
 
 
-def attend(m: nn.Module, x: Tensor, run: Run) -> Tensor:
+def attend(m: SpikingAttention, x: Tensor, run: Run) -> Tensor:
     """Compute an attention up to its projection: spikes [T,B,H,W,C]."""
-    units = [m.q, m.k, m.v] if isinstance(m, SpikingSelfAttention) else [m.q, m.k]
+    units = m.units()
     weights, biases = zip(*map(folded, units), strict=True)
     return attend_by_module(m, lif_(convolution(x, m.q.conv, torch.cat(weights), torch.cat(biases))), len(units))
 

@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from ..attention import SpikingSelfAttention, TokenQKAttention
+from ..attention import SpikingAttention, SpikingSelfAttention, TokenQKAttention
 from ..layers import SpikingConv
 from ..neuron import THRESHOLD
 from .autograd import Unit, norm_lif_of, self_attention_of, token_attention_of
@@ -18,9 +18,9 @@ from .plan import Run, attend_by_module, convolution, is_linear
 ONE_KERNEL = True  # in evaluation compute a 1x1 convolution together with its neurons
 
 
-def attend(m: nn.Module, x: Tensor, run: Run) -> Tensor:
+def attend(m: SpikingAttention, x: Tensor, run: Run) -> Tensor:
     """Compute an attention up to its projection: spikes [T,B,H,W,C]."""
-    units = [m.q, m.k, m.v] if isinstance(m, SpikingSelfAttention) else [m.q, m.k]
+    units = m.units()
     with _kept(x, run, binary=False):
         y = convolution(x, m.q.conv, torch.cat([unit.conv.weight for unit in units]))
     unit = Unit(tuple(Norm(unit.bn, unit.conv.bias) for unit in units), run.steps)

@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from ..qkformer import Block, HierarchicalSpikingTransformer
+from ..layers import SpikingMLP
+from ..qkformer import ATTENTIONS, Block, HierarchicalSpikingTransformer
 from . import gpu, plan
 
 logger = logging.getLogger(__name__)  # silent unless a program listens, as `engine.log` does
@@ -57,7 +58,7 @@ def _in_half(device: str) -> str | None:
     """Compare single blocks, because in whole networks the effect of rounding grows from layer to layer."""
     x = (torch.rand(4, 8, 64, 4, 4) < 0.3).half().to(device)
     for kind in ("token", "self"):
-        block = Block(kind, 64, 4, 2, "sew", 0.0, {}).half().to(device)
+        block = Block(ATTENTIONS[kind](64, heads=4), SpikingMLP(64, 128)).half().to(device)
         for module in block.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = 1.0  # the evaluation has the statistics of the training
