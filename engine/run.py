@@ -142,8 +142,9 @@ def setup(cfg: Config) -> World:
     distributed.set_arithmetic(cfg)
     _require_gpu(cfg, world)
     log.setup_console(world.is_main)
-    if world.device.type == "cpu" and "fp16" in (cfg.amp, cfg.eval_amp):
-        logger.info("fp16 is slow on a CPU; using float32 (or use --amp bf16)")
+    for amp in dict.fromkeys((cfg.amp, cfg.eval_amp)):
+        if distributed.is_slow(amp, world.device):
+            logger.info(f"{amp} is slow on this CPU; using float32")
     return world
 
 
