@@ -219,7 +219,7 @@ def _model_to_train(cfg: Config, world: World, start: Start, data: Data) -> nn.M
     model = build_model(cfg).to(world.device)
     if path and not start.is_ours:
         state = state or checkpoint.read(path)
-        load_weights(cfg, model, state, path, new_head=not start.state)
+        load_weights(cfg, model, state, path, adapt=not start.state)
         warn_of_other_network(cfg, state, path)
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if cfg.sync_bn and world.world_size > 1 else model
 
