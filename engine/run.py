@@ -19,7 +19,7 @@ from models.backends import triton_problem
 from . import checkpoint, log
 from . import world as distributed
 from .cli import UserError, short, spare_children
-from .config import LOCAL_FIELDS, MODEL_FIELDS, Config, Sources, plain, read
+from .config import LOCAL_FIELDS, MODEL_FIELDS, Config, Sources, mixes, plain, read
 from .data import event, image
 from .data.loaders import Data
 from .data.recordings import EVENT_DATASETS
@@ -52,7 +52,7 @@ def train(recipe: Path) -> None:
     trainer = Trainer(cfg, world, model, create_optimizer(cfg, model), data, start.folder)
     if start.state:
         trainer.resume(start.state, start.path, new_run=not start.continues)
-    _announce(trainer)
+    _announce(trainer, sources)
     with trainer.stop_request, records(cfg, world, start.folder, data, trainer.epoch) as run_log:
         while trainer.epoch < total_epochs(cfg):
             _train_one_epoch(trainer, run_log)
@@ -224,14 +224,28 @@ def _model_to_train(cfg: Config, world: World, start: Start, data: Data) -> nn.M
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if cfg.sync_bn and world.world_size > 1 else model
 
 
-def _announce(trainer: Trainer) -> None:
+def _announce(trainer: Trainer, sources: Sources) -> None:
     cfg, world, batch = trainer.cfg, trainer.world, effective_batch(trainer.cfg)
     parameters = sum(p.numel() for p in trainer.model.parameters())
+    mixing = f"mixup in the first {cfg.mixup_off_epoch or total_epochs(cfg)} epochs" if mixes(cfg) else "no mixup"
     logger.info(
         f"{cfg.model}: {parameters:,} parameters, T = {cfg.time_steps}, on {world.world_size} x {world.device.type}; "
-        f"effective batch {batch}, learning rate {base_lr(cfg):.3g}\nwriting to {trainer.folder}"
+        f"effective batch {batch}, learning rate {base_lr(cfg):.3g}\n"
+        f"ssa_membrane {cfg.ssa_membrane}, {mixing}; writing to {trainer.folder}"
     )
+    _warn_of_recipe(cfg, sources)
     if cfg.effective_batch not in (None, batch):
         logger.warning(f"warning: effective batch {batch}, the recipe has {cfg.effective_batch}; adapt --accum-iter")
     if trainer.epoch >= total_epochs(cfg):
         logger.info(f"nothing left to train: {trainer.epoch} of {total_epochs(cfg)} epochs are done")
+
+
+def _warn_of_recipe(cfg: Config, sources: Sources) -> None:
+    """Print the keys without effect, and warn where the script's recipe reproduces a published result otherwise."""
+    if sources.ignored:
+        logger.info(f"without effect here: {', '.join(sources.ignored)}")
+    own = sources if sources.path == sources.script_recipe else read(sources.script_recipe)
+    recipe = dataclasses.replace(own, flags={}).config(validate=False)
+    if recipe.paper_top1 and (recipe.dataset, recipe.model) == (cfg.dataset, cfg.model) and not cfg.variant:
+        for key, value, released in differences(cfg, plain(recipe), ("ssa_membrane", "mixup_off_epoch")):
+            logger.warning(f"warning: {key} = {value!r}, {sources.script_recipe} has {released!r} as the published run")
