@@ -117,7 +117,7 @@ def draw(tables: dict[str, list[dict]], path: Path) -> None:
         "self scaled": ("^", "tab:red"),
         "self unscaled": ("v", "tab:orange"),
     }
-    with drawing(path, 1, 2, (13, 4.6)) as (figure, axes):
+    with drawing(path, 1, 2, (13, 4.6), grid="both") as (figure, axes):
         for axis, what in zip(axes, ("mean", "variance"), strict=True):
             for (name, rows), line in zip(tables.items(), itertools.cycle(("-", "--", ":"))):
                 for kind, (marker, colour) in styles.items():
@@ -132,7 +132,6 @@ def draw(tables: dict[str, list[dict]], path: Path) -> None:
             axis.set(title=f"{what} of the input of the attention's neuron", xlabel="block")
             axis.set_yscale("linear" if is_silent else "log")
             axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.grid(alpha=0.3)
         axes[0].axhline(ATTN_THRESHOLD, color="grey", linewidth=0.8)
         legend = "x: independent spikes\ndash: bound of the paper\ngrey: threshold of the membrane"
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", title=legend)

@@ -192,9 +192,17 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
 
 
 @contextlib.contextmanager
-def drawing(path: Path, rows: int, columns: int, size: tuple[float, float], **kwargs) -> Iterator[tuple[Figure, list]]:
-    """Yield a figure of `size` inches and its list of axes, row by row; write it to `path` at the end."""
+def drawing(
+    path: Path, rows: int, columns: int, size: tuple[float, float], grid: str = "", **kwargs
+) -> Iterator[tuple[Figure, list]]:
+    """Yield a figure of `size` inches and its axes, row by row; write it to `path` at the end.
+
+    `grid` is the axis of light lines: "x", "y" or "both".
+    """
     figure = Figure(figsize=size, layout="constrained")
     axes: list[Axes] = [*figure.subplots(rows, columns, squeeze=False, **kwargs).flat]
+    for axis in axes if grid else ():
+        axis.grid(axis=grid, alpha=0.3)
+        axis.set_axisbelow(True)
     yield figure, axes
     figure.savefig(path, dpi=110)

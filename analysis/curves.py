@@ -54,7 +54,7 @@ def run_curve(folder: Path, name: str) -> Curve:
 def draw(curves: Sequence[Curve], path: Path) -> None:
     """Draw the accuracies, and next to them the losses if there are any."""
     panels = 2 if any(curve.losses for curve in curves) else 1
-    with drawing(path, 1, panels, (0.5 + 6.5 * panels, 4.8)) as (_, axes):
+    with drawing(path, 1, panels, (0.5 + 6.5 * panels, 4.8), grid="both") as (_, axes):
         for i, (name, epochs, top1, losses) in enumerate(curves):
             best = max(range(len(top1)), key=top1.__getitem__)
             about = f"{name}: {top1[best]:.2f} %, epoch {epochs[best]}"
@@ -66,7 +66,6 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
         for axis, (title, unit) in zip(axes, texts, strict=False):
             axis.set(title=title, ylabel=unit, xlabel="epoch")
             axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.grid(alpha=0.3)
             axis.legend(fontsize=9)
 
 

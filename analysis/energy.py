@@ -4,8 +4,12 @@ E = 4.6 pJ * T * MACs(first convolution) + 0.9 pJ * SOPs (QKFormer, section 4). 
 over all other layers of mean(input) * T * MACs. MACs are those of one sample at one time step, which the field calls
 FLOPs. Horowitz (ISSCC 2014) has the energies of a 32-bit multiply-accumulate and of an addition in 45 nm. Matrix
 products of the attention are layers too; BatchNorm, pooling and the neurons are not counted.
+
+mean(input) * MACs takes each input for one of average fan-out. The exact number of synaptic operations adds up the
+fan-out that each spike has: fewer at a padded border or under a stride, and those of the head once, after its mean.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -15,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from models import LIF
 
-from .energy_report import AC_PJ, MAC_PJ, EnergyReport, Layer, energy_mj, implied_mean_input
+from .energy_report import AC_PJ, MAC_PJ, EnergyReport, Layer, energy_mj
 
-__all__ = ["AC_PJ", "MAC_PJ", "EnergyMeter", "EnergyReport", "energy_mj", "estimate", "implied_mean_input"]
+__all__ = ["AC_PJ", "MAC_PJ", "EnergyMeter", "EnergyReport", "energy_mj", "estimate"]
 
 
 @torch.inference_mode()
@@ -74,11 +78,13 @@ class EnergyMeter(TorchFunctionMode):
         if self._inside and func in _UNCOUNTED:
             raise ValueError(f"{self._inside[-1][0]}: torch.{func.__name__} is not counted; use matmul")
         if self._inside and func in _COUNTED:
-            macs, driver = _COUNTED[func](result, *args, **(kwargs or {}))
+            macs, driver, fan_out = _COUNTED[func](result, *args, **(kwargs or {}))
             self._inside[-1][1] += 1
             name, call = self._inside[-1]
             is_weighted = any(isinstance(value, nn.Parameter) for value in (*args, *(kwargs or {}).values()))
-            self._add(("layer", name if is_weighted else f"{name} product {call}"), macs, *_statistics(driver))
+            key = ("layer", name if is_weighted else f"{name} product {call}")
+            sops = [] if driver.is_meta else map(fan_out, _events(driver))
+            self._add(key, *_statistics(driver), macs, *sops)
         return result
 
     def _started(self, model: nn.Module, args: tuple) -> None:
@@ -99,16 +105,15 @@ class EnergyMeter(TorchFunctionMode):
         merged = EnergyMeter(self.model)
         for key, values in gather([(key, [*map(float, values)]) for key, values in self.counts.items()]):
             merged._add(key, *values)
-        counts = merged.counts
-        samples, steps, frames = counts.pop(("run", ""))
+        samples, steps, frames = merged.counts.pop(("run", ""))
         layers, rates = [], {}
-        for (kind, name), (*macs, size, total, active, others) in counts.items():
+        for (kind, name), (size, total, active, others, *operations) in merged.counts.items():
             known = (total / size, active / size) if total == total else (None, None)  # NaN on the meta device
             if kind == "layer":
                 # the head reads the mean over time, and runs once
-                is_head = name == "head"
-                macs_a_step = macs[0] / (samples if is_head else steps)
-                layers.append(Layer(name, macs_a_step, *known, is_binary=others == 0, is_head=is_head))
+                is_head, (macs, *sops) = name == "head", operations
+                macs_a_step, exact = macs / (samples if is_head else steps), tuple(count / samples for count in sops)
+                layers.append(Layer(name, macs_a_step, *known, others == 0, exact, is_head))
             else:
                 rates[name] = known[0]
         return EnergyReport(layers, round(steps / samples), rates, int(samples), frames > 0)
@@ -121,28 +126,45 @@ def _statistics(x: Tensor) -> tuple:
     return x.numel(), x.sum(dtype=torch.float64), x.count_nonzero(), ((x != 0) & (x != 1)).sum()
 
 
-# each returns MACs and the input that drives them; arguments have torch's names
+def _events(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many operations an input drives a fan-out: an integer n counts n, or 1; a real number 1 in both."""
+    active = x != 0
+    return torch.where((x == x.round()).all(), x.abs(), active), active
 
 
-def _convolution(result: Tensor, input: Tensor, weight: Tensor, *_, **__) -> tuple[int, Tensor]:
-    return result.numel() * weight[0].numel(), input
+# each returns MACs, the input that drives them, and a function that adds up `_events` times their fan-out
 
 
-def _product(result: Tensor, input: Tensor, other: Tensor) -> tuple[int, Tensor]:
-    return result.numel() * input.shape[-1], other
+def _convolution(convolve, result: Tensor, input: Tensor, weight: Tensor, bias=None, *args, **kwargs):
+    channels, groups = 1 - weight.dim(), input.shape[1 - weight.dim()] // weight.shape[1]
+
+    def operations(events: Tensor) -> Tensor:
+        by_group = events.unflatten(channels, (groups, -1)).sum(channels, dtype=torch.float64)  # autocast keeps float64
+        ones = torch.ones_like(weight[:groups, :1], dtype=torch.float64)
+        return convolve(by_group, ones, None, *args, **kwargs).sum() * len(weight) / groups
+
+    return result.numel() * weight[0].numel(), input, operations
 
 
-def _linear(result: Tensor, input: Tensor, *_, **__) -> tuple[int, Tensor]:
-    return result.numel() * input.shape[-1], input
+def _uniform(macs: int, driver: Tensor):
+    return macs, driver, lambda events: events.sum(dtype=torch.float64) * macs / driver.numel()
 
 
-def _attention(result: Tensor, query: Tensor, key: Tensor, *_, **__) -> tuple[int, Tensor]:
+def _product(result: Tensor, input: Tensor, other: Tensor):
+    return _uniform(result.numel() * input.shape[-1], other)
+
+
+def _linear(result: Tensor, input: Tensor, *_, **__):
+    return _uniform(result.numel() * input.shape[-1], input)
+
+
+def _attention(result: Tensor, query: Tensor, key: Tensor, *_, **__):
     """Count both products of torch's scaled dot-product attention."""
-    return (query.numel() + result.numel()) * key.shape[-2], key
+    return _uniform((query.numel() + result.numel()) * key.shape[-2], key)
 
 
 _COUNTED = {
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
+    **{convolve: functools.partial(_convolution, convolve) for convolve in (F.conv1d, F.conv2d, F.conv3d)},
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _product),
     F.linear: _linear,
     F.scaled_dot_product_attention: _attention,

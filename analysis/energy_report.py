@@ -1,6 +1,7 @@
 """Report of an energy measurement: totals in each of the usual accounts, a table of the layers, and a figure."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -20,11 +21,6 @@ def energy_mj(first_macs: float, sops: float, time_steps: int) -> float:
     return (MAC_PJ * time_steps * first_macs + AC_PJ * sops) * MJ
 
 
-def implied_mean_input(energy: float, macs: float, first_macs: float, time_steps: int) -> float:
-    """Return the mean input over all layers but the first for which `energy_mj` is `energy` (mJ)."""
-    return (energy / MJ - MAC_PJ * time_steps * first_macs) / (AC_PJ * time_steps * (macs - first_macs))
-
-
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """One convolution, linear layer or matrix product."""
@@ -34,6 +30,7 @@ class Layer:
     mean_input: float | None  # of a product: of its second factor; None on the meta device
     density: float | None  # share of the inputs that are not zero
     is_binary: bool  # all inputs are 0 or 1
+    exact: tuple[float, ...] = ()  # synaptic operations of all time steps, with an integer n as n, and as 1
     is_head: bool = False  # computed once, from means over tokens and time
 
     def sops(self, time_steps: int) -> float:
@@ -76,6 +73,15 @@ class EnergyReport:
         """Return the energy (mJ) as the paper counts it; 4.6 pJ a MAC for a network without spiking neurons."""
         return self.energy()
 
+    @property
+    def exact_sops(self) -> tuple[float, ...]:
+        """Return the synaptic operations with the fan-out of each spike, an integer n counted as n, and as 1.
+
+        They are those of all time steps, without the first convolution. The head reads a mean: it runs once, with one
+        operation for each real number that is not 0.
+        """
+        return tuple(map(sum, zip(*(layer.exact for layer in self.layers[1:]), strict=True)))
+
     def energy(self, integers: str = INTEGERS[0], first: str = FIRST[0]) -> float:
         """Return the energy (mJ) in one of the accounts.
 
@@ -88,8 +94,10 @@ class EnergyReport:
         return sum(self.layer_energy(i, integers, first) for i in range(len(self.layers)))
 
     @property
-    def _first_counts(self) -> tuple[str, ...]:
-        return FIRST[:1] if self.has_frames else FIRST
+    def accounts(self) -> list[dict]:
+        """Return `energy` in every account."""
+        pairs = itertools.product(INTEGERS, FIRST[: 1 if self.has_frames else 2])
+        return [{"integers": i, "first_convolution": first, "energy_mj": self.energy(i, first)} for i, first in pairs]
 
     def layer_energy(self, index: int, integers: str = INTEGERS[0], first: str = FIRST[0]) -> float:
         """Return the share (mJ) of layer `index` in `energy`."""
@@ -102,17 +110,13 @@ class EnergyReport:
 
     def summary(self) -> dict:
         """Return the totals as plain data."""
-        accounts = [
-            {"integers": integers, "first_convolution": first, "energy_mj": self.energy(integers, first)}
-            for integers in INTEGERS
-            for first in self._first_counts
-        ]
         return {
             "energy_mj": self.energy_mj,
-            "accounts": accounts,
+            "accounts": self.accounts,
             "macs_per_step": self.flops,
             "macs_of_first_convolution": self.layers[0].macs,
             "sops": self.sops,
+            "exact_sops": dict(zip(("n", "1"), self.exact_sops, strict=True)),  # of an integer n
             "mean_input": self.sops / (self.time_steps * (self.flops - self.layers[0].macs)),
             "time_steps": self.time_steps,
             "samples": self.samples,
@@ -128,6 +132,7 @@ class EnergyReport:
                 "share not 0": layer.density,
                 "input": "real" if i == 0 or layer.is_head else "spikes" if layer.is_binary else "integers",
                 "SOPs": layer.sops(self.time_steps) if i else 0.0,
+                "exact SOPs": layer.exact[0] if i else 0.0,
                 "energy (mJ)": self.layer_energy(i),
             }
             for i, layer in enumerate(self.layers)
@@ -135,7 +140,7 @@ class EnergyReport:
 
     def __str__(self) -> str:
         """Format the table of the layers and the totals."""
-        table = tabulate(self.rows(), headers="keys", floatfmt=("", ",.0f", ".4f", ".4f", "", ",.0f", ".6f"))
+        table = tabulate(self.rows(), headers="keys", floatfmt=("", ",.0f", ".4f", ".4f", "", ",.0f", ",.0f", ".6f"))
         return f"{table}\n{self.totals()}"
 
     def totals(self) -> str:
@@ -144,11 +149,10 @@ class EnergyReport:
             f"energy {self.energy_mj:.4g} mJ a sample: {self.flops / 1e6:,.2f} M MACs a step, T = {self.time_steps}, "
             f"{self.sops / 1e6:,.2f} M SOPs"
         ]
-        for kind in INTEGERS if self.firing_rates else ():
-            both = ", ".join(
-                f"first convolution {first}: {self.energy(kind, first):.4g} mJ" for first in self._first_counts
-            )
-            lines.append(f"  integers as {kind}, {both}")
+        if self.firing_rates:
+            form = "  integers as {integers}, first convolution {first_convolution}: {energy_mj:.4g} mJ"
+            lines += [form.format(**account) for account in self.accounts]
+            lines.append("  exact SOPs: {:,.0f}, or {:,.0f} with an integer counted as 1".format(*self.exact_sops))
         return "\n".join(lines)
 
     def write(self, folder: Path, name: str) -> list[Path]:
@@ -164,7 +168,7 @@ class EnergyReport:
         """Draw energy and mean input of each layer as bars."""
         rows, size = self.rows(), (max(7, 0.24 * len(self.layers)), 7)
         colours = {"real": "tab:red", "spikes": "tab:blue", "integers": "tab:orange"}
-        with drawing(path, 2, 1, size, sharex=True) as (_, (energy, inputs)):
+        with drawing(path, 2, 1, size, grid="y", sharex=True) as (_, (energy, inputs)):
             for kind, colour in colours.items():
                 at = [i for i, row in enumerate(rows) if row["input"] == kind]
                 energy.bar(at, [1000 * rows[i]["energy (mJ)"] for i in at], color=colour, label=f"input: {kind}")
@@ -175,6 +179,3 @@ class EnergyReport:
             inputs.set(ylabel="mean input")
             inputs.set_xticks(range(len(rows)), [row["layer"] for row in rows], rotation=90, fontsize=7)
             inputs.margins(x=0.01)
-            for axis in (energy, inputs):
-                axis.grid(axis="y", alpha=0.3)
-                axis.set_axisbelow(True)

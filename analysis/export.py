@@ -35,14 +35,8 @@ def _write_onnx(subject: common.Subject, output: Path, batch: int | None, sample
     model = subject.model
     if any(isinstance(module, LIF) and module.leak_across_batch for module in model.modules()):
         if batch not in (None, 1):
-            raise UserError(
-                f"--batch {batch}: with ssa_membrane 'released' the answers depend on the other samples of the batch; "
-                "use --batch 1 or --ssa-membrane per_sample"
-            )
-        logger.warning(
-            "warning: with ssa_membrane 'released' the file takes a batch of 1, where it equals per_sample; "
-            "--ssa-membrane per_sample takes any batch"
-        )
+            raise UserError(f"--batch {batch}: ssa_membrane 'released' leaks; use 1, or --ssa-membrane per_sample")
+        logger.warning("warning: batch of 1, where ssa_membrane 'released' equals per_sample, which takes any batch")
         batch = 1
     x, _ = subject.samples(samples)
     if batch and len(x) < batch:
@@ -99,13 +93,9 @@ def _write(path: Path, content: str | bytes) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     flags = common.checkpoint_parser(__doc__)
-    flags.add_argument(
-        "--format", choices=tuple(PACKAGES), required=True, help="onnx, or safetensors with a model card"
-    )
+    flags.add_argument("--format", choices=[*PACKAGES], required=True, help="onnx, or safetensors with a model card")
     flags.add_argument("--output", type=Path, help="file to write (default: next to the checkpoint, with its name)")
-    flags.add_argument(
-        "--batch", type=common.positive, help="onnx: the only batch size that the file takes (default: any)"
-    )
+    flags.add_argument("--batch", type=common.positive, help="onnx: the only batch size of the file (default: any)")
     flags.add_argument("--samples", type=common.positive, default=64, help="onnx: test samples to compare [64]")
     return flags
 

@@ -71,11 +71,8 @@ def measure(subject: Subject) -> Rates:
     samples = subject.evaluate(callbacks)
     most = max((len(count) for batches in counts.values() for count in batches), default=0)
     total = {name: sum(F.pad(n, (0, most - len(n))) for n in batches) for name, batches in counts.items()}
-    means, of_keys = (
-        {name: torch.stack(batches).sum(0).cpu() / samples for name, batches in rates.items()}
-        for rates in (spikes, masked)
-    )
-    return Rates(means, {name: (count / count.sum()).cpu() for name, count in total.items()}, of_keys)
+    spikes, masked = ({name: sum(rows).cpu() / samples for name, rows in rates.items()} for rates in (spikes, masked))
+    return Rates(spikes, {name: (count / count.sum()).cpu() for name, count in total.items()}, masked)
 
 
 def table(rates: Rates) -> list[dict]:
@@ -95,7 +92,7 @@ def table(rates: Rates) -> list[dict]:
 def draw(rates: Rates, title: str, path: Path) -> None:
     """Draw firing rates as bars with a dot per time step, and the integers as stacked bars below."""
     panels = 2 if rates.integers else 1
-    with drawing(path, panels, 1, (max(8, 0.26 * len(rates.spikes)), 4.5 * panels)) as (figure, axes):
+    with drawing(path, panels, 1, (max(8, 0.26 * len(rates.spikes)), 4.5 * panels), grid="y") as (figure, axes):
         figure.suptitle(title)
         means = [values.mean().item() for values in rates.spikes.values()]
         axes[0].bar(range(len(means)), means, color="lightsteelblue")
@@ -114,8 +111,6 @@ def draw(rates: Rates, title: str, path: Path) -> None:
             axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
             if axis.get_legend_handles_labels()[0]:  # none where all integers are 0
                 axis.legend(ncols=4, fontsize=8)
-            axis.grid(axis="y", alpha=0.3)
-            axis.set_axisbelow(True)
             axis.margins(x=0.01)
 
 

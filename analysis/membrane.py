@@ -119,7 +119,7 @@ def draw(means: Sequence[dict], path: Path) -> None:
     sizes = sorted({row["batch size"] for row in means})
     ways = list(dict.fromkeys((row["network"], row["settings"], row["trained"]) for row in means))
     colours = dict(zip(dict.fromkeys(way[:2] for way in ways), itertools.cycle(TABLEAU_COLORS)))
-    with drawing(path, 1, 3, (14, 4.4)) as (figure, axes):
+    with drawing(path, 1, 3, (14, 4.4), grid="both") as (figure, axes):
         for way in ways:
             mine = [row for row in means if (row["network"], row["settings"], row["trained"]) == way]
             network, settings, trained = way
@@ -136,7 +136,6 @@ def draw(means: Sequence[dict], path: Path) -> None:
             axis.set(xlabel="batch size of the evaluation", xscale="log")
             axis.set_xticks(sizes, sizes)
             axis.minorticks_off()
-            axis.grid(alpha=0.3)
         figure.legend(loc="outside lower center", ncols=2)
 
 

@@ -10,6 +10,7 @@ from engine.data.recordings import EVENT_DATASETS
 from engine.log import logger
 
 from .common import Subject
+from .results import read_result
 
 LIBRARY = "library_name: qkformer\n"  # in every card
 TAGS = ["qkformer", "spiking-neural-network", "spiking-transformer", "arxiv:2403.16552"]
@@ -82,17 +83,10 @@ model.eval()
 def _measured(subject: Subject) -> float | None:
     """Return the top-1 (%) that test.py wrote for this checkpoint and these settings, or None."""
     path = subject.path.with_suffix(".test.json")
-    if not path.exists():
-        logger.info(f"{path}: missing, the card has no accuracy; run test.py")
-        return None
-    try:
-        result = json.loads(path.read_text())
-        settings = json.loads(json.dumps(plain(subject.cfg)))
-        keys = (*MODEL_FIELDS, "dataset", "input_size", "mean", "std", "crop_pct")
-        is_current = path.stat().st_mtime >= subject.path.stat().st_mtime
-        if is_current and all(result[key] == settings[key] for key in keys):
-            return float(result["top1"])
-    except (ValueError, TypeError, KeyError):
-        pass
-    logger.info(f"{path}: older than the checkpoint or of other settings, the card has no accuracy; run test.py")
+    result, settings = read_result(path), json.loads(json.dumps(plain(subject.cfg)))
+    keys = (*MODEL_FIELDS, "dataset", "input_size", "mean", "std", "crop_pct")
+    is_current = result and path.stat().st_mtime >= subject.path.stat().st_mtime
+    if is_current and all(result.get(key) == settings[key] for key in keys):
+        return result["top1"]
+    logger.info(f"{path}: missing, older than the checkpoint or of other settings; run test.py for the card's accuracy")
     return None

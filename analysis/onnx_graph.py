@@ -84,10 +84,8 @@ class _WithSpikes(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         spikes = {}
-        callbacks = {
-            lif: lambda _, out, name=name: spikes.update({name: out}) for name, lif in _lifs(self.model).items()
-        }
-        with hooked(callbacks):
+        lifs = _lifs(self.model).items()
+        with hooked({lif: lambda _, out, name=name: spikes.update({name: out}) for name, lif in lifs}):
             logits = self.model(x)
         return logits, *(spikes[name] for name in self.names)
 
@@ -130,9 +128,7 @@ def compare(model: nn.Module, exported: Exported, batches: Sequence[Tensor]) -> 
     """Run `batches` of samples through torch and ONNX Runtime, on the CPU; raises `UserError` where it cannot."""
     import onnxruntime
 
-    product, with_spikes = (
-        onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]) for content in exported
-    )
+    product, with_spikes = (onnxruntime.InferenceSession(x, providers=["CPUExecutionProvider"]) for x in exported)
     names = [output.name for output in with_spikes.get_outputs()][1:]
     columns, distance, count = [], 0.0, 0
     for x in batches:
@@ -140,9 +136,7 @@ def compare(model: nn.Module, exported: Exported, batches: Sequence[Tensor]) -> 
         logits = torch.from_numpy(logits)
         watched, *spikes = map(torch.from_numpy, with_spikes.run(None, {"input": x.numpy()}))
         if not torch.equal(watched, logits):
-            raise UserError(
-                "ONNX Runtime: logits differ when spikes are outputs; install the versions of requirements.txt"
-            )
+            raise UserError("ONNX Runtime: logits change if spikes are outputs; install as requirements.txt says")
         own = model(x)
         followed, flips, far = _follow(model, x, dict(zip(names, spikes, strict=True)))
         differences = ((logits - other).abs().amax(1) for other in (own, followed))

@@ -24,9 +24,17 @@ from .settings import FIELDS, Config, MachineSettings, ModelSettings, Published,
 __all__ = ["FIELDS", "Config", "load", "mixes"]
 _TYPES = typing.get_type_hints(Config)
 MODEL_FIELDS, LOCAL_FIELDS, PUBLISHED = names(ModelSettings), names(MachineSettings), names(Published)
-IGNORED = (  # flags of the released scripts and of launchers without effect here
-    "--local-rank --world-size --dist-url --log-dir --start-epoch "
-    "--dist-on-itp --dist-eval --pin-mem --no-pin-mem --global-pool --cls-token --resplit"
+ALIASES = {flag.lstrip("-").replace("-", "_"): key for key, field in FIELDS.items() for flag in field.metadata["flags"]}
+LAUNCHERS = "local_rank world_size dist_url dist_on_itp dist_eval".split()
+NETWORK = "depths layer num_heads patch_size dim embed_dims sr_ratios qkv_bias".split()  # here in the network's name
+IGNORED = (  # keys and flags of the released scripts and of timm's without effect here, or there
+    "log_dir start_epoch pin_mem no_pin_mem global_pool cls_token resplit experiment eval_metric gp model_ema_decay "
+    "recovery_interval checkpoint_hist log_wandb worker_seeding dist_bn clip_mode"
+).split()
+IGNORED += LAUNCHERS + NETWORK
+IF_OFF = (  # timm's keys of what is missing here: off there if null, false, 0 or empty
+    "aug_repeats aug_splits bce_loss drop drop_block drop_connect jsd_loss model_ema native_amp apex_amp no_aug output "
+    "pretrained save_images split_bn torchscript tta vflip"
 ).split()
 
 
@@ -37,7 +45,13 @@ class Sources:
     path: Path
     recipes: dict[str | None, dict[str, object]]  # of each variant, and of None, the recipe itself
     flags: dict[str, object]
-    folder: Path  # of the script
+    script_recipe: Path
+    ignored: list[str]  # keys and flags without effect
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of the script."""
+        return self.script_recipe.parent
 
     def config(self, recorded: Mapping[str, object] | None = None, validate: bool = True) -> Config:
         """Merge the sources.
@@ -73,14 +87,14 @@ def read(yaml_path: str | Path, argv: Sequence[str] = ()) -> Sources:
         argv: command line without the program's name.
 
     Raises:
-        UserError: unknown key (with the nearest valid one), or wrong type.
+        UserError: unknown keys (with the nearest valid ones), or wrong type.
     """
-    flags, folder = _read_flags(argv), Path(yaml_path).parent
+    (flags, ignored), folder = _read_flags(argv), Path(yaml_path).parent
     path = Path(flags.get("config", yaml_path))
     sibling = folder / (path if path.suffix else f"{path}.yml")
     if not os.path.isfile(path) and os.path.isfile(sibling):
         path = sibling
-    return Sources(path, _read_yaml(path), flags, folder)
+    return Sources(path, _read_yaml(path, ignored), flags, Path(yaml_path), ignored)
 
 
 def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded=None, validate: bool = True) -> Config:
@@ -120,8 +134,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str | None, dict[str, object]]:
-    """Return the settings of a recipe, under None, and of each of its variants."""
+def _read_yaml(path: Path, ignored: list[str]) -> dict[str | None, dict[str, object]]:
+    """Return the settings of a recipe, under None, and of each of its variants; collect keys without effect."""
     if not os.path.isfile(path):  # a pipe or a device may have no end
         raise UserError(f"{path}: no such recipe")
     try:
@@ -132,19 +146,35 @@ def _read_yaml(path: Path) -> dict[str | None, dict[str, object]]:
     variants = content.pop("variants", {}) if isinstance(content, dict) else {}
     if not isinstance(variants, dict):
         raise UserError(f"{path}: variants is a {type(variants).__name__}; write `name: changes` lines")
-    recipe = _settings(content, path, str(path))
+    recipe = _settings(content, path, str(path), ignored)
     shared = {key: value for key, value in recipe.items() if key not in PUBLISHED}  # figures of the recipe alone
-    changed = {str(name): _settings(changes, path, f"{path}: variant {name}") for name, changes in variants.items()}
-    return {None: recipe} | {name: shared | changes for name, changes in changed.items()}
+    return {None: recipe} | {
+        str(name): shared | _settings(changes, path, f"{path}: variant {name}", ignored)
+        for name, changes in variants.items()
+    }
 
 
-def _settings(content: object, path: Path, where: str) -> dict[str, object]:
+def _settings(content: object, path: Path, where: str, ignored: list[str]) -> dict[str, object]:
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds a {type(content).__name__}; write `key: value` lines")
-    for key in content:
-        if key not in FIELDS or key in ("config", "variant"):
-            raise UserError(f"{where}: unknown key {short(key)}{_nearest(str(key), FIELDS)}")
-    values = {key: _coerce(key, value, f"{where}: {key}") for key, value in content.items()}
+    values, unknown = {}, []
+    for name, value in content.items():
+        key = ALIASES.get(name, name)
+        is_dead = name == "drop_path" and content.keys() & set(NETWORK)  # the released code reads none
+        is_empty = value is None and name not in FIELDS and not isinstance(_TYPES.get(key), types.UnionType)
+        is_off = not value if name in IF_OFF else is_empty
+        if name in IGNORED or is_dead or is_off:
+            ignored.append(name)
+        elif key not in FIELDS or key in ("config", "variant"):
+            unknown.append(short(name) + _nearest(str(name), [*FIELDS, *ALIASES]))
+        else:
+            setting = _coerce(key, value, f"{where}: {name}")
+            if key in values and values[key] != setting:
+                same = [other for other in content if ALIASES.get(other, other) == key]
+                raise UserError(f"{where}: {' and '.join(same)} name one setting, with two values; omit one")
+            values[key] = setting
+    if unknown:
+        raise UserError(f"{where}: unknown {', '.join(unknown)}; --help lists the keys")
     if values.get("data_path") and ":" not in values["data_path"]:  # else the address of shards
         values["data_path"] = os.path.abspath(path.parent / os.path.expanduser(values["data_path"]))
     return values
@@ -161,17 +191,20 @@ def _flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def _read_flags(argv: Sequence[str]) -> dict[str, object]:
+def _read_flags(argv: Sequence[str]) -> tuple[dict[str, object], list[str]]:
+    """Return the settings of a command line, and its flags without effect."""
     argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     note = "The engine's defaults are in [brackets]; the recipe (YAML), then a checkpoint, then flags override them."
     parser = Parser(allow_abbrev=False, epilog=note)
     add_flags(parser, FIELDS)
-    parser.add_argument(*IGNORED, help=argparse.SUPPRESS, dest="ignored", nargs="?")
+    for key in IGNORED:
+        parser.add_argument(_flag(key), help=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs="?")
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
-        flag = unknown[0].split("=")[0]
-        raise UserError(f"{flag}: unknown flag{_nearest(flag, map(_flag, FIELDS))}")
-    return settings_in(parsed)
+        flags = [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown[:1]
+        known = [_flag(key) for key in (*FIELDS, *ALIASES)]
+        raise UserError(f"{', '.join(flag + _nearest(flag, known) for flag in flags)}: unknown; --help lists the flags")
+    return settings_in(parsed), [_flag(key) for key in vars(parsed) if key in IGNORED and key not in LAUNCHERS]
 
 
 def add_flags(parser: argparse.ArgumentParser, keys: Iterable[str]) -> None:
@@ -194,13 +227,17 @@ def settings_in(parsed: argparse.Namespace) -> dict[str, object]:
 
 
 def _nearest(word: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(valid), n=1)
-    return f", did you mean {close[0]!r}?" if close else " (--help lists them)"
+    """Suggest a valid word; typing errors rarely change the first letter, other words often do."""
+    start = word[: len(word) - len(word.lstrip("-")) + 1]
+    close = difflib.get_close_matches(word, [other for other in valid if other.startswith(start)], 1, 0.75)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _coerce(key: str, value: object, where: str) -> object:
     """Convert `value` to the type of the field `key`; flags are strings, as is 1e-3 for PyYAML."""
     kind = _TYPES[key]
+    if isinstance(value, bool) and "off" in FIELDS[key].metadata["choices"]:  # timm's amp: true; YAML's off is false
+        return "fp16" if value else "off"
     if isinstance(kind, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None

@@ -19,7 +19,7 @@ from models.backends import triton_problem
 from . import checkpoint, log
 from . import world as distributed
 from .cli import UserError, short, spare_children
-from .config import LOCAL_FIELDS, MODEL_FIELDS, Config, Sources, plain, read
+from .config import LOCAL_FIELDS, MODEL_FIELDS, Config, Sources, mixes, plain, read
 from .data import event, image
 from .data.folders import data_path, find_classes, split_folders
 from .data.loaders import Data
@@ -53,7 +53,7 @@ def train(recipe: Path) -> None:
     trainer = Trainer(cfg, world, model, create_optimizer(cfg, model), data, start.folder)
     if start.state:
         trainer.resume(start.state, start.path, new_run=not start.continues)
-    _announce(trainer)
+    _announce(trainer, sources)
     with trainer.stop_request, records(cfg, world, start.folder, data, trainer.epoch) as run_log:
         while trainer.epoch < total_epochs(cfg):
             _train_one_epoch(trainer, run_log)
@@ -146,8 +146,9 @@ def setup(cfg: Config) -> World:
     distributed.set_arithmetic(cfg)
     _require_gpu(cfg, world)
     log.setup_console(world.is_main)
-    if world.device.type == "cpu" and "fp16" in (cfg.amp, cfg.eval_amp):
-        logger.info("fp16 is slow on a CPU; using float32 (or use --amp bf16)")
+    for amp in dict.fromkeys((cfg.amp, cfg.eval_amp)):
+        if distributed.is_slow(amp, world.device):
+            logger.info(f"{amp} is slow on this CPU; using float32")
     return world
 
 
@@ -234,23 +235,37 @@ def _model_to_train(cfg: Config, world: World, start: Start, data: Data) -> nn.M
     model = build_model(cfg).to(world.device)
     if path and not start.is_ours:
         state = state or checkpoint.read(path)
-        load_weights(cfg, model, state, path, new_head=not start.state)
+        load_weights(cfg, model, state, path, adapt=not start.state)
         warn_of_other_network(cfg, state, path)
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if cfg.sync_bn and world.world_size > 1 else model
 
 
-def _announce(trainer: Trainer) -> None:
+def _announce(trainer: Trainer, sources: Sources) -> None:
     cfg, world, batch = trainer.cfg, trainer.world, effective_batch(trainer.cfg)
     parameters = sum(p.numel() for p in trainer.model.parameters())
+    mixing = f"mixup in the first {cfg.mixup_off_epoch or total_epochs(cfg)} epochs" if mixes(cfg) else "no mixup"
     logger.info(
         f"{cfg.model}: {parameters:,} parameters, T = {cfg.time_steps}, on {world.world_size} x {world.device.type}; "
-        f"effective batch {batch}, learning rate {base_lr(cfg):.3g}\nwriting to {trainer.folder}"
+        f"effective batch {batch}, learning rate {base_lr(cfg):.3g}\n"
+        f"ssa_membrane {cfg.ssa_membrane}, {mixing}; writing to {trainer.folder}"
     )
     if cfg.ssa_membrane == "released" and cfg.residual == "sew":
         logger.info("ssa_membrane released: answers depend on the other samples of a batch; per_sample avoids it")
+    _warn_of_recipe(cfg, sources)
     if cfg.effective_batch not in (None, batch):
         is_long = cfg.effective_batch * cfg.accum_iter <= batch * trainer.steps
         fix = "adapt --accum-iter" if is_long else f"an epoch has {trainer.steps} steps, so adapt --lr"
         logger.warning(f"warning: effective batch {batch}, the recipe has {cfg.effective_batch}; {fix}")
     if trainer.epoch >= total_epochs(cfg):
         logger.info(f"nothing left to train: {trainer.epoch} of {total_epochs(cfg)} epochs are done")
+
+
+def _warn_of_recipe(cfg: Config, sources: Sources) -> None:
+    """Print the keys without effect, and warn where the script's recipe reproduces a published result otherwise."""
+    if sources.ignored:
+        logger.info(f"without effect here: {', '.join(sources.ignored)}")
+    own = sources if sources.path == sources.script_recipe else read(sources.script_recipe)
+    recipe = dataclasses.replace(own, flags={}).config(validate=False)
+    if recipe.paper_top1 and (recipe.dataset, recipe.model) == (cfg.dataset, cfg.model) and not cfg.variant:
+        for key, value, released in differences(cfg, plain(recipe), ("ssa_membrane", "mixup_off_epoch")):
+            logger.warning(f"warning: {key} = {value!r}, {sources.script_recipe} has {released!r} as the published run")

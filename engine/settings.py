@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 
 
 def option(default, help: str, **rules):
-    """Declare a field: `choices`, or inclusive bounds `low` and `high`; `flags` are further spellings of its flag."""
+    """Declare a field: `choices`, or inclusive bounds `low` and `high`; `flags` are other names, in YAML too."""
     return field(
         default=default, metadata={"help": help, "choices": (), "low": None, "high": None, "flags": ()} | rules
     )
@@ -33,8 +33,8 @@ class ModelSettings:
 
     model: str = option("qkformer_4_384", "network, see models.list_models()")
     num_classes: int | None = option(10, "classes; none: count the folders", low=1, flags=["--nb-classes"])
-    in_channels: int = option(3, "channels of the input", low=1)
-    time_steps: int = option(4, "T: steps per image, or frames per recording", low=1, high=1024, flags=["--time-step"])
+    in_channels: int = option(3, "channels of the input", low=1, flags=["--in-chans"])
+    time_steps: int = option(4, "T: steps per image or recording", low=1, high=1024, flags=["--time-step", "--T", "-T"])
     attention: tuple[str, ...] | None = option(None, "token, channel or self for each stage (default: the model's)")
     mlp_ratio: float | None = option(None, "MLP: hidden over outer channels (default: the model's)", low=0.1, high=64)
     heads: int | None = option(None, "attention heads (default: the model's)", low=1)
@@ -60,13 +60,19 @@ class DataSettings:
     sensor_size: tuple[int, ...] | None = option(None, "eventfolder: height, width of the sensor [input_size]", low=1)
     input_size: int = option(32, "height and width of the input", low=1, high=8192, flags=["--img-size"])
     batch_size: int = option(64, "images per rank and step", low=1, high=65536, flags=["-b"])
-    eval_batch_size: int | None = option(None, "batch_size of evaluations (default: batch_size)", low=1, high=65536)
+    eval_batch_size: int | None = option(
+        None,
+        "batch_size of evaluations (default: batch_size)",
+        low=1,
+        high=65536,
+        flags=["--val-batch-size", "--validation-batch-size"],
+    )
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     auto_augment: str | None = option(None, "timm's policy, as rand-m9-mstd0.5-inc1; events: snn-wide", flags=["--aa"])
     mixup: float = option(0.0, "alpha of mixup; 0: off", low=0)
     mixup_prob: float = option(1.0, "probability of mixup or cutmix", low=0, high=1)
     mixup_mode: str = option("batch", "one mixing ratio per batch, pair or image", choices=("batch", "pair", "elem"))
-    mixup_off_epoch: int | None = option(None, "first epoch without mixup (default: never off)", low=0)
+    mixup_off_epoch: int | None = option(None, "first epoch without mixup; 0: never off, as without", low=0)
     mixup_in: str = option("loader", "mix in the loader's workers or in the step", choices=("loader", "step"))
     smoothing: float = option(0.1, "label smoothing", low=0, high=0.999)
 
@@ -79,7 +85,9 @@ class ImageSettings:
     val_split: str = option("validation", "test split of a data set of timm's")
     mean: tuple[float, ...] | None = option(None, "mean of each channel (default: ImageNet's)")
     std: tuple[float, ...] | None = option(None, "standard deviation of each channel (default: ImageNet's)", low=1e-6)
-    interpolation: str = option("bicubic", "resizing filter", choices=("bicubic", "bilinear", "nearest"))
+    interpolation: str = option(
+        "bicubic", "resizing filter", choices=("bicubic", "bilinear", "nearest"), flags=["--train-interpolation"]
+    )
     scale: tuple[float, ...] = option((1.0, 1.0), "random resized crop: least and most area", low=0.01, high=1)
     ratio: tuple[float, ...] = option((1.0, 1.0), "random resized crop: least and most aspect ratio", low=0.01)
     crop_pct: float | None = option(None, "test: crop over resized side [0.875; above 224: 1]", low=0.1, high=1)
@@ -113,7 +121,7 @@ class OptimSettings:
     warmup_prefix: bool = option(False, "start the decay after the warm-up, not with it")
     min_lr: float = option(1e-5, "learning rate at the end of the schedule", low=0)
     lr_step: str = option("epoch", "interval of learning-rate changes", choices=("epoch", "iteration"))
-    accum_iter: int = option(1, "steps whose gradients are added up for one update", low=1)
+    accum_iter: int = option(1, "steps whose gradients add up to one update", low=1, flags=["--grad-accum-steps"])
     ema_decay: float | None = option(None, "decay of averaged weights, to be evaluated (default: none)", low=0, high=1)
     drop_path: float = option(0.0, "stochastic depth: rate of the last block, linear from 0", low=0, high=0.99)
     amp: str = option("off", "mixed precision of the training", choices=("fp16", "bf16", "off"))
@@ -130,9 +138,9 @@ class OptimSettings:
 class MachineSettings:
     """Settings of a computer or a command, not of a run."""
 
-    config: str = option("", "recipe in place of the script's own: a file, or its name next to the script")
+    config: str = option("", "recipe in place of the script's own: a file, or a name next to the script", flags=["-c"])
     data_path: str | None = option(None, "folder of the data set; in a YAML relative to it", flags=["--data-dir"])
-    download: bool = option(False, "download the data set where its library can")
+    download: bool = option(False, "download the data set where its library can", flags=["--dataset-download"])
     workers: int = option(4, "loader workers per rank", low=0, high=256, flags=["--num-workers", "-j"])
     device: str = option("auto", "device to compute on", choices=("auto", "cpu", "cuda"))
     threads: int | None = option(None, "CPU threads of torch per rank (default: torch's)", low=1, high=1024)

@@ -188,7 +188,7 @@ class Trainer:
         key = cfg.seed, self.epoch, world.rank
         reseed(*key)  # the order of the samples
         if mixup:
-            mixup.mixup_enabled = cfg.mixup_off_epoch is None or self.epoch < cfg.mixup_off_epoch
+            mixup.mixup_enabled = not cfg.mixup_off_epoch or self.epoch < cfg.mixup_off_epoch
         self.parallel.train()
         batches = self.data.train.batches(self.epoch, self.steps_done)
         shown = progress(batches, self.name, cfg.log_interval, world.is_main, self._status, self.steps, self.steps_done)

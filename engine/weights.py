@@ -1,5 +1,6 @@
 """Weights: from a file to settings, from settings to a network, and from the file into the network."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import torch
 from timm.layers import trunc_normal_
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from models import create_model
 from models.neuron import LIF
 from models.registry import QKFORMERS, identify
 from models.registry import RELEASED as RELEASED_FILES
-from models.released import load_released, without_prefixes
+from models.released import load_released, translated, without_prefixes
 
 from .cli import UserError, short
 from .config import FIELDS, MODEL_FIELDS, Config, Sources, plain, read
@@ -97,15 +99,21 @@ def _shown_by(state: dict, path: Path) -> dict[str, object]:
     return {"model": name, **arguments, **shown}
 
 
-def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, new_head: bool = False) -> None:
-    """Load a checkpoint's weights, under our names or released ones; raise `UserError` if they do not fit."""
+def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, adapt: bool = False) -> None:
+    """Load a checkpoint's weights, under our names or released ones; raise `UserError` if they do not fit.
+
+    With `adapt` the head may be of other classes, which a new one replaces, and the input of other channels.
+    """
     weights = state["state_dict"]
     if cfg.use_ema and state.get("state_dict_ema"):
         weights = state["state_dict_ema"]
         logger.info(f"{path}: using the averaged weights (--no-use-ema for the others)")
     weights = without_prefixes(weights)
     head = weights.get("head.weight")
-    if new_head and head is not None and len(head) != model.num_classes:
+    if adapt and (changed := _adapted_input(model, weights)):
+        logger.info(f"{path}: first convolution adapted to {model.in_channels} channels, as timm does")
+        weights |= changed
+    if adapt and head is not None and len(head) != model.num_classes:
         logger.info(f"{path}: new head for {model.num_classes} classes in place of {len(head)}")
         trunc_normal_(model.head.weight, std=2e-5)  # as the released fine-tuning
         weights |= {"head.weight": model.head.weight, "head.bias": model.head.bias}
@@ -118,6 +126,19 @@ def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, n
     except ValueError as error:
         other = f"trained as {short(trained)}, not {cfg.model!r}; " if trained != cfg.model else ""
         raise UserError(f"{path}: {other}{error}") from None
+
+
+def _adapted_input(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weight of the first convolution by its name, for the model's number of channels if that differs."""
+    first = translated(weights, model).get("stages.0.embed.units.0.conv.weight")
+    if first is None or first.dim() != 4 or first.shape[1] == model.in_channels:
+        return {}
+    name = next(name for name, value in weights.items() if value is first)
+    with contextlib.suppress(
+        NotImplementedError, AssertionError
+    ):  # from 3 channels to any, and from any to 1; the rest cannot load
+        return {name: adapt_input_conv(model.in_channels, first)}
+    return {}
 
 
 def warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:

@@ -59,6 +59,11 @@ def test_the_saved_configuration_reads_back(recipe, tmp_path):
     [
         ("lr: 1\nepochz: 3", "", "epochz"),
         ("lr: 1\n3: 3", "", "3"),
+        ("lr: 1\nfoo: 3\nepochz: 3\nbar: 1", "", "epochs"),
+        ("lr: 1\nfoo: 3\nepochz: 3\nbar: 1", "", "bar"),
+        ("lr: 1\nimg_size: 32\ninput_size: 64", "", "img_size"),
+        ("lr: 1\nvflip: 0.5", "", "vflip"),
+        ("lr: 1\nmodel_ema: true", "", "model_ema"),
         ("lr: fast", "", "fast"),
         ("lr: 1\nepochs: 2.5", "", "2.5"),
         ("lr: 1\nepochs: [3]", "", "[3]"),
@@ -81,6 +86,7 @@ def test_the_saved_configuration_reads_back(recipe, tmp_path):
         ("lr: 1\nseed: 4294967296", "", "4294967296"),
         ("lr: 1", "--time-steps 99999999999999999999", "1024"),
         ("lr: 1", "--epochz 3", "--epochz"),
+        ("lr: 1", "--foo 3 --bar", "--bar"),
         ("lr: 1", "--epochs=x", "'x'"),
         ("lr: 1", "--epoch 3", "--epoch"),
         ("lr: 1", "--batch-size -1", "-1"),
@@ -101,6 +107,58 @@ def test_the_saved_configuration_reads_back(recipe, tmp_path):
 def test_mistakes_are_named_in_one_line(recipe, text, flags, value):
     with refuses(value):
         config.load(recipe(text), flags.split())
+
+
+def test_suggestions_have_the_meaning_of_what_was_typed(recipe):
+    for flag in ("--print-freq", "--momentum", "--test-only", "--vflip"):
+        with refuses(flag) as error:
+            config.load(recipe("lr: 1"), [flag, "1"])
+        assert "did you mean" not in str(error.value)
+    with refuses("--batch-size"):
+        config.load(recipe("lr: 1"), ["--batchsize", "1"])
+
+
+THEIRS = {  # key sets of other projects' YAMLs: file -> settings, keys without effect
+    "spikformer_cifar.yml": (
+        {"time_steps": 4, "input_size": 32, "eval_batch_size": 128, "auto_augment": "rand-m9-n1-mstd0.4-inc1"}
+        | {
+            "amp": "fp16",
+            "drop_path": 0,
+            "mixup_off_epoch": 200,
+            "interpolation": "bicubic",
+            "data_path": "/data/cifar",
+        },
+        {"layer", "dim", "patch_size", "num_heads", "drop_path", "experiment", "eval_metric"},
+    ),
+    "spikingformer_imagenet.yml": (
+        {"model": "spikingformer_8_768", "time_steps": 4, "in_channels": 3, "workers": 16, "mixup_off_epoch": 0},
+        {"depths", "num_heads", "patch_size", "drop_path", "sr_ratios", "log_wandb"},
+    ),
+    "events.yml": (
+        {"time_steps": 16, "batch_size": 16, "workers": 8, "amp": "off", "data_path": "/data/dvs", "num_classes": 11},
+        {"depths", "world_size", "dist_url"},
+    ),
+    "timm.yml": (
+        {"amp": "off", "auto_augment": None, "accum_iter": 2, "drop_path": 0.1, "eval_batch_size": None},
+        {"model_ema", "model_ema_decay", "pretrained", "img_size", "vflip", "opt_betas", "lr_noise", "worker_seeding"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_recipes_of_other_projects(name):
+    """Their names are taken, and what did nothing there does nothing here."""
+    settings, ignored = THEIRS[name]
+    sources = config.read(ROOT / "cifar10/cifar10.yml", ["--config", str(ROOT / "tests/recipes" / name)])
+    cfg = sources.config()
+    assert {key: getattr(cfg, key) for key in settings} == settings
+    assert set(sources.ignored) == ignored
+
+
+def test_keys_without_effect_are_flags_without_effect(recipe):
+    sources = config.read(recipe("lr: 1"), ["--depths", "4", "--local-rank=1", "--no-pin-mem", "--T", "2"])
+    assert sources.ignored == ["--depths", "--no-pin-mem"]  # launchers pass the other
+    assert sources.config().time_steps == 2
 
 
 def test_every_field_has_its_help():

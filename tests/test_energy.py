@@ -15,7 +15,7 @@ from test_analysis import untrained
 from test_models import lively
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.energy import AC_PJ, MAC_PJ, energy_mj, estimate, implied_mean_input
+from analysis.energy import AC_PJ, MAC_PJ, energy_mj, estimate
 from analysis.energy_report import MJ
 from engine import config
 from engine.run import build_model
@@ -30,6 +30,11 @@ OURS = [  # recipe, 10^9 MACs a step, of the first convolution, implied mean inp
     ("qkformer_10_768_288", 38.564, 0.2150, 0.437),
     ("qkformer_10_768_384", 68.557, 0.3822, 0.434),
 ]
+
+
+def implied_mean_input(energy, macs, first_macs, time_steps):
+    """Mean input over all layers but the first for which `energy_mj` is `energy` (mJ)."""
+    return (energy / MJ - MAC_PJ * time_steps * first_macs) / (AC_PJ * time_steps * (macs - first_macs))
 
 
 def counted(model, size):
@@ -164,7 +169,36 @@ def test_an_estimate_by_hand():
     assert math.isclose(report.energy("multiplications"), 4 * first + mixed, rel_tol=1e-9)
     assert math.isclose(report.sops * AC_PJ * MJ, additions, rel_tol=1e-9)
     assert mixed > 1.5 * additions  # the two accounts are not the same thing
+    for layer in report.layers[1:-1]:  # at 8x8 fewer than 9 outputs read a spike at the border
+        is_padded = ".units." in layer.name
+        assert (0.7 * layer.sops(4) < layer.exact[0] < layer.sops(4)) if is_padded else layer.exact[1] <= layer.exact[0]
+        assert is_padded or "shortcut" in layer.name or math.isclose(layer.exact[0], layer.sops(4), rel_tol=1e-9)
+    assert report.layers[-1].exact[0] <= report.layers[-1].macs == 64 * 10  # once, not in 4 steps
     assert {layer.name for layer in report.layers if not layer.is_binary} >= {"stages.2.blocks.0.attn.v.conv", "head"}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 1, 1), (2, 1, 1), ((2, 1), (0, 2), 1), (1, "same", 2)])
+def test_exact_operations_are_those_of_each_spike_by_itself(groups, stride, padding, dilation):
+    """The fan-out of an input is the number of outputs that change with it; the head reads a mean."""
+    conv = torch.nn.Conv2d(4, 6, 3, stride, padding, dilation, groups)
+    first = torch.nn.Conv2d(4, 4, 1, groups=4, bias=False)
+    torch.nn.init.ones_(first.weight)  # the next layer gets its input
+    pool = (torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    model = torch.nn.ModuleDict({"body": torch.nn.Sequential(first, conv, *pool), "head": torch.nn.Linear(6, 5)})
+    model.forward = lambda x: model.head(model.body(x))
+    x = torch.randint(0, 4, (2, 4, 5, 6), generator=torch.Generator().manual_seed(0)).float()
+    expected = torch.zeros(2)
+    with torch.no_grad():
+        silence = conv(torch.zeros(1, 4, 5, 6))
+        for sample, channel, row, column in x.nonzero().tolist():
+            spike = torch.zeros(1, 4, 5, 6)
+            spike[0, channel, row, column] = 1
+            fan_out = (conv(spike) != silence).sum()
+            expected += fan_out * torch.stack([x[sample, channel, row, column], torch.tensor(1.0)])
+    assert estimate(model, x).exact_sops == pytest.approx((expected / 2 + 6 * 5).tolist(), rel=1e-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert estimate(model, x).exact_sops == pytest.approx((expected / 2 + 6 * 5).tolist(), rel=1e-12)
 
 
 class Products(torch.nn.Module):

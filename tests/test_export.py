@@ -148,7 +148,7 @@ def test_safetensors_evaluate_and_finetune_as_the_checkpoint(tmp_path, monkeypat
 
 def test_a_card_has_no_accuracy_that_was_not_measured(tmp_path):
     path = untrained(tmp_path / "best.pt", "digits/digits.yml")
-    result = {"top1": 12.34, **plain(config.load(ROOT / "digits/digits.yml"))}
+    result = {"top1": 12.34, "time": "", "count": 360, **plain(config.load(ROOT / "digits/digits.yml"), ["energy"])}
     cases = [(result, True), (result | {"time_steps": 2}, False), ({"top1": 99}, False), (None, False)]
     for measured, has_accuracy in cases:
         if measured:
