@@ -148,7 +148,7 @@ def run(argv: Sequence[str]) -> None:
     flags.add_argument("--output-dir", type=Path, default=Path("output/tables"), help="folder to write to")
     args = flags.parse_args(argv)
     setup_console(is_main=True)
-    configs = [cfg for path, _ in recipes() for cfg in read(path).all()]
+    configs = [cfg for path, _ in recipes() for cfg in read(path).all() if cfg.num_classes]  # own_images counts them
     found = by_recipe(results(args.results or [*Path().glob("output")]), configs)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     made = tables(found)
