@@ -29,14 +29,14 @@ class Batches(list):
         return iter(self[first:])
 
 
-def calibrated(model):
-    """Return a network that spikes; the running statistics that it has then stay."""
+def calibrated(model, x=None):
+    """Return a network that spikes on `x` (default: noise for the digits); its running statistics stay then."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
             nn.init.constant_(module.weight, 1.5), nn.init.constant_(module.bias, 0.3)
     with torch.no_grad():
         for _ in range(20):
-            model.train()(torch.randn(32, 1, 8, 8))
+            model.train()(torch.randn(32, 1, 8, 8) if x is None else x)
     model.train = lambda mode=True: nn.Module.train(model, False)
     return model
 

@@ -1,0 +1,162 @@
+"""Answers on files of one's own: those of the test set's loader, by checkpoint alone, whatever else is in a folder."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import tiny_data
+import torch
+from first_step import calibrated
+from PIL import Image
+from scripts import ROOT, fail, here, named, refuses
+
+from engine import checkpoint, config, predict, world
+from engine.config import LOCAL_FIELDS, plain
+from engine.log import logger
+from engine.run import build_model, create_data
+from engine.weights import warn_of_silence
+
+IMAGES = "--model qkformer_3_64 --num-classes 3 --input-size 16 --crop-pct 0.8 --hflip 0 --workers 0".split()
+EVENTS = "--dataset eventfolder --model qkformer_2_64 --num-classes 3 --input-size 34 --workers 0".split()
+EVENTS += ["--time-steps", "4"]
+
+
+def make(path, recipe, flags, root, **entries):
+    """Write the checkpoint of a spiking network, and the record of its data; return settings and test set."""
+    cfg = config.load(ROOT / recipe, [*flags, "--data-path", str(root), "--eval-batch-size", "3"])
+    data = create_data(cfg, world.setup("cpu"), train=False)
+    torch.manual_seed(0)
+    model = calibrated(build_model(cfg), torch.cat([x for x, _ in data.test])).eval()
+    state = {key: {} for key in ("optimizer", "scaler", "position", "best")} | {"epoch": 1}
+    state |= {"state_dict": model.state_dict(), "config": plain(cfg, without=LOCAL_FIELDS), **entries}
+    checkpoint.save(path, state)
+    return cfg, model, data
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of images and a checkpoint, whose classes are ordered as the folders."""
+    root = tmp_path_factory.mktemp("images")
+    tiny_data.image_folder(root / "data", classes=3, train=1, test=3, size=24)
+    return root, *make(root / "best.pt", "imagenet/own_images.yml", IMAGES, root / "data", classes=["a", "b", "c"])
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    from test_event_folder import folder
+
+    root = tmp_path_factory.mktemp("recordings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("joblib.cpu_count", lambda: 1)
+        folder(root / "data")
+        return root, *make(root / "best.pt", "cifar10-dvs/cifar10-dvs.yml", EVENTS, root / "data")
+
+
+def expected(model, data):
+    """{class index: probability} of each test sample, in the loader's batches."""
+    with torch.inference_mode():
+        return torch.cat([model(x).softmax(1) for x, _ in data.test])
+
+
+def assert_answers(answers, probabilities, classes):
+    assert len(answers) == len(probabilities)
+    for answer, row in zip(answers, probabilities, strict=True):
+        assert sum(p for _, p in answer) == pytest.approx(1, abs=1e-5)  # of three classes all are among the best
+        assert [p for _, p in answer] == sorted((p for _, p in answer), reverse=True)
+        assert dict(answer) == {name: pytest.approx(p, abs=1e-5) for name, p in zip(classes, row.tolist(), strict=True)}
+    assert probabilities.std(0).max() > 0.001
+
+
+def test_answers_are_those_of_the_test_set(images, recordings):
+    for (root, _, model, data), classes, files in (
+        (images, ["a", "b", "c"], images[3].test.loader.dataset.samples),
+        (recordings, ["0", "1", "2"], None),  # of a checkpoint that records no names
+    ):
+        paths = [path for path, _ in files] if files else sorted((root / "data/test").rglob("*.npz"))
+        predictor = predict.load(root / "best.pt", device="cpu")
+        assert_answers(predictor(paths), expected(model, data), classes)
+        assert_answers(predictor(torch.cat([x for x, _ in data.test])), expected(model, data), classes)
+
+
+def test_a_folder_is_answered_but_for_what_cannot_be_read(images, tmp_path, monkeypatch, capfd):
+    root, _, model, data = images
+    folder = tmp_path / "files"
+    names = [Path(path).name for path, _ in data.test.loader.dataset.samples]
+    for i, (path, _) in enumerate(data.test.loader.dataset.samples):
+        (folder / f"{i}").mkdir(parents=True)
+        (folder / f"{i}" / Path(path).name).write_bytes(Path(path).read_bytes())
+    for name in ("._0.png", "note.txt"):
+        (folder / name).write_bytes(b"no image")
+    (folder / "zz.png").write_bytes(b"no image")
+    outputs = {kind: tmp_path / f"out/answers.{kind}" for kind in ("csv", "json", "picture")}
+    flags = [word for kind, path in outputs.items() for word in (f"--{kind}", path)]
+    command = ["engine.predict", folder, *flags, "--device", "cpu", "--workers", "2", "--checkpoint", root / "best.pt"]
+    line = fail(monkeypatch, capfd, *command)
+    named(line, "1 of 11")
+    rows = json.loads(outputs["json"].read_text())
+    with outputs["csv"].open() as file:
+        assert [{k: str(v) for k, v in row.items()} for row in rows] == list(csv.DictReader(file))
+    answers = [[(row["class"], row["probability"]) for row in rows[i : i + 3]] for i in range(0, len(rows), 3)]
+    assert_answers(answers, expected(model, data), ["a", "b", "c"])
+    assert [Path(row["file"]).name for row in rows[::3]] == names
+    assert min(Image.open(outputs["picture"]).size) > 100
+
+
+def test_a_recording_is_answered_frame_by_frame(recordings, monkeypatch, capfd):
+    root, _, model, data = recordings
+    (path, *_) = sorted((root / "data/test").rglob("*.npz"))
+    out = here(monkeypatch, capfd, "engine.predict", "--checkpoint", root / "best.pt", "--stream", path).splitlines()
+    assert [line.split(":")[0].split()[-1] for line in out] == ["1/4", "2/4", "3/4", "4/4"]
+    predictor = predict.load(root / "best.pt", device="cpu")
+    *_, last = predictor.stream(predictor.read(path))
+    assert_answers([last, *predictor([path])], expected(model, data)[[0, 0]], ["0", "1", "2"])
+
+
+def test_what_cannot_be_answered_is_refused(images, tmp_path, monkeypatch, capfd):
+    root, _, model, data = images
+    common = ["engine.predict", "--device", "cpu", "--checkpoint"]
+    named(fail(monkeypatch, capfd, *common, root / "best.pt", "--stream", "x.png"), "--stream")
+    named(fail(monkeypatch, capfd, *common, root / "best.pt", tmp_path), tmp_path)
+    with refuses("x.png"):
+        predict.load(root / "best.pt", device="cpu")([tmp_path / "x.png"])
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    with refuses(tmp_path / "weights.pt", "--config"):
+        predict.load(tmp_path / "weights.pt")
+    logger.handlers.clear()
+    flags = {"input_size": 16, "crop_pct": 0.8, "eval_batch_size": 3}
+    other = predict.load(tmp_path / "weights.pt", "cpu", config=str(ROOT / "imagenet/own_images.yml"), **flags)
+    paths = [path for path, _ in data.test.loader.dataset.samples]
+    assert_answers(other(paths), expected(model, data), ["0", "1", "2"])
+    make(tmp_path / "bad.pt", "imagenet/own_images.yml", IMAGES, root / "data", classes=7)
+    with refuses(tmp_path / "bad.pt"):
+        predict.load(tmp_path / "bad.pt")
+
+
+def test_a_run_on_a_folder_records_classes_and_data(images, tmp_path, monkeypatch, capfd):
+    """`num_classes: null` counts them, and test.py finds the data, given relative to another folder."""
+    root, small = images[0], [*IMAGES[:2], *IMAGES[4:], "--time-steps", "1", "--epochs", "1", "--warmup-epochs", "0"]
+    small += ["--batch-size", "2"]
+    monkeypatch.chdir(root)
+    run = ["imagenet/train.py", "--config", "own_images", "--data-path", "data", "--output-dir", tmp_path / "run"]
+    here(monkeypatch, capfd, *run, *small)
+    state = checkpoint.read(tmp_path / "run/last.pt")
+    assert (state["config"]["num_classes"], state["classes"]) == (3, [f"n{i:08d}" for i in range(3)])
+    monkeypatch.chdir(tmp_path)
+    for script in ("imagenet/test.py", "cifar10/test.py"):
+        out = here(monkeypatch, capfd, script, "--checkpoint", "run/best.pt")
+        named(out, "on 10 samples", root / "data")
+    here(monkeypatch, capfd, *run, *small, "--data-path", root / "data", "--resume", "auto", "--epochs", "2")
+
+
+def test_silence_of_few_updates_is_explained(monkeypatch):
+    told = []
+    monkeypatch.setattr(logger, "warning", told.append)
+    model, x = build_model(config.load(ROOT / "digits/digits.yml")), torch.rand(4, 1, 8, 8)
+    for updates, value in ((25, "25"), (1000, "lower lr")):
+        for name, buffer in model.named_buffers():
+            if name.endswith("num_batches_tracked"):
+                buffer.fill_(updates)
+        warn_of_silence(model, x)
+        named(told[-1], value)
+        assert ("BatchNorm" in told[-1]) == (updates == 25)
