@@ -42,7 +42,7 @@ class Backbone(nn.Module):
         keep_time: feature maps are [T,B,C,H,W] instead of their mean over time [B,C,H,W].
         time_steps: T of a static image.
         drop_rate: dropout before the head.
-        neuron: a key of `models.neuron.NEURONS`.
+        neuron: "lif", "if" (no leak) or "plif" (one learned tau per layer).
         tau: membrane time constant of every neuron; that of "plif" is where it starts.
         device, dtype: of the parameters.
     """
@@ -147,10 +147,12 @@ class Backbone(nn.Module):
             Logits [B,num_classes] for the frames so far, and the state for the next step.
 
         Raises:
-            ValueError: the network is in training mode, or the frames are of another number of recordings.
+            ValueError: the network is in training mode, x is not one frame, or the number of recordings changes.
         """
         if self.training:
             raise ValueError("step needs evaluation mode, call model.eval(): in training BatchNorm needs all frames")
+        if x.dim() != 4:
+            raise ValueError(f"step: frame of shape {tuple(x.shape)}; pass one frame [B,C,H,W]")
         if state is not None and len(state.total) != len(x):
             raise ValueError(f"frames of {len(x)} recordings cannot continue a state of {len(state.total)}")
         neurons = [module for module in self.modules() if isinstance(module, LIF)]
@@ -251,6 +253,8 @@ def time_first(x: Tensor, time_steps: int, in_chans: int) -> Tensor:
         raise ValueError(
             f"input of shape {tuple(x.shape)}: expected images [B,{in_chans},H,W] or event frames [B,T,{in_chans},H,W]"
         )
+    if x.dim() == 5 and x.shape[1] == 0:
+        raise ValueError(f"input of shape {tuple(x.shape)}: T is 0; pass at least one frame")
     return x.expand(time_steps, *x.shape) if x.dim() == 4 else x.transpose(0, 1)
 
 

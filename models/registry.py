@@ -119,8 +119,8 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if pretrained and not (cfg.has_weights or cfg.state_dict):
             raise ValueError(
-                f"pretrained=True: no weights of {name} can be downloaded; get the authors' file (its link is on "
-                "github.com/zhouchenlin2096/QKFormer) and use pretrained_cfg_overlay={'file': PATH}"
+                f"pretrained=True: {name} has no weights to download; use a file of weights with "
+                "pretrained_cfg_overlay={'file': PATH}"
             )
         for alias, argument in ALIASES.items():
             if alias in kwargs and kwargs.setdefault(argument, kwargs[alias]) != kwargs.pop(alias):
