@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -42,7 +43,7 @@ def train(recipe: Path) -> None:
     if cfg.eval:
         test(recipe, None)
         return
-    world = setup(cfg)
+    world = setup(cfg, sources.ignored)
     start = find_run(cfg, world)
     cfg = _settings_to_train(sources, start)
     _require_equal_settings(cfg)
@@ -95,7 +96,7 @@ def test(recipe: Path, meter: str | None) -> None:
     """
     sources = read(recipe, sys.argv[1:])
     cfg = sources.config(validate=False)
-    world = setup(cfg)
+    world = setup(cfg, sources.ignored)
     path = distributed.from_main(checkpoint_to_test(cfg) if world.is_main else None)
     state = checkpoint.read(path)
     cfg = settings_of(state, path, sources)
@@ -133,8 +134,8 @@ def test(recipe: Path, meter: str | None) -> None:
         write(cfg, folder, results, about, gallery, energy)
 
 
-def setup(cfg: Config) -> World:
-    """Set up threads, ranks, device, arithmetic and console."""
+def setup(cfg: Config, ignored: Iterable[str] = ()) -> World:
+    """Set up threads, ranks, device, arithmetic and console; print keys and flags that are `ignored`."""
     spare_children()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -145,6 +146,8 @@ def setup(cfg: Config) -> World:
     for amp in dict.fromkeys((cfg.amp, cfg.eval_amp)):
         if distributed.is_slow(amp, world.device):
             logger.info(f"{amp} is slow on this CPU; using float32")
+    if ignored:
+        logger.info(f"without effect here: {', '.join(dict.fromkeys(ignored))}")
     return world
 
 
@@ -233,17 +236,15 @@ def _announce(trainer: Trainer, sources: Sources) -> None:
         f"effective batch {batch}, learning rate {base_lr(cfg):.3g}\n"
         f"ssa_membrane {cfg.ssa_membrane}, {mixing}; writing to {trainer.folder}"
     )
-    _warn_of_recipe(cfg, sources)
+    warn_of_recipe(cfg, sources)
     if cfg.effective_batch not in (None, batch):
         logger.warning(f"warning: effective batch {batch}, the recipe has {cfg.effective_batch}; adapt --accum-iter")
     if trainer.epoch >= total_epochs(cfg):
         logger.info(f"nothing left to train: {trainer.epoch} of {total_epochs(cfg)} epochs are done")
 
 
-def _warn_of_recipe(cfg: Config, sources: Sources) -> None:
-    """Print the keys without effect, and warn where the script's recipe reproduces a published result otherwise."""
-    if sources.ignored:
-        logger.info(f"without effect here: {', '.join(sources.ignored)}")
+def warn_of_recipe(cfg: Config, sources: Sources) -> None:
+    """Warn about settings with which the script's recipe reproduces a published result, if the run has others."""
     own = sources if sources.path == sources.script_recipe else read(sources.script_recipe)
     recipe = dataclasses.replace(own, flags={}).config(validate=False)
     if recipe.paper_top1 and (recipe.dataset, recipe.model) == (cfg.dataset, cfg.model) and not cfg.variant:
