@@ -89,7 +89,10 @@ def load(path: str | Path, device: str = "auto", **settings: object) -> Predicto
         UserError: the file is no checkpoint, or nothing tells its preprocessing.
     """
     path, recipe, folder = Path(path), settings.get("config"), log.ROOT / "imagenet"
-    state, sources = checkpoint.read(path), read(recipe) if recipe else Sources(path, {None: {}}, {}, folder / "none", [])
+    state, sources = (
+        checkpoint.read(path),
+        read(recipe) if recipe else Sources(path, {None: {}}, {}, folder / "none", []),
+    )
     if not (recipe or state["format"] == "qkformer" or recipe_of(path, folder)):
         raise UserError(f"{path}: does not record its preprocessing; use --config RECIPE, a file in {folder.name}")
     cfg = settings_of(state, path, dataclasses.replace(sources, flags=settings))

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -43,7 +44,7 @@ def train(recipe: Path) -> None:
     if cfg.eval:
         test(recipe, None)
         return
-    world = setup(cfg)
+    world = setup(cfg, sources.ignored)
     start = find_run(cfg, world)
     cfg = _settings_to_train(sources, start)
     _require_equal_settings(cfg)
@@ -96,7 +97,7 @@ def test(recipe: Path, meter: str | None) -> None:
     """
     sources = read(recipe, sys.argv[1:])
     cfg = sources.config(validate=False)
-    world = setup(cfg)
+    world = setup(cfg, sources.ignored)
     path = distributed.from_main(checkpoint_to_test(cfg) if world.is_main else None)
     state = checkpoint.read(path)
     cfg = _counted(settings_of(state, path, sources))
@@ -137,8 +138,8 @@ def test(recipe: Path, meter: str | None) -> None:
         write(cfg, folder, results, about, gallery, energy)
 
 
-def setup(cfg: Config) -> World:
-    """Set up threads, ranks, device, arithmetic and console."""
+def setup(cfg: Config, ignored: Iterable[str] = ()) -> World:
+    """Set up threads, ranks, device, arithmetic and console; print keys and flags that are `ignored`."""
     spare_children()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -149,6 +150,8 @@ def setup(cfg: Config) -> World:
     for amp in dict.fromkeys((cfg.amp, cfg.eval_amp)):
         if distributed.is_slow(amp, world.device):
             logger.info(f"{amp} is slow on this CPU; using float32")
+    if ignored:
+        logger.info(f"without effect here: {', '.join(dict.fromkeys(ignored))}")
     return world
 
 
@@ -251,7 +254,7 @@ def _announce(trainer: Trainer, sources: Sources) -> None:
     )
     if cfg.ssa_membrane == "released" and cfg.residual == "sew":
         logger.info("ssa_membrane released: answers depend on the other samples of a batch; per_sample avoids it")
-    _warn_of_recipe(cfg, sources)
+    warn_of_recipe(cfg, sources)
     if cfg.effective_batch not in (None, batch):
         is_long = cfg.effective_batch * cfg.accum_iter <= batch * trainer.steps
         fix = "adapt --accum-iter" if is_long else f"an epoch has {trainer.steps} steps, so adapt --lr"
@@ -260,10 +263,8 @@ def _announce(trainer: Trainer, sources: Sources) -> None:
         logger.info(f"nothing left to train: {trainer.epoch} of {total_epochs(cfg)} epochs are done")
 
 
-def _warn_of_recipe(cfg: Config, sources: Sources) -> None:
-    """Print the keys without effect, and warn where the script's recipe reproduces a published result otherwise."""
-    if sources.ignored:
-        logger.info(f"without effect here: {', '.join(sources.ignored)}")
+def warn_of_recipe(cfg: Config, sources: Sources) -> None:
+    """Warn about settings with which the script's recipe reproduces a published result, if the run has others."""
     own = sources if sources.path == sources.script_recipe else read(sources.script_recipe)
     recipe = dataclasses.replace(own, flags={}).config(validate=False)
     if recipe.paper_top1 and (recipe.dataset, recipe.model) == (cfg.dataset, cfg.model) and not cfg.variant:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from scripts import refuses
+from scripts import here, named, refuses
 
-from engine import config
+from engine import config, run
 from engine.optim import lr_at
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,6 +153,31 @@ def test_recipes_of_other_projects(name):
     cfg = sources.config()
     assert {key: getattr(cfg, key) for key in settings} == settings
     assert set(sources.ignored) == ignored
+
+
+def test_training_warns_of_what_the_published_run_had(monkeypatch):
+    warnings, own = [], ROOT / "cifar10/cifar10.yml"
+    monkeypatch.setattr(run.logger, "warning", warnings.append)
+    for flags in ([], ["--variant", "spikformer_4_384"], ["--model", "qkformer_2_256", "--in-channels", "3"]):
+        sources = config.read(own, flags)
+        run.warn_of_recipe(sources.config(), sources)
+    assert not warnings
+    sources = config.read(own, ["--config", str(ROOT / "tests/recipes/spikformer_cifar.yml")])
+    run.warn_of_recipe(sources.config(), sources)
+    named(warnings[0], "ssa_membrane", "'per_sample'", "'released'", own)
+    named(warnings[1], "mixup_off_epoch", "200", "None", own)
+
+
+def test_the_first_lines_of_training(tmp_path, monkeypatch, capfd):
+    theirs = yaml.safe_load((ROOT / "digits/digits.yml").read_text())
+    del theirs["time_steps"], theirs["variants"]
+    (tmp_path / "theirs.yml").write_text(yaml.safe_dump(theirs | {"T": 1, "depths": 3, "mixup": 0.5, "epochs": 1}))
+    flags = "--batch-size 240 --warmup-epochs 0 --patch-size 4 --mixup-off-epoch 0".split()
+    flags += ["--config", tmp_path / "theirs.yml", "--output-dir", tmp_path / "run"]
+    first, _, rest = here(monkeypatch, capfd, "digits/train.py", *flags).partition("writing to")
+    named(first, "depths", "--patch-size", "per_sample", "1 epochs")
+    assert "mixup" in first
+    assert "depths" not in rest
 
 
 def test_keys_without_effect_are_flags_without_effect(recipe):

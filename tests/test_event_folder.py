@@ -280,7 +280,7 @@ def test_the_commands_of_the_page_run_in_order(tmp_path, monkeypatch, capfd):
     make(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS:
-        script, *flags = shlex.split(command.removeprefix("python "))
+        script, *flags = shlex.split(re.sub("^python (-m )?", "", command))
         small = SMALL[Path(script).parent.name] if script.endswith("train.py") else []
         small = [*small, "--time-steps", "16"] if "--time-steps" in flags else small
         here(monkeypatch, capfd, script, *flags, *small)
