@@ -73,6 +73,7 @@ def test_answers_are_those_of_the_test_set(images, recordings):
         (images, ["a", "b", "c"], images[3].test.loader.dataset.samples),
         (recordings, ["0", "1", "2"], None),  # of a checkpoint that records no names
     ):
+        assert expected(model, data).std(0).max() > 0.001
         paths = [path for path, _ in files] if files else sorted((root / "data/test").rglob("*.npz"))
         predictor = predict.load(root / "best.pt", device="cpu")
         assert_answers(predictor(paths), expected(model, data), classes)
