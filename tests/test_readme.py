@@ -90,7 +90,7 @@ def test_the_commands_of_a_page_run_in_order(page, workplace, data, monkeypatch,
         words = shlex.split(command)
         for needed in re.findall(r"output/([\w-]+)/(?:best|last)\.\w+", command):
             if not (workplace / "output" / needed).exists():  # made on another page
-                execute(next(c for c in every if "train.py" in c and f"--output-dir output/{needed}" in c))
+                execute(next(c for c in every if "train.py" in c and f"output/{needed}" in c.split()))
         if words[1] == "-m" and not words[2].startswith("torch."):
             here(monkeypatch, capfd, words[2], *words[3:], *SMALL.get(words[2], []))
             return
