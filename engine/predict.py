@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import timm.data
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -34,7 +33,6 @@ from .weights import build_model, load_weights, recipe_of, settings_of
 
 FLAGS = "config eval_batch_size device workers input_size time_steps sensor_size ssa_membrane use_ema".split()
 COLUMNS = ("file", "rank", "class", "probability")
-NOTE = "Values in [brackets] are for what neither the checkpoint nor the recipe sets."
 TOP, DRAWN = 5, 40  # classes of an answer, inputs in a picture
 Answer = list[tuple[str, float]]  # the most probable classes with their probabilities, the best first
 
@@ -45,17 +43,11 @@ class Predictor:
     def __init__(self, cfg: Config, model: nn.Module, classes: Sequence[str], device: torch.device):
         self.cfg, self.model, self.classes, self.device = cfg, model.to(device).eval(), classes, device
         self.batch_size, self.is_of_events = cfg.eval_batch_size or cfg.batch_size, cfg.in_channels == 2
-        self.read, self.show = partial(event.read_recording, cfg=cfg), pictures.of_events
-        if not self.is_of_events:
-            self.read = partial(image.read_tensor, cfg=cfg)
-            self.show = partial(pictures.of_image, *image.statistics(cfg))
+        self.read = partial(event.read_recording if self.is_of_events else image.read_tensor, cfg=cfg)
+        self.show = pictures.of_events if self.is_of_events else partial(pictures.of_image, *image.statistics(cfg))
 
     def __call__(self, inputs: Sequence[str | Path | Tensor] | Tensor) -> list[Answer]:
-        """Return the answer to each input: a file, or a tensor as `read` returns it of a file.
-
-        Raises:
-            UserError: a file cannot be read.
-        """
+        """Return the answer to each input: a file, or a tensor as `read` returns it of a file."""
         samples = [item if isinstance(item, Tensor) else self.read(Path(item)) for item in inputs]
         batches = torch.stack(samples).split(self.batch_size) if samples else ()
         return [answer for batch in batches for answer in self._answers(self._compute(self.model, batch))]
@@ -81,18 +73,11 @@ class Predictor:
 def load(path: str | Path, device: str = "auto", **settings: object) -> Predictor:
     """Return the network of a checkpoint, ready to answer.
 
-    Args:
-        settings: those of test.py that shall differ from the checkpoint's. `config` names the recipe of a file that
-            does not record its preprocessing and is no released one.
-
-    Raises:
-        UserError: the file is no checkpoint, or nothing tells its preprocessing.
+    `settings` of test.py override those of the checkpoint. `config` is the recipe of a file that records none.
     """
     path, recipe, folder = Path(path), settings.get("config"), log.ROOT / "imagenet"
-    state, sources = (
-        checkpoint.read(path),
-        read(recipe) if recipe else Sources(path, {None: {}}, {}, folder / "none", []),
-    )
+    state = checkpoint.read(path)
+    sources = read(recipe) if recipe else Sources(path, {None: {}}, {}, folder / "none", [])
     if not (recipe or state["format"] == "qkformer" or recipe_of(path, folder)):
         raise UserError(f"{path}: does not record its preprocessing; use --config RECIPE, a file in {folder.name}")
     cfg = settings_of(state, path, dataclasses.replace(sources, flags=settings))
@@ -101,14 +86,13 @@ def load(path: str | Path, device: str = "auto", **settings: object) -> Predicto
         logger.warning(f"warning: ssa_membrane released: answers depend on the other inputs of a batch; {fix}")
     model = build_model(cfg)
     load_weights(cfg, model, state, path)
-    describe, numbers = timm.data.ImageNetInfo().index_to_description, range(cfg.num_classes)
-    names = state.get("classes") or [describe(i).split(",")[0] for i in range(1000)]
-    names = names if len(names) == len(numbers) else numbers
-    return Predictor(cfg, model, [str(name) for name in names], distributed.setup(device).device)
+    names = state.get("classes") or [*image.imagenet_classes().values()]
+    classes = names if len(names) == cfg.num_classes else range(cfg.num_classes)
+    return Predictor(cfg, model, [str(name) for name in classes], distributed.setup(device).device)
 
 
 class _Files(Dataset):
-    """Files of inputs, in batches: those that can be read, their samples [B,...], and the errors of the others."""
+    """Files of inputs: (path, sample), or the error in place of a sample that cannot be read."""
 
     def __init__(self, paths: Sequence[Path], predictor: Predictor):
         suffixes = tuple(DECODERS) if predictor.is_of_events else (*IMG_EXTENSIONS, *image.SKIPPED)
@@ -123,14 +107,12 @@ class _Files(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[list[Path], Tensor, list[str]]:
-        samples, errors = {}, []
-        for path in (self.paths[i] for i in indices):
-            try:
-                samples[path] = self.read(path)
-            except UserError as error:
-                errors.append(str(error))
-        return list(samples), torch.stack([*samples.values()]) if samples else torch.empty(0), errors
+    def __getitem__(self, index: int) -> tuple[Path, Tensor | UserError]:
+        path = self.paths[index]
+        try:
+            return path, self.read(path)
+        except UserError as error:
+            return path, error
 
 
 def run(argv: Sequence[str]) -> None:
@@ -145,14 +127,17 @@ def run(argv: Sequence[str]) -> None:
     for path in filter(None, (args.csv, args.json, args.picture)):
         path.parent.mkdir(parents=True, exist_ok=True)
     workers = min(predictor.cfg.workers, os.cpu_count() or 1, len(files) // predictor.batch_size)
-    loader = DataLoader(files, predictor.batch_size, num_workers=workers, collate_fn=tuple)
+    loader = DataLoader(files, predictor.batch_size, num_workers=workers, collate_fn=list)
     with logging_redirect_tqdm([logger]):
-        for paths, samples, errors in log.progress(loader, "batches", 1, sys.stderr.isatty()):
+        for batch in log.progress(loader, "batches", 1, sys.stderr.isatty()):
+            readable = [(path, sample) for path, sample in batch if isinstance(sample, Tensor)]
+            errors = [error for _, error in batch if isinstance(error, UserError)]
             for error in errors:
                 logger.warning(f"warning: {error}")
             failed += len(errors)
+            samples = [sample for _, sample in readable]
             answers = map(predictor.stream, samples) if args.stream else ([x] for x in predictor(samples))
-            for path, sample, steps in zip(paths, samples, answers, strict=True):
+            for (path, sample), steps in zip(readable, answers, strict=True):
                 for step, answer in enumerate(steps, 1):
                     where = f"{path}, frame {step}/{len(sample)}" if args.stream else path
                     logger.info(f"{where}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in answer)}")
@@ -171,7 +156,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False, epilog=NOTE)
+    note = "Values in [brackets] are for what neither the checkpoint nor the recipe sets."
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False, epilog=note)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="images or recordings, or folders of them")
     parser.add_argument("--stream", action="store_true", help="recordings: print the answer after each frame")
     for name, content in {"csv": "a table", "json": "JSON", "picture": "a picture of inputs with answers"}.items():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .. import log
 from .. import world as distributed
 from ..cli import UserError
 from ..config import Config
@@ -25,8 +26,8 @@ from ..settings import FIELDS, ImageSettings, names
 from ..world import World
 from . import digits, pictures
 from .augment import SNNWideAugment
-from .folders import data_path
-from .frames import Layout, decode, to_frames
+from .folders import data_path, require
+from .frames import WHOLE, Layout, frames_of
 from .loaders import Data, create_loader, create_mixup
 from .prepare import contents, prepare
 from .recordings import RAW, Raw, event_folder
@@ -54,11 +55,11 @@ class FrameFiles(Dataset):
         label, file = self.samples[index]
         try:
             frames = np.load(self.folder / file, allow_pickle=False)
-            problem = None if frames.shape == self.shape and frames.dtype.kind == "u" else "damaged"
+            if frames.shape != self.shape or frames.dtype.kind != "u":
+                raise ValueError(f"{frames.dtype} {frames.shape}")
         except Exception as error:  # a damaged file makes numpy fail in any way
-            problem = getattr(error, "strerror", None) or "damaged"
-        if problem:
-            raise UserError(f"{self.folder / file}: {problem}; delete {self.folder}, the next run makes it again")
+            fix = f"delete {self.folder}, the next run makes it again"
+            raise UserError(f"{self.folder / file}: unusable frames ({error}); {fix}") from None
         return frames, label
 
 
@@ -66,7 +67,7 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """Create the loaders of the event frames that `cfg` describes; the first run makes frames of the recordings."""
     raw = RAW.get(cfg.dataset) or event_folder(data_path(cfg), cfg.split_seed)
     classes = list(raw.classes.values())
-    _require_settings_of_events(cfg, raw)
+    require(cfg, "event frames", _settings_of_events(cfg, raw))
     if cfg.dataset == "digits-dvs":
         train_set = digits.DigitsDVS(True, layout(cfg)) if train else None
         test_set, split = digits.DigitsDVS(False, layout(cfg)), None
@@ -96,26 +97,17 @@ def layout(cfg: Config) -> Layout:
 
 def read_recording(path: Path, cfg: Config) -> Tensor:
     """Return the frames of one recording, or of a file of frames, as the network of `cfg` takes them: [T,2,S,S]."""
-    try:
-        recording = decode(path.name, path.read_bytes())
-        frames = to_frames(recording, layout(cfg))
-    except Exception as error:  # a damaged file makes its reader fail in any way
-        raise UserError(f"{path}: unusable recording ({str(error) or type(error).__name__}); replace it") from None
-    if invalid := getattr(recording, "invalid", 0):
-        logger.warning(f"warning: {path}: {invalid:,} invalid events are left out")
+    frames = frames_of(str(path), path.read_bytes, {"": WHOLE}, layout(cfg))[""]
     return torch.from_numpy(frames.astype(np.float32))
 
 
-def _require_settings_of_events(cfg: Config, raw: Raw) -> None:
+def _settings_of_events(cfg: Config, raw: Raw) -> dict[str, tuple]:
+    """Return the values that settings can have."""
     allowed = {key: (FIELDS[key].default,) for key in names(ImageSettings)}
     allowed |= {"num_classes": (len(raw.classes),), "in_channels": (2,), "auto_augment": (None, "snn-wide")}
     allowed |= {"mixup_in": ("step",)} if cfg.mixup else {}
     allowed |= {"split_seed": (None,)} if raw.is_split else {}
-    allowed |= {"sensor_size": (None,)} if raw.side else {}
-    for key, values in allowed.items():
-        if getattr(cfg, key) not in values:
-            fix = " or ".join(map(str, values))
-            raise UserError(f"{key} = {getattr(cfg, key)}: {cfg.dataset} has event frames and needs {fix}")
+    return allowed | ({"sensor_size": (None,)} if raw.side else {})
 
 
 def collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
@@ -127,7 +119,7 @@ def collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
 def _from_recordings(cfg: Config, raw: Raw, world: World) -> tuple[FrameFiles, FrameFiles, dict[str, list[str]]]:
     """Return training set, test set, and the files of each."""
     root, shape = data_path(cfg, must_exist=False), layout(cfg)
-    find = functools.partial(raw.find, root, raw.suffix, cfg.download)
+    find = functools.partial(raw.find, root, cfg.download)
     if not root.is_dir() and not cfg.download:
         find()  # raises the error that lists the files needed
     folder = distributed.in_turns(lambda: prepare(root, shape, find, world.is_main))
@@ -163,8 +155,11 @@ def split_by_class(files: Sequence[str], seed: int | None) -> dict[str, list[str
     return split
 
 
-def _preview(dataset: Dataset, names: Sequence[str], path: Path, most: int = 6) -> None:
-    """Draw the first sample of each of the first classes."""
-    first = {label: dataset.labels.index(label) for label in sorted(set(dataset.labels))[:most]}
-    samples = [dataset[index] for index in first.values()]
-    pictures.frames([torch.from_numpy(frames) for frames, _ in samples], [names[label] for _, label in samples], path)
+def _preview(dataset: Dataset, classes: Sequence[str], path: Path, most: int = 6, columns: int = 16) -> None:
+    """Draw the first frames of one sample of each of the first classes, a row for each."""
+    drawn = []
+    for label in sorted(set(dataset.labels))[:most]:
+        frames = torch.from_numpy(dataset[dataset.labels.index(label)][0]).split(1)[:columns]
+        captions = [log.label(classes[label]), *(f"t = {t}" for t in range(1, len(frames)))]
+        drawn += zip(map(pictures.of_events, frames), captions, ["black"] * columns, strict=False)
+    pictures.gallery(drawn, path, "Event frames of training samples: ON events red, OFF events blue", len(frames))

@@ -1,18 +1,26 @@
 """Folders of data sets: where they are, and their parts for training and testing."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..cli import UserError
 from ..config import Config
 
 SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}  # part -> names of its folder, in any case
-_HIDDEN = re.compile(r"(^|[/\\])(\.[^./\\]|__MACOSX([/\\]|$))")
 
 
 def is_hidden(path: str) -> bool:
     """Tell if a path is of a system or an editor: `.DS_Store`, `._x.png`, `.ipynb_checkpoints`, `__MACOSX`."""
-    return _HIDDEN.search(path) is not None
+    return re.search(r"(^|[/\\])(\.[^./\\]|__MACOSX)", path) is not None
+
+
+def require(cfg: Config, samples: str, allowed: Mapping[str, Sequence]) -> None:
+    """Raise `UserError` for a setting with a value that a data set of such samples does not allow."""
+    for key, values in allowed.items():
+        if (value := getattr(cfg, key)) not in values:
+            fix = " or ".join(map(str, values))
+            raise UserError(f"{key} = {value}: {cfg.dataset} has {samples}; use {fix}")
 
 
 def data_path(cfg: Config, must_exist: bool = True) -> Path:

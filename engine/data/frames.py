@@ -19,6 +19,7 @@ from .aedat import SIDE, DamagedRecording, Events, read_aedat
 
 LARGEST = 2**30  # bytes of a recording; no real one has as many
 WHOLE = (-math.inf, math.inf)
+Spans = Mapping[str, tuple[float, float]]  # name of a sample -> its time span in microseconds
 
 
 class Layout(NamedTuple):
@@ -86,11 +87,6 @@ DECODERS = {
 }
 
 
-def decode(name: str, content: bytes) -> Events | np.ndarray:
-    """Return the events or the frames [T,2,H,W] in a file; damaged ones raise errors of any kind."""
-    return DECODERS[Path(name).suffix.lower()](content)
-
-
 def integrate(events: Events, frames: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
     """Count the events of each pixel and polarity in parts of N // frames events; the last part takes the rest.
 
@@ -135,46 +131,43 @@ def _resizing(size: int, side: int) -> np.ndarray:
     return np.eye(side)[np.arange(size) * side // size].T
 
 
-def convert(
-    name: str, read: Callable[[], bytes], samples: Mapping[str, tuple[float, float]], folder: Path, layout: Layout
-) -> tuple[str | None, int]:
-    """Write the frames of each of a recording's `samples` (file -> time span in microseconds) to `folder`.
-
-    Returns the recording's problem, if there is one, and the number of its invalid events.
-    """
-    sample = ""
+def frames_of(name: str, read: Callable[[], bytes], samples: Spans, layout: Layout) -> dict[str, np.ndarray]:
+    """Return the frames of each sample of a file of events or frames; raise `UserError` if one cannot be made."""
+    frames, sample = {}, ""
     try:
-        recording = decode(name, read())
+        recording = DECODERS[Path(name).suffix.lower()](read())
         for sample, span in samples.items():
-            _save(folder / sample, to_frames(recording, layout, span))
-    except UserError:
-        raise
-    except Exception as error:  # a damaged archive makes its reader fail in any way
-        if getattr(error, "filename", None):  # the disk fails, not the recording
-            raise
-        return f"{sample} {str(error) or type(error).__name__}".strip()[:150], 0
-    return None, getattr(recording, "invalid", 0)
+            frames[sample] = to_frames(recording, layout, span)
+    except Exception as error:  # a damaged file makes its reader fail in any way
+        problem = f"{sample} {str(error) or type(error).__name__}".strip()[:150]
+        raise UserError(f"{name}: unusable recording ({problem}); replace it") from None
+    return frames
+
+
+def convert(name: str, read: Callable[[], bytes], samples: Spans, layout: Layout, folder: Path) -> str | None:
+    """Write what `frames_of` returns to `folder`, each file whole or not at all; return its error, if it raises one."""
+    try:
+        frames = frames_of(name, read, samples, layout)
+    except UserError as error:
+        return str(error)
+    for sample, array in frames.items():
+        path = folder / sample
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"{path}: cannot be written ({error}); make room and start again, it goes on") from None
+    return None
 
 
 def read_member(path: Path, member: str) -> bytes:
     """Return the content of a recording in a zip archive."""
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(member)
-        if info.file_size > LARGEST:
-            raise DamagedRecording(f"{info.file_size:,} bytes are too many for a recording")
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a limit
-            raise DamagedRecording("packed in an unusual way; extract it")
-        with archive.open(info) as file:
-            return file.read(info.file_size)
-
-
-def _save(path: Path, frames: np.ndarray) -> None:
-    """Write to another name and rename, so that a crash leaves the whole file or none."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, frames, allow_pickle=False)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error}); make room and start again, it goes on") from None
+        kinds = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others unpack without a limit
+        if info.file_size > LARGEST or info.compress_type not in kinds:
+            raise DamagedRecording("too large for a recording, or packed in an unusual way")
+        return archive.open(info).read(info.file_size)

@@ -33,24 +33,19 @@ def _make(folder: Path, layout: Layout, recordings: list[Recording], show: bool)
     names = {name for recording in recordings for name in recording.samples}
     left = [r for r in recordings if not all((partial / name).exists() for name in r.samples)]
     size = len(names) * layout.time_steps * 2 * layout.side**2 / 1e9
-    what = "frames of {} x {} pixels from {} x {}".format(layout.side, layout.side, *layout.sensor)
-    logger.info(f"{len(left):,} of {len(recordings):,} recordings to do; {what} take {size:.1f} GB in all")
+    logger.info(f"{len(left):,} of {len(recordings):,} recordings to do; the frames take {size:.1f} GB in all")
     for place in {(partial / name).parent for name in names}:
         place.mkdir(parents=True, exist_ok=True)
-    jobs = (joblib.delayed(convert)(r.name, r.open(), r.samples, partial, layout) for r in left)
+    jobs = (joblib.delayed(convert)(r.name, r.open(), r.samples, layout, partial) for r in left)
     try:
         # `max_nbytes`: arguments go through pipes, not through files in a folder that may be small
         results = joblib.Parallel(joblib.cpu_count(), return_as="generator", max_nbytes=None)(jobs)
         results = progress(results, "preparing", max(1, len(left) // 20), show, total=len(left))
-        outcomes = [(r.name, *result) for r, result in zip(left, results, strict=True)]
+        problems = list(filter(None, results))
     except BrokenProcessPool:
         raise UserError(f"{folder}: a process was killed, perhaps out of memory; start again, it goes on") from None
-    if invalid := {name: count for name, _, count in outcomes if count}:
-        some = f"{sum(invalid.values()):,} invalid events in {len(invalid):,} recordings, such as {next(iter(invalid))}"
-        logger.warning(f"warning: {folder}: {some}; they are left out")
-    if problems := [f"{name}: {problem}" for name, problem, _ in outcomes if problem]:
-        first = ", ".join(problems[:5])
-        raise UserError(f"{len(problems)} of {len(recordings)} recordings are unusable: {first}; replace them")
+    if problems:
+        raise UserError(f"{len(problems)} of {len(recordings)} recordings cannot be read: {problems[0]}")
     for path in partial.rglob("*.*"):
         if path.relative_to(partial).as_posix() not in names:
             path.unlink()  # halves that a killed process left
