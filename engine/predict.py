@@ -123,18 +123,17 @@ def run(argv: Sequence[str]) -> None:
     predictor = load(settings.pop("checkpoint"), **settings)
     if args.stream and not predictor.is_of_events:
         raise UserError("--stream: needs a network of recordings, this one takes images; omit it")
-    files, rows, drawn, failed = _Files(args.paths, predictor), [], [], 0
+    files, rows, drawn = _Files(args.paths, predictor), [], []
     for path in filter(None, (args.csv, args.json, args.picture)):
         path.parent.mkdir(parents=True, exist_ok=True)
     workers = min(predictor.cfg.workers, os.cpu_count() or 1, len(files) // predictor.batch_size)
     loader = DataLoader(files, predictor.batch_size, num_workers=workers, collate_fn=list)
     with logging_redirect_tqdm([logger]):
         for batch in log.progress(loader, "batches", 1, sys.stderr.isatty()):
+            for _, sample in batch:
+                if isinstance(sample, UserError):
+                    logger.warning(f"warning: {sample}")
             readable = [(path, sample) for path, sample in batch if isinstance(sample, Tensor)]
-            errors = [error for _, error in batch if isinstance(error, UserError)]
-            for error in errors:
-                logger.warning(f"warning: {error}")
-            failed += len(errors)
             samples = [sample for _, sample in readable]
             answers = map(predictor.stream, samples) if args.stream else ([x] for x in predictor(samples))
             for (path, sample), steps in zip(readable, answers, strict=True):
@@ -151,7 +150,7 @@ def run(argv: Sequence[str]) -> None:
             csv.writer(file).writerows([COLUMNS, *(row.values() for row in rows)])
     if args.picture:
         pictures.gallery(drawn, args.picture, "Inputs as the network sees them, with its answers")
-    if failed:
+    if failed := len(files) - sum(row["rank"] == 1 for row in rows):
         raise UserError(f"{failed} of {len(files)} files: cannot be read, see the warnings; replace them")
 
 

@@ -32,7 +32,7 @@ from engine.data import augment, event, recordings
 from engine.data.aedat import DamagedRecording, Events, read_aedat, read_aedat2, read_aedat31
 from engine.data.augment import sampling
 from engine.data.event import create_data, split_by_class
-from engine.data.frames import WHOLE, Layout, convert, integrate
+from engine.data.frames import WHOLE, Layout, convert, integrate, to_frames
 from engine.data.prepare import contents, prepare
 from engine.log import logger
 from engine.world import World
@@ -85,13 +85,13 @@ def test_counts_above_a_byte():
 
 
 def test_a_recording_is_cut_by_time_in_order_or_not():
-    events_in_order, spans = Events(*FEW), [(0, 400_000), (300_000, 700_000), WHOLE, (900_000, 900_000)]
+    events_in_order, spans = Events(*FEW), [(0, 400_000), (300_000, 700_000), WHOLE]
     shuffled = Events(*(values[RANDOM.permutation(1003)] for values in FEW))
     for recording in (events_in_order, shuffled):
         for start, end in spans:
             chosen = (recording.t >= start) & (recording.t < end)
-            part = recording.between(start, end)
-            assert all(np.array_equal(a, b[chosen]) for a, b in zip(part, recording, strict=True))
+            part = Events(*(values[chosen] for values in recording))
+            assert np.array_equal(to_frames(recording, FOUR, (start, end)), integrate(part, 4))
 
 
 @pytest.mark.parametrize(
@@ -116,13 +116,12 @@ def test_damaged_recordings_are_told_from_good_ones(read, content):
 @pytest.mark.parametrize(
     ("content", "value"),
     [
-        (aedat2(*FEW).replace(b"a comment", b"AEChip: eu.seebetter.ini.chips.davis.DAVIS240C")[:-8]
-         + struct.pack(">II", 1 << 31, 0), "DAVIS240C"),
+        (aedat2(*FEW)[:-8] + struct.pack(">II", 1 << 31, 0), "sensor"),
         (aedat2(*FEW) + struct.pack(">II", 1 << 15, 0), "sensor"),
         (aedat31(*FEW).replace(b"RAW", b"SERIALIZED"), "SERIALIZED"),
         (aedat31(*FEW) + struct.pack("<HHIIIIII", 1, 1, 8, 4, 0, 5, 3, 3) + bytes(40), "5"),
     ],
-    ids=["named sensor", "special event", "serialized", "room for more"],
+    ids=["other sensor", "special event", "serialized", "room for more"],
 )  # fmt: skip
 def test_recordings_of_another_kind_are_refused(content, value):
     read_aedat(aedat2(*FEW))

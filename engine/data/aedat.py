@@ -26,11 +26,6 @@ class Events(NamedTuple):
     y: np.ndarray  # row
     p: np.ndarray  # polarity: 0 or 1
 
-    def between(self, start: float, end: float) -> "Events":
-        """Return the events with start <= t < end."""
-        chosen = (self.t >= start) & (self.t < end)
-        return Events(*(values[chosen] for values in self))
-
 
 def read_aedat(content: bytes) -> Events:
     """Return the events of a recording in either format; or raise DamagedRecording."""
@@ -46,9 +41,7 @@ def read_aedat2(content: bytes) -> Events:
         raise DamagedRecording(f"cut: its last event has {len(data) % 8} of 8 bytes")
     address, t = np.frombuffer(data, ">u4").astype(np.uint32).reshape(-1, 2).T
     if (address >> 15).any():
-        chip = re.search(rb"AEChip: *(\S+)", content)
-        sensor = chip[1].decode(errors="replace") if chip else "another sensor"
-        raise DamagedRecording(f"recorded by {sensor}; AEDAT 2.0 is read of a DVS128 alone, convert it to .npz")
+        raise DamagedRecording("recorded by another sensor than a DVS128; convert it to .npz")
     return Events(t, x=127 - (address >> 8 & 127), y=127 - (address >> 1 & 127), p=1 - (address & 1))
 
 

@@ -67,7 +67,12 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """Create the loaders of the event frames that `cfg` describes; the first run makes frames of the recordings."""
     raw = RAW.get(cfg.dataset) or event_folder(data_path(cfg), cfg.split_seed)
     classes = list(raw.classes.values())
-    require(cfg, "event frames", _settings_of_events(cfg, raw))
+    allowed = {key: (FIELDS[key].default,) for key in names(ImageSettings)}
+    allowed |= {"num_classes": (len(classes),), "in_channels": (2,), "auto_augment": (None, "snn-wide")}
+    allowed |= {"mixup_in": ("step",)} if cfg.mixup else {}
+    allowed |= {"split_seed": (None,)} if raw.is_split else {}
+    allowed |= {"sensor_size": (None,)} if raw.side else {}
+    require(cfg, "event frames", allowed)
     if cfg.dataset == "digits-dvs":
         train_set = digits.DigitsDVS(True, layout(cfg)) if train else None
         test_set, split = digits.DigitsDVS(False, layout(cfg)), None
@@ -99,15 +104,6 @@ def read_recording(path: Path, cfg: Config) -> Tensor:
     """Return the frames of one recording, or of a file of frames, as the network of `cfg` takes them: [T,2,S,S]."""
     frames = frames_of(str(path), path.read_bytes, {"": WHOLE}, layout(cfg))[""]
     return torch.from_numpy(frames.astype(np.float32))
-
-
-def _settings_of_events(cfg: Config, raw: Raw) -> dict[str, tuple]:
-    """Return the values that settings can have."""
-    allowed = {key: (FIELDS[key].default,) for key in names(ImageSettings)}
-    allowed |= {"num_classes": (len(raw.classes),), "in_channels": (2,), "auto_augment": (None, "snn-wide")}
-    allowed |= {"mixup_in": ("step",)} if cfg.mixup else {}
-    allowed |= {"split_seed": (None,)} if raw.is_split else {}
-    return allowed | ({"sensor_size": (None,)} if raw.side else {})
 
 
 def collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:

@@ -78,13 +78,7 @@ def read_aedat4(content: bytes) -> Events:
     return Events(events["t"], *(events[name].astype(np.int64) for name in ("x", "y", "on")))
 
 
-DECODERS = {
-    ".aedat": read_aedat,
-    ".aedat4": read_aedat4,
-    ".bin": read_atis,
-    ".npy": read_numpy,
-    ".npz": read_numpy,
-}
+DECODERS = {".aedat": read_aedat, ".aedat4": read_aedat4, ".bin": read_atis, ".npy": read_numpy, ".npz": read_numpy}
 
 
 def integrate(events: Events, frames: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
@@ -115,7 +109,9 @@ def to_frames(recording: Events | np.ndarray, layout: Layout, span: tuple[float,
     """
     frames = recording
     if isinstance(recording, Events):
-        frames = integrate(recording.between(*span), layout.time_steps, *layout.sensor)
+        is_inside = (recording.t >= span[0]) & (recording.t < span[1])
+        events = Events(*(values[is_inside] for values in recording))
+        frames = integrate(events, layout.time_steps, *layout.sensor)
     if len(frames) != layout.time_steps:
         raise DamagedRecording(f"{len(frames)} frames instead of {layout.time_steps} (--time-steps)")
     if frames.shape[2:] != (layout.side, layout.side):

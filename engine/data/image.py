@@ -6,7 +6,6 @@ To add a data set, write a function (cfg, train) -> data set of (PIL image, labe
 `transform`, `target_transform` and `classes`, and name it in `DATASETS`.
 """
 
-import filecmp
 import functools
 import warnings
 from collections.abc import Sequence
@@ -162,8 +161,7 @@ class _ImageFolder(ImageFolder):
 def _image_folder(cfg: Config, train: bool) -> ImageFolder:
     """Return the training or the test part of a folder, with a folder per class in each."""
     part, root, skipped = "train" if train else "test", data_path(cfg), []
-    folders = split_folders(root)
-    if part not in folders:
+    if (folder := split_folders(root).get(part)) is None:
         raise UserError(f"{root}: no folder {part}; make train and val, each with a folder per class")
 
     def is_image(path: str) -> bool:
@@ -172,7 +170,6 @@ def _image_folder(cfg: Config, train: bool) -> ImageFolder:
             skipped.append(path)
         return name.endswith(IMG_EXTENSIONS)
 
-    folder = folders[part]
     try:
         dataset = _ImageFolder(str(folder), loader=str, is_valid_file=is_image)
     except FileNotFoundError as error:
@@ -182,20 +179,7 @@ def _image_folder(cfg: Config, train: bool) -> ImageFolder:
         logger.warning(f"warning: {folder}: {count}; convert them to PNG or JPEG")
     if dataset.classes == [*imagenet_classes()] and len(dataset) != (size := IMAGENET_SIZES[part]):
         logger.warning(f"warning: {folder}: {len(dataset):,} of {size:,} images; extract its archive again")
-    if train and "test" in folders:
-        _warn_of_copies(folder, folders["test"])
     return dataset
-
-
-def _warn_of_copies(train: Path, test: Path, most: int = 64) -> None:
-    """Look for some test images in the same class of the training set, by their names and bytes."""
-    paths = sorted(test.glob("*/*"))
-    paths = paths[:: len(paths) // most + 1]
-    pairs = [(path, train / path.relative_to(test)) for path in paths]
-    copies = [path for path, twin in pairs if twin.is_file() and filecmp.cmp(path, twin, shallow=False)]
-    if copies:
-        count = f"{len(copies)} of {len(paths)} test images compared are in {train} too, such as {copies[0]}"
-        logger.warning(f"warning: {count}; keep them apart")
 
 
 def _of_timm(cfg: Config, train: bool) -> Dataset:

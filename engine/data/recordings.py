@@ -80,8 +80,6 @@ def _list(source: Path, *suffixes: str) -> dict[str, Opener]:
         else:
             files = _list_tar(source)
     except Exception as error:  # a damaged archive makes its reader fail in any way
-        if isinstance(error, OSError) and error.filename:
-            raise
         raise UserError(f"{source}: damaged ({str(error) or type(error).__name__}); fetch it again") from None
     files = {Path(name).name: opener for name, opener in files.items() if not is_hidden(name)}
     chosen = {name: opener for name, opener in files.items() if name.lower().endswith(suffixes)}
