@@ -16,7 +16,7 @@ from pathlib import Path
 
 import timm.data
 
-from engine.checkpoint import fingerprint
+from engine.checkpoint import fingerprint, read
 from engine.cli import UserError
 from engine.config import LOCAL_FIELDS, Config, plain
 from engine.data.recordings import EVENT_DATASETS
@@ -73,16 +73,16 @@ def _settings(cfg: Config) -> str:
 
 
 def _write_safetensors(subject: common.Subject, output: Path) -> None:
-    """Write weights under our names with the settings of the checkpoint, and a model card next to them."""
+    """Write weights under our names with settings and classes of the checkpoint, and a model card next to them."""
     from safetensors.torch import save
 
     card = output.with_suffix(".md")
     if card.exists() and LIBRARY not in card.read_text(errors="replace"):
         raise UserError(f"{card}: not a model card, and the new card would replace it; choose another --output")
     weights = {name: value.contiguous() for name, value in subject.model.state_dict().items()}
-    config = _settings(subject.cfg)
-    metadata = {"format": "pt", "config": config, "sha256": fingerprint(weights, config)}  # Hugging Face asks for "pt"
-    _write(output, save(weights, metadata))
+    config, classes = _settings(subject.cfg), json.dumps(read(subject.path).get("classes", []))
+    metadata = {"format": "pt", "config": config, "classes": classes}  # Hugging Face asks for "pt"
+    _write(output, save(weights, metadata | {"sha256": fingerprint(weights, config + classes)}))
     _write(card, model_card(subject, output.name))
 
 
