@@ -33,7 +33,7 @@ from .weights import build_model, load_weights, recipe_of, settings_of
 
 FLAGS = "config eval_batch_size device workers input_size time_steps sensor_size ssa_membrane use_ema".split()
 COLUMNS = ("file", "rank", "class", "probability")
-TOP, DRAWN = 5, 40  # classes of an answer, inputs in a picture
+TOP, DRAWN = 5, 80  # classes of an answer, images or frames in a picture
 Answer = list[tuple[str, float]]  # the most probable classes with their probabilities, the best first
 
 
@@ -44,13 +44,19 @@ class Predictor:
         self.cfg, self.model, self.classes, self.device = cfg, model.to(device).eval(), classes, device
         self.batch_size, self.is_of_events = cfg.eval_batch_size or cfg.batch_size, cfg.in_channels == 2
         self.read = partial(event.read_recording if self.is_of_events else image.read_tensor, cfg=cfg)
-        self.show = pictures.of_events if self.is_of_events else partial(pictures.of_image, *image.statistics(cfg))
+        self.columns = min(8, cfg.time_steps) if self.is_of_events else 10  # of a picture
 
     def __call__(self, inputs: Sequence[str | Path | Tensor] | Tensor) -> list[Answer]:
         """Return the answer to each input: a file, or a tensor as `read` returns it of a file."""
         samples = [item if isinstance(item, Tensor) else self.read(Path(item)) for item in inputs]
         batches = torch.stack(samples).split(self.batch_size) if samples else ()
         return [answer for batch in batches for answer in self._answers(self._compute(self.model, batch))]
+
+    def draw(self, sample: Tensor, caption: str) -> list[tuple[Tensor, str, str]]:
+        """Return pictures of an input with their captions and colours, for `pictures.gallery`."""
+        if self.is_of_events:
+            return pictures.row(sample, caption, self.columns)
+        return [(pictures.of_image(*image.statistics(self.cfg), sample), caption, "black")]
 
     def stream(self, frames: Tensor) -> Iterator[Answer]:
         """Yield the answer after each of the frames [T,2,H,W] of a recording."""
@@ -142,14 +148,14 @@ def run(argv: Sequence[str]) -> None:
                     logger.info(f"{where}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in answer)}")
                 rows += [dict(zip(COLUMNS, (str(path), i, *best), strict=True)) for i, best in enumerate(answer, 1)]
                 caption = f"{log.label(path.name)}\n{log.label(answer[0][0])} ({answer[0][1]:.0%})"
-                drawn += [(predictor.show(sample), caption, "black")] if len(drawn) < DRAWN else []
+                drawn += predictor.draw(sample, caption) if len(drawn) < DRAWN else []
     if args.json:
         log.write_whole(args.json, json.dumps(rows, indent=1) + "\n")
     if args.csv:
         with args.csv.open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *(row.values() for row in rows)])
     if args.picture:
-        pictures.gallery(drawn, args.picture, "Inputs as the network sees them, with its answers")
+        pictures.gallery(drawn, args.picture, "Inputs as the network sees them, with its answers", predictor.columns)
     if failed := len(files) - sum(row["rank"] == 1 for row in rows):
         raise UserError(f"{failed} of {len(files)} files: cannot be read, see the warnings; replace them")
 

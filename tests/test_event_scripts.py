@@ -93,8 +93,8 @@ def test_the_simulated_camera_sees_changes_alone():
 def test_colours_of_events():
     frames = torch.zeros(3, 2, 2, 2, dtype=torch.uint8)
     frames[1, 1, 0, 0] = 9  # ON
-    frames[0, 0, 0, 1] = 18  # OFF
-    frames[2, 1, 0, 0] = 9
+    frames[1, 0, 0, 1] = 9  # OFF
+    frames[0] = 9  # not the middle frame
     picture = pictures.of_events(frames)
     assert picture[0].tolist() == [[1, 0, 0], [0, 0, 1]]  # red and blue
     assert (picture[1] == 1).all()  # on white

@@ -87,7 +87,7 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
         augment=SNNWideAugment(cfg.hflip, wide=cfg.auto_augment is not None) if is_augmented else None,
         split=split,
         show=pictures.of_events,
-        preview=functools.partial(_preview, train_set, classes) if train else None,
+        preview=functools.partial(_preview, train_set, classes, min(8, cfg.time_steps)) if train else None,
     )
 
 
@@ -151,11 +151,10 @@ def split_by_class(files: Sequence[str], seed: int | None) -> dict[str, list[str
     return split
 
 
-def _preview(dataset: Dataset, classes: Sequence[str], path: Path, most: int = 6, columns: int = 16) -> None:
-    """Draw the first frames of one sample of each of the first classes, a row for each."""
+def _preview(dataset: Dataset, classes: Sequence[str], count: int, path: Path) -> None:
+    """Draw some frames of one sample of each of the first classes, a row for each."""
     drawn = []
-    for label in sorted(set(dataset.labels))[:most]:
-        frames = torch.from_numpy(dataset[dataset.labels.index(label)][0]).split(1)[:columns]
-        captions = [log.label(classes[label]), *(f"t = {t}" for t in range(1, len(frames)))]
-        drawn += zip(map(pictures.of_events, frames), captions, ["black"] * columns, strict=False)
-    pictures.gallery(drawn, path, "Event frames of training samples: ON events red, OFF events blue", len(frames))
+    for label in sorted(set(dataset.labels))[:6]:
+        frames, _ = dataset[dataset.labels.index(label)]
+        drawn += pictures.row(torch.from_numpy(frames), log.label(classes[label]), count)
+    pictures.gallery(drawn, path, "Event frames of training samples: ON events red, OFF events blue", count)

@@ -15,13 +15,19 @@ def of_image(mean: Sequence[float], std: Sequence[float], image: Tensor) -> Tens
 
 
 def of_events(frames: Tensor) -> Tensor:
-    """Return the sum of event frames [T,2,H,W] as [H,W,3]: ON events red, OFF events blue, on white."""
-    off, on = frames.float().sum(0)  # each [H,W]
+    """Return the middle one of event frames [T,2,H,W] as [H,W,3]: ON events red, OFF events blue, on white."""
+    off, on = frames[len(frames) // 2].float()  # each [H,W]
     strength = on + off
     busy = strength[strength > 0]
     full = busy.quantile(0.9) if len(busy) else 1  # more events than this get the full colour
     on, off = on / full, off / full
     return 1 - torch.stack([off, on + off, on], 2).clamp(0, 1)
+
+
+def row(frames: Tensor, caption: str, count: int) -> list[tuple[Tensor, str, str]]:
+    """Return some of the event frames [T,2,H,W], evenly chosen, as samples of `gallery`; the first has the caption."""
+    steps = [i * len(frames) // count for i in range(count)]
+    return [(of_events(frames[t : t + 1]), f"t = {t}" if t else caption, "black") for t in steps]
 
 
 def gallery(samples: Sequence[tuple[Tensor, str, str]], path: Path, title: str, columns: int = 10) -> None:
