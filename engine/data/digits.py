@@ -43,14 +43,12 @@ class Digits(Dataset):
         images, labels = parts[0::2] if train else parts[1::2]
         self.images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)  # 0..16 to 0..255
         self.labels = labels.tolist()
-        self.transform = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[object, int]:
-        image = Image.fromarray(self.images[index])
-        return (self.transform(image) if self.transform else image), self.labels[index]
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
 class DigitsDVS(list):

@@ -32,8 +32,7 @@ TEXTS = (".txt", ".csv")  # lists of trials and tables of labels
 MOST_FILES = 10_000  # in the archive of DVS128 Gesture, which has some 250
 FRAMES = re.compile(r"frames_\d+(_|\.|$)")  # folders that `prepare` makes
 
-Read = Callable[[], bytes]  # reads a file, in any process
-Opener = Callable[[], Read]  # in this process
+Opener = Callable[[], Callable[[], bytes]]  # opens a file in this process; any process can call the result
 
 
 class Recording(NamedTuple):
@@ -65,8 +64,8 @@ def _by_class(sources: Mapping[str, Path], *suffixes: str) -> list[Recording]:
 
 def _first_of(root: Path, *names: str) -> Path | None:
     """Return the first that exists, in `root` itself or where spikingjelly keeps archives and extracts them to."""
-    candidates = [root / place / name for name in names for place in ("download", "", "extract")]
-    return next((path for path in candidates if path.exists()), None)
+    paths = (root / place / name for name in names for place in ("download", "", "extract"))
+    return next(filter(Path.exists, paths), None)
 
 
 def _list(source: Path, *suffixes: str) -> dict[str, Opener]:
@@ -149,9 +148,7 @@ def dvs128_gesture(root: Path, download: bool) -> list[Recording]:
 def _gestures(table: str, part: str, stem: str, where: str) -> dict[str, tuple[int, int]]:
     """Return file -> time span for each line of a recording's table of labels."""
     samples, counts = {}, Counter()
-    for number, row in enumerate(table.splitlines()[1:], 2):
-        if not row:
-            continue
+    for number, row in enumerate(table.rstrip().splitlines()[1:], 2):
         try:
             gesture, start, end = map(int, row.split(","))
         except ValueError:
