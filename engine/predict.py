@@ -1,8 +1,8 @@
-"""Classify images and recordings with a trained network, in the preprocessing that its checkpoint records.
+"""Classify images and recordings with a trained network and the preprocessing that its checkpoint records.
 
     python -m engine.predict --checkpoint output/shapes/best.pt photo.png folder/of/photos --csv answers.csv
 
-As a function: `predictor = engine.predict.load("output/shapes/best.pt")`, then `predictor(["photo.png"])`.
+In Python: `predictor = engine.predict.load("output/shapes/best.pt")`, then `predictor(["photo.png"])`.
 """
 
 import csv
@@ -34,11 +34,11 @@ from .weights import build_model, load_weights, recipe_of, settings_of
 FLAGS = "config eval_batch_size device workers input_size time_steps sensor_size ssa_membrane use_ema".split()
 COLUMNS = ("file", "rank", "class", "probability")
 TOP, DRAWN = 5, 80  # classes of an answer, images or frames in a picture
-Answer = list[tuple[str, float]]  # the most probable classes with their probabilities, the best first
+Answer = list[tuple[str, float]]  # the most probable classes with their probabilities, best first
 
 
 class Predictor:
-    """A trained network with the preprocessing of its inputs and the names of its classes; `load` makes it."""
+    """Trained network with the preprocessing of its inputs and the names of its classes; made by `load`."""
 
     def __init__(self, cfg: Config, model: nn.Module, classes: Sequence[str], device: torch.device):
         self.cfg, self.model, self.classes, self.device = cfg, model.to(device).eval(), classes, device
@@ -47,7 +47,7 @@ class Predictor:
         self.columns = min(8, cfg.time_steps) if self.is_of_events else 10  # of a picture
 
     def __call__(self, inputs: Sequence[str | Path | Tensor] | Tensor) -> list[Answer]:
-        """Return the answer to each input: a file, or a tensor as `read` returns it of a file."""
+        """Return the answer to each input: a file, or a tensor that `read` made of a file."""
         samples = [item if isinstance(item, Tensor) else self.read(Path(item)) for item in inputs]
         batches = torch.stack(samples).split(self.batch_size) if samples else ()
         return [answer for batch in batches for answer in self._answers(self._compute(self.model, batch))]
@@ -59,7 +59,7 @@ class Predictor:
         return [(pictures.of_image(*image.statistics(self.cfg), sample), caption, "black")]
 
     def stream(self, frames: Tensor) -> Iterator[Answer]:
-        """Yield the answer after each of the frames [T,2,H,W] of a recording."""
+        """Yield the answer after each of a recording's frames [T,2,H,W]."""
         state = None
         for frame in frames.split(1):
             logits, state = self._compute(self.model.step, frame, state)
@@ -77,15 +77,12 @@ class Predictor:
 
 
 def load(path: str | Path, device: str = "auto", **settings: object) -> Predictor:
-    """Return the network of a checkpoint, ready to answer.
-
-    `settings` of test.py override those of the checkpoint. `config` is the recipe of a file that records none.
-    """
+    """Return the network of a checkpoint, under `settings` of test.py; `config` is the recipe of a file without one."""
     path, recipe, folder = Path(path), settings.get("config"), log.ROOT / "imagenet"
     state = checkpoint.read(path)
     sources = read(recipe) if recipe else Sources(path, {None: {}}, {}, folder / "none", [])
     if not (recipe or state["format"] == "qkformer" or recipe_of(path, folder)):
-        raise UserError(f"{path}: does not record its preprocessing; use --config RECIPE, a file in {folder.name}")
+        raise UserError(f"{path}: no preprocessing recorded; use --config RECIPE, a file in {folder.name}")
     cfg = settings_of(state, path, dataclasses.replace(sources, flags=settings))
     if cfg.ssa_membrane == "released" and cfg.residual == "sew":
         fix = "--eval-batch-size 1 makes them independent"
@@ -98,7 +95,7 @@ def load(path: str | Path, device: str = "auto", **settings: object) -> Predicto
 
 
 class _Files(Dataset):
-    """Files of inputs: (path, sample), or the error in place of a sample that cannot be read."""
+    """Files of inputs as (path, sample), with an error instead of the sample of a damaged file."""
 
     def __init__(self, paths: Sequence[Path], predictor: Predictor):
         suffixes = tuple(DECODERS) if predictor.is_of_events else (*IMG_EXTENSIONS, *image.SKIPPED)
@@ -122,13 +119,13 @@ class _Files(Dataset):
 
 
 def run(argv: Sequence[str]) -> None:
-    """Print and write answers as the command line says; raise `UserError` at the end if files cannot be read."""
+    """Print and write the answers to files; raise `UserError` at the end if some are damaged."""
     args = _parser().parse_args(argv)
     log.setup_console(is_main=True)
     settings = settings_in(args)
     predictor = load(settings.pop("checkpoint"), **settings)
     if args.stream and not predictor.is_of_events:
-        raise UserError("--stream: needs a network of recordings, this one takes images; omit it")
+        raise UserError("--stream: this network takes images, not recordings; omit it")
     files, rows, drawn = _Files(args.paths, predictor), [], []
     for path in filter(None, (args.csv, args.json, args.picture)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +154,7 @@ def run(argv: Sequence[str]) -> None:
     if args.picture:
         pictures.gallery(drawn, args.picture, "Inputs as the network sees them, with its answers", predictor.columns)
     if failed := len(files) - sum(row["rank"] == 1 for row in rows):
-        raise UserError(f"{failed} of {len(files)} files: cannot be read, see the warnings; replace them")
+        raise UserError(f"{failed} of {len(files)} files: unreadable, see the warnings; replace them")
 
 
 def _parser() -> Parser:

@@ -1,7 +1,4 @@
-"""Event recordings in jAER's formats AEDAT 2.0 (CIFAR10-DVS) and AEDAT 3.1 (DVS128 Gesture).
-
-The events equal those of spikingjelly 0.0.0.0.14 on the same files.
-"""
+"""Readers of AEDAT 2.0 (CIFAR10-DVS) and AEDAT 3.1 (DVS128 Gesture), with the events of spikingjelly 0.0.0.0.14."""
 
 import re
 import struct
@@ -15,7 +12,7 @@ _EVENTS = 1  # type of a packet
 
 
 class DamagedRecording(ValueError):
-    """A recording that does not follow its format; the message says how."""
+    """Violation of a recording's format, named by the message."""
 
 
 class Events(NamedTuple):
@@ -28,31 +25,31 @@ class Events(NamedTuple):
 
 
 def read_aedat(content: bytes) -> Events:
-    """Return the events of a recording in either format; or raise DamagedRecording."""
+    """Return the events of a recording in either format."""
     return read_aedat31(content) if content.startswith(b"#!AER-DAT3.1") else read_aedat2(content)
 
 
 def read_aedat2(content: bytes) -> Events:
-    """Return the events of a CIFAR10-DVS recording, turned upright as spikingjelly does; or raise DamagedRecording."""
+    """Return the events of a CIFAR10-DVS recording, upright as in spikingjelly."""
     if not content.startswith(b"#!AER-DAT2.0"):
-        raise DamagedRecording("not a recording in the format AEDAT 2.0 or 3.1" if content else "empty")
+        raise DamagedRecording("neither AEDAT 2.0 nor 3.1" if content else "empty")
     data = memoryview(content)[re.match(rb"(#[^\n]*\n)*", content).end() :]  # after comments
     if len(data) % 8:
-        raise DamagedRecording(f"cut: its last event has {len(data) % 8} of 8 bytes")
+        raise DamagedRecording(f"last event cut to {len(data) % 8} of 8 bytes")
     address, t = np.frombuffer(data, ">u4").astype(np.uint32).reshape(-1, 2).T
     if (address >> 15).any():
-        raise DamagedRecording("recorded by another sensor than a DVS128; convert it to .npz")
+        raise DamagedRecording("not from a DVS128 sensor; convert it to .npz")
     return Events(t, x=127 - (address >> 8 & 127), y=127 - (address >> 1 & 127), p=1 - (address & 1))
 
 
 def read_aedat31(content: bytes) -> Events:
-    """Return the events of a DVS128 Gesture recording; or raise DamagedRecording."""
+    """Return the events of a DVS128 Gesture recording that the camera marked as valid."""
     header = re.match(rb"#!AER-DAT3\.1.*?#!END-HEADER\r\n", content, re.DOTALL)
     if not header:
-        raise DamagedRecording("not a recording in the format AEDAT 3.1, or its header has no end")
+        raise DamagedRecording("not AEDAT 3.1, or its header has no end")
     encoding = re.search(rb"#Format: *(\S*)", header[0])
     if encoding and encoding[1] != b"RAW":
-        raise DamagedRecording(f"in the encoding {encoding[1].decode(errors='replace')}; write it as RAW")
+        raise DamagedRecording(f"encoding {encoding[1].decode(errors='replace')}; save it as RAW")
     at, address, t = header.end(), [], []
     while at + _PACKET.size <= len(content):
         kind, _, size, _, overflow, capacity, number, _ = _PACKET.unpack_from(content, at)
@@ -60,15 +57,15 @@ def read_aedat31(content: bytes) -> Events:
         at = body + capacity * size
         if kind == _EVENTS and at <= len(content):
             if (size, number) != (8, capacity):
-                raise DamagedRecording(f"a packet has {number} events of {size} bytes, not {capacity} of 8 bytes")
+                raise DamagedRecording(f"packet with {number} events of {size} bytes instead of {capacity} of 8 bytes")
             words = np.frombuffer(content, "<u4", 2 * capacity, body).reshape(-1, 2)
             address.append(words[:, 0])
             t.append(words[:, 1] | np.int64(overflow) << 31)
     if at != len(content):
-        raise DamagedRecording("cut within its last packet")
+        raise DamagedRecording("last packet cut")
     if not address:
         raise DamagedRecording("no events")
     address, t = np.concatenate(address), np.concatenate(t)
-    is_valid = address & 1 == 1  # as the camera marked it
+    is_valid = address & 1 == 1
     t, address = t[is_valid], address[is_valid]
     return Events(t, x=address >> 17 & 0x7FFF, y=address >> 2 & 0x7FFF, p=address >> 1 & 1)

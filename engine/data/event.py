@@ -1,9 +1,7 @@
-"""Event frames: DVS128 Gesture, CIFAR10-DVS and the simulated digits.
+"""Event frames of recordings and of the simulated digits.
 
-Batches are (frames [B,T,2,H,W] float32, event counts, on the device; labels [B] int64). Workers collate unsigned
-integers, a quarter of the bytes of float32.
-
-To add a data set of recordings, write a function in recordings.py that lists them, and name it in `RAW` there.
+Batches are (frames [B,T,2,H,W] float32, event counts, on the device; labels [B] int64).
+To add a data set, write a function in recordings.py that lists its recordings, and name it in `RAW` there.
 """
 
 import functools
@@ -33,14 +31,11 @@ from .prepare import contents, prepare
 from .recordings import RAW, Raw, event_folder
 
 TRAIN_PART = 0.9  # of each class of CIFAR10-DVS
-COUNTS = {"mean": (0.0, 0.0), "std": (1 / 255, 1 / 255)}  # timm's loader multiplies both by 255: counts stay counts
+COUNTS = {"mean": (0.0, 0.0), "std": (1 / 255, 1 / 255)}  # counts stay, because timm's loader multiplies both by 255
 
 
 class FrameFiles(Dataset):
-    """Some files of a frames folder with labels: ([T,2,H,W] unsigned, label), in the order of spikingjelly's data sets.
-
-    Each file is in a folder named like its class; `classes` are in the order of the labels.
-    """
+    """Files CLASS/NAME of a frames folder as ([T,2,H,W] unsigned, label), in the order of spikingjelly's data sets."""
 
     def __init__(self, folder: Path, files: Sequence[str], classes: Sequence[str], layout: Layout):
         labels = {name: label for label, name in enumerate(classes)}
@@ -64,7 +59,7 @@ class FrameFiles(Dataset):
 
 
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
-    """Create the loaders of the event frames that `cfg` describes; the first run makes frames of the recordings."""
+    """Create the loaders of event frames; the first run makes the frames."""
     raw = RAW.get(cfg.dataset) or event_folder(data_path(cfg), cfg.split_seed)
     classes = list(raw.classes.values())
     allowed = {key: (FIELDS[key].default,) for key in names(ImageSettings)}
@@ -101,7 +96,7 @@ def layout(cfg: Config) -> Layout:
 
 
 def read_recording(path: Path, cfg: Config) -> Tensor:
-    """Return the frames of one recording, or of a file of frames, as the network of `cfg` takes them: [T,2,S,S]."""
+    """Return the frames [T,2,S,S] float32 of one file of events or frames."""
     frames = frames_of(str(path), path.read_bytes, {"": WHOLE}, layout(cfg))[""]
     return torch.from_numpy(frames.astype(np.float32))
 
@@ -117,11 +112,11 @@ def _from_recordings(cfg: Config, raw: Raw, world: World) -> tuple[FrameFiles, F
     root, shape = data_path(cfg, must_exist=False), layout(cfg)
     find = functools.partial(raw.find, root, cfg.download)
     if not root.is_dir() and not cfg.download:
-        find()  # raises the error that lists the files needed
+        find()  # raises an error that lists the files needed
     folder = distributed.in_turns(lambda: prepare(root, shape, find, world.is_main))
     files = contents(folder, raw.classes)
     if not raw.sizes and files != sorted(name for recording in find() for name in recording.samples):
-        raise UserError(f"{folder}: made of other recordings than {root} has now; delete it")
+        raise UserError(f"{folder}: not of the recordings in {root}; delete this folder of frames")
     parts = {part: [file for file in files if file.startswith(f"{part}/")] for part in ("train", "test")}
     split = parts if raw.is_split else split_by_class(files, cfg.split_seed)
     for part, chosen in split.items():
@@ -134,10 +129,9 @@ def _from_recordings(cfg: Config, raw: Raw, world: World) -> tuple[FrameFiles, F
 
 
 def split_by_class(files: Sequence[str], seed: int | None) -> dict[str, list[str]]:
-    """Split into the first 90 % of each class, rounded up ("train"), and the others, at least one ("test").
+    """Split each class into the first 90 % by name (with a seed: in random order), rounded up, and the rest.
 
-    The order is that of the names, as text; with a seed, a random one. From 10 samples a class on it equals
-    spikingjelly's `split_to_train_test_set`, which reads every sample for it.
+    The split equals spikingjelly's `split_to_train_test_set` from 10 samples a class on. No class lacks a test sample.
     """
     rng = np.random.default_rng(seed)
     split = {"train": [], "test": []}

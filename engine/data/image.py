@@ -1,9 +1,8 @@
 """Static images, through timm's transforms and mixup.
 
-Batches are (images [B,C,H,W] float32, normalised, on the device; labels [B] int64, or [B,classes] under mixup).
-
-To add a data set, write a function (cfg, train) -> data set of (PIL image, label) with torchvision's attributes
-`transform`, `target_transform` and `classes`, and name it in `DATASETS`.
+Batches are (images [B,C,H,W] float32, normalised, on the device; labels [B] int64, or [B,classes] with mixup).
+To add a data set, write a function (cfg, train) -> data set of (PIL image or path, label) with torchvision's
+attributes `transform`, `target_transform` and `classes`, and name it in `DATASETS`.
 """
 
 import functools
@@ -35,7 +34,7 @@ from .folders import data_path, find_classes, is_hidden, require, split_folders
 from .loaders import Data, Seeded, create_loader, create_mixup
 from .recordings import EVENT_DATASETS
 
-# Pillow goes by the content of a file, whatever its name, and starts Ghostscript for PostScript
+# Pillow recognises files by content, and starts Ghostscript for PostScript under any name
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 SKIPPED = (".gif", ".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".tga")  # formats that are not read
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's name
@@ -43,7 +42,7 @@ IMAGENET_SIZES = {"train": 1_281_167, "test": 50_000}
 
 
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
-    """Create the loaders of the images that `cfg` describes."""
+    """Create the loaders of images."""
     test_set, (mean, std) = create_dataset(cfg, train=False), statistics(cfg)
     names = class_names(test_set)
     test = create_loader(cfg, world, test_set, False, fast_collate, mean, std)
@@ -65,7 +64,7 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
 
 
 def _transform(cfg: Config, train: bool) -> object:
-    """Return timm's transform from a PIL image to uint8 [C,H,W]."""
+    """Return timm's transform from a path or a PIL image to uint8 [C,H,W]."""
     settings = {"interpolation": cfg.interpolation, "mean": statistics(cfg)[0]}
     if train:
         names = ("scale", "ratio", "hflip", "color_jitter", "auto_augment")
@@ -84,7 +83,7 @@ def _transform(cfg: Config, train: bool) -> object:
 
 
 def create_dataset(cfg: Config, train: bool) -> Dataset:
-    """Return the training or the test set of images that `cfg` names; it and its samples raise `UserError`."""
+    """Return the training or the test set of images; it and its samples raise `UserError`."""
     dataset = DATASETS.get(cfg.dataset, _of_timm)(cfg, train)
     names = class_names(dataset)
     if names and len(names) != cfg.num_classes:
@@ -101,7 +100,7 @@ def _require_label(cfg: Config, label: object) -> object:
 
 
 def class_names(dataset: Dataset) -> list[str]:
-    """Return names in the order of the labels; none if the data set does not list them."""
+    """Return the names of the classes in the order of the labels; none if the data set has no names."""
     if hasattr(dataset, "classes"):
         return [name if isinstance(name, str) else name[0] for name in dataset.classes]  # torch/imagenet has synonyms
     indices = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
@@ -116,19 +115,19 @@ def imagenet_classes() -> dict[str, str]:
 
 
 def read_image(source: object, mode: str = "RGB", name: str | None = None) -> Image.Image:
-    """Return an image in the mode "L" or "RGB"; values of 16 bits are divided by 256, where Pillow would clip them.
+    """Return an image, of a path or of Pillow, in the mode "L" or "RGB"; `name` is for errors of Pillow's images.
 
-    `source` is a path or a Pillow image, which errors (UserError) call by `name`.
+    Values of 16 bits are divided by 256, because Pillow would clip them.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about EXIF data, palettes, and sizes that Pillow reads nevertheless
+            warnings.simplefilter("ignore")  # about EXIF data, palettes, and sizes that Pillow still reads
             image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             if image.mode in ("I", "F"):
                 raise ValueError(f"mode {image.mode} has no largest value; save it with 8 or 16 bits")
-            image.load()  # here, where its errors get a name
+            image.load()  # here, because its errors get a name
             return image if image.mode == mode else image.convert(mode)
     except Exception as error:  # a damaged file makes decoders fail in any way
         where = name if isinstance(source, Image.Image) else source
@@ -136,7 +135,7 @@ def read_image(source: object, mode: str = "RGB", name: str | None = None) -> Im
 
 
 def read_tensor(path: Path, cfg: Config) -> Tensor:
-    """Return the image in a file as the network of `cfg` sees it in an evaluation: [C,H,W] float32, normalised."""
+    """Return the image of a file as a network sees it in evaluation: [C,H,W] float32, normalised."""
     mean, std = (255 * np.array(values, np.float32) for values in statistics(cfg))
     pixels = _transform(cfg, train=False)(path)
     return normalize(torch.from_numpy(pixels).float(), mean.tolist(), std.tolist())
@@ -153,7 +152,7 @@ def statistics(cfg: Config) -> tuple[Sequence[float], Sequence[float]]:
 
 
 class _ImageFolder(ImageFolder):
-    """torchvision's, without the folders that systems and editors add."""
+    """torchvision's data set, without the folders that systems and editors add."""
 
     find_classes = staticmethod(find_classes)
 
@@ -188,7 +187,7 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
     if kind not in ("torch", "wds", "hfds") or "/" not in cfg.dataset:
         known = ", ".join([*DATASETS, *EVENT_DATASETS])
         raise UserError(f"dataset = {cfg.dataset!r}: unknown; use {known}, torch/NAME, wds/NAME or hfds/NAME")
-    # shards are files of a folder here: under an address like pipe:COMMAND, their names would be commands
+    # only shards in a folder, because the reader runs commands under addresses like pipe:COMMAND
     root = cfg.data_path if kind == "hfds" else str(data_path(cfg, must_exist=not cfg.download))
     split = cfg.train_split if train else cfg.val_split
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of readers that open images
@@ -209,12 +208,12 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
             raise UserError(f"{cfg.dataset} in {root}: {error!r}; use --data-path, or --download") from None
 
     dataset = distributed.in_turns(make) if cfg.download else make()
-    if train and type(dataset) is ImageFolder and dataset.root == root:  # what timm falls back to
+    if train and type(dataset) is ImageFolder and dataset.root == root:  # timm's fallback
         raise UserError(f"{root}: no folder {split}; make one for training and one for testing")
     if hasattr(dataset, "loader"):
         dataset.loader = str  # `_transform` reads
     if not train and isinstance(dataset, IterableDataset):
-        # on several ranks timm's stream would repeat or skip samples; here each rank reads all and keeps its share
+        # each rank reads all and keeps its share, because timm's stream would repeat or skip samples
         dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
     return dataset
 

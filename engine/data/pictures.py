@@ -1,4 +1,4 @@
-"""Pictures of samples as a network sees them."""
+"""Pictures of a network's inputs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +15,17 @@ def of_image(mean: Sequence[float], std: Sequence[float], image: Tensor) -> Tens
 
 
 def of_events(frames: Tensor) -> Tensor:
-    """Return the middle one of event frames [T,2,H,W] as [H,W,3]: ON events red, OFF events blue, on white."""
+    """Return the middle one of event frames [T,2,H,W] as [H,W,3], 0 to 1: ON red, OFF blue, on white."""
     off, on = frames[len(frames) // 2].float()  # each [H,W]
     strength = on + off
     busy = strength[strength > 0]
-    full = busy.quantile(0.9) if len(busy) else 1  # more events than this get the full colour
+    full = busy.quantile(0.9) if len(busy) else 1  # from this number of events on the full colour
     on, off = on / full, off / full
     return 1 - torch.stack([off, on + off, on], 2).clamp(0, 1)
 
 
 def row(frames: Tensor, caption: str, count: int) -> list[tuple[Tensor, str, str]]:
-    """Return some of the event frames [T,2,H,W], evenly chosen, as samples of `gallery`; the first has the caption."""
+    """Return `count` of the event frames [T,2,H,W], evenly spaced, for `gallery`; the first has the caption."""
     steps = [i * len(frames) // count for i in range(count)]
     return [(of_events(frames[t : t + 1]), f"t = {t}" if t else caption, "black") for t in steps]
 

@@ -1,4 +1,4 @@
-"""Raw files of event data sets: where they are, and which samples they are cut into. `RAW` lists the data sets.
+"""Recordings of event data sets, in folders and archives, and the samples in them. `RAW` lists the data sets.
 
 Archives are read in place and never extracted, changed or deleted.
 """
@@ -36,11 +36,11 @@ Opener = Callable[[], Callable[[], bytes]]  # opens a file in this process; any 
 
 
 class Recording(NamedTuple):
-    """One raw file, and the samples that `frames.convert` makes of it."""
+    """A file of events, and its samples."""
 
     name: str
     open: Opener
-    samples: Spans  # file of frames -> time span
+    samples: Spans  # by the name of their file of frames
 
 
 def cifar10_dvs(root: Path, download: bool) -> list[Recording]:
@@ -63,13 +63,13 @@ def _by_class(sources: Mapping[str, Path], *suffixes: str) -> list[Recording]:
 
 
 def _first_of(root: Path, *names: str) -> Path | None:
-    """Return the first that exists, in `root` itself or where spikingjelly keeps archives and extracts them to."""
+    """Return the first existing path, in `root` or in spikingjelly's folders of archives and extracted files."""
     paths = (root / place / name for name in names for place in ("download", "", "extract"))
     return next(filter(Path.exists, paths), None)
 
 
 def _list(source: Path, *suffixes: str) -> dict[str, Opener]:
-    """Return the files of a folder, a zip or a tar archive with one of the suffixes, by name."""
+    """Return the files with one of the suffixes in a folder, a zip or a tar archive."""
     try:
         if source.is_dir():
             files = {path.name: partial(partial, path.read_bytes) for path in sorted(source.iterdir())}
@@ -89,17 +89,17 @@ def _list(source: Path, *suffixes: str) -> dict[str, Opener]:
 
 
 def _list_tar(archive: Path) -> dict[str, Opener]:
-    logger.info(f"reading {archive} for its contents; its events are read after that")
+    logger.info(f"listing {archive}, which takes a minute")
     files, file = {}, tarfile.open(archive, "r:gz")  # noqa: SIM115, the openers read it
     for number, member in enumerate(file):
         if number == MOST_FILES or member.size > LARGEST:
             raise tarfile.ReadError("too many files, or too large ones")
         if member.isfile():
             files[member.name] = lambda m=member: partial(bytes, file.extractfile(m).read())
-            if member.name.endswith(TEXTS):  # read now, because an archive can only be read from end to end
+            if member.name.endswith(TEXTS):  # read now, because reading back would start at the beginning
                 files[member.name] = partial(partial, files[member.name]())
     while file.fileobj.read(2**20):
-        pass  # the checksum of the whole is at its end
+        pass  # up to the checksum at the end
     return files
 
 
@@ -121,7 +121,7 @@ def _download(root: Path) -> None:
 
 
 def dvs128_gesture(root: Path, download: bool) -> list[Recording]:
-    """List the recordings of DVS128 Gesture: its archive, or the folder that it unpacks to; `download` does nothing."""
+    """List the recordings of DVS128 Gesture, of its archive or its folder; `download` has no effect."""
     source = _first_of(root, "DvsGesture.tar.gz", "DvsGesture")
     if source is None:
         place = root / "download"
@@ -137,7 +137,7 @@ def dvs128_gesture(root: Path, download: bool) -> list[Recording]:
     if absent := [name for name in parts if name not in files]:
         raise UserError(f"{source}: {len(absent)} of {len(parts)} recordings are missing, such as {absent[0]}")
     recordings = []
-    for name in files:  # in the order of the archive, which can only be read from end to end
+    for name in files:  # in the order of the archive, because reading back would start at the beginning
         if name in parts:
             table = f"{Path(name).stem}_labels.csv"
             samples = _gestures(text(table), parts[name], Path(name).stem, f"{source}: {table}")
@@ -168,7 +168,7 @@ class Raw(NamedTuple):
     find: Callable[[Path, bool], list[Recording]] | None  # lists recordings in a folder; True downloads them
     classes: Mapping[str, str]  # class folder -> name, in the order of the labels
     sizes: Mapping[str, int]  # published samples of each part
-    is_split: bool  # frames are in folders "train" and "test"; else `event.split_by_class` splits them
+    is_split: bool  # in folders "train" and "test"; otherwise `event.split_by_class` splits the frames
     side: int | None = SIDE  # pixels of the sensor, in height and in width; None: --sensor-size
 
 
@@ -186,7 +186,7 @@ EVENT_DATASETS = ("eventfolder", *RAW)
 
 
 def event_folder(root: Path, split_seed: int | None) -> Raw:
-    """Describe a folder of one's own: train/CLASS/* and test/CLASS/*, or CLASS/* to be split by a seed."""
+    """Describe a user's folder: train/CLASS/* and test/CLASS/*, or CLASS/* and a seed that splits it."""
     folders = split_folders(root)
     if len(folders) == 1 or (not folders and split_seed is None):
         raise UserError(f"{root}: no folders train and test; make both, or use --split-seed on a folder per class")
