@@ -85,8 +85,7 @@ def load(path: str | Path, device: str = "auto", **settings: object) -> Predicto
         raise UserError(f"{path}: no preprocessing recorded; use --config RECIPE, a file in {folder.name}")
     cfg = settings_of(state, path, dataclasses.replace(sources, flags=settings))
     if cfg.ssa_membrane == "released" and cfg.residual == "sew":
-        fix = "--eval-batch-size 1 makes them independent"
-        logger.warning(f"warning: ssa_membrane released: answers depend on the other inputs of a batch; {fix}")
+        logger.warning("warning: ssa_membrane released: answers depend on the batch; use --eval-batch-size 1")
     model = build_model(cfg)
     load_weights(cfg, model, state, path)
     names = state.get("classes") or [*image.imagenet_classes().values()]

@@ -53,8 +53,7 @@ class FrameFiles(Dataset):
             if frames.shape != self.shape or frames.dtype.kind != "u":
                 raise ValueError(f"{frames.dtype} {frames.shape}")
         except Exception as error:  # a damaged file makes numpy fail in any way
-            fix = f"delete {self.folder}, the next run makes it again"
-            raise UserError(f"{self.folder / file}: unusable frames ({error}); {fix}") from None
+            raise UserError(f"{self.folder / file}: unusable frames ({error}); delete {self.folder}") from None
         return frames, label
 
 

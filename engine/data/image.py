@@ -75,8 +75,7 @@ def _transform(cfg: Config, train: bool) -> object:
         size = (cfg.in_channels, cfg.input_size, cfg.input_size)
         transform = timm.data.create_transform(size, train, use_prefetcher=True, **settings)
     except (AssertionError, KeyError, ValueError, IndexError) as error:
-        fix = "see timm's auto_augment.py"
-        raise UserError(f"auto_augment = {cfg.auto_augment!r}: unknown policy ({error!r}); {fix}") from None
+        raise UserError(f"auto_augment = {cfg.auto_augment!r}: {error!r}; see timm's auto_augment.py") from None
     transform.transforms.insert(0, functools.partial(read_image, mode=MODES[cfg.in_channels], name=cfg.dataset))
     transform.transforms[-1] = ToNumpy()  # collates faster than timm's tensor
     return transform

@@ -124,8 +124,7 @@ def dvs128_gesture(root: Path, download: bool) -> list[Recording]:
     """List the recordings of DVS128 Gesture, of its archive or its folder; `download` has no effect."""
     source = _first_of(root, "DvsGesture.tar.gz", "DvsGesture")
     if source is None:
-        place = root / "download"
-        raise UserError(f"{place}: no DvsGesture.tar.gz; fetch it by hand from {GESTURE_PAGE}, or use --data-path")
+        raise UserError(f"{root / 'download'}: no DvsGesture.tar.gz; fetch it from {GESTURE_PAGE}, or use --data-path")
     files = _list(source, SUFFIX, *TEXTS)
 
     def text(name: str) -> str:
