@@ -134,6 +134,7 @@ def test_invalid_events_are_left_out():
     words[::10, 0] &= ~np.uint32(1)
     events = read_aedat31(aedat31(*FEW, per_packet=10_000)[: -8 * 1003] + words.tobytes())
     assert np.array_equal(events.x, np.delete(FEW[1], np.arange(0, 1003, 10)))
+    assert events.invalid == 101
 
 
 def test_recordings_in_another_format_are_named(tmp_path):

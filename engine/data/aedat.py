@@ -22,6 +22,7 @@ class Events(NamedTuple):
     x: np.ndarray  # column
     y: np.ndarray  # row
     p: np.ndarray  # polarity: 0 or 1
+    invalid: int = 0  # number of events that the camera marked as invalid, which are left out
 
 
 def read_aedat(content: bytes) -> Events:
@@ -38,7 +39,9 @@ def read_aedat2(content: bytes) -> Events:
         raise DamagedRecording(f"last event cut to {len(data) % 8} of 8 bytes")
     address, t = np.frombuffer(data, ">u4").astype(np.uint32).reshape(-1, 2).T
     if (address >> 15).any():
-        raise DamagedRecording("not from a DVS128 sensor; convert it to .npz")
+        chip = re.search(rb"# AEChip: *(\S+)", content[: len(content) - len(data)])
+        sensor = chip[1].decode(errors="replace").rpartition(".")[2] if chip else "another sensor"
+        raise DamagedRecording(f"from {sensor}, not from a DVS128; convert it to .npz")
     return Events(t, x=127 - (address >> 8 & 127), y=127 - (address >> 1 & 127), p=1 - (address & 1))
 
 
@@ -67,5 +70,5 @@ def read_aedat31(content: bytes) -> Events:
         raise DamagedRecording("no events")
     address, t = np.concatenate(address), np.concatenate(t)
     is_valid = address & 1 == 1
-    t, address = t[is_valid], address[is_valid]
-    return Events(t, x=address >> 17 & 0x7FFF, y=address >> 2 & 0x7FFF, p=address >> 1 & 1)
+    t, address, invalid = t[is_valid], address[is_valid], np.count_nonzero(~is_valid)
+    return Events(t, address >> 17 & 0x7FFF, address >> 2 & 0x7FFF, address >> 1 & 1, invalid)

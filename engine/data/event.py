@@ -96,8 +96,8 @@ def layout(cfg: Config) -> Layout:
 
 def read_recording(path: Path, cfg: Config) -> Tensor:
     """Return the frames [T,2,S,S] float32 of one file of events or frames."""
-    frames = frames_of(str(path), path.read_bytes, {"": WHOLE}, layout(cfg))[""]
-    return torch.from_numpy(frames.astype(np.float32))
+    samples, _ = frames_of(str(path), path.read_bytes, {"": WHOLE}, layout(cfg))
+    return torch.from_numpy(samples[""].astype(np.float32))
 
 
 def collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:

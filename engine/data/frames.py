@@ -112,7 +112,7 @@ def to_frames(recording: Events | np.ndarray, layout: Layout, span: tuple[float,
     frames = recording
     if isinstance(recording, Events):
         is_inside = (recording.t >= span[0]) & (recording.t < span[1])
-        events = Events(*(values[is_inside] for values in recording))
+        events = Events(*(values[is_inside] for values in recording[:4]))
         frames = integrate(events, layout.time_steps, *layout.sensor)
     if len(frames) != layout.time_steps:
         raise DamagedRecording(f"{len(frames)} frames instead of {layout.time_steps} (--time-steps)")
@@ -129,8 +129,14 @@ def _resizing(size: int, side: int) -> np.ndarray:
     return np.eye(side)[np.arange(size) * side // size].T
 
 
-def frames_of(name: str, read: Callable[[], bytes], samples: Spans, layout: Layout) -> dict[str, np.ndarray]:
-    """Return the frames of each sample of a file of events or frames; raise `UserError` if it is damaged."""
+def frames_of(
+    name: str, read: Callable[[], bytes], samples: Spans, layout: Layout
+) -> tuple[dict[str, np.ndarray], int]:
+    """Return each sample's frames from a file of events or frames, and the number of its invalid events.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     frames, sample = {}, ""
     try:
         if (suffix := Path(name).suffix.lower()) not in DECODERS:
@@ -141,15 +147,17 @@ def frames_of(name: str, read: Callable[[], bytes], samples: Spans, layout: Layo
     except Exception as error:  # a damaged file makes its reader fail in any way
         problem = f"{sample if len(samples) > 1 else ''} {str(error) or type(error).__name__}".strip()[:150]
         raise UserError(f"{name}: unusable recording ({problem}); replace it") from None
-    return frames
+    return frames, getattr(recording, "invalid", 0)
 
 
-def convert(name: str, read: Callable[[], bytes], samples: Spans, layout: Layout, folder: Path) -> str | None:
-    """Write frames to files of `folder`, each atomically; return the error of a damaged recording."""
+def convert(
+    name: str, read: Callable[[], bytes], samples: Spans, layout: Layout, folder: Path
+) -> tuple[str | None, int]:
+    """Write frames to files of `folder`, each atomically; return the error and the number of invalid events."""
     try:
-        frames = frames_of(name, read, samples, layout)
+        frames, invalid = frames_of(name, read, samples, layout)
     except UserError as error:
-        return str(error)
+        return str(error), 0
     for sample, array in frames.items():
         path = folder / sample
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -160,7 +168,7 @@ def convert(name: str, read: Callable[[], bytes], samples: Spans, layout: Layout
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise UserError(f"{path}: cannot be written ({error}); free some space and start again") from None
-    return None
+    return None, invalid
 
 
 def read_member(path: Path, member: str) -> bytes:

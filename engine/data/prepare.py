@@ -40,11 +40,12 @@ def _make(folder: Path, layout: Layout, recordings: list[Recording], show: bool)
     try:
         # `max_nbytes`: pass arguments through pipes, because the folder of temporary files may be small
         results = joblib.Parallel(joblib.cpu_count(), return_as="generator", max_nbytes=None)(jobs)
-        results = progress(results, "preparing", max(1, len(left) // 20), show, total=len(left))
-        problems = list(filter(None, results))
+        results = list(progress(results, "preparing", max(1, len(left) // 20), show, total=len(left)))
     except BrokenProcessPool:
         raise UserError(f"{folder}: a process was killed, perhaps out of memory; start again to continue") from None
-    if problems:
+    if invalid := sum(count for _, count in results):
+        logger.warning(f"warning: {invalid:,} events marked as invalid by the camera are left out")
+    if problems := [error for error, _ in results if error]:
         raise UserError(f"{len(problems)} of {len(recordings)} recordings cannot be read: {problems[0]}")
     for path in partial.rglob("*.*"):
         if path.relative_to(partial).as_posix() not in names:
