@@ -85,3 +85,12 @@ def test_channels_that_timm_does_not_adapt_are_refused():
     source, (cfg, model) = model_of(2)[1], model_of(3)
     with refuses("another shape"):
         load_weights(cfg, model, {"state_dict": source.state_dict()}, "theirs.pt", adapt=True)
+
+
+def test_sizes_and_amp_as_timm_writes_them(tmp_path):
+    (tmp_path / "timm.yml").write_text("lr: 1\ninput_size: [1, 224, 224]\n")
+    cfg = config.load(tmp_path / "timm.yml", ["--amp", "--eval-amp", "bf16"])
+    assert (cfg.in_channels, cfg.input_size, cfg.amp, cfg.eval_amp) == (1, 224, "fp16", "bf16")
+    (tmp_path / "wide.yml").write_text("lr: 1\ninput_size: [3, 224, 288]\n")
+    with refuses("input_size"):
+        config.load(tmp_path / "wide.yml")
