@@ -1,4 +1,4 @@
-"""CUDA graphs: the kernels of a step, captured once and then launched together, without Python in between."""
+"""CUDA graph of a step: its kernels, captured once and then launched together."""
 
 from collections.abc import Callable
 
@@ -9,15 +9,11 @@ from torch import Tensor
 class GraphedStep:
     """A function of CUDA tensors that a CUDA graph replays after a few calls.
 
-    The first calls run on a side stream as they are: they choose algorithms and set up libraries, which a graph cannot
-    capture. The next call is captured. From then on only its kernels run, on copies of the inputs.
+    The first `warmup` calls run as they are, because a graph cannot capture the choice of algorithms. The next call is
+    captured; `step` must not wait for the device then. Later calls run its kernels alone, on copies of the inputs.
 
-    Each call changes tensors that outlive it, such as running statistics, as the function does. A replay overwrites
-    gradients that were `None` at the capture, and adds to others; set none of them to `None` between calls.
-
-    Args:
-        step: the function. It must not wait for the device; all but its tensors is frozen at the capture.
-        warmup: calls before the capture.
+    A replay overwrites gradients that were `None` at the capture, and adds to others. Set none of them to `None`
+    between calls.
     """
 
     def __init__(self, step: Callable[..., Tensor], warmup: int = 3):

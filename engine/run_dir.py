@@ -31,34 +31,32 @@ class Start(NamedTuple):
 
     @property
     def is_ours(self) -> bool:
-        """The checkpoint is of this project."""
+        """True for a checkpoint of this project."""
         return self.state is not None and self.state["format"] == "qkformer"
 
     @property
     def continues(self) -> bool:
-        """The checkpoint's own run continues, rather than one that branches off into another folder."""
+        """True if the run of the checkpoint continues; False if another folder branches off."""
         return self.is_ours and self.folder.resolve() == self.path.parent.resolve()
 
 
 def find_run(cfg: Config, world: World) -> Start:
     """Return the folder to write to, locked if it exists, and the checkpoint to resume."""
     folder = Path(cfg.output_dir or runs_of(cfg) / time.strftime("%Y%m%d-%H%M%S"))
-    path = state = None
+    path, state = Path(cfg.resume) if cfg.resume else None, None
     if cfg.resume == "auto" and not cfg.output_dir:
         raise UserError("--resume auto: needs --output-dir, to find the run again")
     if world.is_main:  # other ranks may not see its disk
         claim(folder)
-        path, state = newest_checkpoint(folder) if cfg.resume == "auto" else (cfg.resume and Path(cfg.resume), None)
+        path, state = newest_checkpoint(folder) if cfg.resume == "auto" else (path, None)
     folder, path = distributed.from_main((folder, path))
-    if path and state is None:
-        state = checkpoint.read(path)
-    start = Start(folder, path, state)
+    start = Start(folder, path, state or (checkpoint.read(path) if path else None))
     if start.is_ours and not cfg.output_dir:
         start = start._replace(folder=path.parent)
-    is_released = state is not None and state["format"] == "imagenet" and isinstance(state.get("epoch"), int)
+    state = start.state or {}
+    is_released = state.get("format") == "imagenet" and isinstance(state.get("epoch"), int)
     if state and not is_released and not (start.is_ours and "optimizer" in state):
-        problem = "no training state of this project or of the released ImageNet code"
-        raise UserError(f"--resume {path}: {problem}; use --finetune to start a new run from its weights")
+        raise UserError(f"--resume {path}: holds no state of a training; use --finetune to start from its weights")
     if world.is_main:
         claim(start.folder)
     newest = next(iter(checkpoint.kept(start.folder / "last.pt")), None)
@@ -98,27 +96,21 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
 
 
 def runs_of(cfg: Config) -> Path:
-    """Return the folder of a recipe's runs without `--output-dir`."""
+    """Return the default folder of the runs of a recipe."""
     return Path("output", "-".join(filter(None, (Path(cfg.config).stem, cfg.variant))))
 
 
 def checkpoint_to_test(cfg: Config) -> Path:
     """Return the checkpoint that the flags name, else `best.pt` of the recipe's last run in `output/`."""
-    named = cfg.checkpoint or cfg.resume or cfg.finetune
-    if named:
+    if named := cfg.checkpoint or cfg.resume or cfg.finetune:
         return Path(named)
-    runs = sorted(runs_of(cfg).glob("*/best.pt"), key=os.path.getmtime)
-    if not runs:
+    if not (runs := [*runs_of(cfg).glob("*/best.pt")]):
         raise UserError(f"--checkpoint: missing, and {runs_of(cfg)} holds no best.pt of a run; name a file")
-    return runs[-1]
+    return max(runs, key=os.path.getmtime)
 
 
 def _split(text: str) -> dict[str, list[str]]:
-    """Return the files of training and test set in a record of them."""
-    split = json.loads(text)
-    if not all(isinstance(file, str) for file in split["train"] + split["test"]):
-        raise ValueError
-    return split
+    return {part: [*map(str, json.loads(text)[part])] for part in ("train", "test")}
 
 
 def warn_of_seen(data: Data, path: Path) -> None:
