@@ -1,4 +1,4 @@
-"""Checkpoints: ours, written atomically, and the released ones. All are untrusted: reading never runs code."""
+"""Checkpoints of this project, written atomically, and released ones; reading never runs code."""
 
 import argparse
 import contextlib
@@ -109,7 +109,7 @@ def _recognised(content: object) -> dict:
 
 
 def _is_weights(value: object) -> bool:
-    """Tell if these are named tensors, each element stored: strides can show a few bytes as an enormous tensor."""
+    """Return True for named tensors with all elements stored: strides can make few bytes an enormous tensor."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return False
     tensors = [item for item in value.values() if isinstance(item, torch.Tensor) and item.layout is torch.strided]

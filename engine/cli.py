@@ -37,7 +37,7 @@ def short(value: object) -> str:
 
 
 class Stopped(Exception):
-    """End of a run that a signal asked for, after saving; the exit code is 128 + `number`, as in a shell."""
+    """End of a run after a signal, with everything saved; the exit code is 128 + `number`, as in a shell."""
 
     def __init__(self, number: int, where: str):
         self.code = 128 + number
@@ -85,7 +85,7 @@ def _explanation(error: Exception) -> str | None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell if memory is full, of the machine or of the GPU; torch raises several kinds of errors for it."""
+    """Return True if memory is full, of the machine or the GPU; torch raises several kinds of errors."""
     signs = ("out of memory", "can't allocate memory")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
@@ -127,6 +127,6 @@ class StopRequest:
 
 @functools.cache
 def spare_children() -> None:
-    """Put each forked process in a group of its own: a signal to a group would end workers before the run is saved."""
+    """Put each forked process in a group of its own, because a signal to a group would end workers too early."""
     if hasattr(os, "fork"):
         os.register_at_fork(after_in_child=os.setpgrp)

@@ -63,7 +63,6 @@ def published(cfg: Config) -> Config:
 
 
 def _top1(recipe: Config) -> dict[str, float]:
-    """Return the published accuracies by source."""
     paper = "paper, to be verified" if recipe.paper_unverified else "paper"
     figures = {paper: recipe.paper_top1, "log": recipe.log_top1}
     return {source: value for source, value in figures.items() if value}
@@ -96,15 +95,13 @@ def write(cfg: Config, folder: Path, result: dict, recipe: Config, gallery: "Gal
 
 
 class Gallery:
-    """Test samples with the model's answers: up to 20 mistakes, then right answers, 40 in all."""
+    """Picture of test samples with the model's answers: up to 20 mistakes, then right answers, 40 in all."""
 
     def __init__(self, classes: Sequence[str], show: Callable[[Tensor], Tensor]):
-        """`show` turns a sample as the network sees it into [H,W,3] or [H,W,1], 0 to 1."""
         self.classes, self.show, self.wrong, self.right = classes, show, [], []
         self.first: Tensor | None = None  # samples of the first batch, on the device
 
     def add(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
-        """Keep what is still needed of a batch: samples [B,...] as the network sees them, logits [B,classes]."""
         self.first = images[:32] if self.first is None else self.first
         answers = logits.argmax(1)
         for kept, chosen, limit in ((self.wrong, answers != labels, 20), (self.right, answers == labels, 40)):
@@ -112,7 +109,6 @@ class Gallery:
                 kept.append((images[i].float().cpu(), labels[i].item(), answers[i].item()))
 
     def draw(self, path: Path) -> None:
-        """Write the picture; mistakes are red, with the truth."""
         samples = []
         for image, label, answer in (self.wrong + self.right)[:40]:
             said, true = (log.label(self.classes[index]) for index in (answer, label))

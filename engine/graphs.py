@@ -25,25 +25,18 @@ class GraphedStep:
         """Return the function's result on inputs of the captured shapes, detached; the next call overwrites it."""
         if self.warmup:
             self.warmup -= 1
-            return self._run(inputs)
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                output = self.step(*inputs).detach()
+            current.wait_stream(self.stream)
+            return output
         if self.graph is None:
-            self._capture(inputs)
+            self.inputs, self.graph = [value.clone() for value in inputs], torch.cuda.CUDAGraph()
+            # only this mode lets the threads of a loader allocate pinned memory meanwhile
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.output = self.step(*self.inputs).detach()
         for captured, value in zip(self.inputs, inputs, strict=True):
             captured.copy_(value)
         self.graph.replay()
         return self.output
-
-    def _run(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        current = torch.cuda.current_stream()
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            output = self.step(*inputs).detach()
-        current.wait_stream(self.stream)
-        return output
-
-    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
-        self.inputs = [value.clone() for value in inputs]
-        self.graph = torch.cuda.CUDAGraph()
-        # only this mode lets the threads of a loader allocate pinned memory meanwhile
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.output = self.step(*self.inputs).detach()

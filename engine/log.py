@@ -1,6 +1,5 @@
-"""Output of a run: lines and a progress bar, metrics, TensorBoard, and provenance."""
+"""Output: lines and a progress bar, files written whole, records, and provenance."""
 
-import json
 import logging
 import os
 import subprocess
@@ -10,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .cli import UserError
@@ -70,39 +68,15 @@ def read_record(path: Path, default: object, parse: Callable[[str], object]) -> 
         raise UserError(f"{path}: damaged; move it away to continue without this record") from None
 
 
-class RunLog:
-    """Figures of each epoch of a run in `folder`: `metrics.jsonl` and TensorBoard's events."""
-
-    def __init__(self, folder: Path, first_epoch: int):
-        def before(text: str) -> list[str]:
-            lines = [line for line in text.splitlines() if line.endswith("}")]  # a crash may leave half a line
-            return [f"{line}\n" for line in lines if json.loads(line)["epoch"] < first_epoch]
-
-        self.path = folder / "metrics.jsonl"
-        write_whole(self.path, "".join(read_record(self.path, [], before)))
-        self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_epoch)
-        self.close = self.tensorboard.close
-
-    def epoch(self, row: dict) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for key, value in row.items():
-            if key != "epoch":
-                self.tensorboard.add_scalar(key, value, row["epoch"])
-        self.tensorboard.flush()
-
-
 def label(name: str, most: int = 15) -> str:
     """Return a name for a picture, cut to `most` characters, with no formula in it."""
-    name = name if len(name) <= most else f"{name[: most - 1]}…"
-    return name.replace("$", r"\$")
+    return (name if len(name) <= most else f"{name[: most - 1]}…").replace("$", r"\$")
 
 
 def provenance() -> dict:
     """Return git commit, versions of packages, command line and time."""
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     return {
-        "git_commit": commit + "+changes" * bool(changes),
+        "git_commit": _git("rev-parse", "HEAD") + "+changes" * bool(_git("status", "--porcelain")),
         "command": sys.argv,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {d.name: d.version for d in distributions() if d.name in PACKAGES},

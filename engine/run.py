@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -63,14 +63,13 @@ def train(recipe: Path) -> None:
     if start.state:
         trainer.resume(start.state, start.path, new_run=not start.continues)
     _announce(trainer, sources)
-    with trainer.stop_request, records(cfg, world, start.folder, data, trainer.epoch) as run_log:
+    with trainer.stop_request, records(cfg, world, start.folder, data, trainer.epoch) as record:
         while trainer.epoch < total_epochs(cfg):
-            _train_one_epoch(trainer, run_log)
+            _train_one_epoch(trainer, record)
     logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {start.folder}")
 
 
-def _train_one_epoch(trainer: Trainer, run_log: log.RunLog | None) -> None:
-    """Train, evaluate, record, save."""
+def _train_one_epoch(trainer: Trainer, record: Callable[[dict], None] | None) -> None:
     cfg, world, name, epoch = trainer.cfg, trainer.world, trainer.name, trainer.epoch
     began, first = time.monotonic(), []
 
@@ -84,8 +83,8 @@ def _train_one_epoch(trainer: Trainer, run_log: log.RunLog | None) -> None:
     row = {"epoch": epoch, "lr": trainer.optimizer.param_groups[0]["lr"], "train_loss": train_loss}
     row |= {f"test_{key}": result[key] for key in ("loss", "top1", "top5")}
     row["seconds"] = round(time.monotonic() - began, 2)
-    if run_log:
-        run_log.epoch(row)
+    if record:
+        record(row)
         if not cfg.compile:  # the hooks would compile the network once more
             warn_of_silence(trainer.evaluated, *first)
     trainer.save(is_best)
@@ -105,7 +104,7 @@ def test(recipe: Path, meter: str | None) -> None:
     sources = read(recipe, sys.argv[1:])
     cfg = sources.config(validate=False)
     world = setup(cfg, sources.ignored)
-    path = distributed.from_main(checkpoint_to_test(cfg) if world.is_main else None)
+    path = distributed.gather([checkpoint_to_test(cfg) if world.is_main else None])[0]
     state = checkpoint.read(path)
     cfg = _counted(settings_of(state, path, sources))
     folder = Path(cfg.output_dir or path.parent)
@@ -195,15 +194,15 @@ def _require_equal_settings(cfg: Config) -> None:
 def _require_gpu(cfg: Config, world: World) -> None:
     """Raise `UserError` for flags that need a GPU."""
     is_cpu, ranks, backend = world.device.type == "cpu", world.world_size, cfg.lif_backend
+    is_kernel = backend in ("cupy", "triton") and torch.cuda.is_available()  # else the models report what is missing
     rules = {
         "sync-bn: torch synchronises BatchNorm on GPUs alone": cfg.sync_bn and is_cpu and ranks > 1,
         "cuda-graphs: needs one rank on a GPU": cfg.cuda_graphs and (is_cpu or ranks > 1),
         "pack-spikes: needs the Triton kernels on a GPU": cfg.pack_spikes and is_cpu and backend == "auto",
-        # without CUDA the models report what is missing
-        f"lif-backend {backend}: needs a GPU": is_cpu and backend in ("cupy", "triton") and torch.cuda.is_available(),
+        f"lif-backend {backend}: needs a GPU": is_kernel and is_cpu,
     }
-    for problem in (problem for problem, is_wrong in rules.items() if is_wrong):
-        raise UserError(f"--{problem}; omit it")
+    if problems := [problem for problem, is_wrong in rules.items() if is_wrong]:
+        raise UserError(f"--{problems[0]}; omit it")
 
 
 def _test_kernels(cfg: Config, world: World) -> None:
@@ -216,10 +215,9 @@ def _test_kernels(cfg: Config, world: World) -> None:
         return
     problem = distributed.in_turns(triton_problem)
     problems = distributed.gather([problem])
-    if any(problems) and not all(problems):
-        rank, reason = next((rank, reason) for rank, reason in enumerate(problems) if reason)
-        reason = reason.partition(";")[0]
-        raise UserError(f"rank {rank}: lif_backend='triton' {reason}; use --lif-backend cupy or torch on all")
+    if None in problems and (failed := [rank for rank, reason in enumerate(problems) if reason]):
+        reason = problems[failed[0]].partition(";")[0]
+        raise UserError(f"rank {failed[0]}: lif_backend='triton' {reason}; use --lif-backend cupy or torch on all")
     if problem and (cfg.cuda_graphs or cfg.pack_spikes):
         raise UserError(f"--cuda-graphs, --pack-spikes: need the Triton kernels; lif_backend='triton' {problem}")
     if not world.is_main:
@@ -241,7 +239,6 @@ def _model_to_train(cfg: Config, world: World, start: Start, data: Data) -> nn.M
 
 
 def _announce(trainer: Trainer, sources: Sources) -> None:
-    """Print the network, the machine and the learning rate; warn about what differs from the recipe."""
     cfg, world, batch = trainer.cfg, trainer.world, effective_batch(trainer.cfg)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     mixing = f"mixup in the first {cfg.mixup_off_epoch or total_epochs(cfg)} epochs" if mixes(cfg) else "no mixup"

@@ -13,6 +13,7 @@ HELP = {  # script -> a sentence, and the flags of examples
         "--checkpoint output/first/best.pt --energy",
     ],
 }
+NOT_COMPILED = ("pack_spikes", "energy", "cuda_graphs")
 TRAINING = ("augmentation", "optimization")  # groups of settings that test.py does not read
 
 
@@ -62,7 +63,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The data set and its augmentation."""
+    """Data set and augmentation."""
 
     dataset: str = option("imagefolder", "imagefolder, eventfolder, digits, or timm's create_dataset's", group="data")
     split_seed: int | None = option(None, "cifar10-dvs, eventfolder: seed of a random split", low=0, high=2**32 - 1)
@@ -209,7 +210,7 @@ def out_of_range(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def mixes(c: Config) -> bool:
-    """Tell if images of a batch are mixed, by mixup or cutmix."""
+    """Return True if mixup or cutmix mixes the images of a batch."""
     return bool(c.mixup or c.cutmix or c.cutmix_minmax)
 
 
@@ -224,12 +225,10 @@ def conflicts(c: Config) -> Iterator[tuple[str, str]]:
         (c.warmup_prefix and c.warmup_epochs >= c.epochs, "warmup_epochs", "must be below epochs"),
         (mixes(c) and c.batch_size % 2, "batch_size", "must be even, because mixup pairs the images of a batch"),
         (c.compile and c.lif_backend not in ("auto", "torch"), "lif_backend", "use auto or torch with compile"),
-        (c.pack_spikes and c.compile, "pack_spikes", "use it without compile"),
         (c.pack_spikes and c.lif_backend not in ("auto", "triton"), "pack_spikes", "needs lif_backend auto or triton"),
         (c.pack_spikes and c.residual == "ms", "pack_spikes", "needs residual sew"),
         (c.finetune and c.resume not in (None, "auto"), "finetune", "starts a run; use it without resume"),
-        (c.energy and c.compile, "energy", "use it without compile"),
-        (c.cuda_graphs and c.compile, "cuda_graphs", "use it without compile"),
+        *((c.compile and getattr(c, key), key, "use it without compile") for key in NOT_COMPILED),
         (c.cuda_graphs and c.lif_backend == "cupy", "lif_backend", "use auto or triton with cuda_graphs"),
         (c.cuda_graphs and c.grad_checkpointing and c.drop_path, "drop_path", "must be 0: a graph draws it once"),
     )

@@ -48,15 +48,14 @@ class Trainer:
         self.step = GraphedStep(self._step) if cfg.cuda_graphs else self._step
         self.schedule = create_schedule(cfg, optimizer)
         self.steps = len(data.train)  # of an epoch
-        self.order = {"steps": self.steps, "world_size": world.world_size}  # decides the samples of a step
-        self.order |= {"workers": getattr(data.train, "workers", 0)}
-        self.order |= {key: getattr(cfg, key) for key in ("batch_size", "accum_iter", "seed")}
+        settings = {key: getattr(cfg, key) for key in ("batch_size", "accum_iter", "seed")}
+        settings["workers"] = getattr(data.train, "workers", 0)
+        self.order = {"steps": self.steps, "world_size": world.world_size, **settings}  # decides the samples of a step
         self.best = dict(NO_BEST)
         self.begin_epoch(0)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Start an epoch; `epoch` counts the epochs done."""
-        self.epoch, self.steps_done = epoch, 0
+        self.epoch, self.steps_done = epoch, 0  # both count what is done
         self.loss_sum, self.seen = torch.zeros((), dtype=torch.float64, device=self.world.device), 0
 
     @property
@@ -85,8 +84,8 @@ class Trainer:
         self.model.load_state_dict(state["state_dict"])
         if self.ema:
             self.ema.module.load_state_dict(state.get("state_dict_ema") or state["state_dict"])
-        groups = zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False)
-        for saved, group in groups:  # before loading, which places the state as these settings say
+        # before loading, which places the state as these settings say
+        for saved, group in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False):
             saved.update({k: v for k, v in group.items() if k not in ("params", "lr")})
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -210,7 +209,7 @@ class Trainer:
     def _step(self, images: Tensor, labels: Tensor, group: Tensor) -> Tensor:
         """Return the loss of one of the `group` batches of an update, and add its gradient to the others'."""
         if self.cfg.accum_iter == 1:
-            self.optimizer.zero_grad()  # here, so that a CUDA graph has nothing to add the gradients to
+            self.optimizer.zero_grad()  # here: a CUDA graph overwrites gradients that are None
         with autocast(self.cfg.amp, self.world.device):
             loss = self.criterion(self.parallel(images), labels)
         self.scaler.scale(loss / group).backward()

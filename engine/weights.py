@@ -28,7 +28,7 @@ FEW_UPDATES = 100  # of running statistics that still lag behind the weights
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """Return the network of `cfg`; raise `UserError` if its settings conflict."""
+    """Return the network of `cfg`."""
     always, keys = ("num_classes", "in_channels", "time_steps"), (*MODEL_FIELDS[1:], "drop_path")
     settings = {k: getattr(cfg, k) for k in keys if k in always or getattr(cfg, k) != FIELDS[k].default}
     if cfg.pack_spikes and cfg.model not in QKFORMERS:
@@ -61,7 +61,7 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
 
 
 def _with_data_of_run(cfg: Config, path: Path, sources: Sources) -> Config:
-    """Return the settings with the data folder that the run of a checkpoint recorded next to it, unless a flag does."""
+    """Return the settings with the data folder that the run of the checkpoint recorded, unless a flag names one."""
     record = path.with_name("config.yml")
     recorded = read(record).config(validate=False).data_path if record.is_file() else None
     is_elsewhere = recorded and not os.path.exists(recorded) and os.path.exists(cfg.data_path or "")  # a copied run
@@ -134,17 +134,16 @@ def _adapted_input(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
 
 def warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:
     """Warn about settings that change the network but not the shapes of its weights."""
-    recorded = state.get("config") or {
-        "ssa_membrane": "released" if cfg.residual == "sew" else "per_sample",
-        "time_steps": getattr(state.get("args"), "time_step", cfg.time_steps),
-    }
+    released = {"ssa_membrane": "released" if cfg.residual == "sew" else "per_sample"}
+    released["time_steps"] = getattr(state.get("args"), "time_step", cfg.time_steps)
+    recorded = state.get("config") or released
     keys = ("variant", "ssa_membrane", "residual", "time_steps", "attention", "ssa_scale")
     for key, value, trained in differences(cfg, recorded, keys):
         logger.warning(f"warning: {path}: trained with {key} = {short(trained)}, this run has {value!r}")
 
 
 def differences(cfg: Config, recorded: dict, keys: Sequence[str]) -> Iterator[tuple[str, object, object]]:
-    """Yield (key, value in `cfg`, value recorded) of each setting among `keys` that is recorded and differs."""
+    """Return (key, value in `cfg`, value recorded) of each setting among `keys` that is recorded and differs."""
     values = plain(cfg)
     return ((key, values[key], recorded[key]) for key in keys if key in recorded and values[key] != recorded[key])
 

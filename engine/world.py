@@ -75,7 +75,7 @@ def set_arithmetic(cfg: Config) -> None:
 
 
 def is_slow(amp: str | None, device: torch.device) -> bool:
-    """Return True for fp16 on a CPU, and for bf16 on one without its instructions: up to 300 times float32's time."""
+    """Return True for fp16 on a CPU and bf16 on one without its instructions: up to 300 times slower than float32."""
     if device.type != "cpu" or amp != "bf16":
         return device.type == "cpu" and amp == "fp16"
     return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -104,7 +104,6 @@ def in_turns(make: Callable):
 
 
 def world_size() -> int:
-    """Return the number of ranks."""
     return td.get_world_size() if td.is_initialized() else 1
 
 
@@ -116,16 +115,8 @@ def largest(value: int) -> int:
     return int(box)
 
 
-def from_main(value):
-    """Return the main rank's `value` in every rank."""
-    box = [value]
-    if td.is_initialized():
-        td.broadcast_object_list(box)
-    return box[0]
-
-
 def gather(values: list) -> list:
-    """Return the lists of all ranks, concatenated, in every rank."""
+    """Return the lists of all ranks, concatenated from the main rank on, in every rank."""
     lists = [values] * world_size()
     if td.is_initialized():
         td.all_gather_object(lists, values)
