@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.backends import triton_problem
 
-from . import checkpoint, log
+from . import checkpoint, log, weights
 from . import world as distributed
 from .cli import UserError, short, spare_children
 from .config import LOCAL_FIELDS, MODEL_FIELDS, Config, Sources, mixes, plain, read
@@ -30,15 +30,7 @@ from .log import logger
 from .optim import base_lr, create_optimizer, effective_batch, total_epochs
 from .run_dir import Start, checkpoint_to_test, find_run, records, warn_of_seen
 from .trainer import Trainer
-from .weights import (
-    build_model,
-    differences,
-    load_weights,
-    settings_of,
-    warn_of_other_network,
-    warn_of_recipe,
-    warn_of_silence,
-)
+from .weights import build_model, differences, load_weights, settings_of
 from .world import World
 
 
@@ -66,7 +58,7 @@ def train(recipe: Path) -> None:
     with trainer.stop_request, records(cfg, world, start.folder, data, trainer.epoch) as record:
         while trainer.epoch < total_epochs(cfg):
             _train_one_epoch(trainer, record)
-    logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {start.folder}")
+    logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints and metrics are in {start.folder}")
 
 
 def _train_one_epoch(trainer: Trainer, record: Callable[[dict], None] | None) -> None:
@@ -86,7 +78,7 @@ def _train_one_epoch(trainer: Trainer, record: Callable[[dict], None] | None) ->
     if record:
         record(row)
         if not cfg.compile:  # the hooks would compile the network once more
-            warn_of_silence(trainer.evaluated, *first)
+            weights.warn_of_silence(trainer.evaluated, *first)
     trainer.save(is_best)
     best = f"best {trainer.best['test_top1']:.2f} % (epoch {trainer.best['epoch'] + 1})"
     logger.info(
@@ -130,7 +122,7 @@ def test(recipe: Path, meter: str | None) -> None:
     energy = measured.report(distributed.gather) if measured else None
     report(result, about, energy)
     if gallery.first is not None and not cfg.compile:
-        warn_of_silence(model, gallery.first)
+        weights.warn_of_silence(model, gallery.first)
     if world.is_main:
         write(cfg, folder, result, about, gallery, energy)
 
@@ -234,7 +226,7 @@ def _model_to_train(cfg: Config, world: World, start: Start, data: Data) -> nn.M
     if path and not start.is_ours:
         state = start.state or checkpoint.read(path)
         load_weights(cfg, model, state, path, adapt=not start.state)
-        warn_of_other_network(cfg, state, path)
+        weights.warn_of_other_network(cfg, state, path)
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if cfg.sync_bn and world.world_size > 1 else model
 
 
@@ -249,7 +241,7 @@ def _announce(trainer: Trainer, sources: Sources) -> None:
     )
     if cfg.ssa_membrane == "released" and cfg.residual == "sew":
         logger.info("ssa_membrane released: answers depend on the other samples of a batch; per_sample avoids it")
-    warn_of_recipe(cfg, sources)
+    weights.warn_of_recipe(cfg, sources)
     if cfg.effective_batch not in (None, batch):
         fix = f"adapt --accum-iter or --lr; an epoch has {trainer.steps} steps"
         logger.warning(f"warning: effective batch {batch}, the recipe has {cfg.effective_batch}; {fix}")
