@@ -106,12 +106,10 @@ class Gallery:
         answers = logits.argmax(1)
         for kept, chosen, limit in ((self.wrong, answers != labels, 20), (self.right, answers == labels, 40)):
             for i in chosen.nonzero()[: limit - len(kept), 0].tolist():
-                kept.append((images[i].float().cpu(), labels[i].item(), answers[i].item()))
+                said, true = (log.label(self.classes[index]) for index in (answers[i], labels[i]))
+                caption = (said, "black") if kept is self.right else (f"{said}\nis {true}", "tab:red")
+                kept.append((self.show(images[i].float().cpu()), *caption))
 
     def draw(self, path: Path) -> None:
-        samples = []
-        for image, label, answer in (self.wrong + self.right)[:40]:
-            said, true = (log.label(self.classes[index]) for index in (answer, label))
-            caption = (said, "black") if label == answer else (f"{said}\nis {true}", "tab:red")
-            samples.append((self.show(image), *caption))
-        pictures.gallery(samples, path, "Test samples with the model's answers; mistakes first, in red")
+        title = "Test samples with the model's answers; mistakes first, in red"
+        pictures.gallery((self.wrong + self.right)[:40], path, title)
