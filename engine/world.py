@@ -42,7 +42,7 @@ def setup(device: str) -> World:
     try:
         store, rank, size = next(rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # restarted ranks get the store with the addresses of the dead; on several machines see the README
+            # restarted ranks get the store with the addresses of the dead; on several nodes see docs/recipes.md
             store = td.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend, device_id = ("cpu:gloo,cuda:nccl", where) if where.type == "cuda" else ("gloo", None)
         td.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
