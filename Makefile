@@ -10,9 +10,10 @@ DEMO := output/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: $(VENV)/ready
 	$(RUN) digits/train.py --output-dir $(DEMO)
 	$(RUN) digits/test.py --checkpoint $(DEMO)/best.pt
+	$(RUN) -m analysis.curves $(DEMO) --output $(DEMO)/curves.png
 	@echo
 	@echo "The run is in $(DEMO): config.yml, run.json, metrics.jsonl, last.pt, best.pt, best.test.json, and"
-	@echo "the pictures learning_curve.png and best.predictions.png (test images with the model's answers)."
+	@echo "the pictures curves.png and best.predictions.png (test images with the model's answers)."
 	@echo "Next: source $(VENV)/bin/activate"
 	@echo "      python digits/train.py --help              every setting is a flag"
 	@echo "      python digits/train.py --attention channel channel self --time-steps 2"

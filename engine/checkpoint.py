@@ -1,4 +1,4 @@
-"""Checkpoints: ours, written atomically, and the released ones. All are untrusted: reading never runs code."""
+"""Checkpoints of this project, written atomically, and released ones; reading never runs code."""
 
 import argparse
 import contextlib
@@ -24,23 +24,19 @@ ENTRIES = dict.fromkeys(("optimizer", "scaler", "position", "best", "config"), d
 
 
 def read(path: str | Path) -> dict:
-    """Read a checkpoint of ours, or a released one of ImageNet, CIFAR, DVS or MS-QKFormer, onto the CPU.
-
-    A file `*.safetensors` holds weights and, if `analysis.export` wrote it, the settings of the run that trained them
-    and the names of its classes.
+    """Read a checkpoint onto the CPU: of this project (*.pt, or *.safetensors of `analysis.export`), or a released one.
 
     Returns:
-        The file's own entries, plus `state_dict` (name -> tensor, as named in the file) and `format`:
-        "qkformer" (without `optimizer` if it is a safetensors file), "imagenet", "cifar", "dvs", or "weights" for a
-        file of weights alone.
+        The file's entries, plus `state_dict` (name -> tensor, as named in the file) and `format`: "qkformer",
+        "imagenet", "cifar", "dvs", or "weights" for weights alone.
 
     Raises:
-        UserError: the file is missing, truncated or altered, holds no weights, or anything but plain data. Objects
-            other than `argparse.Namespace` are refused, because unpickling them can run code.
+        UserError: the file is missing, truncated or altered, holds no weights, or holds objects other than
+            `argparse.Namespace`, because unpickling them can run code.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: {'not a file' if os.path.lexists(path) else 'does not exist'}; name a checkpoint")
+        raise UserError(f"{path}: not a file; name a checkpoint")
     path.open("rb").close()  # its OSError, if any, says more than those of the readers
     try:
         return _read_safetensors(path) if path.suffix == ".safetensors" else _recognised(_unpickled(path.read_bytes()))
@@ -98,19 +94,14 @@ def _recognised(content: object) -> dict:
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__}")
     content, entries = dict(content), ", ".join(map(str, list(content)[:10])) or "none"
+    key = next((key for key in ("state_dict", "model", "net", "model_state_dict") if key in content), None)
+    kinds = {"state_dict": "cifar" if "arch" in content else "weights"}
+    kinds["model"] = "dvs" if "max_test_acc1" in content else "imagenet"
+    state_dict, kind, content = content.get(key, content), kinds.get(key, "weights"), content if key else {}
     if content.get("format") == FORMAT:
         if wrong := [key for key, kind in ENTRIES.items() if not isinstance(content.get(key), kind)]:
             raise ValueError(", ".join(wrong))
-        kind, state_dict = "qkformer", content.get("state_dict")
-        content["classes"] = list(content.get("classes", []))  # names; files of older versions have none
-    elif "state_dict" in content:
-        kind, state_dict = ("cifar" if "arch" in content else "weights"), content["state_dict"]
-    elif "model" in content:
-        kind, state_dict = ("dvs" if "max_test_acc1" in content else "imagenet"), content["model"]
-    elif key := next((key for key in ("net", "model_state_dict") if key in content), None):
-        kind, state_dict = "weights", content[key]
-    else:
-        kind, state_dict, content = "weights", content, {}
+        kind, content["classes"] = "qkformer", list(content.get("classes", []))  # older versions saved no names
     if not _is_weights(state_dict):
         raise ValueError(f"no weights; its entries are {entries}")
     averaged = content.get("state_dict_ema", content.get("model_ema"))
@@ -120,7 +111,7 @@ def _recognised(content: object) -> dict:
 
 
 def _is_weights(value: object) -> bool:
-    """Tell if these are named tensors, each element stored: strides can show a few bytes as an enormous tensor."""
+    """Return True for named tensors with all elements stored: strides can make few bytes an enormous tensor."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return False
     tensors = [item for item in value.values() if isinstance(item, torch.Tensor) and item.layout is torch.strided]
@@ -131,11 +122,7 @@ def _is_weights(value: object) -> bool:
 def save(path: str | Path, content: dict, keep: int = 0) -> None:
     """Write a checkpoint of plain data atomically: a crash leaves the old file or the new one.
 
-    Args:
-        keep: number of older files to keep: of last.pt as last-1.pt (the one before), last-2.pt and so on.
-
-    Raises:
-        UserError: it cannot be written; the old file stays.
+    `keep` older files stay: of last.pt as last-1.pt (the one before), last-2.pt and so on.
     """
     path = Path(path)
     temporary = Path(f"{path}.tmp")

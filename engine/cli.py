@@ -1,7 +1,4 @@
-"""Start and end of a script: user errors, exit codes, signals; flags are in config.py.
-
-Light to import, because it guards the other imports.
-"""
+"""Start and end of a script: user errors, exit codes, signals. It guards the other imports, so it has few."""
 
 import contextlib
 import functools
@@ -34,15 +31,13 @@ class UserError(Exception):
 
 def short(value: object) -> str:
     """Return the `repr` of a value, cut if it is long."""
-    return _REPR.repr(value)
-
-
-_REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 100, 100
+    form = reprlib.Repr()
+    form.maxlevel, form.maxstring, form.maxother = 2, 100, 100
+    return form.repr(value)
 
 
 class Stopped(Exception):
-    """The end of a run that signal `number` asked for, after saving; the exit code is 128 + `number`, as in a shell."""
+    """End of a run after a signal, with everything saved; the exit code is 128 + `number`, as in a shell."""
 
     def __init__(self, number: int, where: str):
         self.code = 128 + number
@@ -58,7 +53,7 @@ def main(function: str, script: str, recipe: str, *names: str) -> None:
 @contextlib.contextmanager
 def guard() -> Iterator[None]:
     """Print errors that the user can fix as one line, and exit with their code."""
-    threading.excepthook = _ignore_os_errors
+    threading.excepthook = _print_bugs
     try:
         yield
     except (UserError, Stopped) as error:
@@ -71,8 +66,8 @@ def guard() -> Iterator[None]:
         _exit(message, UserError.code)
 
 
-def _ignore_os_errors(error: threading.ExceptHookArgs) -> None:
-    """Print errors of threads, but for TensorBoard's failures to write, which it raises in the main thread too."""
+def _print_bugs(error: threading.ExceptHookArgs) -> None:
+    """Print errors of threads, but not TensorBoard's failures to write, which it raises in the main thread too."""
     if not issubclass(error.exc_type, OSError):
         threading.__excepthook__(error)
 
@@ -90,16 +85,16 @@ def _explanation(error: Exception) -> str | None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell if memory is full, of the machine or of the GPU; torch raises several kinds of errors for it."""
+    """Return True if memory is full, of the machine or the GPU; torch raises several kinds of errors."""
     signs = ("out of memory", "can't allocate memory")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def _exit(message: str, code: int) -> None:
-    """Print a line on stderr and exit; of a signal, which all ranks get, one rank prints."""
+    """Print a line on stderr and exit; after a signal, which all ranks get, one rank prints."""
     is_error, is_first = code == UserError.code, os.environ.get("LOCAL_RANK", "0") == "0"
     if is_error and not is_first:
-        time.sleep(3)  # most errors are the same on all ranks, and a launcher ends the others after the first
+        time.sleep(3)  # the launcher ends this rank after the same error of the first
     if is_error or is_first:
         line = "".join(sign if sign.isprintable() else "?" for sign in " ".join(message.split()))  # file names hold any
         print("error: " * is_error + line, file=sys.stderr, flush=True)
@@ -107,10 +102,7 @@ def _exit(message: str, code: int) -> None:
 
 
 class StopRequest:
-    """Context that keeps the first of `SIGNALS` in `signal`; a later SIGINT interrupts the program at once.
-
-    `Trainer.stop_if_asked` acts on it. Signals that are ignored before (SIGHUP under nohup) stay ignored.
-    """
+    """Context that keeps the first of `SIGNALS` in `signal`; a later SIGINT interrupts the program at once."""
 
     def __init__(self):
         self.signal: int | None = None
@@ -118,7 +110,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP under nohup
                 self._handlers[number] = signal.signal(number, self._note)
         return self
 
@@ -129,15 +121,12 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = number
-        elif number == signal.SIGINT:  # the user is in a hurry; some launchers send SIGTERM twice
+        elif number == signal.SIGINT:  # not SIGTERM, which some launchers send twice
             raise KeyboardInterrupt
 
 
 @functools.cache
 def spare_children() -> None:
-    """Put each forked process, such as a DataLoader worker, in a process group of its own from its first moment.
-
-    A signal from a terminal or a launcher goes to a whole group; a worker that it ended would take the run with it.
-    """
+    """Put each forked process in a group of its own, because a signal to a group would end workers too early."""
     if hasattr(os, "fork"):
         os.register_at_fork(after_in_child=os.setpgrp)

@@ -1,40 +1,43 @@
-"""Typed configuration: the defaults of `settings`, then the recipe (YAML), then a checkpoint's record, then flags.
+"""Configuration: the defaults of `settings`, then the recipe (YAML), then a checkpoint's record, then flags.
 
-Each field of `Config` is a YAML key and a flag (`--batch-size` and `--batch_size`) alike. A recipe may list variants of
-itself under the key `variants`, each a name with its changes; `--variant NAME` takes one.
+Each field of `Config` is a YAML key and a flag. The key `variants` of a recipe lists names with their changes.
 """
 
 import argparse
 import dataclasses
 import difflib
-import itertools
+import functools
 import math
 import os
 import re
+import sys
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
+from . import settings
 from .cli import UserError, short
-from .settings import FIELDS, Config, MachineSettings, ModelSettings, Published, conflicts, mixes, names
+from .settings import FIELDS, Config, mixes, names, plain
 
-__all__ = ["FIELDS", "Config", "load", "mixes"]
+__all__ = ["FIELDS", "Config", "load", "mixes", "plain"]
 _TYPES = typing.get_type_hints(Config)
-MODEL_FIELDS, LOCAL_FIELDS, PUBLISHED = names(ModelSettings), names(MachineSettings), names(Published)
+MODEL_FIELDS, LOCAL_FIELDS, PUBLISHED = map(
+    names, (settings.ModelSettings, settings.MachineSettings, settings.Published)
+)
 ALIASES = {flag.lstrip("-").replace("-", "_"): key for key, field in FIELDS.items() for flag in field.metadata["flags"]}
 LAUNCHERS = "local_rank world_size dist_url dist_on_itp dist_eval".split()
 NETWORK = "depths layer num_heads patch_size dim embed_dims sr_ratios qkv_bias".split()  # here in the network's name
-IGNORED = (  # keys and flags of the released scripts and of timm's without effect here, or there
-    "log_dir start_epoch pin_mem no_pin_mem global_pool cls_token resplit experiment eval_metric gp model_ema_decay "
-    "recovery_interval checkpoint_hist log_wandb worker_seeding dist_bn clip_mode"
-).split()
-IGNORED += LAUNCHERS + NETWORK
-IF_OFF = (  # timm's keys of what is missing here: off there if null, false, 0 or empty
-    "aug_repeats aug_splits bce_loss drop drop_block drop_connect jsd_loss model_ema native_amp apex_amp no_aug output "
-    "pretrained save_images split_bn torchscript tta vflip"
+IGNORED = [  # keys and flags of the released scripts and of timm's without effect here, or there
+    *"log_dir start_epoch pin_mem no_pin_mem global_pool cls_token resplit experiment eval_metric gp".split(),
+    *"model_ema_decay recovery_interval checkpoint_hist log_wandb worker_seeding dist_bn clip_mode".split(),
+    *(LAUNCHERS + NETWORK),
+]
+IF_OFF = (  # keys of what is missing here: off there if null, false, 0 or empty
+    "aug_repeats aug_splits bce_loss both_membranes drop drop_block drop_connect jsd_loss model_ema native_amp "
+    "apex_amp no_aug output pretrained save_images split_bn torchscript tta vflip"
 ).split()
 
 
@@ -48,29 +51,19 @@ class Sources:
     script_recipe: Path
     ignored: list[str]  # keys and flags without effect
 
-    @property
-    def folder(self) -> Path:
-        """Return the folder of the script."""
-        return self.script_recipe.parent
-
     def config(self, recorded: Mapping[str, object] | None = None, validate: bool = True) -> Config:
-        """Merge the sources.
-
-        Args:
-            recorded: settings in a checkpoint; they beat the recipe, and flags beat them.
-            validate: check settings against each other; False before `recorded` is known.
+        """Merge the sources: settings `recorded` in a checkpoint beat the recipe, and flags beat them.
 
         Raises:
-            UserError: a value out of range, or settings that conflict.
+            UserError: a value out of range, or, with `validate`, settings that conflict.
         """
-        recorded = {key: value for key, value in (recorded or {}).items() if key in FIELDS and key not in LOCAL_FIELDS}
-        recorded = {key: _coerce(key, value, f"{key} in the checkpoint") for key, value in recorded.items()}
+        keys = [key for key in recorded or () if key in FIELDS and key not in LOCAL_FIELDS]
+        recorded = {key: _coerce(key, recorded[key], f"{key} in the checkpoint") for key in keys}
         variant = self.flags.get("variant")
         if variant not in self.recipes:
             raise UserError(f"--variant {variant}: {self.path} lists {', '.join(list(self.recipes)[1:]) or 'none'}")
         config = Config(**self.recipes[variant] | recorded | self.flags | {"config": str(self.path)})
-        problems = itertools.chain(_out_of_range(config), conflicts(config) if validate else ())
-        for key, problem in problems:
+        for key, problem in (*settings.out_of_range(config), *(settings.conflicts(config) if validate else ())):
             raise UserError(f"{key} = {short(getattr(config, key))}: {problem} (recipe {config.config} and flags)")
         return dataclasses.replace(config, model=config.model.lower())  # the released code writes QKFormer_10_384
 
@@ -80,21 +73,20 @@ class Sources:
 
 
 def read(yaml_path: str | Path, argv: Sequence[str] = ()) -> Sources:
-    """Read a recipe and a command line.
-
-    Args:
-        yaml_path: the recipe. `--config` replaces it by another file, or by a recipe in the same folder.
-        argv: command line without the program's name.
+    """Read a recipe, or the one that `--config` in `argv` names: a file, or a recipe in the same folder.
 
     Raises:
-        UserError: unknown keys (with the nearest valid ones), or wrong type.
+        UserError: unknown keys or flags (with the nearest valid ones), or wrong type.
     """
-    (flags, ignored), folder = _read_flags(argv), Path(yaml_path).parent
-    path = Path(flags.get("config", yaml_path))
-    sibling = folder / (path if path.suffix else f"{path}.yml")
+    (flags, ignored, is_help), recipe = _read_flags(argv), Path(yaml_path)
+    path = Path(flags.get("config", recipe))
+    sibling = recipe.parent / (path if path.suffix else f"{path}.yml")
     if not os.path.isfile(path) and os.path.isfile(sibling):
         path = sibling
-    return Sources(path, _read_yaml(path, ignored), flags, Path(yaml_path), ignored)
+    sources = Sources(path, _read_yaml(path, ignored), flags, recipe, ignored)
+    if is_help:
+        print_help(sources)
+    return sources
 
 
 def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded=None, validate: bool = True) -> Config:
@@ -102,34 +94,12 @@ def load(yaml_path: str | Path, argv: Sequence[str] = (), recorded=None, validat
     return read(yaml_path, argv).config(recorded, validate)
 
 
-def _out_of_range(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield each setting with a value that its field does not allow, and the fix."""
-    for key, field in FIELDS.items():
-        value, rules = getattr(config, key), field.metadata
-        for item in value if isinstance(value, tuple) else (value,) if value is not None else ():
-            if rules["choices"] and item not in rules["choices"]:
-                yield key, f"choose one of {', '.join(rules['choices'])}"
-            if isinstance(item, float) and not math.isfinite(item):
-                yield key, "must be finite"
-            if rules["low"] is not None and item < rules["low"]:
-                yield key, f"must be at least {rules['low']}"
-            if rules["high"] is not None and item > rules["high"]:
-                yield key, f"must be at most {rules['high']}"
-
-
-def plain(config: Config, without: Collection[str] = ()) -> dict[str, object]:
-    """Return the settings as plain data for YAML, JSON and checkpoints."""
-    values = {key: value for key, value in vars(config).items() if key not in without}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which would keep the last of duplicate keys; this one raises."""
+    """PyYAML's safe loader; duplicate keys are an error."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        for key, _ in reversed(node.value):
-            if keys.count(key.value) > 1:
+        for i, (key, _) in enumerate(node.value):
+            if key.value in [other.value for other, _ in node.value[:i]]:
                 raise yaml.MarkedYAMLError(problem=f"duplicate key {short(key.value)}", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -139,31 +109,31 @@ def _read_yaml(path: Path, ignored: list[str]) -> dict[str | None, dict[str, obj
     if not os.path.isfile(path):  # a pipe or a device may have no end
         raise UserError(f"{path}: no such recipe")
     try:
-        with path.open("rb") as file:
-            content = yaml.load(file, _UniqueKeyLoader)
+        content = yaml.load(path.read_bytes(), _UniqueKeyLoader)
     except Exception as error:  # PyYAML raises errors of many kinds
         raise UserError(f"{path}: not valid YAML ({error or type(error).__name__})") from None
     variants = content.pop("variants", {}) if isinstance(content, dict) else {}
     if not isinstance(variants, dict):
         raise UserError(f"{path}: variants is a {type(variants).__name__}; write `name: changes` lines")
-    recipe = _settings(content, path, str(path), ignored)
-    shared = {key: value for key, value in recipe.items() if key not in PUBLISHED}  # figures of the recipe alone
-    return {None: recipe} | {
-        str(name): shared | _settings(changes, path, f"{path}: variant {name}", ignored)
-        for name, changes in variants.items()
-    }
+    recipes = {None: _settings(content, path, str(path), ignored)}
+    shared = {key: value for key, value in recipes[None].items() if key not in PUBLISHED}  # figures of the recipe alone
+    for name, changes in variants.items():
+        recipes[str(name)] = shared | _settings(changes, path, f"{path}: variant {name}", ignored)
+    return recipes
 
 
 def _settings(content: object, path: Path, where: str, ignored: list[str]) -> dict[str, object]:
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds a {type(content).__name__}; write `key: value` lines")
+    match content.get("input_size"):
+        case [channels, height, width] if height == width:  # as timm writes it
+            content = content | {"in_channels": channels, "input_size": height}
     values, unknown = {}, []
     for name, value in content.items():
         key = ALIASES.get(name, name)
         is_dead = name == "drop_path" and content.keys() & set(NETWORK)  # the released code reads none
         is_empty = value is None and name not in FIELDS and not isinstance(_TYPES.get(key), types.UnionType)
-        is_off = not value if name in IF_OFF else is_empty
-        if name in IGNORED or is_dead or is_off:
+        if name in IGNORED or is_dead or (not value if name in IF_OFF else is_empty):
             ignored.append(name)
         elif key not in FIELDS or key in ("config", "variant"):
             unknown.append(short(name) + _nearest(str(name), [*FIELDS, *ALIASES]))
@@ -191,11 +161,11 @@ def _flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def _read_flags(argv: Sequence[str]) -> tuple[dict[str, object], list[str]]:
-    """Return the settings of a command line, and its flags without effect."""
+def _read_flags(argv: Sequence[str]) -> tuple[dict[str, object], list[str], bool]:
+    """Return the settings of a command line, its flags without effect, and True if it asks for help."""
     argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    note = "The engine's defaults are in [brackets]; the recipe (YAML), then a checkpoint, then flags override them."
-    parser = Parser(allow_abbrev=False, epilog=note)
+    parser = Parser(allow_abbrev=False, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", dest="is_help")
     add_flags(parser, FIELDS)
     for key in IGNORED:
         parser.add_argument(_flag(key), help=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs="?")
@@ -204,21 +174,41 @@ def _read_flags(argv: Sequence[str]) -> tuple[dict[str, object], list[str]]:
         flags = [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown[:1]
         known = [_flag(key) for key in (*FIELDS, *ALIASES)]
         raise UserError(f"{', '.join(flag + _nearest(flag, known) for flag in flags)}: unknown; --help lists the flags")
-    return settings_in(parsed), [_flag(key) for key in vars(parsed) if key in IGNORED and key not in LAUNCHERS]
+    ignored = [_flag(key) for key in vars(parsed) if key in IGNORED and key not in LAUNCHERS]
+    return settings_in(parsed), ignored, parsed.is_help
 
 
-def add_flags(parser: argparse.ArgumentParser, keys: Iterable[str]) -> None:
-    """Add the flags of some fields; those that are not given leave nothing behind."""
+def add_flags(parser: argparse._ActionsContainer, keys: Iterable[str], values: Config | None = None) -> None:
+    """Add the flags of some fields; for a help text only the first name of each, with `values` as defaults."""
     for key in keys:
-        field, rules = FIELDS[key], FIELDS[key].metadata
-        default = "" if field.default in (None, "") else f" [{field.default}]"
-        kwargs = {"dest": key, "default": argparse.SUPPRESS, "help": (rules["help"] + default).replace("%", "%%")}
+        rules, value = FIELDS[key].metadata, getattr(values or Config(), key)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        about = rules["help"] + ("" if shown in (None, "") else f" [{shown}]")
+        kwargs = {"dest": key, "default": argparse.SUPPRESS, "help": about.replace("%", "%%")}
         if _TYPES[key] is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
         else:
-            kwargs["nargs"] = "+" if "tuple" in str(_TYPES[key]) else None
-            kwargs["metavar"] = "|".join(rules["choices"]) or "X"
-        parser.add_argument(_flag(key), *rules["flags"], **kwargs)
+            kwargs |= {
+                "metavar": "|".join(rules["choices"]) or "X",
+                "nargs": "+" if "tuple" in str(_TYPES[key]) else None,
+            }
+        if rules["choices"] == settings.AMP:
+            kwargs |= {"nargs": "?", "const": True}
+        parser.add_argument(_flag(key), *(() if values else rules["flags"]), **kwargs)
+
+
+def print_help(sources: Sources) -> None:
+    """Print the flags that the script reads, with the settings of `sources` as defaults, and exit."""
+    script = "test" if Path(sys.argv[0]).stem == "test" else "train"
+    sentence, *examples = settings.HELP[script]
+    command = f"    python {sources.script_recipe.parent.name}/{script}.py"
+    lines = [sentence, "", *(f"{command} {flags}" for flags in examples), "", f"[Values] are those of {sources.path}."]
+    style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=120)
+    parser = Parser(usage=argparse.SUPPRESS, description="\n".join(lines), formatter_class=style)
+    for title, keys in settings.groups(script).items():
+        add_flags(parser.add_argument_group(title), keys, sources.config(validate=False))
+    parser.print_help()
+    sys.exit()
 
 
 def settings_in(parsed: argparse.Namespace) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Evaluation: accuracy over a test set, published figures next to it, and the report that test.py writes."""
+"""Evaluation: accuracy over a test set, published figures next to it, and the records of test.py."""
 
 import json
 import math
@@ -29,9 +29,7 @@ def evaluate(
 ) -> dict:
     """Return the accuracy over the whole test set, each sample counted once, for any number of ranks.
 
-    Args:
-        on_batch: called with the images, labels and logits of each batch of this rank.
-        stop_request: a signal ends the evaluation early.
+    `on_batch` gets the images, labels and logits of each batch of this rank. A signal ends the evaluation early.
 
     Returns:
         `loss` (mean cross-entropy), `top1` and `top5` (percent), `count` (samples).
@@ -58,42 +56,36 @@ def evaluate(
 
 
 def published(cfg: Config) -> Config:
-    """Return the recipe of `cfg`, or its variant, if network and input are the same, for its published figures.
-
-    `ssa_membrane` may differ, because the comparison of the two is of interest.
-    """
-    keys = {*MODEL_FIELDS, "input_size", "split_seed"} - {"ssa_membrane"}
+    """Return the recipe of `cfg`, or its variant, if network and input are the same, for its published figures."""
+    keys = {*MODEL_FIELDS, "input_size", "split_seed"} - {"ssa_membrane"}  # which is compared with the published one
     recipes = (recipe for recipe in read(cfg.config).all() if all(getattr(recipe, k) == getattr(cfg, k) for k in keys))
     return next(recipes, Config())
 
 
 def _top1(recipe: Config) -> dict[str, float]:
-    """Return the published accuracies by source."""
     paper = "paper, to be verified" if recipe.paper_unverified else "paper"
     figures = {paper: recipe.paper_top1, "log": recipe.log_top1}
     return {source: value for source, value in figures.items() if value}
 
 
-def report(cfg: Config, membrane: str, result: dict, recipe: Config) -> None:
-    """Print the accuracy with one kind of membrane, and the published figures."""
-    which = f" (ssa_membrane {membrane})" if cfg.both_membranes else ""
-    logger.info(
-        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} "
-        f"on {result['count']} samples{which}"
-    )
+def report(result: dict, recipe: Config, energy) -> None:
+    """Print accuracy and energy, and the published figures."""
+    figures = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {count} samples"
+    logger.info(figures.format(**result))
     parts = [f"{value:.2f} % ({source}; {result['top1'] - value:+.2f})" for source, value in _top1(recipe).items()]
+    if energy:
+        logger.info(energy.totals())
+        parts += [f"{recipe.paper_energy_mj:.2f} mJ (paper)"] if recipe.paper_energy_mj else []
     if parts:
         logger.info(f"published: {', '.join(parts)}")
 
 
-def write(cfg: Config, folder: Path, results: dict[str, dict], recipe: Config, gallery: "Gallery", energy) -> None:
+def write(cfg: Config, folder: Path, result: dict, recipe: Config, gallery: "Gallery", energy) -> None:
     """Write the numbers, the picture of the answers and, if it was measured, the energy."""
     name = Path(cfg.checkpoint).stem  # several checkpoints may share a folder
     written = [folder / f"{name}.test.json", folder / f"{name}.predictions.png"]
     settings = plain(cfg, without=("config", "output_dir", "energy")) | {"recipe": Path(cfg.config).stem}
-    content = {**next(iter(results.values())), "published_top1": _top1(recipe), **settings, **log.provenance()}
-    if cfg.both_membranes:
-        content["membranes"] = results
+    content = {**result, "published_top1": _top1(recipe), **settings, **log.provenance()}
     if energy:
         content["energy"] = energy.summary()
         written += energy.write(folder, name)
@@ -103,34 +95,24 @@ def write(cfg: Config, folder: Path, results: dict[str, dict], recipe: Config, g
 
 
 class Gallery:
-    """Test samples with the model's answers: first the mistakes, then right answers, `rows` x `columns` in all."""
-
-    rows, columns = 4, 10
+    """Picture of test samples with the model's answers: up to 20 mistakes, then right answers, 40 in all."""
 
     def __init__(self, classes: Sequence[str], show: Callable[[Tensor], Tensor]):
-        """`show` turns a sample as the network sees it into [H,W,3] or [H,W,1], 0 to 1."""
-        self.classes, self.show = classes, show
-        self.wrong, self.right = [], []
+        self.classes, self.show, self.wrong, self.right = classes, show, [], []
         self.first: Tensor | None = None  # samples of the first batch, on the device
 
     def add(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
-        """Keep what is still needed of a batch: samples [B,...] as the network sees them, logits [B,classes]."""
         self.first = images[:32] if self.first is None else self.first
-        size = self.rows * self.columns
         answers = logits.argmax(1)
-        for kept, chosen, limit in ((self.wrong, answers != labels, size // 2), (self.right, answers == labels, size)):
+        for kept, chosen, limit in ((self.wrong, answers != labels, 20), (self.right, answers == labels, 40)):
             for i in chosen.nonzero()[: limit - len(kept), 0].tolist():
-                kept.append((images[i].float().cpu(), labels[i].item(), answers[i].item()))
+                said, true = (log.label(self.classes[index]) for index in (answers[i], labels[i]))
+                caption = (said, "black") if kept is self.right else (f"{said}\nis {true}", "tab:red")
+                kept.append((self.show(images[i].float().cpu()), *caption))
 
     def draw(self, path: Path) -> None:
-        """Write the picture; mistakes are red, with the truth."""
-        samples = []
-        for image, label, answer in self.wrong + self.right:
-            said, true = (log.label(self.classes[index]) for index in (answer, label))
-            caption = (said, "black") if label == answer else (f"{said}\nis {true}", "tab:red")
-            samples.append((self.show(image), *caption))
         title = "Test samples with the model's answers; mistakes first, in red"
-        pictures.gallery(samples, path, title, self.columns)
+        pictures.gallery((self.wrong + self.right)[:40], path, title)
 
 
 def warn_of_other_classes(names: Sequence[str], state: dict, path: Path | str) -> None:

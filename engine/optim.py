@@ -1,4 +1,4 @@
-"""Optimizer and learning rate. The rate depends on the epoch alone, so resuming needs no schedule state."""
+"""Optimizer and learning rate, which depends on the epoch alone, so resuming needs no state of the schedule."""
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -27,11 +27,8 @@ def total_epochs(cfg: Config) -> int:
 
 
 def create_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """Return timm's optimizer `cfg.opt`; biases and BatchNorm are not decayed unless `cfg.decay_1d`.
-
-    With `cfg.layer_decay` below 1 each depth of the network has a group, see its `group_matcher`. On a GPU AdamW is
-    torch's fused one, which skips steps that overflow in fp16 without a synchronisation.
-    """
+    """Return timm's optimizer `cfg.opt`, with a group for each depth of the network if `cfg.layer_decay` is below 1."""
+    # torch's fused AdamW skips steps that overflow in fp16 without a synchronisation
     fused = {"fused": True} if cfg.opt == "adamw" and next(model.parameters()).is_cuda else {}
     try:
         return create_optimizer_v2(
@@ -59,10 +56,3 @@ def create_schedule(cfg: Config, optimizer: torch.optim.Optimizer) -> Scheduler:
         warmup_prefix=cfg.warmup_prefix,
         min_lr=cfg.min_lr,
     )[0]
-
-
-def lr_at(cfg: Config, epoch: float) -> float:
-    """Return the learning rate at a (fractional) epoch."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=base_lr(cfg))
-    create_schedule(cfg, optimizer).step(epoch)
-    return optimizer.param_groups[0]["lr"]

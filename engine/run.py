@@ -1,4 +1,4 @@
-"""The bodies of the scripts: `train` and `test` of one recipe."""
+"""Bodies of the scripts: `train` and `test` of one recipe."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.backends import triton_problem
 
-from . import checkpoint, log
+from . import checkpoint, log, weights
 from . import world as distributed
 from .cli import UserError, short, spare_children
 from .config import LOCAL_FIELDS, MODEL_FIELDS, Config, Sources, mixes, plain, read
@@ -30,7 +30,7 @@ from .log import logger
 from .optim import base_lr, create_optimizer, effective_batch, total_epochs
 from .run_dir import Start, checkpoint_to_test, find_run, records, warn_of_seen
 from .trainer import Trainer
-from .weights import build_model, differences, load_weights, settings_of, warn_of_other_network, warn_of_silence
+from .weights import build_model, differences, load_weights, settings_of
 from .world import World
 
 
@@ -50,25 +50,24 @@ def train(recipe: Path) -> None:
     _require_equal_settings(cfg)
     timm.utils.random_seed(cfg.seed)
     data = create_data(cfg, world)
-    warn_of_other_classes(data.classes, start.state or {}, start.path)
+    warn_of_other_classes(data.classes, start.state, start.path)
     model = _model_to_train(cfg, world, start, data)
     trainer = Trainer(cfg, world, model, create_optimizer(cfg, model), data, start.folder)
     if start.state:
         trainer.resume(start.state, start.path, new_run=not start.continues)
     _announce(trainer, sources)
-    with trainer.stop_request, records(cfg, world, start.folder, data, trainer.epoch) as run_log:
+    with trainer.stop_request, records(cfg, world, start.folder, data, trainer.epoch) as record:
         while trainer.epoch < total_epochs(cfg):
-            _train_one_epoch(trainer, run_log)
-    logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints, metrics and curves are in {start.folder}")
+            _train_one_epoch(trainer, record)
+    logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints and metrics are in {start.folder}")
 
 
-def _train_one_epoch(trainer: Trainer, run_log: log.RunLog | None) -> None:
-    """Train, evaluate, record, save."""
+def _train_one_epoch(trainer: Trainer, record: Callable[[dict], None] | None) -> None:
     cfg, world, name, epoch = trainer.cfg, trainer.world, trainer.name, trainer.epoch
-    began, samples = time.monotonic(), []
+    began, first = time.monotonic(), []
 
     def keep(images: Tensor, *_) -> None:
-        samples[:] = samples or [images[:32]]
+        first[:] = first or [images[:32]]
 
     train_loss = trainer.train_epoch()
     result = evaluate(cfg, world, trainer.evaluated, trainer.data.test, f"{name} test", keep, trainer.stop_request)
@@ -77,15 +76,15 @@ def _train_one_epoch(trainer: Trainer, run_log: log.RunLog | None) -> None:
     row = {"epoch": epoch, "lr": trainer.optimizer.param_groups[0]["lr"], "train_loss": train_loss}
     row |= {f"test_{key}": result[key] for key in ("loss", "top1", "top5")}
     row["seconds"] = round(time.monotonic() - began, 2)
-    if run_log:
-        run_log.epoch(row)
-        if samples and not cfg.compile:  # the hooks would compile the network once more
-            warn_of_silence(trainer.evaluated, samples[0])
+    if record:
+        record(row)
+        if not cfg.compile:  # the hooks would compile the network once more
+            weights.warn_of_silence(trainer.evaluated, *first)
     trainer.save(is_best)
+    best = f"best {trainer.best['test_top1']:.2f} % (epoch {trainer.best['epoch'] + 1})"
     logger.info(
         f"{name}: lr {row['lr']:.2e}, train loss {train_loss:.4f}, test loss {result['loss']:.4f}, "
-        f"top-1 {result['top1']:.2f} %, best {trainer.best['test_top1']:.2f} % "
-        f"(epoch {trainer.best['epoch'] + 1}), {row['seconds']:.1f} s"
+        f"top-1 {result['top1']:.2f} %, {best}, {row['seconds']:.1f} s"
     )
 
 
@@ -93,51 +92,41 @@ def _train_one_epoch(trainer: Trainer, run_log: log.RunLog | None) -> None:
 def test(recipe: Path, meter: str | None) -> None:
     """Evaluate `--checkpoint` as the recipe and the command line say.
 
-    Args:
-        meter: "module:name" of what `--energy` measures with; a name, because analyses import the engine.
+    `meter` names what `--energy` measures with ("module:name"), because analyses import the engine.
     """
     sources = read(recipe, sys.argv[1:])
     cfg = sources.config(validate=False)
     world = setup(cfg, sources.ignored)
-    path = distributed.from_main(checkpoint_to_test(cfg) if world.is_main else None)
+    path = distributed.gather([checkpoint_to_test(cfg) if world.is_main else None])[0]
     state = checkpoint.read(path)
     cfg = _counted(settings_of(state, path, sources))
     folder = Path(cfg.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # fail before the evaluation, not after it
-    data = create_data(cfg, world, train=False)
+    data, about = create_data(cfg, world, train=False), published(cfg)
     warn_of_other_classes(data.classes, state, path)
     warn_of_seen(data, path)
-    about = published(cfg)
-    membranes = dict.fromkeys((cfg.ssa_membrane, *(("released", "per_sample") if cfg.both_membranes else ())))
     logger.info(
         f"evaluating {path} as {cfg.model}, T = {cfg.time_steps}, at {cfg.input_size} x {cfg.input_size} pixels, in "
-        f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {' and '.join(membranes)}, "
+        f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {cfg.ssa_membrane}, "
         f"on {cfg.data_path or cfg.dataset}"
     )
     _test_kernels(cfg, world)
-    gallery, results, energy = Gallery(data.classes, data.show), {}, None
-    for membrane in membranes:
-        model = build_model(dataclasses.replace(cfg, ssa_membrane=membrane)).to(world.device)
-        load_weights(cfg, model, state, path)
-        if cfg.compile:
-            model.compile()
-        is_first = not results
-        measuring = resolve_name(meter)(model) if cfg.energy and is_first else contextlib.nullcontext()
-        with measuring as measured:
-            results[membrane] = evaluate(cfg, world, model, data.test, on_batch=gallery.add if is_first else None)
-        if not math.isfinite(results[membrane]["loss"]):
-            raise UserError(f"{path}: gives a loss that is not finite; use --eval-amp off, or another checkpoint")
-        report(cfg, membrane, results[membrane], about)
-        if is_first and gallery.first is not None and not cfg.compile:
-            warn_of_silence(model, gallery.first, "check the settings of the input, or train longer")
-        if measured:
-            energy = measured.report(distributed.gather)
-            logger.info(energy.totals())
-            if about.paper_energy_mj:
-                logger.info(f"published: {about.paper_energy_mj:.2f} mJ (paper)")
+    model = build_model(cfg).to(world.device)
+    load_weights(cfg, model, state, path)
+    if cfg.compile:
+        model.compile()
+    gallery = Gallery(data.classes, data.show)
+    with resolve_name(meter)(model) if cfg.energy else contextlib.nullcontext() as measured:
+        result = evaluate(cfg, world, model, data.test, on_batch=gallery.add)
+    if not math.isfinite(result["loss"]):
+        raise UserError(f"{path}: gives a loss that is not finite; use --eval-amp off, or another checkpoint")
+    energy = measured.report(distributed.gather) if measured else None
+    report(result, about, energy)
+    if gallery.first is not None and not cfg.compile:
+        weights.warn_of_silence(model, gallery.first)
     if world.is_main:
-        write(cfg, folder, results, about, gallery, energy)
+        write(cfg, folder, result, about, gallery, energy)
 
 
 def setup(cfg: Config, ignored: Iterable[str] = ()) -> World:
@@ -158,7 +147,7 @@ def setup(cfg: Config, ignored: Iterable[str] = ()) -> World:
 
 
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
-    """Return the loaders of images or of event frames; raise `UserError` as they do."""
+    """Return the loaders of images or of event frames."""
     data = (event if cfg.dataset in EVENT_DATASETS else image).create_data(cfg, world, train)
     if len(data.classes) < 2:
         raise UserError(f"{cfg.data_path or cfg.dataset}: has one class; add a folder for another")
@@ -185,10 +174,10 @@ def _counted(cfg: Config) -> Config:
         return cfg
     if cfg.dataset == "eventfolder":
         return dataclasses.replace(cfg, num_classes=len(event_folder(data_path(cfg), cfg.split_seed).classes))
-    folders = split_folders(data_path(cfg)) if cfg.dataset == "imagefolder" else {}
+    folders = [*split_folders(data_path(cfg)).values()] if cfg.dataset == "imagefolder" else []
     if not folders:
         raise UserError(f"num_classes: no folders train and val in {cfg.data_path}; make both, or use --num-classes")
-    return dataclasses.replace(cfg, num_classes=len(find_classes(next(iter(folders.values())))[0]))
+    return dataclasses.replace(cfg, num_classes=len(find_classes(folders[0])[0]))
 
 
 def _require_equal_settings(cfg: Config) -> None:
@@ -201,33 +190,31 @@ def _require_equal_settings(cfg: Config) -> None:
 
 def _require_gpu(cfg: Config, world: World) -> None:
     """Raise `UserError` for flags that need a GPU."""
-    is_cpu, ranks = world.device.type == "cpu", world.world_size
-    is_kernel = cfg.lif_backend in ("cupy", "triton") and torch.cuda.is_available()  # else models say what is missing
-    rules = (
-        (cfg.sync_bn and is_cpu and ranks > 1, "sync-bn", "torch synchronises BatchNorm on GPUs alone"),
-        (cfg.cuda_graphs and (is_cpu or ranks > 1), "cuda-graphs", "needs one rank on a GPU"),
-        (cfg.pack_spikes and is_cpu and cfg.lif_backend == "auto", "pack-spikes", "needs the Triton kernels on a GPU"),
-        (is_kernel and is_cpu, "lif-backend", f"{cfg.lif_backend} needs a GPU, and --device is cpu"),
-    )
-    for is_wrong, flag, reason in rules:
-        if is_wrong:
-            raise UserError(f"--{flag}: {reason}; omit it")
+    is_cpu, ranks, backend = world.device.type == "cpu", world.world_size, cfg.lif_backend
+    is_kernel = backend in ("cupy", "triton") and torch.cuda.is_available()  # else the models report what is missing
+    rules = {
+        "sync-bn: torch synchronises BatchNorm on GPUs alone": cfg.sync_bn and is_cpu and ranks > 1,
+        "cuda-graphs: needs one rank on a GPU": cfg.cuda_graphs and (is_cpu or ranks > 1),
+        "pack-spikes: needs the Triton kernels on a GPU": cfg.pack_spikes and is_cpu and backend == "auto",
+        f"lif-backend {backend}: needs a GPU": is_kernel and is_cpu,
+    }
+    if problems := [problem for problem, is_wrong in rules.items() if is_wrong]:
+        raise UserError(f"--{problems[0]}; omit it")
 
 
 def _test_kernels(cfg: Config, world: World) -> None:
-    """Test the Triton kernels before the network needs them: on one rank of each machine first, which fills the cache.
+    """Test the Triton kernels on one rank of each machine, which fills the cache, then on all.
 
     Raises:
-        UserError: they do not work, and a flag needs them; or on some ranks only, which would use other collectives.
+        UserError: they fail, and a flag needs them; or they fail on some ranks, which would use other collectives.
     """
     if world.device.type == "cpu" or cfg.compile or cfg.lif_backend not in ("auto", "triton"):
         return
     problem = distributed.in_turns(triton_problem)
     problems = distributed.gather([problem])
-    if any(problems) and not all(problems):
-        rank, reason = next((rank, reason) for rank, reason in enumerate(problems) if reason)
-        reason = reason.partition(";")[0]
-        raise UserError(f"rank {rank}: lif_backend='triton' {reason}; use --lif-backend cupy or torch on all")
+    if None in problems and (failed := [rank for rank, reason in enumerate(problems) if reason]):
+        reason = problems[failed[0]].partition(";")[0]
+        raise UserError(f"rank {failed[0]}: lif_backend='triton' {reason}; use --lif-backend cupy or torch on all")
     if problem and (cfg.cuda_graphs or cfg.pack_spikes):
         raise UserError(f"--cuda-graphs, --pack-spikes: need the Triton kernels; lif_backend='triton' {problem}")
     if not world.is_main:
@@ -236,15 +223,15 @@ def _test_kernels(cfg: Config, world: World) -> None:
 
 def _model_to_train(cfg: Config, world: World, start: Start, data: Data) -> nn.Module:
     """Return the network with the weights that training starts from, unless `Trainer.resume` loads them."""
-    path, state = (start.path, start.state) if start.state else (cfg.finetune, None)
+    path = start.path if start.state else cfg.finetune
     if path:
         warn_of_seen(data, Path(path))
     _test_kernels(cfg, world)
     model = build_model(cfg).to(world.device)
     if path and not start.is_ours:
-        state = state or checkpoint.read(path)
+        state = start.state or checkpoint.read(path)
         load_weights(cfg, model, state, path, adapt=not start.state)
-        warn_of_other_network(cfg, state, path)
+        weights.warn_of_other_network(cfg, state, path)
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if cfg.sync_bn and world.world_size > 1 else model
 
 
@@ -259,19 +246,7 @@ def _announce(trainer: Trainer, sources: Sources) -> None:
     )
     if cfg.ssa_membrane == "released" and cfg.residual == "sew":
         logger.info("ssa_membrane released: answers depend on the other samples of a batch; per_sample avoids it")
-    warn_of_recipe(cfg, sources)
+    weights.warn_of_recipe(cfg, sources)
     if cfg.effective_batch not in (None, batch):
-        is_long = cfg.effective_batch * cfg.accum_iter <= batch * trainer.steps
-        fix = "adapt --accum-iter" if is_long else f"an epoch has {trainer.steps} steps, so adapt --lr"
+        fix = f"adapt --accum-iter or --lr; an epoch has {trainer.steps} steps"
         logger.warning(f"warning: effective batch {batch}, the recipe has {cfg.effective_batch}; {fix}")
-    if trainer.epoch >= total_epochs(cfg):
-        logger.info(f"nothing left to train: {trainer.epoch} of {total_epochs(cfg)} epochs are done")
-
-
-def warn_of_recipe(cfg: Config, sources: Sources) -> None:
-    """Warn about settings with which the script's recipe reproduces a published result, if the run has others."""
-    own = sources if sources.path == sources.script_recipe else read(sources.script_recipe)
-    recipe = dataclasses.replace(own, flags={}).config(validate=False)
-    if recipe.paper_top1 and (recipe.dataset, recipe.model) == (cfg.dataset, cfg.model) and not cfg.variant:
-        for key, value, released in differences(cfg, plain(recipe), ("ssa_membrane", "mixup_off_epoch")):
-            logger.warning(f"warning: {key} = {value!r}, {sources.script_recipe} has {released!r} as the published run")

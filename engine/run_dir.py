@@ -1,21 +1,23 @@
-"""The folder of a run: its lock, the checkpoint to resume, and its records."""
+"""Folder of a run: its lock, the checkpoint to resume, and its records."""
 
 import contextlib
+import functools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
+from torch.utils.tensorboard import SummaryWriter
 
 from . import checkpoint, log
 from . import world as distributed
 from .cli import UserError
 from .config import Config, plain
 from .data.loaders import Data
-from .log import RunLog, logger
+from .log import logger
 from .world import World
 
 SPLIT = "split.json"
@@ -27,44 +29,33 @@ class Start(NamedTuple):
 
     folder: Path
     path: Path | None
-    state: dict | None
-
-    @property
-    def is_ours(self) -> bool:
-        """The checkpoint is of this project."""
-        return self.state is not None and self.state["format"] == "qkformer"
-
-    @property
-    def continues(self) -> bool:
-        """The checkpoint's own run continues, rather than one that branches off into another folder."""
-        return self.is_ours and self.folder.resolve() == self.path.parent.resolve()
+    state: dict  # empty without a checkpoint
+    is_ours: bool  # a checkpoint of this project
+    continues: bool  # in the folder of the checkpoint
 
 
 def find_run(cfg: Config, world: World) -> Start:
     """Return the folder to write to, locked if it exists, and the checkpoint to resume."""
     folder = Path(cfg.output_dir or runs_of(cfg) / time.strftime("%Y%m%d-%H%M%S"))
-    path = state = None
+    path, state = Path(cfg.resume) if cfg.resume else None, None
     if cfg.resume == "auto" and not cfg.output_dir:
         raise UserError("--resume auto: needs --output-dir, to find the run again")
     if world.is_main:  # other ranks may not see its disk
         claim(folder)
-        path, state = newest_checkpoint(folder) if cfg.resume == "auto" else (cfg.resume and Path(cfg.resume), None)
-    folder, path = distributed.from_main((folder, path))
-    if path and state is None:
-        state = checkpoint.read(path)
-    start = Start(folder, path, state)
-    if start.is_ours and not cfg.output_dir:
-        start = start._replace(folder=path.parent)
-    is_released = state is not None and state["format"] == "imagenet" and isinstance(state.get("epoch"), int)
-    if state and not is_released and not (start.is_ours and "optimizer" in state):
-        problem = "no training state of this project or of the released ImageNet code"
-        raise UserError(f"--resume {path}: {problem}; use --finetune to start a new run from its weights")
+        path, state = newest_checkpoint(folder) if cfg.resume == "auto" else (path, None)
+    folder, path = distributed.gather([(folder, path)])[0]
+    state = state or (checkpoint.read(path) if path else {})
+    is_ours, is_released = (state.get("format") == kind for kind in ("qkformer", "imagenet"))
+    if path and not (is_ours and "optimizer" in state) and not (is_released and isinstance(state.get("epoch"), int)):
+        raise UserError(f"--resume {path}: holds no state of a training; use --finetune to start from its weights")
+    if is_ours and not cfg.output_dir:
+        folder = path.parent
     if world.is_main:
-        claim(start.folder)
-    newest = next(iter(checkpoint.kept(start.folder / "last.pt")), None)
+        claim(folder)
+    newest = next(iter(checkpoint.kept(folder / "last.pt")), None)
     if newest and not (path and path.samefile(newest)):
-        raise UserError(f"{start.folder}: holds a run; use --resume auto, or another --output-dir")
-    return start
+        raise UserError(f"{folder}: holds a run; use --resume auto, or another --output-dir")
+    return Start(folder, path, state, is_ours, is_ours and folder.resolve() == path.parent.resolve())
 
 
 def claim(folder: Path) -> None:
@@ -98,27 +89,27 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
 
 
 def runs_of(cfg: Config) -> Path:
-    """Return the folder of a recipe's runs without `--output-dir`."""
+    """Return the default folder of the runs of a recipe."""
     return Path("output", "-".join(filter(None, (Path(cfg.config).stem, cfg.variant))))
 
 
 def checkpoint_to_test(cfg: Config) -> Path:
     """Return the checkpoint that the flags name, else `best.pt` of the recipe's last run in `output/`."""
-    named = cfg.checkpoint or cfg.resume or cfg.finetune
-    if named:
+    if named := cfg.checkpoint or cfg.resume or cfg.finetune:
         return Path(named)
-    runs = sorted(runs_of(cfg).glob("*/best.pt"), key=os.path.getmtime)
-    if not runs:
+    if not (runs := [*runs_of(cfg).glob("*/best.pt")]):
         raise UserError(f"--checkpoint: missing, and {runs_of(cfg)} holds no best.pt of a run; name a file")
-    return runs[-1]
+    return max(runs, key=os.path.getmtime)
 
 
 def _split(text: str) -> dict[str, list[str]]:
-    """Return the files of training and test set in a record of them."""
-    split = json.loads(text)
-    if not all(isinstance(file, str) for file in split["train"] + split["test"]):
-        raise ValueError
-    return split
+    return {part: [*map(str, json.loads(text)[part])] for part in ("train", "test")}
+
+
+def _rows(first_epoch: int, text: str) -> list[str]:
+    """Return the lines of the epochs before `first_epoch`."""
+    lines = [line for line in text.splitlines() if line.endswith("}")]  # a crash may leave half a line
+    return [f"{line}\n" for line in lines if json.loads(line)["epoch"] < first_epoch]
 
 
 def warn_of_seen(data: Data, path: Path) -> None:
@@ -130,8 +121,8 @@ def warn_of_seen(data: Data, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def records(cfg: Config, world: World, folder: Path, data: Data, first_epoch: int) -> Iterator[RunLog | None]:
-    """Record settings, provenance and data of a run in its folder, and give the main rank its log."""
+def records(cfg: Config, world: World, folder: Path, data: Data, first_epoch: int) -> Iterator[Callable | None]:
+    """Record settings, provenance and data; give the main rank a function that records the row of an epoch."""
     if not world.is_main:
         yield None
         return
@@ -150,5 +141,15 @@ def records(cfg: Config, world: World, folder: Path, data: Data, first_epoch: in
     if cfg.data_path and ":" not in cfg.data_path:
         settings["data_path"] = os.path.abspath(cfg.data_path)  # a YAML's is relative to its folder
     (folder / "config.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    with contextlib.closing(RunLog(folder, first_epoch)) as run_log:
-        yield run_log
+    metrics = folder / "metrics.jsonl"
+    log.write_whole(metrics, "".join(log.read_record(metrics, [], functools.partial(_rows, first_epoch))))
+    with contextlib.closing(SummaryWriter(folder / "tensorboard", purge_step=first_epoch)) as tensorboard:
+
+        def record(row: dict) -> None:
+            with metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            for key in row.keys() - {"epoch"}:
+                tensorboard.add_scalar(key, row[key], row["epoch"])
+            tensorboard.flush()
+
+        yield record

@@ -1,17 +1,29 @@
-"""Settings of a run: each declared once with type, default, range and help, in a class for its group; their conflicts.
+"""Settings of a run, each declared once, and their conflicts. Checkpoints record all but `MachineSettings`."""
 
-A checkpoint records all groups but `MachineSettings`.
-"""
-
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
+
+AMP = ("fp16", "bf16", "off")
+HELP = {  # script -> a sentence, and the flags of examples
+    "train": ["Train a network.", "--output-dir output/first", "--output-dir output/first --resume auto"],
+    "test": [
+        "Evaluate a checkpoint.",
+        "--checkpoint output/first/best.pt",
+        "--checkpoint output/first/best.pt --energy",
+    ],
+}
+NOT_COMPILED = ("pack_spikes", "energy", "cuda_graphs")
+TRAINING = ("augmentation", "optimization")  # groups of settings that test.py does not read
 
 
 def option(default, help: str, **rules):
-    """Declare a field: `choices`, or inclusive bounds `low` and `high`; `flags` are other names, in YAML too."""
-    return field(
-        default=default, metadata={"help": help, "choices": (), "low": None, "high": None, "flags": ()} | rules
-    )
+    """Declare a field: `choices`, or inclusive bounds `low` and `high`; `flags` are other names, in YAML too.
+
+    `only` is the script that reads the field, if the other does not. `group` opens a group of `--help`.
+    """
+    no_rules = {"choices": (), "low": None, "high": None, "flags": (), "only": None, "group": None}
+    return field(default=default, metadata=no_rules | {"help": help} | rules)
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,7 @@ class Published:
 class ModelSettings:
     """Arguments of the network; None is the model's default."""
 
-    model: str = option("qkformer_4_384", "network, see models.list_models()")
+    model: str = option("qkformer_4_384", "network, see models.list_models()", group="model")
     num_classes: int | None = option(10, "classes; none: count the folders", low=1, flags=["--nb-classes"])
     in_channels: int = option(3, "channels of the input", low=1, flags=["--in-chans"])
     time_steps: int = option(4, "T: steps per image or recording", low=1, high=1024, flags=["--time-step", "--T", "-T"])
@@ -45,29 +57,23 @@ class ModelSettings:
     ssa_scale: float | None = option(None, "factor in the self-attention (default: 0.125)", low=1e-6)
     residual: str = option("sew", "residuals add spikes (sew) or membrane currents (ms)", choices=("sew", "ms"))
     ssa_membrane: str = option(
-        "per_sample",
-        "SSA: per sample, or leaking over the batch as released (errata)",
-        choices=("per_sample", "released"),
+        "per_sample", "SSA: per sample, or leaking over the batch (errata)", choices=("per_sample", "released")
     )
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The data set and its augmentation."""
+    """Data set and augmentation."""
 
-    dataset: str = option("imagefolder", "imagefolder, eventfolder, digits, ..., or a name of timm's create_dataset")
+    dataset: str = option("imagefolder", "imagefolder, eventfolder, digits, or timm's create_dataset's", group="data")
     split_seed: int | None = option(None, "cifar10-dvs, eventfolder: seed of a random split", low=0, high=2**32 - 1)
-    sensor_size: tuple[int, ...] | None = option(None, "eventfolder: height, width of the sensor [input_size]", low=1)
+    sensor_size: tuple[int, ...] | None = option(None, "eventfolder: height, width of the sensor (input_size)", low=1)
     input_size: int = option(32, "height and width of the input", low=1, high=8192, flags=["--img-size"])
     batch_size: int = option(64, "images per rank and step", low=1, high=65536, flags=["-b"])
     eval_batch_size: int | None = option(
-        None,
-        "batch_size of evaluations (default: batch_size)",
-        low=1,
-        high=65536,
-        flags=["--val-batch-size", "--validation-batch-size"],
+        None, "batch_size of evaluations", low=1, high=65536, flags=["--val-batch-size", "--validation-batch-size"]
     )
-    hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
+    hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1, group="augmentation")
     auto_augment: str | None = option(None, "timm's policy, as rand-m9-mstd0.5-inc1; events: snn-wide", flags=["--aa"])
     mixup: float = option(0.0, "alpha of mixup; 0: off", low=0)
     mixup_prob: float = option(1.0, "probability of mixup or cutmix", low=0, high=1)
@@ -81,16 +87,8 @@ class DataSettings:
 class ImageSettings:
     """Data settings of images; event frames need the defaults."""
 
-    train_split: str = option("train", "training split of a data set of timm's")
-    val_split: str = option("validation", "test split of a data set of timm's")
-    mean: tuple[float, ...] | None = option(None, "mean of each channel (default: ImageNet's)")
-    std: tuple[float, ...] | None = option(None, "standard deviation of each channel (default: ImageNet's)", low=1e-6)
-    interpolation: str = option(
-        "bicubic", "resizing filter", choices=("bicubic", "bilinear", "nearest"), flags=["--train-interpolation"]
-    )
     scale: tuple[float, ...] = option((1.0, 1.0), "random resized crop: least and most area", low=0.01, high=1)
     ratio: tuple[float, ...] = option((1.0, 1.0), "random resized crop: least and most aspect ratio", low=0.01)
-    crop_pct: float | None = option(None, "test: crop over resized side [0.875; above 224: 1]", low=0.1, high=1)
     color_jitter: float | None = option(None, "strength of colour jitter, without auto_augment", low=0)
     reprob: float = option(0.0, "probability of random erasing", low=0, high=1)
     remode: str = option("const", "fill of random erasing", choices=("const", "rand", "pixel"))
@@ -98,14 +96,21 @@ class ImageSettings:
     cutmix: float = option(0.0, "alpha of cutmix; 0: off", low=0)
     cutmix_minmax: tuple[float, ...] | None = option(None, "cutmix: least and most side of the area", low=0, high=1)
     mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", low=0, high=1)
+    train_split: str = option("train", "training split of a data set of timm's", only="train", group="data")
+    val_split: str = option("validation", "test split of a data set of timm's")
+    mean: tuple[float, ...] | None = option(None, "mean of each channel (default: ImageNet's)")
+    std: tuple[float, ...] | None = option(None, "standard deviation of each channel (default: ImageNet's)", low=1e-6)
+    interpolation: str = option(
+        "bicubic", "resizing filter", choices=("bicubic", "bilinear", "nearest"), flags=["--train-interpolation"]
+    )
+    crop_pct: float | None = option(None, "test: crop over resized side (0.875; above 224: 1)", low=0.1, high=1)
 
 
 @dataclass(frozen=True)
 class OptimSettings:
     """Training: optimizer, schedule, precision, checkpoints."""
 
-    variant: str | None = option(None, "variant of the recipe, such as an ablation")
-    effective_batch: int | None = option(None, "images per update; a run with another number warns", low=1)
+    effective_batch: int | None = option(None, "images per update; others warn", low=1, group="optimization")
     opt: str = option("adamw", "timm's optimizer")
     lr: float | None = option(None, "learning rate (default: blr * effective batch / 256)", low=0, high=1000)
     blr: float | None = option(None, "learning rate per 256 images of effective batch", low=0, high=1000)
@@ -124,40 +129,40 @@ class OptimSettings:
     accum_iter: int = option(1, "steps whose gradients add up to one update", low=1, flags=["--grad-accum-steps"])
     ema_decay: float | None = option(None, "decay of averaged weights, to be evaluated (default: none)", low=0, high=1)
     drop_path: float = option(0.0, "stochastic depth: rate of the last block, linear from 0", low=0, high=0.99)
-    amp: str = option("off", "mixed precision of the training", choices=("fp16", "bf16", "off"))
-    eval_amp: str | None = option(None, "amp of evaluations (default: amp)", choices=("fp16", "bf16", "off"))
-    sync_bn: bool = option(False, "BatchNorm over the batches of all ranks")
+    variant: str | None = option(None, "variant of the recipe, such as an ablation", group="run")
+    seed: int = option(42, "seed of weights, order and augmentation", low=0, high=2**32 - 1, only="train")
+    save_steps: int | None = option(None, "also save after every N updates (default: no)", low=1, only="train")
+    keep: int = option(1, "older last.pt to keep, as last-1.pt and so on", low=0, high=1000, only="train")
+    amp: str = option("off", "mixed precision; without a value fp16", choices=AMP, group="machine")
+    eval_amp: str | None = option(None, "mixed precision of evaluations (default: amp)", choices=AMP)
+    sync_bn: bool = option(False, "BatchNorm over the batches of all ranks", only="train")
     channels_last: bool = option(False, "keep weights and activations in channels-last memory")
-    grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
-    seed: int = option(42, "seed of weights, order and augmentation", low=0, high=2**32 - 1)
-    save_steps: int | None = option(None, "also save after every so many updates of an epoch (default: no)", low=1)
-    keep: int = option(1, "number of older last.pt to keep, as last-1.pt and so on", low=0, high=1000)
+    grad_checkpointing: bool = option(False, "recompute activations: less memory, more time", only="train")
 
 
 @dataclass(frozen=True)
 class MachineSettings:
     """Settings of a computer or a command, not of a run."""
 
-    config: str = option("", "recipe in place of the script's own: a file, or a name next to the script", flags=["-c"])
-    data_path: str | None = option(None, "folder of the data set; in a YAML relative to it", flags=["--data-dir"])
+    data_path: str | None = option(None, "folder; in a YAML relative to it", flags=["--data-dir"], group="data")
     download: bool = option(False, "download the data set where its library can", flags=["--dataset-download"])
-    workers: int = option(4, "loader workers per rank", low=0, high=256, flags=["--num-workers", "-j"])
+    workers: int = option(4, "loader workers", low=0, high=256, flags=["--num-workers", "-j"], group="machine")
     device: str = option("auto", "device to compute on", choices=("auto", "cpu", "cuda"))
     threads: int | None = option(None, "CPU threads of torch per rank (default: torch's)", low=1, high=1024)
     lif_backend: str = option("auto", "implementation of the neurons", choices=("auto", "torch", "cupy", "triton"))
     tf32: bool = option(False, "float32 convolutions and matrix products in TF32: faster, less exact")
     cudnn_benchmark: bool = option(True, "let cuDNN choose its fastest algorithms; the last bits may differ")
-    pack_spikes: bool = option(False, "keep spikes packed for the backward pass: less memory, more time")
+    pack_spikes: bool = option(False, "keep spikes packed: less memory, more time", only="train")
     compile: bool = option(False, "torch.compile the network (lif_backend auto or torch)")
-    cuda_graphs: bool = option(False, "launch forward and backward pass as one CUDA graph (one rank)")
-    output_dir: str | None = option(None, "folder of the run (default: output/RECIPE/TIME, or that of --resume)")
-    resume: str | None = option(None, "checkpoint to resume; 'auto': last.pt of --output-dir, if any")
-    finetune: str | None = option(None, "checkpoint to start from; its head is replaced if classes differ")
-    checkpoint: str | None = option(None, "test.py: checkpoint to evaluate (default: best.pt of the recipe's last run)")
-    eval: bool = option(False, "train.py: evaluate the checkpoint of --resume or --finetune as test.py does")
-    both_membranes: bool = option(False, "test.py: evaluate with either kind of ssa_membrane")
-    energy: bool = option(False, "test.py: also measure MACs, synaptic operations, firing rates and energy")
-    use_ema: bool = option(True, "test.py and --finetune: prefer the averaged weights of a checkpoint")
+    cuda_graphs: bool = option(False, "launch a step as one CUDA graph (one rank)", only="train")
+    config: str = option("", "recipe: a file, or a name next to the script", flags=["-c"], group="run")
+    output_dir: str | None = option(None, "folder to write to (default: output/RECIPE/TIME, or the checkpoint's)")
+    resume: str | None = option(None, "checkpoint to resume; auto: last.pt of --output-dir, if any", only="train")
+    finetune: str | None = option(None, "checkpoint to start from; new classes get a new head", only="train")
+    checkpoint: str | None = option(None, "checkpoint to evaluate (default: best.pt of the last run)", only="test")
+    eval: bool = option(False, "evaluate --resume or --finetune as test.py does", only="train")
+    energy: bool = option(False, "also measure MACs, synaptic operations, firing rates and energy", only="test")
+    use_ema: bool = option(True, "--checkpoint, --finetune: prefer averaged weights")
     log_interval: int = option(50, "steps between lines of progress without a terminal", low=1)
 
 
@@ -166,16 +171,46 @@ class Config(MachineSettings, OptimSettings, ImageSettings, DataSettings, ModelS
     """All settings of a run. Sizes in pixels, rates per image, learning rates absolute unless said otherwise."""
 
 
-FIELDS = {field.name: field for field in fields(Config)}
+FIELDS = {item.name: item for item in fields(Config)}
 
 
 def names(group: type) -> list[str]:
-    """Return the settings of a group."""
-    return [field.name for field in fields(group)]
+    """Return the settings of a class."""
+    return [item.name for item in fields(group)]
+
+
+def plain(config: Config, without: Collection[str] = ()) -> dict[str, object]:
+    """Return the settings as plain data for YAML, JSON and checkpoints."""
+    values = {key: value for key, value in vars(config).items() if key not in without}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def groups(script: str) -> dict[str, list[str]]:
+    """Return the settings that the script "train" or "test" reads, by group of `--help`."""
+    groups, title = {}, None
+    for key, rules in ((key, FIELDS[key].metadata) for key in FIELDS):
+        title = rules["group"] or title
+        if title and rules["only"] in (None, script) and (script == "train" or title not in TRAINING):
+            groups.setdefault(title, []).append(key)
+    return groups
+
+
+def out_of_range(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield each setting with a value that its field does not allow, and the fix."""
+    for key, item in FIELDS.items():
+        value, rules = getattr(config, key), item.metadata
+        low, high = rules["low"], rules["high"]
+        for number in value if isinstance(value, tuple) else (value,) if value is not None else ():
+            if rules["choices"] and number not in rules["choices"]:
+                yield key, f"choose one of {', '.join(rules['choices'])}"
+            if isinstance(number, float) and not math.isfinite(number):
+                yield key, "must be finite"
+            if (low is not None and number < low) or (high is not None and number > high):
+                yield key, f"must be at least {low}" + (f" and at most {high}" if high is not None else "")
 
 
 def mixes(c: Config) -> bool:
-    """Tell if images of a batch are mixed, by mixup or cutmix."""
+    """Return True if mixup or cutmix mixes the images of a batch."""
     return bool(c.mixup or c.cutmix or c.cutmix_minmax)
 
 
@@ -190,13 +225,10 @@ def conflicts(c: Config) -> Iterator[tuple[str, str]]:
         (c.warmup_prefix and c.warmup_epochs >= c.epochs, "warmup_epochs", "must be below epochs"),
         (mixes(c) and c.batch_size % 2, "batch_size", "must be even, because mixup pairs the images of a batch"),
         (c.compile and c.lif_backend not in ("auto", "torch"), "lif_backend", "use auto or torch with compile"),
-        (c.pack_spikes and c.compile, "pack_spikes", "use it without compile"),
         (c.pack_spikes and c.lif_backend not in ("auto", "triton"), "pack_spikes", "needs lif_backend auto or triton"),
         (c.pack_spikes and c.residual == "ms", "pack_spikes", "needs residual sew"),
-        (c.both_membranes and c.residual == "ms", "both_membranes", "needs residual sew"),
         (c.finetune and c.resume not in (None, "auto"), "finetune", "starts a run; use it without resume"),
-        (c.energy and c.compile, "energy", "use it without compile"),
-        (c.cuda_graphs and c.compile, "cuda_graphs", "use it without compile"),
+        *((c.compile and getattr(c, key), key, "use it without compile") for key in NOT_COMPILED),
         (c.cuda_graphs and c.lif_backend == "cupy", "lif_backend", "use auto or triton with cuda_graphs"),
         (c.cuda_graphs and c.grad_checkpointing and c.drop_path, "drop_path", "must be 0: a graph draws it once"),
     )

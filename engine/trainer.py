@@ -1,4 +1,4 @@
-"""A training run: what it carries from step to step, an epoch, a step, and its checkpoints."""
+"""Training: the state of a run, its epochs and steps, and its checkpoints."""
 
 import contextlib
 import math
@@ -26,7 +26,7 @@ LOWEST_SCALE = 2.0**-10  # of the loss; it starts at 2^16, and each update with 
 
 
 class Trainer:
-    """A network with all that its training carries from step to step; `save` writes it to `folder`.
+    """A network in training, and its checkpoints in `folder`.
 
     The randomness of a step depends on seed, epoch, rank and step alone, so no generator is saved.
     """
@@ -38,38 +38,29 @@ class Trainer:
         self.folder, self.stop_request = folder, StopRequest()
         self.ema = ModelEmaV3(model, decay=cfg.ema_decay) if cfg.ema_decay is not None else None
         self.models = [model, self.ema.module] if self.ema else [model]
+        self.evaluated = self.models[-1]
         if cfg.compile:
             model.compile()
-        self.parallel = model
-        if world.world_size > 1:
-            self.parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        is_parallel = world.world_size > 1
+        self.parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if is_parallel else model
         self.criterion = SoftTargetCrossEntropy() if mixes(cfg) else LabelSmoothingCrossEntropy(cfg.smoothing)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.amp == "fp16" and world.device.type == "cuda")
         self.step = GraphedStep(self._step) if cfg.cuda_graphs else self._step
         self.schedule = create_schedule(cfg, optimizer)
         self.steps = len(data.train)  # of an epoch
+        settings = {key: getattr(cfg, key) for key in ("batch_size", "accum_iter", "seed")}
+        settings["workers"] = getattr(data.train, "workers", 0)
+        self.order = {"steps": self.steps, "world_size": world.world_size, **settings}  # decides the samples of a step
         self.best = dict(NO_BEST)
         self.begin_epoch(0)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Stand before the first step of an epoch; `epoch` counts the epochs done."""
-        self.epoch, self.steps_done = epoch, 0
+        self.epoch, self.steps_done = epoch, 0  # both count what is done
         self.loss_sum, self.seen = torch.zeros((), dtype=torch.float64, device=self.world.device), 0
 
     @property
     def name(self) -> str:
         return f"epoch {self.epoch + 1}/{total_epochs(self.cfg)}"
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The network to evaluate: with the averaged weights, if there are any."""
-        return self.models[-1]
-
-    def _order(self) -> dict[str, int]:
-        """Settings that decide which samples a step sees."""
-        settings = {key: getattr(self.cfg, key) for key in ("batch_size", "accum_iter", "seed")}
-        workers = getattr(self.data.train, "workers", 0)
-        return {"steps": self.steps, "world_size": self.world.world_size, "workers": workers, **settings}
 
     def state(self) -> dict:
         """Return plain data from which `restore` continues bit for bit; within an epoch all ranks call it."""
@@ -84,7 +75,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
-            "position": {"steps_done": self.steps_done, "order": self._order(), "processes": processes},
+            "position": {"steps_done": self.steps_done, "order": self.order, "processes": processes},
             "best": self.best,
         }
 
@@ -93,8 +84,8 @@ class Trainer:
         self.model.load_state_dict(state["state_dict"])
         if self.ema:
             self.ema.module.load_state_dict(state.get("state_dict_ema") or state["state_dict"])
-        groups = zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False)
-        for saved, group in groups:  # before loading, which places the state as these settings say
+        # before loading, which places the state as these settings say
+        for saved, group in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False):
             saved.update({k: v for k, v in group.items() if k not in ("params", "lr")})
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -105,17 +96,16 @@ class Trainer:
 
     def _restore_position(self, steps_done: int, order: dict, processes: list[dict]) -> None:
         is_trained = steps_done == order.get("steps")  # and only the evaluation is left
-        if steps_done and not is_trained and order != self._order():
-            changes = [f"{k} {order.get(k)} -> {v}" for k, v in self._order().items() if order.get(k) != v]
+        if steps_done and not is_trained and order != self.order:
+            changes = [f"{k} {order.get(k)} -> {v}" for k, v in self.order.items() if order.get(k) != v]
             logger.warning(f"warning: {self.name}: starts again with the weights of a step ({', '.join(changes)})")
             return
-        own = processes[self.world.rank if len(processes) == self.world.world_size else 0]
+        rank = self.world.rank if len(processes) == self.world.world_size else 0
         self.steps_done = self.steps if is_trained else steps_done
-        self.loss_sum.fill_(own["loss_sum"])
-        self.seen = own["seen"]
-        for model, buffers in zip(self.models, own.get("buffers", ()), strict=False):
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+        self.loss_sum.fill_(processes[rank]["loss_sum"])
+        self.seen = processes[rank]["seen"]
+        for model, buffers in zip(self.models, processes[rank].get("buffers", ()), strict=False):
+            model.load_state_dict(buffers, strict=False)
 
     def resume(self, state: dict, path: Path, new_run: bool) -> None:
         """Continue from a checkpoint as `--resume` says; of a released one only the epoch counts here."""
@@ -143,8 +133,8 @@ class Trainer:
         if not self.world.is_main:
             return
         weights = [*content["state_dict"].values(), *(content["state_dict_ema"] or {}).values()]
-        if not torch.stack([value.isfinite().all() for value in weights]).all():
-            raise self._divergence("weights are not finite", "lower lr, or use --clip-grad 1 or --amp bf16")
+        is_sound = torch.stack([value.isfinite().all() for value in weights]).all()
+        self._require(is_sound, "weights are not finite; lower lr, or use --clip-grad 1 or --amp bf16")
         if is_best:  # first: after a kill in between, the epoch is evaluated again
             checkpoint.save(self.folder / "best.pt", content)
         checkpoint.save(self.folder / "last.pt", content, self.cfg.keep)
@@ -159,8 +149,8 @@ class Trainer:
             raise Stopped(number, f"{where} of epoch {self.epoch + 1}")
 
     def end_epoch(self, result: dict) -> bool:
-        """Count the epoch that was trained and evaluated; tell if it is the best so far."""
-        self._require_sound(result["loss"])
+        """Count the epoch that was trained and evaluated; return True if it is the best so far."""
+        self._require_finite(result["loss"])
         is_best = result["top1"] > self.best["test_top1"]
         if is_best:
             self.best = {"epoch": self.epoch, "test_top1": result["top1"]}
@@ -180,7 +170,7 @@ class Trainer:
                 self.loss_sum, self.seen = totals[0], int(totals[1])
                 for model in self.models:
                     timm.utils.distribute_bn(model, self.world.world_size, reduce=True)
-            self._require_sound(self.loss_sum.item())
+            self._require_finite(self.loss_sum.item())
         return self.loss_sum.item() / self.seen
 
     def _train_steps(self) -> None:
@@ -198,8 +188,7 @@ class Trainer:
             group = min(cfg.accum_iter, self.steps - first)
             is_update = step == first + group - 1
             if step == first:
-                part = first / self.steps if cfg.lr_step == "iteration" else 0
-                self.schedule.step(self.epoch + part)
+                self.schedule.step(self.epoch + (first / self.steps if cfg.lr_step == "iteration" else 0))
             if self.data.augment:
                 images = self.data.augment(images)
             if mixup and cfg.mixup_in == "step":
@@ -220,7 +209,7 @@ class Trainer:
     def _step(self, images: Tensor, labels: Tensor, group: Tensor) -> Tensor:
         """Return the loss of one of the `group` batches of an update, and add its gradient to the others'."""
         if self.cfg.accum_iter == 1:
-            self.optimizer.zero_grad()  # here, so that a CUDA graph has nothing to add the gradients to
+            self.optimizer.zero_grad()  # here: a CUDA graph overwrites gradients that are None
         with autocast(self.cfg.amp, self.world.device):
             loss = self.criterion(self.parallel(images), labels)
         self.scaler.scale(loss / group).backward()
@@ -239,14 +228,14 @@ class Trainer:
 
     def _status(self) -> dict:
         loss = self.loss_sum.item()
-        self._require_sound(loss)
+        self._require_finite(loss)
         return {"loss": f"{loss / self.seen:.4f}", "lr": f"{self.optimizer.param_groups[0]['lr']:.2e}"}
 
-    def _require_sound(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise self._divergence(f"the loss is {loss}", "lower lr, or use --amp bf16")
-        if self.scaler.is_enabled() and (scale := self.scaler.get_scale()) < LOWEST_SCALE:
-            raise self._divergence(f"fp16 gradients overflow (scale {scale:.1e})", "use --amp bf16 or --clip-grad 1")
+    def _require_finite(self, loss: float) -> None:
+        self._require(math.isfinite(loss), f"the loss is {loss}; lower lr, or use --amp bf16")
+        scale = self.scaler.get_scale()  # 1 unless it is enabled
+        self._require(scale >= LOWEST_SCALE, f"fp16 gradients overflow (scale {scale:.1e}); use --amp bf16")
 
-    def _divergence(self, problem: str, fix: str) -> UserError:
-        return UserError(f"epoch {self.epoch + 1}: {problem}; {fix}. Earlier checkpoints stay")
+    def _require(self, is_sound: bool, problem: str) -> None:
+        if not is_sound:
+            raise UserError(f"epoch {self.epoch + 1}: {problem}. Earlier checkpoints stay")

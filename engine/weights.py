@@ -1,9 +1,11 @@
 """Weights: from a file to settings, from settings to a network, and from the file into the network."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,10 +27,9 @@ FEW_UPDATES = 100  # of running statistics that still lag behind the weights
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """Return the network of `cfg`; raise `UserError` if its settings conflict."""
-    always = ("num_classes", "in_channels", "time_steps")
-    settings = {key: getattr(cfg, key) for key in (*MODEL_FIELDS, "drop_path") if key != "model"}
-    settings = {key: value for key, value in settings.items() if key in always or value != FIELDS[key].default}
+    """Return the network of `cfg`."""
+    always, keys = ("num_classes", "in_channels", "time_steps"), (*MODEL_FIELDS[1:], "drop_path")
+    settings = {k: getattr(cfg, k) for k in keys if k in always or getattr(cfg, k) != FIELDS[k].default}
     if cfg.pack_spikes and cfg.model not in QKFORMERS:
         raise UserError(f"--pack-spikes: {cfg.model} has no path that packs spikes; omit it")
     try:
@@ -50,7 +51,7 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
             logger.warning(f"warning: {path}: trained on {cfg.dataset}; evaluating on that, not on {own}")
         warn_of_other_network(cfg, state, path)
         cfg = _with_data_of_run(cfg, path, sources)
-    elif "config" not in sources.flags and (known := recipe_of(path, sources.folder)):
+    elif "config" not in sources.flags and (known := recipe_of(path, sources.script_recipe.parent)):
         cfg = dataclasses.replace(read(known), flags=sources.flags).config()
         logger.info(f"{path}: the released checkpoint of {known.stem}, recognised by its md5")
     else:
@@ -59,22 +60,18 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
 
 
 def _with_data_of_run(cfg: Config, path: Path, sources: Sources) -> Config:
-    """Return the settings with the data folder that the run of a checkpoint recorded next to it, unless a flag does."""
+    """Return the settings with the data folder that the run of the checkpoint recorded, unless a flag names one."""
     record = path.with_name("config.yml")
     recorded = read(record).config(validate=False).data_path if record.is_file() else None
-    if "data_path" in sources.flags or recorded in (None, cfg.data_path):
-        return cfg
-    if not os.path.exists(recorded) and cfg.data_path and os.path.exists(cfg.data_path):
-        return cfg  # a run that was copied from another machine
-    return dataclasses.replace(cfg, data_path=recorded)
+    is_elsewhere = recorded and not os.path.exists(recorded) and os.path.exists(cfg.data_path or "")  # a copied run
+    keeps = "data_path" in sources.flags or recorded is None or is_elsewhere
+    return cfg if keeps else dataclasses.replace(cfg, data_path=recorded)
 
 
 def recipe_of(path: Path, folder: Path) -> Path | None:
     """Return the recipe in `folder` of a released checkpoint, known by its md5."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "md5").hexdigest()
-    recipe = folder / f"{RELEASED[digest]}.yml" if digest in RELEASED else None
-    return recipe if recipe and recipe.exists() else None
+    recipe = folder / f"{RELEASED.get(hashlib.md5(path.read_bytes()).hexdigest())}.yml"
+    return recipe if recipe.exists() else None
 
 
 def _shown_by(state: dict, path: Path) -> dict[str, object]:
@@ -86,10 +83,8 @@ def _shown_by(state: dict, path: Path) -> dict[str, object]:
         return {}
     if arguments.get("residual") != "sew":
         arguments["ssa_membrane"] = "per_sample"
-    args = state.get("args")
-    shown = {"time_steps": getattr(args, "time_step", getattr(args, "T", None))}
-    shown["input_size"] = getattr(args, "input_size", None)
-    shown = {key: value for key, value in shown.items() if isinstance(value, int)}
+    args, names = state.get("args"), {"T": "time_steps", "time_step": "time_steps", "input_size": "input_size"}
+    shown = {names[key]: value for key in names if isinstance(value := getattr(args, key, None), int)}
     logger.info(
         f"{path}: {name}, recognised by its shapes, with {' and '.join(shown) or 'neither T nor size'} recorded. "
         "Other values: --time-steps, --input-size (224, 288 and 384 have the same shapes), --ssa-membrane"
@@ -98,9 +93,9 @@ def _shown_by(state: dict, path: Path) -> dict[str, object]:
 
 
 def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, adapt: bool = False) -> None:
-    """Load a checkpoint's weights, under our names or released ones; raise `UserError` if they do not fit.
+    """Load a checkpoint's weights, under names of this project or released ones; raise `UserError` if they do not fit.
 
-    With `adapt` the head may be of other classes, which a new one replaces, and the input of other channels.
+    With `adapt` a head of other classes is replaced by a new one, and an input of other channels is adapted.
     """
     weights = state["state_dict"]
     if cfg.use_ema and state.get("state_dict_ema"):
@@ -115,9 +110,8 @@ def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, a
         logger.info(f"{path}: new head for {model.num_classes} classes in place of {len(head)}")
         trunc_normal_(model.head.weight, std=2e-5)  # as the released fine-tuning
         weights |= {"head.weight": model.head.weight, "head.bias": model.head.bias}
-    for name, value in weights.items():
-        if not value.isfinite().all():
-            raise UserError(f"{path}: {name} holds values that are not finite; use an older checkpoint")
+    if name := next((name for name, value in weights.items() if not value.isfinite().all()), None):
+        raise UserError(f"{path}: {name} holds values that are not finite; use an older checkpoint")
     trained = state.get("config", {}).get("model", cfg.model)
     try:
         load_released(model, weights)
@@ -138,45 +132,48 @@ def _adapted_input(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
 
 def warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:
     """Warn about settings that change the network but not the shapes of its weights."""
-    recorded = state.get("config") or {
-        "ssa_membrane": "released" if cfg.residual == "sew" else "per_sample",
-        "time_steps": getattr(state.get("args"), "time_step", cfg.time_steps),
-    }
+    released = {"ssa_membrane": "released" if cfg.residual == "sew" else "per_sample"}
+    released["time_steps"] = getattr(state.get("args"), "time_step", cfg.time_steps)
+    recorded = state.get("config") or released
     keys = ("variant", "ssa_membrane", "residual", "time_steps", "attention", "ssa_scale")
     for key, value, trained in differences(cfg, recorded, keys):
         logger.warning(f"warning: {path}: trained with {key} = {short(trained)}, this run has {value!r}")
 
 
 def differences(cfg: Config, recorded: dict, keys: Sequence[str]) -> Iterator[tuple[str, object, object]]:
-    """Yield (key, value in `cfg`, value recorded) of each setting among `keys` that is recorded and differs."""
+    """Return (key, value in `cfg`, value recorded) of each setting among `keys` that is recorded and differs."""
     values = plain(cfg)
     return ((key, values[key], recorded[key]) for key in keys if key in recorded and values[key] != recorded[key])
 
 
+def warn_of_recipe(cfg: Config, sources: Sources) -> None:
+    """Warn about settings that differ from a published run, which the recipe of the script reproduces."""
+    recipe = read(sources.script_recipe).config()
+    if recipe.paper_top1 and (recipe.dataset, recipe.model) == (cfg.dataset, cfg.model) and not cfg.variant:
+        for key, value, released in differences(cfg, plain(recipe), ("ssa_membrane", "mixup_off_epoch")):
+            logger.warning(f"warning: {key} = {value!r}, {sources.script_recipe} has {released!r} as the published run")
+
+
 @torch.inference_mode()
-def warn_of_silence(model: nn.Module, images: Tensor, fix: str = "if this lasts, lower lr") -> None:
+def warn_of_silence(model: nn.Module, images: Tensor) -> None:
     """Warn about layers with no spikes on these images; nothing after them can learn."""
     model.eval()
     if names := silent_layers(model, images):
         where = ", ".join(names[:3]) + (f" and {len(names) - 3} more layers" if len(names) > 3 else "")
         updates = min(int(value) for name, value in model.named_buffers() if name.endswith("num_batches_tracked"))
+        fix = "train longer, lower lr, or check the settings of the input"
         if updates < FEW_UPDATES:
-            lag = f"BatchNorm's running statistics have seen only {updates} updates"
-            fix = f"{lag}; train longer or use a smaller batch"
+            fix = f"BatchNorm's statistics have seen only {updates} updates; train longer or use a smaller batch"
         logger.warning(f"warning: {where}: no spikes on {len(images)} test samples; {fix}")
 
 
 def silent_layers(model: nn.Module, x: Tensor) -> list[str]:
     """Return the names of the `LIF`s of `model` in which no neuron fires on `x`."""
     silent = []
-    hooks = [
-        module.register_forward_hook(lambda _, __, spikes, name=name: None if spikes.any() else silent.append(name))
-        for name, module in model.named_modules()
-        if isinstance(module, LIF)
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, LIF):
+                note = partial(lambda name, module, args, spikes: None if spikes.any() else silent.append(name), name)
+                hooks.enter_context(module.register_forward_hook(note))
         model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return silent

@@ -29,34 +29,22 @@ class World:
 
 
 def setup(device: str) -> World:
-    """Join the process group that torchrun announced in the environment, if any.
-
-    Args:
-        device: "cpu", "cuda", or "auto" for CUDA where torch sees it. NCCL connects GPUs, gloo CPUs.
-
-    Raises:
-        UserError: no CUDA, more ranks than GPUs on this machine, or no way to join.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device; use --device cpu")
-    where = torch.device(device)
-    if device == "cuda":
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    """Join the process group that torchrun announced in the environment, if any: NCCL for GPUs, gloo for CPUs."""
+    where, gpus = torch.device("cpu"), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda" or (device == "auto" and gpus):
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= gpus:
-            raise UserError(f"LOCAL_RANK {local_rank}: no GPU left on this machine; start {gpus} processes")
-        where = torch.device(device, local_rank)
+            raise UserError(f"--device cuda: torch sees {gpus} CUDA devices; start fewer ranks, or use --device cpu")
+        where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return World(0, 1, where)
     try:
         store, rank, size = next(rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun's restarted ranks get the store of the dead ones, with their addresses in it; on several
-            # machines the numbers of restarts differ, see docs/recipes.md
+            # restarted ranks get the store with the addresses of the dead; on several nodes see docs/recipes.md
             store = td.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend, device_id = ("cpu:gloo,cuda:nccl", where) if device == "cuda" else ("gloo", None)
+        backend, device_id = ("cpu:gloo,cuda:nccl", where) if where.type == "cuda" else ("gloo", None)
         td.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"WORLD_SIZE: cannot join the other ranks ({error}); start with torchrun") from None
@@ -87,14 +75,14 @@ def set_arithmetic(cfg: Config) -> None:
 
 
 def is_slow(amp: str | None, device: torch.device) -> bool:
-    """Return True for fp16 on a CPU, and for bf16 on one without its instructions: up to 300 times float32's time."""
+    """Return True for fp16 on a CPU and bf16 on one without its instructions: up to 300 times slower than float32."""
     if device.type != "cpu" or amp != "bf16":
         return device.type == "cpu" and amp == "fp16"
     return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Return the mixed precision `amp` ("fp16", "bf16" or "off"), or float32 where it is slow."""
+    """Return the context of a mixed precision, or of float32 where it is slow."""
     is_used = amp != "off" and not is_slow(amp, device)
     return torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=is_used)
 
@@ -102,7 +90,7 @@ def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManage
 def in_turns(make: Callable):
     """Return `make()`, called in the main rank first, then in one rank of each machine, then in the others.
 
-    For files that one process at a time should write, on disks that machines may share; it may take a day.
+    It may write files, on disks that machines may share, and may take a day.
     """
     if not td.is_initialized():
         return make()
@@ -116,7 +104,6 @@ def in_turns(make: Callable):
 
 
 def world_size() -> int:
-    """Return the number of ranks."""
     return td.get_world_size() if td.is_initialized() else 1
 
 
@@ -128,16 +115,8 @@ def largest(value: int) -> int:
     return int(box)
 
 
-def from_main(value):
-    """Return the main rank's `value` in every rank."""
-    box = [value]
-    if td.is_initialized():
-        td.broadcast_object_list(box)
-    return box[0]
-
-
 def gather(values: list) -> list:
-    """Return the lists of all ranks, concatenated, in every rank."""
+    """Return the lists of all ranks, concatenated from the main rank on, in every rank."""
     lists = [values] * world_size()
     if td.is_initialized():
         td.all_gather_object(lists, values)

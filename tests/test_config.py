@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from scripts import here, named, refuses
+from scripts import here, lr_at, named, refuses
 
-from engine import config, run
-from engine.optim import lr_at
+from engine import config, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path for path in ROOT.glob("*/*.yml") if (path.parent / "train.py").exists())
@@ -157,13 +156,13 @@ def test_recipes_of_other_projects(name):
 
 def test_training_warns_of_what_the_published_run_had(monkeypatch):
     warnings, own = [], ROOT / "cifar10/cifar10.yml"
-    monkeypatch.setattr(run.logger, "warning", warnings.append)
+    monkeypatch.setattr(weights.logger, "warning", warnings.append)
     for flags in ([], ["--variant", "spikformer_4_384"], ["--model", "qkformer_2_256", "--in-channels", "3"]):
         sources = config.read(own, flags)
-        run.warn_of_recipe(sources.config(), sources)
+        weights.warn_of_recipe(sources.config(), sources)
     assert not warnings
     sources = config.read(own, ["--config", str(ROOT / "tests/recipes/spikformer_cifar.yml")])
-    run.warn_of_recipe(sources.config(), sources)
+    weights.warn_of_recipe(sources.config(), sources)
     named(warnings[0], "ssa_membrane", "'per_sample'", "'released'", own)
     named(warnings[1], "mixup_off_epoch", "200", "None", own)
 
@@ -208,3 +207,20 @@ def test_a_variant_changes_what_it_lists(recipe):
     recorded = config.plain(cfg)
     assert config.load(path, [], recorded).epochs == 2
     assert config.load(path, ["--variant", "short"], recorded).variant == "short"
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "shown", "hidden"),
+    [
+        ("imagenet/train.py", [], ["[qkformer_10_384]", "[200]", "--lr ", "optimization:"], ["--energy", "--paper"]),
+        ("imagenet/train.py", ["--config", "qkformer_10_768_384"], ["[384]", "[qkformer_10_768]"], ["[224]"]),
+        ("imagenet/test.py", [], ["--checkpoint", "--energy"], ["--lr ", "--mixup", "--seed", "--resume", "--eval "]),
+    ],
+)
+def test_help_has_the_values_of_the_recipe_and_what_the_script_reads(script, flags, shown, hidden, monkeypatch, capfd):
+    with pytest.raises(SystemExit) as end:
+        here(monkeypatch, capfd, script, *flags, "--help")
+    out = capfd.readouterr().out
+    assert not end.value.code
+    named(out, f"python {script}", "model:", "data:", "run:", "machine:", *shown)
+    assert not [text for text in hidden if text in out]

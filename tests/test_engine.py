@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import refuses
+from scripts import lr_at, refuses
 
 from engine import checkpoint, config, world
 from engine.cli import UserError
 from engine.data.image import create_data
 from engine.evaluate import evaluate
-from engine.optim import create_optimizer, lr_at
+from engine.optim import create_optimizer
 from engine.run import _test_kernels, build_model, setup
 from engine.trainer import Trainer, autocast
 

@@ -89,3 +89,12 @@ def test_grey_weights_answer_alike_on_grey_images_in_three_channels():
     first = "stages.0.embed.units.0.conv"
     found = model.get_submodule(first)(images.expand(-1, 3, -1, -1))
     assert torch.allclose(found, source.get_submodule(first)(images), atol=1e-6)
+
+
+def test_sizes_and_amp_as_timm_writes_them(tmp_path):
+    (tmp_path / "timm.yml").write_text("lr: 1\ninput_size: [1, 224, 224]\n")
+    cfg = config.load(tmp_path / "timm.yml", ["--amp", "--eval-amp", "bf16"])
+    assert (cfg.in_channels, cfg.input_size, cfg.amp, cfg.eval_amp) == (1, 224, "fp16", "bf16")
+    (tmp_path / "wide.yml").write_text("lr: 1\ninput_size: [3, 224, 288]\n")
+    with refuses("input_size"):
+        config.load(tmp_path / "wide.yml")

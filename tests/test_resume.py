@@ -17,7 +17,7 @@ from engine.cli import Stopped, StopRequest, guard
 from engine.data.loaders import TrainLoader
 from engine.optim import create_optimizer
 from engine.trainer import Trainer
-from engine.weights import silent_layers
+from engine.weights import silent_layers, warn_of_silence
 
 IMAGES = (
     "digits/train.py --batch-size 240 --epochs 2 --time-steps 1 --drop-path 0.3 --ema-decay 0.9 --accum-iter 2 --mixup "
@@ -158,7 +158,7 @@ def test_a_layer_without_spikes_is_named(capfd):
         bn = model.get_submodule(name.removesuffix(".lif")).bn
         torch.nn.init.zeros_(bn.weight), torch.nn.init.zeros_(bn.bias)
     assert silent_layers(model, images) == layers
-    engine_run.warn_of_silence(model, images)
+    warn_of_silence(model, images)
     named(capfd.readouterr().out, *layers)
     assert not any(module._forward_hooks for module in model.modules())
 

@@ -31,7 +31,7 @@ def test_three_epochs_learn_the_digits(trained):
 
 
 def test_a_run_leaves_its_records(trained):
-    names = "config.yml run.json metrics.jsonl last.pt best.pt learning_curve.png tensorboard".split()
+    names = "config.yml run.json metrics.jsonl last.pt best.pt tensorboard".split()
     assert {path.name for path in trained.iterdir()} >= set(names)
     assert list((trained / "tensorboard").iterdir())
     (about,) = json.loads((trained / "run.json").read_text())
