@@ -4,7 +4,7 @@ Shapes: T time steps, B batch, C channels, H height, W width, N = H*W tokens, h 
 Each attention maps [T,B,C,H,W] to [T,B,C,H,W].
 
 To add one, write a class here and name it in `qkformer.ATTENTIONS`. The modules then compute networks with it; the
-fused path takes it once `fused.coverage.CHILDREN` and `attend` in `fused.cpu` and `fused.gpu` know it.
+fused path takes it once `fused.coverage.KINDS` and `attend` in `fused.cpu` and `fused.gpu` know it.
 """
 
 from torch import Tensor, nn

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .fused import cpu, plan
-from .fused.coverage import Coverage, Covered
+from .fused.coverage import Covered, Snapshot
 from .neuron import ALPHA, LIF, TAU, THRESHOLD, is_continued, is_transformed, torch_lif
 from .qkformer import HierarchicalSpikingTransformer
 
@@ -133,16 +133,22 @@ BACKENDS = {"auto": auto_lif, "torch": torch_lif, "cupy": cupy_lif, "triton": tr
 class FastPath:
     """Outputs of the network's stages, in fused steps; None where the modules have to compute it."""
 
-    def __init__(self):
-        self.coverage = Coverage()
+    snapshot: Snapshot | None = None
 
     def __reduce__(self) -> tuple:
         return FastPath, ()  # a copy of the network gets its own
 
+    def covered(self, model: HierarchicalSpikingTransformer) -> Covered:
+        """Return the answer for the network; every forward pass asks."""
+        snapshot = self.snapshot
+        if snapshot is None or not snapshot.holds(model.stages):
+            snapshot = self.snapshot = Snapshot(model)  # in one step, because threads may share a network
+        return snapshot.answer
+
     def __call__(self, model: HierarchicalSpikingTransformer, x: Tensor) -> Iterator[Tensor] | None:
         if model.residual != "sew" or torch.compiler.is_compiling() or is_transformed() or is_continued():
             return None
-        covered = self.coverage.of(model.stages)
+        covered = self.covered(model)
         ops = _ops(covered, x) if x.numel() else None
         pack = model.spike_packing and model.training and not covered.drops
         return None if ops is None else plan.stage_outputs(model, x, ops, pack)

@@ -104,8 +104,10 @@ class HierarchicalSpikingTransformer(Backbone):
             reduction *= 2 ** sum(pool for _, pool in units)
             feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
         super().__init__(stages, feature_info, residual, head_lif=residual == "ms", in_chans=in_chans, **kwargs)
-        self.family, self.attention = family, tuple(attention)
-        self.shortcut, self.ssa_membrane = shortcut, ssa_membrane
+        self.family, self.attention, self.ssa_membrane = family, tuple(attention), ssa_membrane
+        sizes = {"family": family, "width": width, "depths": tuple(depths), "heads": heads, "mlp_ratio": mlp_ratio}
+        kinds = {"attention": self.attention, "shortcut": shortcut, "ssa_membrane": ssa_membrane}
+        self.arguments = sizes | kinds | {"in_chans": in_chans}  # to build the stages again
         self.spike_packing = False
 
     def set_spike_packing(self, enable: bool = True) -> None:
