@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .layers import Chain
 from .neuron import LIF, TAU, continued, set_neurons
 
+ALIASES = {"in_channels": "in_chans", "drop_path": "drop_path_rate"}  # this project's names of timm's arguments
 register_notrace_module(LIF)  # one node in a graph of torch.fx, for timm; others name it in leaf_modules
 
 
@@ -203,6 +204,15 @@ class Backbone(nn.Module):
         if prune_head or is_cut:
             self.reset_classifier(0, "")
         return take
+
+    @property
+    def _model_args(self) -> dict[str, object]:
+        """Arguments that timm saves with the weights, without those of the machine or with a second name."""
+        return self._saved_args
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, object]) -> None:
+        self._saved_args = {name: value for name, value in args.items() if name not in ("lif_backend", *ALIASES)}
 
     def get_classifier(self) -> nn.Module:
         """Return the head."""

@@ -15,10 +15,10 @@ from timm.models import (
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from .backbone import Backbone
+from .backbone import ALIASES, Backbone
 from .backends import set_lif_backend
 from .qkformer import HierarchicalSpikingTransformer
-from .released import accept_released, translated, without_prefixes
+from .released import accept_released, received, translated, without_prefixes
 from .rivals import FAMILIES, RIVALS, SpikingTransformer
 
 _IMAGENET = {"family": "imagenet", "depths": (1, 2, 7)}
@@ -51,33 +51,22 @@ def _cfg(size: int, channels: int = 3, stride: int = 16, **more) -> dict:
 
 _CIFAR_DATA = {"size": 32, "stride": 4, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 _DVS_DATA = {"channels": 2, "mean": (0.0, 0.0), "std": (1.0, 1.0)}
-_DIGITS = {"channels": 1, "size": 8, "stride": 4, "mean": (0.305,), "std": (0.376,)}
+_DIGITS = {"channels": 1, "size": 8, "stride": 4, "mean": (0.305,), "std": (0.376,), "num_classes": 10}
+_CIFAR_NETWORKS = "qkformer_4_384 spikformer_4_384 spikingformer_4_384 sdt_2_512"
+_TAGS = (  # tag of a data set, its networks, and timm's description of both; a network's first tag is its default
+    ("in1k", " ".join(name for name in RIVALS if "_8_" in name), _cfg(224)),
+    ("cifar10", _CIFAR_NETWORKS, _cfg(num_classes=10, **_CIFAR_DATA)),
+    ("cifar100", _CIFAR_NETWORKS, _cfg(num_classes=100, **_CIFAR_DATA)),
+    ("digits", "qkformer_3_64 spikformer_3_64", _cfg(**_DIGITS)),
+    ("cifar10_dvs", "qkformer_2_256 spikformer_2_256 spikingformer_2_256", _cfg(128, num_classes=10, **_DVS_DATA)),
+    ("dvs128_gesture", "qkformer_2_256 spikingformer_2_256", _cfg(128, num_classes=11, **_DVS_DATA)),
+    ("dvs128_gesture", "sdt_2_256", _cfg(128, stride=8, num_classes=11, **_DVS_DATA)),
+    ("digits_dvs", "qkformer_2_64 spikformer_2_64", _cfg(32, num_classes=10, **_DVS_DATA)),
+)
 default_cfgs = generate_default_cfgs(
     {tag: _cfg(size, notes=(f"md5 {md5}", "ssa_membrane='released'")) for tag, (size, md5) in RELEASED.items()}
-    | {
-        "qkformer_4_384.cifar10": _cfg(num_classes=10, **_CIFAR_DATA),
-        "qkformer_4_384.cifar100": _cfg(num_classes=100, **_CIFAR_DATA),
-        "qkformer_3_64.digits": _cfg(num_classes=10, **_DIGITS),
-        "qkformer_2_256.cifar10_dvs": _cfg(128, num_classes=10, **_DVS_DATA),
-        "qkformer_2_256.dvs128_gesture": _cfg(128, num_classes=11, **_DVS_DATA),
-        "qkformer_2_64.digits_dvs": _cfg(32, num_classes=10, **_DVS_DATA),
-    }
-    | {f"{name}.in1k": _cfg(224) for name in RIVALS if "_8_" in name}
-    | {
-        f"{name}.cifar{classes}": _cfg(num_classes=classes, **_CIFAR_DATA)
-        for name in ("spikformer_4_384", "spikingformer_4_384", "sdt_2_512")
-        for classes in (10, 100)
-    }
-    | {
-        "spikformer_3_64.digits": _cfg(num_classes=10, **_DIGITS),
-        "spikformer_2_256.cifar10_dvs": _cfg(128, num_classes=10, **_DVS_DATA),
-        "spikformer_2_64.digits_dvs": _cfg(32, num_classes=10, **_DVS_DATA),
-        "spikingformer_2_256.cifar10_dvs": _cfg(128, num_classes=10, **_DVS_DATA),
-        "spikingformer_2_256.dvs128_gesture": _cfg(128, num_classes=11, **_DVS_DATA),
-        "sdt_2_256.dvs128_gesture": _cfg(128, stride=8, num_classes=11, **_DVS_DATA),
-    }
+    | {f"{name}.{tag}": cfg for tag, names, cfg in _TAGS for name in names.split()}
 )
-ALIASES = {"in_channels": "in_chans", "drop_path": "drop_path_rate"}  # this project's names of timm's arguments
 
 
 def list_models() -> list[str]:
@@ -119,8 +108,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if pretrained and not (cfg.has_weights or cfg.state_dict):
             raise ValueError(
-                f"pretrained=True: {name} has no weights to download; use a file of weights with "
-                "pretrained_cfg_overlay={'file': PATH}"
+                f"pretrained=True: {name} has no weights here; use pretrained_cfg_overlay={{'file': PATH}}"
             )
         for alias, argument in ALIASES.items():
             if alias in kwargs and kwargs.setdefault(argument, kwargs[alias]) != kwargs.pop(alias):
@@ -130,7 +118,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
             raise ValueError(f"feature_cls={arguments['feature_cls']!r}: modules keep the time axis; use 'getter'")
         features = {"feature_cls": "getter", "out_indices": tuple(range(len(arguments.get("depths", (0,)))))}
         return build_model_with_cfg(
-            _network, name, pretrained, feature_cfg=features, pretrained_filter_fn=translated, **arguments
+            _network, name, pretrained, feature_cfg=features, pretrained_filter_fn=received, **arguments
         )
 
     build.__name__ = build.__qualname__ = name

@@ -187,6 +187,24 @@ def test_files_of_any_naming_load(saved):
         assert all(torch.equal(loaded[key], weights[key]) for key in weights)
 
 
+@pytest.mark.parametrize("membrane", ["released", "per_sample"])
+@pytest.mark.parametrize("spell", [to_released, dict])
+def test_released_weights_warn_of_another_membrane(spell, membrane, tmp_path, recwarn):
+    """Also within another module; loading by `load_released` is silent, because the engine sets the membrane."""
+    model = timm.create_model("qkformer_3_64")
+    weights = spell(model.state_dict()) if spell is dict else spell(model)
+    torch.save(weights, tmp_path / "weights.pth")
+    load_released(model, weights)
+    assert not recwarn
+    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "weights.pth")}}
+    for more in ({"checkpoint_path": tmp_path / "weights.pth"}, overlay, overlay | {"features_only": True}):
+        recwarn.clear()
+        timm.create_model("qkformer_3_64", ssa_membrane=membrane, **more)
+        warned = [str(warning.message) for warning in recwarn if "ssa_membrane" in str(warning.message)]
+        assert len(warned) == (membrane == "per_sample" and spell is to_released)
+        assert all('ssa_membrane="released"' in line and "\n" not in line for line in warned)
+
+
 def test_head_and_first_convolution_adapt_as_timm_does(saved):
     name, arguments, weights, path = saved
     overlay = {"file": str(path), "num_classes": 5, "input_size": (3, 8, 8)}
