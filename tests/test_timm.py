@@ -1,5 +1,7 @@
 """The networks through timm: its builders, feature maps, heads and checkpoint loading."""
 
+import warnings
+
 import pytest
 import timm
 import torch
@@ -188,21 +190,21 @@ def test_files_of_any_naming_load(saved):
 
 
 @pytest.mark.parametrize("membrane", ["released", "per_sample"])
-@pytest.mark.parametrize("spell", [to_released, dict])
-def test_released_weights_warn_of_another_membrane(spell, membrane, tmp_path, recwarn):
-    """Also within another module; loading by `load_released` is silent, because the engine sets the membrane."""
-    model = timm.create_model("qkformer_3_64")
-    weights = spell(model.state_dict()) if spell is dict else spell(model)
-    torch.save(weights, tmp_path / "weights.pth")
+@pytest.mark.parametrize("naming", ["released", "ours"])
+def test_released_weights_warn_of_another_membrane(naming, membrane, tmp_path, recwarn):
+    """Loading by `load_released` is silent, because the engine sets the membrane."""
+    warnings.simplefilter("always")
+    model, path = timm.create_model("qkformer_3_64"), tmp_path / "weights.pth"
+    weights = WEIGHTS[naming][2](model)
+    torch.save(weights, path)
     load_released(model, weights)
     assert not recwarn
-    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "weights.pth")}}
-    for more in ({"checkpoint_path": tmp_path / "weights.pth"}, overlay, overlay | {"features_only": True}):
-        recwarn.clear()
+    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    for more in ({"checkpoint_path": path}, overlay, overlay | {"features_only": True}):
         timm.create_model("qkformer_3_64", ssa_membrane=membrane, **more)
-        warned = [str(warning.message) for warning in recwarn if "ssa_membrane" in str(warning.message)]
-        assert len(warned) == (membrane == "per_sample" and spell is to_released)
-        assert all('ssa_membrane="released"' in line and "\n" not in line for line in warned)
+    lines = [str(warning.message) for warning in recwarn]
+    assert len(lines) == 3 * (membrane == "per_sample" and naming == "released")
+    assert all('ssa_membrane="released"' in line and "\n" not in line for line in lines)
 
 
 def test_head_and_first_convolution_adapt_as_timm_does(saved):
