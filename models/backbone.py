@@ -12,7 +12,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .layers import Chain
-from .neuron import LIF, TAU, continued, set_neurons
+from .neuron import LIF, TAU, continued, require, require_choice, set_neurons
 
 ALIASES = {"in_channels": "in_chans", "drop_path": "drop_path_rate"}  # this project's names of timm's arguments
 register_notrace_module(LIF)  # one node in a graph of torch.fx, for timm; others name it in leaf_modules
@@ -69,9 +69,8 @@ class Backbone(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, value in (("time_steps", time_steps), ("in_chans", in_chans)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        require(time_steps > 0, f"time_steps={time_steps} must be at least 1")
+        require(in_chans > 0, f"in_chans={in_chans} must be at least 1")
         self.residual, self.time_steps = residual, time_steps
         self.in_chans = self.in_channels = in_chans
         self.keep_time, self.drop_rate, self.feature_info = keep_time, drop_rate, feature_info
@@ -119,8 +118,7 @@ class Backbone(nn.Module):
         """
         x = with_time(x, isinstance(self.lif, nn.Identity))
         if not self.global_pool:
-            if self.num_classes:
-                raise ValueError("global_pool='' gives feature maps, no logits; use reset_classifier(classes, 'avg')")
+            require(not self.num_classes, "global_pool='' gives no logits; use reset_classifier(classes, 'avg')")
             return self._feature_map(x)
         x = nn.functional.dropout(self._mean_tokens(x).mean(0), self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
@@ -150,12 +148,10 @@ class Backbone(nn.Module):
         Raises:
             ValueError: the network is in training mode, x is not one frame, or the number of recordings changes.
         """
-        if self.training:
-            raise ValueError("step needs evaluation mode, call model.eval(): in training BatchNorm needs all frames")
-        if x.dim() != 4:
-            raise ValueError(f"step: frame of shape {tuple(x.shape)}; pass one frame [B,C,H,W]")
-        if state is not None and len(state.total) != len(x):
-            raise ValueError(f"frames of {len(x)} recordings cannot continue a state of {len(state.total)}")
+        require(not self.training, "step: BatchNorm needs all frames in training mode; call model.eval()")
+        require(x.dim() == 4, f"step: frame of shape {tuple(x.shape)}; pass one frame [B,C,H,W]")
+        batch = len(x) if state is None else len(state.total)
+        require(len(x) == batch, f"step: frames of {len(x)} recordings cannot continue a state of {batch}")
         neurons = [module for module in self.modules() if isinstance(module, LIF)]
         membranes = {} if state is None else dict(zip(neurons, state.membranes, strict=True))
         with continued(membranes):
@@ -182,8 +178,7 @@ class Backbone(nn.Module):
             stop_early: compute no stage after the last of `indices`.
             intermediates_only: return the list alone.
         """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}: feature maps are NCHW")
+        require_choice("output_fmt", output_fmt, ("NCHW",))
         take, last = feature_take_indices(len(self.stages), indices)
         maps = []
         for i, output in enumerate(self.stage_outputs(x)):
@@ -220,10 +215,8 @@ class Backbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one; 0 classes leave it out. None keeps the pooling, "" leaves that out, too."""
-        if num_classes < 0:
-            raise ValueError(f"num_classes={num_classes} must be at least 0")
-        if global_pool not in (None, "avg", ""):
-            raise ValueError(f"global_pool={global_pool!r} is unknown: choose 'avg' or ''")
+        require(num_classes >= 0, f"num_classes={num_classes} must be at least 0")
+        require_choice("global_pool", global_pool, (None, "avg", ""))
         self.num_classes = num_classes
         self.global_pool = self.global_pool if global_pool is None else global_pool
         self.head = nn.Identity()

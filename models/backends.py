@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .fused import cpu, plan
 from .fused.coverage import Covered, Snapshot
-from .neuron import ALPHA, LIF, TAU, THRESHOLD, is_continued, is_transformed, torch_lif
+from .neuron import ALPHA, LIF, TAU, THRESHOLD, is_continued, is_transformed, require, require_choice, torch_lif
 from .qkformer import HierarchicalSpikingTransformer
 
 CUPY_MAX_ELEMENTS = 2**31  # of T + 1 steps: the CuPy kernels index with 32-bit integers up to the step after the last
@@ -37,8 +37,8 @@ def _cupy_kernels(dtype: torch.dtype) -> tuple[Callable, Callable]:
 
 
 def cupy_lif(x: Tensor, threshold: float) -> Tensor:
-    if reason := _cupy_refusal(x):
-        raise ValueError(f"lif_backend='cupy' {reason}")
+    if refusal := _cupy_refusal(x):
+        raise ValueError(f"lif_backend='cupy' {refusal}; use lif_backend='torch' or 'auto'")
     from spikingjelly.activation_based.auto_cuda.neuron_kernel import LIFNodeATGF
 
     x_seq = x.flatten(1)
@@ -48,33 +48,11 @@ def cupy_lif(x: Tensor, threshold: float) -> Tensor:
 
 def _cupy_refusal(x: Tensor) -> str | None:
     if not x.is_cuda:
-        return f"needs its input on a CUDA device, got {x.device}; use lif_backend='torch' or 'auto'"
+        return f"needs its input on a CUDA device, got {x.device}"
     if x.dtype not in (torch.float16, torch.float32):
-        return f"computes in float16 or float32, got {x.dtype}; use lif_backend='torch' or 'auto'"
+        return f"computes in float16 or float32, got {x.dtype}"
     if x.numel() + x[0].numel() > CUPY_MAX_ELEMENTS:
-        return (
-            f"cannot index {x.numel():,} elements (input {tuple(x.shape)}): its limit is 2^31 in T + 1 steps; "
-            "use a smaller batch, or lif_backend='torch'"
-        )
-    return None
-
-
-@functools.cache
-def cupy_problem() -> str | None:
-    """Return why the CuPy backend cannot run in this process, with a fix; None if it can (tried once)."""
-    if not torch.cuda.is_available():
-        return "needs a CUDA device (torch sees none) and cupy-cuda13x==14.2.0; use lif_backend='torch' or 'auto'"
-    try:
-        import cupy  # noqa: F401
-    except ImportError as error:
-        return f"needs CuPy ({error}); install cupy-cuda13x==14.2.0, or use lif_backend='torch'"
-    try:
-        x = torch.linspace(-1, 3, 64, device="cuda").reshape(4, 16)
-        spikes = cupy_lif(x, THRESHOLD)
-    except Exception as error:  # whatever a broken CUDA or CuPy installation throws
-        return f"does not launch here ({type(error).__name__}: {error}); use lif_backend='torch'"
-    if not torch.equal(spikes, torch_lif(x, THRESHOLD)):
-        return "gives wrong spikes here; use lif_backend='torch'"
+        return f"cannot index {x.numel():,} elements (input {tuple(x.shape)}), only 2^31 in T + 1 steps"
     return None
 
 
@@ -85,28 +63,50 @@ def triton_lif(x: Tensor, threshold: float) -> Tensor:
 
     if not x.is_cuda and not autograd.interpreted():
         raise ValueError(
-            f"lif_backend='triton' needs its input on a CUDA device, got {x.device}; use lif_backend='torch' or 'auto'"
+            f"lif_backend='triton' needs its input on a CUDA device, got {x.device}; use 'torch' or 'auto'"
         )
     with torch.cuda.device_of(x):  # Triton launches on the current device
         return autograd.lif(x, threshold)
 
 
-@functools.cache
-def triton_problem() -> str | None:
-    """Return why the Triton backend cannot run in this process, with a fix; None if it can (tried once)."""
+def _problem(test: Callable[[], str | None], package: str) -> str | None:
+    """Return the problem that a test of a backend returns or raises, with a fix."""
     try:
-        from .fused import autograd, selftest
+        problem = test()
     except ImportError as error:
-        return f"needs Triton ({error}); install triton==3.6.0, or use lif_backend='torch'"
-    if autograd.interpreted():
-        return None
-    if not torch.cuda.is_available():
-        return "needs a CUDA device (torch sees none); use lif_backend='torch' or 'auto'"
-    try:
-        problem = selftest.problem("cuda")
+        return f"needs {package} ({error}); install it, or use lif_backend='torch'"
     except Exception as error:  # whatever a broken installation throws
         problem = f"does not launch here ({type(error).__name__}: {error})"
     return problem and f"{problem}; use lif_backend='torch'"
+
+
+def _test_cupy() -> str | None:
+    if not torch.cuda.is_available():
+        return "needs a CUDA device (torch sees none)"
+    import cupy  # noqa: F401
+
+    x = torch.linspace(-1, 3, 64, device="cuda").reshape(4, 16)
+    return None if torch.equal(cupy_lif(x, THRESHOLD), torch_lif(x, THRESHOLD)) else "gives wrong spikes here"
+
+
+def _test_triton() -> str | None:
+    from .fused import autograd, selftest
+
+    if autograd.interpreted():
+        return None
+    return selftest.problem("cuda") if torch.cuda.is_available() else "needs a CUDA device (torch sees none)"
+
+
+@functools.cache
+def cupy_problem() -> str | None:
+    """Return why the CuPy backend cannot run in this process, with a fix; None if it can (tried once)."""
+    return _problem(_test_cupy, "cupy-cuda13x==14.2.0")
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    """Return why the Triton backend cannot run in this process, with a fix; None if it can (tried once)."""
+    return _problem(_test_triton, "triton==3.6.0")
 
 
 @functools.cache
@@ -176,11 +176,9 @@ def set_lif_backend(model: nn.Module, backend: str) -> None:
     Raises:
         ValueError: unknown backend, or one that cannot run here (the message has a fix).
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"lif_backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
-    problem = {"cupy": cupy_problem, "triton": triton_problem}.get(backend)
-    if problem and problem():
-        raise ValueError(f"lif_backend={backend!r} {problem()}")
+    require_choice("lif_backend", backend, BACKENDS)
+    problem = {"cupy": cupy_problem, "triton": triton_problem}.get(backend, lambda: None)()
+    require(problem is None, f"lif_backend={backend!r} {problem}")
     for module in model.modules():
         if isinstance(module, LIF):
             module.function = BACKENDS[backend]

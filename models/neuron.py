@@ -5,7 +5,7 @@ Shapes: T time steps, then any neuron shape; the networks use [T,B,C,H,W] and [T
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextvars import ContextVar
 
 import torch
@@ -16,6 +16,17 @@ TAU = 2.0  # membrane time constant in time steps; the input decays with it (spi
 THRESHOLD = 1.0  # firing threshold; the reset is hard, to 0, and detached from the gradient
 ATTN_THRESHOLD = 0.5  # firing threshold of the neurons that read the attention sums
 ALPHA = 4.0  # slope of the sigmoid whose derivative stands in for the derivative of the spike
+
+
+def require(holds: bool, problem: str) -> None:
+    """Raise `ValueError` with the problem unless the condition holds."""
+    if not holds:
+        raise ValueError(problem)
+
+
+def require_choice(name: str, value: object, choices: Collection) -> None:
+    """Raise `ValueError` unless the value of an argument is one of `choices`."""
+    require(value in choices, f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
 
 
 def lif_step(
@@ -196,8 +207,7 @@ NEURONS = {"lif": LIF, "if": IF, "plif": PLIF}
 
 def set_neurons(model: nn.Module, kind: str, tau: float = TAU) -> None:
     """Replace every `LIF` of `model` by a neuron of `kind`, a key of `NEURONS`, and set its time constant."""
-    if kind not in NEURONS:
-        raise ValueError(f"neuron={kind!r} is unknown: choose one of {', '.join(NEURONS)}")
+    require_choice("neuron", kind, NEURONS)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, LIF):

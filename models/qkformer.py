@@ -13,6 +13,7 @@ from .attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, Toke
 from .backbone import Backbone
 from .embed import SPEDS
 from .layers import Chain, DropPath, SpikingMLP
+from .neuron import require, require_choice
 
 ATTENTIONS = {"token": TokenQKAttention, "channel": ChannelQKAttention, "self": SpikingSelfAttention}
 
@@ -78,15 +79,28 @@ class HierarchicalSpikingTransformer(Backbone):
         drop_path_rate: float = 0.0,
         **kwargs,
     ):
-        _require_kinds(family, residual, ssa_membrane)
-        _require_attention(attention, len(depths))
+        require_choice("family", family, FAMILIES)
+        require_choice("residual", residual, ("sew", "ms"))
+        require_choice("ssa_membrane", ssa_membrane, ("per_sample", "released"))
+        leaks = ssa_membrane == "released"
+        require(
+            residual == "sew" or not leaks, "ssa_membrane='released' needs residual='sew': no membrane leaks in 'ms'"
+        )
+        is_per_stage = not isinstance(attention, str) and len(attention) == len(depths)
+        require(
+            is_per_stage, f"attention={attention!r} must name one of {', '.join(ATTENTIONS)} for {len(depths)} stages"
+        )
+        for kind in attention:
+            require_choice("attention", kind, ATTENTIONS)
         dims = [width // 2 ** (len(depths) - 1 - i) for i in range(len(depths))]
-        _require_sizes(dims[0], heads, mlp_ratio)
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate={drop_path_rate} must be at least 0 and below 1")
+        require(
+            heads > 0 and dims[0] % heads == 0, f"heads={heads} must divide the {dims[0]} channels of the first stage"
+        )
+        require(int(dims[0] * mlp_ratio) > 0, f"mlp_ratio={mlp_ratio} leaves the MLP without hidden channels")
+        require(0 <= drop_path_rate < 1, f"drop_path_rate={drop_path_rate} must be at least 0 and below 1")
         first_units, first_branch, later_units = FAMILIES[family]
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        self_attn = {"scale": ssa_scale, "leak_across_batch": ssa_membrane == "released"}
+        self_attn = {"scale": ssa_scale, "leak_across_batch": leaks}
         stages, feature_info, reduction = [], [], 1
         for i, (dim, depth, kind) in enumerate(zip(dims, depths, attention, strict=True)):
             units = [(dim // n, pool) for n, pool in (later_units if i else first_units)]
@@ -116,33 +130,6 @@ class HierarchicalSpikingTransformer(Backbone):
         Raises:
             ValueError: the network has stochastic depth, which scales spikes.
         """
-        if enable and any(isinstance(module, DropPath) and module.rate for module in self.modules()):
-            raise ValueError("packed spikes need drop_path=0: stochastic depth scales them, and they are whole numbers")
+        drops = any(isinstance(module, DropPath) and module.rate for module in self.modules())
+        require(not (enable and drops), "packed spikes need drop_path=0: stochastic depth scales spikes")
         self.spike_packing = enable
-
-
-def _require_kinds(family: str, residual: str, ssa_membrane: str) -> None:
-    _require_choice("family", family, FAMILIES)
-    _require_choice("residual", residual, ("sew", "ms"))
-    _require_choice("ssa_membrane", ssa_membrane, ("per_sample", "released"))
-    if residual == "ms" and ssa_membrane == "released":
-        raise ValueError("ssa_membrane='released' needs residual='sew': with 'ms' no membrane leaks")
-
-
-def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}")
-
-
-def _require_attention(attention: Sequence[str], stages: int) -> None:
-    if isinstance(attention, str) or len(attention) != stages:
-        raise ValueError(f"attention={attention!r} must name one of {', '.join(ATTENTIONS)} per stage ({stages})")
-    for kind in attention:
-        _require_choice("attention", kind, ATTENTIONS)
-
-
-def _require_sizes(narrowest: int, heads: int, mlp_ratio: float) -> None:
-    if heads < 1 or narrowest % heads:
-        raise ValueError(f"heads={heads} must divide the {narrowest} channels of the first stage")
-    if int(narrowest * mlp_ratio) < 1:
-        raise ValueError(f"mlp_ratio={mlp_ratio} leaves the MLP without hidden channels")

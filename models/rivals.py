@@ -12,7 +12,7 @@ from .attention import SSA_SCALE, SpikingSelfAttention
 from .backbone import Backbone
 from .embed import SPEDS
 from .layers import Chain, ConvBN, SpikingConv, SpikingMLP
-from .neuron import LIF
+from .neuron import LIF, require, require_choice
 from .qkformer import Block
 
 
@@ -128,12 +128,9 @@ class SpikingTransformer(Backbone):
         in_chans: int = 3,
         **kwargs,
     ):
-        if heads < 1 or width % heads:
-            raise ValueError(f"heads={heads} must divide the {width} channels")
-        if embed not in (None, "speds") or (embed and family != "spikformer"):
-            raise ValueError(f"embed={embed!r}: only Spikformer has a choice, which is 'speds'")
-        if len(pools) != 4 or not set(pools) <= set("01"):
-            raise ValueError(f"pools={pools!r} must be four digits, each 0 or 1")
+        require(heads > 0 and width % heads == 0, f"heads={heads} must divide the {width} channels")
+        require_choice("embed", embed, (None, "speds") if family == "spikformer" else (None,))
+        require(len(pools) == 4 and set(pools) <= set("01"), f"pools={pools!r} must be four digits, each 0 or 1")
         kind, attention, residual, head_lif = FAMILIES[family]
         widths = (width // 8, width // 4, width // 2, width, width)
         units = [(channels, flag == "1") for channels, flag in zip(widths, f"{pools}0", strict=True)]
