@@ -6,7 +6,6 @@ A `LIF` has a `function`, and the network has a `fast_path`; only this file sets
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -69,18 +68,29 @@ def triton_lif(x: Tensor, threshold: float) -> Tensor:
         return autograd.lif(x, threshold)
 
 
-def _problem(test: Callable[[], str | None], package: str) -> str | None:
-    """Return the problem that a test of a backend returns or raises, with a fix."""
-    try:
-        problem = test()
-    except ImportError as error:
-        return f"needs {package} ({error}); install it, or use lif_backend='torch'"
-    except Exception as error:  # whatever a broken installation throws
-        problem = f"does not launch here ({type(error).__name__}: {error})"
-    return problem and f"{problem}; use lif_backend='torch'"
+def _tried_once(package: str) -> Callable[[Callable], Callable]:
+    """Let a test return the problem that it returns or raises the first time, with a fix; it needs `package`."""
+
+    def decorate(test: Callable[[], str | None]) -> Callable[[], str | None]:
+        @functools.cache
+        @functools.wraps(test)
+        def problem() -> str | None:
+            try:
+                found = test()
+            except ImportError as error:
+                return f"needs {package} ({error}); install it, or use lif_backend='torch'"
+            except Exception as error:  # whatever a broken installation throws
+                found = f"does not launch here ({type(error).__name__}: {error})"
+            return found and f"{found}; use lif_backend='torch'"
+
+        return problem
+
+    return decorate
 
 
-def _test_cupy() -> str | None:
+@_tried_once("cupy-cuda13x==14.2.0")
+def cupy_problem() -> str | None:
+    """Return why the CuPy backend cannot run in this process, with a fix; None if it can."""
     if not torch.cuda.is_available():
         return "needs a CUDA device (torch sees none)"
     import cupy  # noqa: F401
@@ -89,24 +99,14 @@ def _test_cupy() -> str | None:
     return None if torch.equal(cupy_lif(x, THRESHOLD), torch_lif(x, THRESHOLD)) else "gives wrong spikes here"
 
 
-def _test_triton() -> str | None:
+@_tried_once("triton==3.6.0")
+def triton_problem() -> str | None:
+    """Return why the Triton backend cannot run in this process, with a fix; None if it can."""
     from .fused import autograd, selftest
 
     if autograd.interpreted():
         return None
     return selftest.problem("cuda") if torch.cuda.is_available() else "needs a CUDA device (torch sees none)"
-
-
-@functools.cache
-def cupy_problem() -> str | None:
-    """Return why the CuPy backend cannot run in this process, with a fix; None if it can (tried once)."""
-    return _problem(_test_cupy, "cupy-cuda13x==14.2.0")
-
-
-@functools.cache
-def triton_problem() -> str | None:
-    """Return why the Triton backend cannot run in this process, with a fix; None if it can (tried once)."""
-    return _problem(_test_triton, "triton==3.6.0")
 
 
 @functools.cache
@@ -119,7 +119,7 @@ def launches(backend: str) -> bool:
 
 
 def auto_lif(x: Tensor, threshold: float) -> Tensor:
-    """The choice of "auto" for one neuron layer; `_ops` makes the same for whole networks."""
+    """The choice of "auto" for one neuron layer; `FastPath` makes the same for whole networks."""
     if not x.is_cuda or torch.compiler.is_compiling():
         return torch_lif(x, threshold)
     if launches("triton"):
@@ -148,20 +148,16 @@ class FastPath:
     def __call__(self, model: HierarchicalSpikingTransformer, x: Tensor) -> Iterator[Tensor] | None:
         if model.residual != "sew" or torch.compiler.is_compiling() or is_transformed() or is_continued():
             return None
-        covered = self.covered(model)
-        ops = _ops(covered, x) if x.numel() else None
-        pack = model.spike_packing and model.training and not covered.drops
-        return None if ops is None else plan.stage_outputs(model, x, ops, pack)
+        covered, ops = self.covered(model), None
+        if covered.function is triton_lif or (covered.function is auto_lif and x.is_cuda and launches("triton")):
+            from .fused import autograd, gpu  # which import Triton
 
-
-def _ops(covered: Covered, x: Tensor) -> ModuleType | None:
-    """Return `gpu` or `cpu`, if one computes for x the answer of the modules of a covered network."""
-    if covered.function is triton_lif or (covered.function is auto_lif and x.is_cuda and launches("triton")):
-        from .fused import autograd, gpu  # which import Triton
-
-        return gpu if x.device.type != "cpu" or autograd.interpreted() else None
-    learns = covered.trains or torch.is_grad_enabled()
-    return cpu if covered.function is auto_lif and x.device.type == "cpu" and not learns else None
+            ops = gpu if x.device.type != "cpu" or autograd.interpreted() else None
+        elif covered.function is auto_lif and x.device.type == "cpu" and not covered.trains:
+            ops = None if torch.is_grad_enabled() else cpu
+        if ops is None or not x.numel():
+            return None
+        return plan.stage_outputs(model, x, ops, model.spike_packing and model.training and not covered.drops)
 
 
 def set_lif_backend(model: nn.Module, backend: str) -> None:

@@ -140,9 +140,14 @@ def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, object]]:
         ValueError: they fit none.
     """
     weights = without_prefixes(state_dict)
-    layers = (r"head", r"(stages\.0\.embed\.units\.0\.|patch_embed1?\.(proj|block0)_)conv")
-    layers += (r"(stage|block).*\.mlp\.(fc1|mlp1)[._](conv|linear)",)
-    head, first_conv, fc1 = (_shape(weights, layer) for layer in layers)
+
+    def shape(layer: str) -> tuple[int, ...]:
+        """Return the shape of the first weight of a layer whose name matches."""
+        names = (name for name in weights if re.fullmatch(rf"{layer}\.weight", name))
+        return next((tuple(weights[name].shape) for name in names), ())
+
+    head, first_conv = shape("head"), shape(r"(stages\.0\.embed\.units\.0\.|patch_embed1?\.(proj|block0)_)conv")
+    fc1 = shape(r"(stage|block).*\.mlp\.(fc1|mlp1)[._](conv|linear)")
     if (len(head), len(first_conv)) == (2, 4) and len(fc1) >= 2 and 0 not in fc1:
         arguments = {"num_classes": head[0], "in_channels": first_conv[1], "mlp_ratio": fc1[0] / fc1[1]}
         for name, variant in VARIANTS.items():
@@ -156,13 +161,8 @@ def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, object]]:
     raise ValueError(f"these weights fit none of {', '.join(list_models())} as released")
 
 
-def _shape(weights: Mapping[str, Tensor], layer: str) -> tuple[int, ...]:
-    """Return the shape of the first weight of a layer whose name matches."""
-    return next((tuple(value.shape) for name, value in weights.items() if re.fullmatch(rf"{layer}\.weight", name)), ())
-
-
 def _fits(weights: Mapping[str, Tensor], name: str, arguments: dict) -> bool:
     with torch.device("meta"):
-        model = create_model(name, **arguments)
-    wanted = {key: value.shape for key, value in model.state_dict().items()}
-    return wanted == {key: value.shape for key, value in translated(weights, model).items()}
+        wanted = (model := create_model(name, **arguments)).state_dict()
+    entries = translated(weights, model)
+    return {key: value.shape for key, value in wanted.items()} == {key: value.shape for key, value in entries.items()}

@@ -133,7 +133,8 @@ class _LIF(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, threshold: float) -> Tensor:
         x = x.contiguous()
-        rows = x.view(len(x), -1, _columns(x[0].numel()))
+        size = x[0].numel()
+        rows = x.view(len(x), -1, min(128, size & -size))  # the largest power of two that divides the size
         out, starts = bn_lif.forward(rows, None, None, len(x), threshold, any(ctx.needs_input_grad))
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(rows, starts)
@@ -159,11 +160,6 @@ def _call(function: type[torch.autograd.Function], *arguments) -> Tensor:
     if torch.is_grad_enabled():
         return function.apply(*arguments)
     return function.forward(_NoGradient, *arguments)
-
-
-def _columns(numel: int) -> int:
-    """The largest power of two up to 128 that divides `numel`."""
-    return min(128, numel & -numel)
 
 
 def lif(x: Tensor, threshold: float) -> Tensor:

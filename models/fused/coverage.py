@@ -17,17 +17,13 @@ from ..layers import Chain, DropPath, SpikingConv, SpikingMLP
 from ..neuron import LIF
 from ..qkformer import Block, HierarchicalSpikingTransformer
 
-LEARNED = (nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 ATTENTIONS = (TokenQKAttention, ChannelQKAttention, SpikingSelfAttention)
-KINDS = (*LEARNED, *ATTENTIONS, Block, SPEDS, SpikingConv, SpikingMLP, Chain, nn.ModuleList)
-KINDS += (LIF, DropPath, nn.MaxPool2d, nn.Identity)
+KINDS = (*ATTENTIONS, Block, SPEDS, SpikingConv, SpikingMLP, Chain, LIF, DropPath, nn.ModuleList, nn.Identity)
+KINDS += (nn.Conv1d, nn.Conv2d, nn.MaxPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 NUMBERS = ("eps", "momentum", "scale", "rate")
-FOLLOWED = {  # attributes that the fused path reads as the modules do -> their types
-    **dict.fromkeys(NUMBERS, (int, float)),
-    **dict.fromkeys(("training", "grad_checkpointing"), (bool,)),
-    "function": (FunctionType,),
-}
+FOLLOWED = dict.fromkeys(NUMBERS, (int, float))  # attributes that the fused path reads as the modules do -> their types
+FOLLOWED |= {"training": (bool,), "grad_checkpointing": (bool,), "function": (FunctionType,)}
 NAMES = ("__call__", "_call_impl", "forward", "attend", "parts", "units", "_over_time", "charge")
 NAMES += ("_conv_forward", "_check_input_dim")
 METHODS = [(kind, name) for kind in KINDS for name in NAMES if hasattr(kind, name)]
@@ -58,9 +54,7 @@ class Snapshot:
         self.dicts = attributes + inner
         self.copies = list(map(dict, self.dicts))
         self.hooks = [each[name] for each in attributes for name in HOOKS]
-        tensors = [tensor for m in self.modules if isinstance(m, LEARNED) for tensor in _tensors(m).values()]
-        self.tensors = [tensor for tensor in tensors if tensor is not None and tensor.dim()]
-        self.vectors = [tensor for tensor in self.tensors if tensor.dim() == 1]
+        self.tensors = [tensor for m in self.modules for tensor in _tensors(m).values() if isinstance(tensor, Tensor)]
         self.numbers = [(itemgetter(name), [each for each in attributes if name in each]) for name in NUMBERS]
         self.state = self._state()
         self.answer = _answer(self.modules, _as_built(tuple(model.arguments.items()))[: len(model.stages)])
@@ -78,8 +72,8 @@ class Snapshot:
             any(self.hooks) or bool(_has_any_global_hook()),
             list(map(type, self.modules)),
             [set(map(type, map(get, owners))) for get, owners in self.numbers],  # 1.0 equals a tensor of 1.0
-            list(map(Tensor.numel, self.tensors)),  # `.data` may be another's
-            all(map(Tensor.is_contiguous, self.vectors)),
+            list(map(Tensor.size, self.tensors)),  # `.data` may be another's
+            list(map(Tensor.stride, self.tensors)),
             _methods(),
         )
 
