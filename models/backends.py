@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .fused import cpu, plan
-from .fused.coverage import Covered, Snapshot
+from .fused.coverage import Coverage
 from .neuron import ALPHA, LIF, TAU, THRESHOLD, is_continued, is_transformed, require, require_choice, torch_lif
 from .qkformer import HierarchicalSpikingTransformer
 
@@ -133,17 +133,17 @@ BACKENDS = {"auto": auto_lif, "torch": torch_lif, "cupy": cupy_lif, "triton": tr
 class FastPath:
     """Outputs of the network's stages, in fused steps; None where the modules have to compute it."""
 
-    snapshot: Snapshot | None = None
+    coverage: Coverage | None = None
 
     def __reduce__(self) -> tuple:
         return FastPath, ()  # a copy of the network gets its own
 
-    def covered(self, model: HierarchicalSpikingTransformer) -> Covered:
+    def covered(self, model: HierarchicalSpikingTransformer) -> Coverage:
         """Return the answer for the network; every forward pass asks."""
-        snapshot = self.snapshot
-        if snapshot is None or not snapshot.holds(model.stages):
-            snapshot = self.snapshot = Snapshot(model)  # in one step, because threads may share a network
-        return snapshot.answer
+        coverage = self.coverage
+        if coverage is None or not coverage.holds(model.stages):
+            coverage = self.coverage = Coverage(model)  # in one step, because threads may share a network
+        return coverage
 
     def __call__(self, model: HierarchicalSpikingTransformer, x: Tensor) -> Iterator[Tensor] | None:
         if model.residual != "sew" or torch.compiler.is_compiling() or is_transformed() or is_continued():

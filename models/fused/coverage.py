@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from operator import itemgetter
 from types import FunctionType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,16 +35,12 @@ def _methods() -> list:
 UNPATCHED = _methods()
 
 
-class Covered(NamedTuple):
-    """Answer: if the fused path covers a network, and how the network is set."""
+class Coverage:
+    """Answer if the fused path covers a network, with everything that this depends on, and how the network is set."""
 
-    function: Callable | None  # of all neurons; None: the modules compute
-    trains: bool = False  # BatchNorm takes the statistics of the batch
-    drops: bool = False  # stochastic depth scales spikes
-
-
-class Snapshot:
-    """Answer for a network, with everything that it depends on: attributes, children, hooks, tensors of each module."""
+    function: Callable | None = None  # of all neurons; None: the modules compute
+    trains = False  # BatchNorm takes the statistics of the batch
+    drops = False  # stochastic depth scales spikes
 
     def __init__(self, model: HierarchicalSpikingTransformer):
         self.modules = list(model.stages.modules())
@@ -57,7 +52,14 @@ class Snapshot:
         self.tensors = [tensor for m in self.modules for tensor in _tensors(m).values() if isinstance(tensor, Tensor)]
         self.numbers = [(itemgetter(name), [each for each in attributes if name in each]) for name in NUMBERS]
         self.state = self._state()
-        self.answer = _answer(self.modules, _as_built(tuple(model.arguments.items()))[: len(model.stages)])
+        expected = list(_as_built(tuple(model.arguments.items()))[: len(model.stages)].modules())
+        is_known = not _has_any_global_hook() and _methods() == UNPATCHED and len(self.modules) == len(expected)
+        if is_known and all(map(_matches, self.modules, expected)):
+            functions = {m.function for m in self.modules if type(m) is LIF}
+            modes = {m.training for m in self.modules if isinstance(m, _BatchNorm)}
+            self.function = functions.pop() if len(functions) == len(modes) == 1 else None
+            self.trains = modes.pop()
+            self.drops = any(m.rate for m in self.modules if type(m) is DropPath)
 
     def holds(self, stages: nn.ModuleList) -> bool:
         """Return whether nothing has changed. Loops run in C: one in Python takes longer than a kernel."""
@@ -83,18 +85,6 @@ def _as_built(arguments: tuple[tuple[str, object], ...]) -> nn.ModuleList:
     """Return the stages of a new network, without memory for its tensors."""
     with torch.device("meta"):
         return HierarchicalSpikingTransformer(**dict(arguments)).stages
-
-
-def _answer(modules: list[nn.Module], reference: nn.ModuleList) -> Covered:
-    """Return the answer for `modules`, which must match those of `reference`."""
-    expected = list(reference.modules())
-    is_known = not _has_any_global_hook() and _methods() == UNPATCHED and len(modules) == len(expected)
-    if not is_known or not all(map(_matches, modules, expected)):
-        return Covered(None)
-    functions = {module.function for module in modules if type(module) is LIF}
-    trains = {module.training for module in modules if isinstance(module, _BatchNorm)}
-    drops = any(module.rate for module in modules if type(module) is DropPath)
-    return Covered(functions.pop(), trains.pop(), drops) if len(functions) == len(trains) == 1 else Covered(None)
 
 
 def _matches(m: nn.Module, expected: nn.Module) -> bool:

@@ -136,7 +136,8 @@ def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int |
         moments = y.new_empty((2, parts, width), dtype=dtype)
         tiles.launch(_moments_kernel, y, moments, rows, width, tiles.tiles)
         count = rows
-        if is_synchronised(first):
+        is_shared = isinstance(first, nn.SyncBatchNorm) and torch.distributed.is_initialized()
+        if is_shared and torch.distributed.get_world_size(first.process_group) > 1:
             moments, counts = _gathered(moments, part, rows, first.process_group)
             parts, count = len(counts), counts.sum()
     norm = y.new_empty((4, width), dtype=dtype)
@@ -160,15 +161,6 @@ def _tensors(norm: Norm) -> tuple[Tensor, ...]:
     statistics = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
     biases = () if norm.bias is None else (norm.bias,)
     return *statistics, parameters["weight"], parameters["bias"], *biases
-
-
-def is_synchronised(bn: nn.Module) -> bool:
-    """Return if the BatchNorm shares its statistics with other ranks, as one with a `process_group` does."""
-    return (
-        torch.distributed.is_initialized()
-        and hasattr(bn, "process_group")
-        and torch.distributed.get_world_size(bn.process_group) > 1
-    )
 
 
 def _gathered(
