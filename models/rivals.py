@@ -4,7 +4,6 @@ Shapes: T time steps, B batch, C channels, H height, W width, N = H*W tokens, h 
 """
 
 from collections import OrderedDict
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -61,20 +60,11 @@ class PatchSplitting(nn.Module):
         return x + y if self.has_shortcut else y
 
 
-class Family(NamedTuple):
-    """Properties of a rival's networks, whatever their size."""
-
-    embed: str  # see `PatchSplitting`
-    attention: str  # a key of `ATTENTIONS`
-    residual: str  # see `HierarchicalSpikingTransformer`
-    head_lif: bool  # see `Backbone`
-
-
 ATTENTIONS = {"self": SpikingSelfAttention, "sdsa": SpikeDrivenAttention}
-FAMILIES = {
-    "spikformer": Family("sps", "self", "sew", head_lif=False),  # Zhou et al., ICLR 2023
-    "spikingformer": Family("tokenizer", "self", "ms", head_lif=False),  # Zhou et al., 2023
-    "sdt": Family("sps_ms", "sdsa", "ms", head_lif=True),  # Spike-Driven Transformer, Yao et al., NeurIPS 2023
+FAMILIES = {  # kind of `PatchSplitting`, attention, residual, and if neurons stand before the head
+    "spikformer": ("sps", "self", "sew", False),  # Zhou et al., ICLR 2023
+    "spikingformer": ("tokenizer", "self", "ms", False),  # Zhou et al., 2023
+    "sdt": ("sps_ms", "sdsa", "ms", True),  # Spike-Driven Transformer, Yao et al., NeurIPS 2023
 }
 _CIFAR, _DVS = {"pools": "0011"}, {"depth": 2, "heads": 16, "time_steps": 16}
 RIVALS = {  # arguments of `SpikingTransformer`

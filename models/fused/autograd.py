@@ -1,5 +1,6 @@
 """The kernels as autograd functions. Shapes are [T,B,H,W,C]; what is shown unchanged at T steps is [1,B,H,W,C]."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -149,17 +150,14 @@ class _LIF(torch.autograd.Function):
         return grad_x.view_as(grad), None
 
 
-class _NoGradient:
-    """The context of a forward pass without gradients."""
-
-    needs_input_grad = ()
+_NO_GRADIENT = SimpleNamespace(needs_input_grad=())  # the context of a forward pass without gradients
 
 
 def _call(function: type[torch.autograd.Function], *arguments) -> Tensor:
     """`function.apply`; where gradients are off, its forward pass alone, which keeps less and costs the host less."""
     if torch.is_grad_enabled():
         return function.apply(*arguments)
-    return function.forward(_NoGradient, *arguments)
+    return function.forward(_NO_GRADIENT, *arguments)
 
 
 def lif(x: Tensor, threshold: float) -> Tensor:

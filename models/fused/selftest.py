@@ -7,7 +7,7 @@ import time
 
 import torch
 import triton
-from torch import Tensor, nn
+from torch import nn
 
 from ..layers import SpikingMLP
 from ..qkformer import ATTENTIONS, Block, HierarchicalSpikingTransformer
@@ -41,16 +41,15 @@ def _in_double(device: str) -> str | None:
     reference = HierarchicalSpikingTransformer(**SMALL).double().to(device)
     fused = copy.deepcopy(reference)
     fused.fast_path = functools.partial(plan.stage_outputs, ops=gpu)
-    for what, a, b in zip(("logits", "gradients"), _step(fused, x), _step(reference, x), strict=True):
+    results = []
+    for model in (fused, reference):
+        logits = model(x)
+        logits.square().sum().backward()
+        results.append((logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    for what, a, b in zip(("logits", "gradients"), *results, strict=True):
         if not (a - b).norm() <= ROUNDING * b.norm():
             return f"gives other {what} than torch here"
     return None
-
-
-def _step(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    logits = model(x)
-    logits.square().sum().backward()
-    return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 @torch.no_grad()
