@@ -36,8 +36,8 @@ def _cupy_kernels(dtype: torch.dtype) -> tuple[Callable, Callable]:
 
 
 def cupy_lif(x: Tensor, threshold: float) -> Tensor:
-    if refusal := _cupy_refusal(x):
-        raise ValueError(f"lif_backend='cupy' {refusal}; use lif_backend='torch' or 'auto'")
+    refusal = _cupy_refusal(x)
+    require(refusal is None, f"lif_backend='cupy' {refusal}; use lif_backend='torch' or 'auto'")
     from spikingjelly.activation_based.auto_cuda.neuron_kernel import LIFNodeATGF
 
     x_seq = x.flatten(1)
@@ -60,10 +60,8 @@ def triton_lif(x: Tensor, threshold: float) -> Tensor:
         return torch_lif(x, threshold)
     from .fused import autograd
 
-    if not x.is_cuda and not autograd.interpreted():
-        raise ValueError(
-            f"lif_backend='triton' needs its input on a CUDA device, got {x.device}; use 'torch' or 'auto'"
-        )
+    is_ready = x.is_cuda or autograd.interpreted()
+    require(is_ready, f"lif_backend='triton' needs its input on a CUDA device, got {x.device}; use 'torch' or 'auto'")
     with torch.cuda.device_of(x):  # Triton launches on the current device
         return autograd.lif(x, threshold)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .backbone import ALIASES, Backbone
 from .backends import set_lif_backend
+from .neuron import require
 from .qkformer import HierarchicalSpikingTransformer
 from .released import accept_released, received, translated, without_prefixes
 from .rivals import FAMILIES, RIVALS, SpikingTransformer
@@ -106,16 +107,15 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
 
     def build(pretrained: bool = False, **kwargs) -> nn.Module:
         cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        if pretrained and not (cfg.has_weights or cfg.state_dict):
-            raise ValueError(
-                f"pretrained=True: {name} has no weights here; use pretrained_cfg_overlay={{'file': PATH}}"
-            )
+        has_weights = cfg.has_weights or cfg.state_dict or not pretrained
+        require(has_weights, f"pretrained=True: {name} has no weights; use pretrained_cfg_overlay={{'file': PATH}}")
         for alias, argument in ALIASES.items():
-            if alias in kwargs and kwargs.setdefault(argument, kwargs[alias]) != kwargs.pop(alias):
-                raise ValueError(f"{alias} and {argument} differ; they are two names of one argument")
+            if alias in kwargs:
+                value = kwargs.pop(alias)
+                require(kwargs.setdefault(argument, value) == value, f"{alias} and {argument} differ; pass one of them")
         arguments = VARIANTS[name] | kwargs
-        if arguments.get("feature_cls", "getter") not in ("getter", FeatureGetterNet):
-            raise ValueError(f"feature_cls={arguments['feature_cls']!r}: modules keep the time axis; use 'getter'")
+        is_getter = arguments.get("feature_cls", "getter") in ("getter", FeatureGetterNet)
+        require(is_getter, f"feature_cls={arguments.get('feature_cls')!r}: modules keep the time axis; use 'getter'")
         features = {"feature_cls": "getter", "out_indices": tuple(range(len(arguments.get("depths", (0,)))))}
         return build_model_with_cfg(
             _network, name, pretrained, feature_cfg=features, pretrained_filter_fn=received, **arguments

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .backbone import Backbone
+from .neuron import require
 from .qkformer import HierarchicalSpikingTransformer
 
 
@@ -88,12 +89,10 @@ def _kind(model: Backbone) -> tuple[str, str]:
 
 def _own_naming(model: Backbone) -> Naming:
     """Return the spelling of the model's family; raise as `released_key_map` does."""
-    if "channel" in model.attention:
-        raise ValueError("channel attention was never released, so its weights have no released names")
+    require("channel" not in model.attention, "channel attention was never released, so its weights have no names")
     kind, data = _kind(model)
     naming = NAMINGS.get(f"{kind}_{data}") or NAMINGS.get(kind)
-    if naming is None:
-        raise ValueError(f"residual={kind!r} was released for the imagenet family only, not for {data!r}")
+    require(naming is not None, f"residual={kind!r} was released for the imagenet family only, not for {data!r}")
     return naming
 
 
@@ -150,8 +149,7 @@ def load_released(model: Backbone, state_dict: Mapping[str, Tensor]) -> None:
         for what, names in listings.items()
         if names
     ]
-    if problems:
-        raise ValueError("the checkpoint does not fit the model: " + "; ".join(problems))
+    require(not problems, "the checkpoint does not fit the model: " + "; ".join(problems))
     model.load_state_dict(weights)
 
 
