@@ -1,7 +1,4 @@
-"""Choice of backend: the modules, neurons of CuPy or Triton, or the fused path.
-
-A `LIF` has a `function`, and the network has a `fast_path`; only this file sets them.
-"""
+"""Backends of the neurons and the fused path; only this file sets a `LIF`'s `function` and a network's `fast_path`."""
 
 import functools
 import warnings
@@ -15,12 +12,12 @@ from .fused.coverage import Coverage
 from .neuron import ALPHA, LIF, TAU, THRESHOLD, is_continued, is_transformed, require, require_choice, torch_lif
 from .qkformer import HierarchicalSpikingTransformer
 
-CUPY_MAX_ELEMENTS = 2**31  # of T + 1 steps: the CuPy kernels index with 32-bit integers up to the step after the last
+CUPY_MAX_ELEMENTS = 2**31  # of T + 1 steps, because the CuPy kernels have 32-bit indices
 
 
 @functools.cache
 def _cupy_kernels(dtype: torch.dtype) -> tuple[Callable, Callable]:
-    """Return spikingjelly's CUDA kernels of the forward and the backward pass; they keep no state."""
+    """Return spikingjelly's CUDA kernels of the forward and the backward pass."""
     from spikingjelly.activation_based import surrogate
     from spikingjelly.activation_based.auto_cuda.neuron_kernel import LIFNodeBPTTKernel, LIFNodeFPTTKernel
 
@@ -31,7 +28,7 @@ def _cupy_kernels(dtype: torch.dtype) -> tuple[Callable, Callable]:
         LIFNodeBPTTKernel(decay_input=True, surrogate_function=slope, hard_reset=True, detach_reset=True, dtype=ctype),
     )
     for kernel in kernels:
-        kernel.check_ctypes = lambda arguments: None  # this check of types needs numpy.int, gone since numpy 1.24
+        kernel.check_ctypes = lambda arguments: None  # needs numpy.int, removed in numpy 1.24
     return kernels
 
 
@@ -56,7 +53,7 @@ def _cupy_refusal(x: Tensor) -> str | None:
 
 
 def triton_lif(x: Tensor, threshold: float) -> Tensor:
-    if torch.compiler.is_compiling():  # which cannot trace the launch of a kernel
+    if torch.compiler.is_compiling():  # cannot trace the launch of a kernel
         return torch_lif(x, threshold)
     from .fused import autograd
 
@@ -67,7 +64,7 @@ def triton_lif(x: Tensor, threshold: float) -> Tensor:
 
 
 def _tried_once(package: str) -> Callable[[Callable], Callable]:
-    """Let a test return the problem that it returns or raises the first time, with a fix; it needs `package`."""
+    """Run a test once, and add a fix to the problem that it returns or raises."""
 
     def decorate(test: Callable[[], str | None]) -> Callable[[], str | None]:
         @functools.cache
@@ -77,7 +74,7 @@ def _tried_once(package: str) -> Callable[[Callable], Callable]:
                 found = test()
             except ImportError as error:
                 return f"needs {package} ({error}); install it, or use lif_backend='torch'"
-            except Exception as error:  # whatever a broken installation throws
+            except Exception as error:  # a broken installation may raise anything
                 found = f"does not launch here ({type(error).__name__}: {error})"
             return found and f"{found}; use lif_backend='torch'"
 
@@ -88,7 +85,7 @@ def _tried_once(package: str) -> Callable[[Callable], Callable]:
 
 @_tried_once("cupy-cuda13x==14.2.0")
 def cupy_problem() -> str | None:
-    """Return why the CuPy backend cannot run in this process, with a fix; None if it can."""
+    """Return the problem of the CuPy backend in this process, with a fix; None if it runs."""
     if not torch.cuda.is_available():
         return "needs a CUDA device (torch sees none)"
     import cupy  # noqa: F401
@@ -99,7 +96,7 @@ def cupy_problem() -> str | None:
 
 @_tried_once("triton==3.6.0")
 def triton_problem() -> str | None:
-    """Return why the Triton backend cannot run in this process, with a fix; None if it can."""
+    """Return the problem of the Triton backend in this process, with a fix; None if it runs."""
     from .fused import autograd, selftest
 
     if autograd.interpreted():
@@ -109,7 +106,7 @@ def triton_problem() -> str | None:
 
 @functools.cache
 def launches(backend: str) -> bool:
-    """Return whether "triton" or "cupy" runs in this process; warn with the reason if it does not."""
+    """Return whether "triton" or "cupy" runs in this process; warn if it does not."""
     problem = {"triton": triton_problem, "cupy": cupy_problem}[backend]()
     if problem:
         warnings.warn(f"lif_backend='auto' runs without {backend}, which {problem}", stacklevel=2)
@@ -117,7 +114,7 @@ def launches(backend: str) -> bool:
 
 
 def auto_lif(x: Tensor, threshold: float) -> Tensor:
-    """The choice of "auto" for one neuron layer; `FastPath` makes the same for whole networks."""
+    """Compute one layer of neurons as "auto" chooses; `FastPath` chooses for whole networks."""
     if not x.is_cuda or torch.compiler.is_compiling():
         return torch_lif(x, threshold)
     if launches("triton"):
@@ -129,18 +126,18 @@ BACKENDS = {"auto": auto_lif, "torch": torch_lif, "cupy": cupy_lif, "triton": tr
 
 
 class FastPath:
-    """Outputs of the network's stages, in fused steps; None where the modules have to compute it."""
+    """Outputs of a network's stages in fused steps; None if its modules must compute them."""
 
     coverage: Coverage | None = None
 
     def __reduce__(self) -> tuple:
-        return FastPath, ()  # a copy of the network gets its own
+        return FastPath, ()  # without the coverage, which holds the network's modules
 
     def covered(self, model: HierarchicalSpikingTransformer) -> Coverage:
-        """Return the answer for the network; every forward pass asks."""
+        """Return the coverage of the network as it is now."""
         coverage = self.coverage
         if coverage is None or not coverage.holds(model.stages):
-            coverage = self.coverage = Coverage(model)  # in one step, because threads may share a network
+            coverage = self.coverage = Coverage(model)  # atomic, because threads may share a network
         return coverage
 
     def __call__(self, model: HierarchicalSpikingTransformer, x: Tensor) -> Iterator[Tensor] | None:
@@ -148,7 +145,7 @@ class FastPath:
             return None
         covered, ops = self.covered(model), None
         if covered.function is triton_lif or (covered.function is auto_lif and x.is_cuda and launches("triton")):
-            from .fused import autograd, gpu  # which import Triton
+            from .fused import autograd, gpu  # import Triton
 
             ops = gpu if x.device.type != "cpu" or autograd.interpreted() else None
         elif covered.function is auto_lif and x.device.type == "cpu" and not covered.trains:
@@ -159,16 +156,13 @@ class FastPath:
 
 
 def set_lif_backend(model: nn.Module, backend: str) -> None:
-    """Choose what computes every LIF of `model`.
+    """Choose what computes every LIF of `model`; `ValueError` has a fix if the backend cannot run.
 
     Args:
-        model: any module; its `LIF`s are set.
+        model: any module with `LIF`s.
         backend: "torch" (any device and floating dtype; the reference), "cupy" (spikingjelly's CUDA kernels; float16
-            and float32), "triton" (see `models.fused`: with "sew" residuals far more than the neurons), or "auto": on
-            CUDA the first that runs of triton, cupy and torch; elsewhere torch, and in evaluation on a CPU `fused.cpu`.
-
-    Raises:
-        ValueError: unknown backend, or one that cannot run here (the message has a fix).
+            and float32), "triton" (see `models.fused`), or "auto": on CUDA the first of triton, cupy and torch that
+            runs; elsewhere torch, and in evaluation on a CPU `fused.cpu`.
     """
     require_choice("lif_backend", backend, BACKENDS)
     problem = {"cupy": cupy_problem, "triton": triton_problem}.get(backend, lambda: None)()

@@ -1,4 +1,4 @@
-"""Reference network: the hierarchical spiking transformer. `models.registry` has the variants.
+"""Hierarchical spiking transformer, the reference network; `models.registry` has its variants.
 
 Shapes: T time steps, B batch, C channels, H height, W width.
 """
@@ -17,8 +17,8 @@ from .neuron import require, require_choice
 
 ATTENTIONS = {"token": TokenQKAttention, "channel": ChannelQKAttention, "self": SpikingSelfAttention}
 
-# family: (units of the first SPEDS, units before its shortcut starts, units of the later SPEDS), where a unit is
-# (n, pool): a 3x3 convolution to 1/n of the stage's channels, pooled or not.
+# family: (units of the first SPEDS, units before its shortcut starts, units of the later SPEDS); a unit (n, pool) is
+# a 3x3 convolution to 1/n of the stage's channels, with or without pooling.
 FAMILIES = {
     "imagenet": ([(2, True), (1, True), (1, False)], 1, [(1, True), (1, False)]),
     "cifar": ([(2, False), (1, False)], 1, [(1, False), (1, True)]),
@@ -27,7 +27,7 @@ FAMILIES = {
 
 
 class Block(nn.Module):
-    """x + attention(x), then x + mlp(x). [T,B,C,H,W], unchanged. With "sew" residuals x is a small integer."""
+    """Residual attention, then residual MLP: [T,B,C,H,W], unchanged. With "sew" residuals x holds small integers."""
 
     def __init__(self, attn: nn.Module, mlp: nn.Module, drop_path: float = 0.0):
         super().__init__()
@@ -44,22 +44,19 @@ class HierarchicalSpikingTransformer(Backbone):
     """QKFormer (Zhou et al., NeurIPS 2024): stages of one SPEDS and some blocks, then a linear head.
 
     Args:
-        family: which SPEDS, a key of `FAMILIES`.
-        width: channels of the last stage; each earlier stage has half of the next one's.
+        family: kind of SPEDS, a key of `FAMILIES`.
+        width: channels of the last stage; each stage before has half as many.
         depths: blocks of each stage.
-        heads: attention heads, the same in all stages.
+        heads: attention heads of every stage.
         mlp_ratio: hidden channels of the MLP over channels.
         attention: "token", "channel" or "self" for each stage.
-        shortcut: SPEDS with its shortcut; False is the paper's ablation "w/o SPEDS".
+        shortcut: shortcut in SPEDS; False is the paper's ablation "w/o SPEDS".
         residual: "sew" adds spikes (the paper); "ms" adds membrane currents (MaxFormer's MS-QKFormer).
         ssa_scale: factor of the product in the self-attention; 1 is the paper's ablation "w/o scaling".
-        ssa_membrane: "per_sample", or "released" to reproduce the leak across the batch in the released
-            self-attention, on which the published accuracies and checkpoints depend (README, errata).
-        drop_path_rate: stochastic depth, the rate of the last block; it rises linearly from 0 in the first.
-        **kwargs: see `Backbone`, for input, time, head and neurons.
-
-    Raises:
-        ValueError: an argument is out of its range; the message names it.
+        ssa_membrane: "per_sample", or "released" for the leak across the batch in the released self-attention.
+            Published accuracies and checkpoints depend on it (README, errata).
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 in the first.
+        **kwargs: input, time, head and neurons; see `Backbone`.
     """
 
     def __init__(
@@ -125,11 +122,7 @@ class HierarchicalSpikingTransformer(Backbone):
         self.spike_packing = False
 
     def set_spike_packing(self, enable: bool = True) -> None:
-        """Keep spikes for the backward pass as bits and bytes on the fused path: less memory for a little more time.
-
-        Raises:
-            ValueError: the network has stochastic depth, which scales spikes.
-        """
+        """Keep spikes for the backward pass as bits and bytes on the fused path: less memory, a little more time."""
         drops = any(isinstance(module, DropPath) and module.rate for module in self.modules())
         require(not (enable and drops), "packed spikes need drop_path=0: stochastic depth scales spikes")
         self.spike_packing = enable

@@ -1,4 +1,4 @@
-"""Table of the variants, `create_model`, and the registration with timm."""
+"""Variants of the networks, `create_model`, and the registration with timm."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -54,7 +54,7 @@ _CIFAR_DATA = {"size": 32, "stride": 4, "mean": (0.4914, 0.4822, 0.4465), "std":
 _DVS_DATA = {"channels": 2, "mean": (0.0, 0.0), "std": (1.0, 1.0)}
 _DIGITS = {"channels": 1, "size": 8, "stride": 4, "mean": (0.305,), "std": (0.376,), "num_classes": 10}
 _CIFAR_NETWORKS = "qkformer_4_384 spikformer_4_384 spikingformer_4_384 sdt_2_512"
-_TAGS = (  # tag of a data set, its networks, and timm's description of both; a network's first tag is its default
+_TAGS = (  # tag of a data set, its networks, timm's configuration; a network's first tag is its default
     ("in1k", " ".join(name for name in RIVALS if "_8_" in name), _cfg(224)),
     ("cifar10", _CIFAR_NETWORKS, _cfg(num_classes=10, **_CIFAR_DATA)),
     ("cifar100", _CIFAR_NETWORKS, _cfg(num_classes=100, **_CIFAR_DATA)),
@@ -71,7 +71,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def list_models() -> list[str]:
-    """Return the names that `create_model` knows."""
+    """Return the names of all variants."""
     return sorted(VARIANTS)
 
 
@@ -79,16 +79,12 @@ def create_model(name: str, **kwargs) -> nn.Module:
     """Build a variant by name, as `timm.create_model` does.
 
     Args:
-        name: one of `list_models()`, or `QKFormer_10_384`, the spelling of the released code; a tag of `default_cfgs`
-            chooses input and classes of a data set ("qkformer_4_384.cifar100").
-        **kwargs: `lif_backend` (see `set_lif_backend`), any argument of `HierarchicalSpikingTransformer` or
-            `timm.create_model`; `in_channels` and `drop_path` for timm's `in_chans` and `drop_path_rate`.
-
-    Raises:
-        ValueError: unknown name, or a value out of range.
-        TypeError: unknown argument.
+        name: one of `list_models()`, also in the released spelling `QKFormer_10_384`. A tag of `default_cfgs` sets
+            input and classes of a data set ("qkformer_4_384.cifar100").
+        **kwargs: `lif_backend` (see `set_lif_backend`), and arguments of `HierarchicalSpikingTransformer` and
+            `timm.create_model`. `in_channels` and `drop_path` are aliases of `in_chans` and `drop_path_rate`.
     """
-    if ":" not in name:  # no source, such as "local-dir:..."
+    if ":" not in name:  # which marks a source, such as "local-dir:..."
         name = name.lower()
         if name.partition(".")[0] not in VARIANTS:
             raise ValueError(f"model {name!r} is unknown: choose one of {', '.join(list_models())}")
@@ -131,13 +127,10 @@ register_model_deprecations(__name__, {name.replace("qkf", "QKF"): name for name
 
 
 def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, object]]:
-    """Return name and arguments of the variant that these weights fit, from entries' names and shapes alone.
+    """Return name and arguments of the variant that fits the names and shapes of these weights.
 
-    `time_steps`, `ssa_membrane` and the resolution leave no trace in shapes. Under this project's names, neither do
-    `attention` and `residual`; their defaults are assumed.
-
-    Raises:
-        ValueError: they fit none.
+    Shapes do not show `time_steps`, `ssa_membrane` and resolution. Under this project's names they do not show
+    `attention` and `residual` either; the defaults are assumed.
     """
     weights = without_prefixes(state_dict)
 
@@ -156,7 +149,7 @@ def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, object]]:
                 found = arguments | residual
                 if variant["width"] == head[1] and _fits(weights, name, found):
                     if found["mlp_ratio"] == 4 and "mlp_ratio" not in variant:
-                        del found["mlp_ratio"]  # of the other variants there is more than one in use
+                        del found["mlp_ratio"]  # other variants have several in use
                     return name, found
     raise ValueError(f"these weights fit none of {', '.join(list_models())} as released")
 

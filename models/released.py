@@ -1,7 +1,7 @@
-"""Checkpoint names of released code, translated to this project's and back: QKFormer, MS-QKFormer and the rivals.
+"""Names in released checkpoints of QKFormer, MS-QKFormer and the rivals, translated to this project's and back.
 
-Each released model spells the same modules in its own way. A `Naming` holds one spelling. Weights of 1x1
-convolutions may have other trailing ones in their shapes.
+Each released model has its own spelling of the same modules, a `Naming`. Shapes of 1x1 convolutions may have more or
+fewer trailing ones.
 """
 
 import re
@@ -22,16 +22,16 @@ def _units(patterns: str, shortcut: str = "proj_res_{}") -> dict[str, str]:
 
 
 class Naming(NamedTuple):
-    """Spelling of one released code base: `{}` in a pattern stands for "conv" or "bn"."""
+    """Spelling of one released code base; `{}` in a pattern stands for "conv" or "bn"."""
 
     first: Mapping[str, str]  # unit of the first patch embedding -> pattern
-    later: Mapping[str, str] = _units("proj3_{} proj4_{}")  # the same of later stages, if there are any
+    later: Mapping[str, str] = _units("proj3_{} proj4_{}")  # of later stages; empty if there is one stage
     token: str = "tssa"  # module of the token attention
     ssa: str = "attn"  # module of the self-attention
     mlp: str = "fc"  # units of the MLP, without their number
     conv: str = "conv"  # in blocks
     dims: tuple[int, int] = (3, 4)  # of the weights in attention and MLP
-    unused: tuple[tuple[str, tuple], ...] = ()  # entries without effect, and their shapes; {}: number of the block
+    unused: tuple[tuple[str, tuple], ...] = ()  # entries without effect and their shapes; {}: number of the block
 
 
 _NORMS = tuple((f"block.{{}}.norm{i}.{leaf}", ("C",)) for i in (1, 2) for leaf in ("weight", "bias"))
@@ -58,7 +58,7 @@ _ENTRY = re.compile(r"stages\.(\d+)\.(?:embed|blocks\.(\d+)\.(attn|mlp))\.(units
 
 
 def _rename(key: str, naming: Naming, attention: tuple[str, ...]) -> str | None:
-    """Return the released name of one entry; nothing where this naming has no word for it."""
+    """Return the released name of an entry; None or "" if this spelling has none."""
     match = _ENTRY.fullmatch(key)
     if match is None:
         return key  # the head has one name everywhere
@@ -81,14 +81,14 @@ def _key_map(model: Backbone, naming: Naming) -> dict[str, str]:
 
 
 def _kind(model: Backbone) -> tuple[str, str]:
-    """Return the kind of network, whose spellings start with it, and the kind of data."""
+    """Return the kinds of network and of data, which make a key of `NAMINGS`."""
     if isinstance(model, HierarchicalSpikingTransformer):
         return model.residual, model.family
     return model.family, "dvs" if model.in_chans == 2 else "cifar" if model.pools == "0011" else "imagenet"
 
 
 def _own_naming(model: Backbone) -> Naming:
-    """Return the spelling of the model's family; raise as `released_key_map` does."""
+    """Return the spelling of the model's family."""
     require("channel" not in model.attention, "channel attention was never released, so its weights have no names")
     kind, data = _kind(model)
     naming = NAMINGS.get(f"{kind}_{data}") or NAMINGS.get(kind)
@@ -97,20 +97,15 @@ def _own_naming(model: Backbone) -> Naming:
 
 
 def released_key_map(model: Backbone) -> dict[str, str]:
-    """Return {released name: this project's name} of every state-dict entry, in the spelling of the model's family.
+    """Return {released name: this project's name} of the state dict, in the spelling of the model's family.
 
-    Raises:
-        ValueError: the model has channel attention, or "ms" residuals outside the ImageNet family. No weights of
-            either were released.
+    Channel attention, and "ms" residuals outside the ImageNet family, raise `ValueError`: they were never released.
     """
     return _key_map(model, _own_naming(model))
 
 
 def to_released(model: Backbone) -> dict[str, Tensor]:
-    """Return the model's state dict under its released names, with the entries that the released code never reads.
-
-    Raises as `released_key_map` does.
-    """
+    """Return the state dict under its released names, with the entries that the released code never reads."""
     naming, state, entries = _own_naming(model), model.state_dict(), {}
     for released, key in _key_map(model, naming).items():
         value = state[key]
@@ -129,9 +124,7 @@ def to_released(model: Backbone) -> dict[str, Tensor]:
 def load_released(model: Backbone, state_dict: Mapping[str, Tensor]) -> None:
     """Load weights under any released spelling or this project's names, strictly.
 
-    Raises:
-        ValueError: an entry is missing, foreign, or of another shape: the message lists 20 of each kind in the
-            spelling of the weights, and nothing is loaded.
+    If entries are missing, foreign or of another shape, `ValueError` lists them in the spelling of the weights.
     """
     weights, names = _read(state_dict, model)
     spelled, wanted = {key: name for name, key in names.items()}, model.state_dict()
@@ -154,7 +147,7 @@ def load_released(model: Backbone, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def without_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the entries without the prefixes of wrappers ("module." and others); a duplicate keeps its own."""
+    """Return the entries without prefixes of wrappers such as "module."; duplicates keep them."""
     weights = {}
     for name, value in state_dict.items():
         short = PREFIXES.sub("", name)
@@ -163,14 +156,14 @@ def without_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def translated(state_dict: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
-    """Return the entries under this project's names; one that the model does not have keeps its name."""
+    """Return the entries under this project's names; unknown entries keep theirs."""
     return _read(state_dict, model)[0]
 
 
 def _read(state_dict: Mapping[str, Tensor], model: Backbone) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return `translated` in the model's shapes, and {name: this project's name} of the weights' spelling.
+    """Return the entries under this project's names and in its shapes, and {name: this project's name}.
 
-    Networks with equal shapes and another function have other spellings, which are not read.
+    Spellings of networks with equal shapes but another function are not read.
     """
     weights, wanted, kind = without_prefixes(state_dict), model.state_dict(), _kind(model)[0]
     namings = [naming for name, naming in NAMINGS.items() if name.split("_")[0] == kind]
@@ -188,14 +181,14 @@ def _read(state_dict: Mapping[str, Tensor], model: Backbone) -> tuple[dict[str, 
 
 
 def accept_released(model: Backbone, state_dict: dict, prefix: str, *_) -> None:
-    """Let `load_state_dict` take any spelling: a hook that torch calls before it loads."""
+    """Let `load_state_dict` take any spelling: a hook that torch calls before loading."""
     inside = [name for name in state_dict if name.startswith(prefix)]
     weights = {name.removeprefix(prefix): state_dict.pop(name) for name in inside}
     state_dict.update({prefix + name: value for name, value in received(weights, model).items()})
 
 
 def received(state_dict: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
-    """Return `translated`; warn if released self-attention is loaded into a network with another membrane."""
+    """Return `translated`, with a warning if released self-attention comes to a network with another membrane."""
     weights, names = _read(state_dict, model)
     leaked = any(".attn.v." in key for name, key in names.items() if name != key) and _kind(model)[0] == "sew"
     if leaked and model.ssa_membrane != "released":

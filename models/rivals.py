@@ -18,7 +18,7 @@ from .qkformer import Block
 class SpikeDrivenAttention(SpikingSelfAttention):
     """Spike-driven self-attention (SDSA; Yao et al., NeurIPS 2023): the sum of k*v over the tokens masks q's channels.
 
-    The arguments are those of `SpikingSelfAttention`. Heads do not enter, and nothing is scaled.
+    `heads` and `scale` have no effect; see `SpikingSelfAttention`.
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -26,14 +26,13 @@ class SpikeDrivenAttention(SpikingSelfAttention):
 
 
 class PatchSplitting(nn.Module):
-    """Five 3x3 convolutions to tokens: the first four may pool, the last gives tokens their position.
+    """Five 3x3 convolutions to tokens: the first four may pool, the last encodes the position.
 
-    [T,B,C,H,W] -> [T,B,C',H/s,W/s] (rounded up), with s = 2 to the number of pools. Unlike SPEDS it pools spikes.
+    [T,B,C,H,W] -> [T,B,C',H/s,W/s] (rounded up), s = 2 to the number of pools. Unlike SPEDS it pools spikes.
 
     Args:
-        in_channels: channels of the input.
         units: (channels, pool) of each convolution; the last does not pool.
-        kind: "sps" adds the last spikes to those before (Spikformer); "sps_ms" does so with currents (Spike-Driven
+        kind: "sps" adds the last spikes to those before (Spikformer); "sps_ms" adds currents (Spike-Driven
             Transformer); "tokenizer" ends in currents and adds nothing (Spikingformer).
     """
 
@@ -61,7 +60,7 @@ class PatchSplitting(nn.Module):
 
 
 ATTENTIONS = {"self": SpikingSelfAttention, "sdsa": SpikeDrivenAttention}
-FAMILIES = {  # kind of `PatchSplitting`, attention, residual, and if neurons stand before the head
+FAMILIES = {  # kind of `PatchSplitting`, attention, residual, head_lif (see `Backbone`)
     "spikformer": ("sps", "self", "sew", False),  # Zhou et al., ICLR 2023
     "spikingformer": ("tokenizer", "self", "ms", False),  # Zhou et al., 2023
     "sdt": ("sps_ms", "sdsa", "ms", True),  # Spike-Driven Transformer, Yao et al., NeurIPS 2023
@@ -85,22 +84,16 @@ RIVALS = {  # arguments of `SpikingTransformer`
 
 
 class SpikingTransformer(Backbone):
-    """One stage: five convolutions to tokens, some blocks, then a linear head.
+    """Network of one stage: five convolutions to tokens, some blocks, then a linear head.
 
     Args:
         family: a key of `FAMILIES`.
         width: channels of the tokens; the convolutions have width / 8, / 4, / 2, width and width.
         depth: number of blocks.
-        heads: attention heads.
         pools: "1" for each of the first four convolutions that pools, else "0".
-        embed: "speds" for the paper's ablation of QKFormer's SPEDS in Spikformer; the default is the family's.
-        mlp_ratio: hidden channels of the MLP over channels.
-        qkv_bias: bias of the convolutions to q, k and v, which the BatchNorm after them makes idle.
-        ssa_scale: factor of the product in the self-attention.
-        **kwargs: see `Backbone`, for input, time, head and neurons.
-
-    Raises:
-        ValueError: an argument is out of its range; the message names it.
+        embed: "speds" for the paper's ablation of SPEDS in Spikformer; the default is the family's.
+        qkv_bias: bias of the convolutions to q, k and v; the BatchNorm after them cancels it.
+        **kwargs: input, time, head and neurons; see `Backbone`. For the others see `HierarchicalSpikingTransformer`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The kernels as autograd functions. Shapes are [T,B,H,W,C]; what is shown unchanged at T steps is [1,B,H,W,C]."""
+"""Autograd functions of the kernels. Shapes are [T,B,H,W,C], or [1,B,H,W,C] if all T steps are equal."""
 
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -27,16 +27,16 @@ class Unit(NamedTuple):
     leak: bool = False  # the membrane runs over the batch, see `LIF`
 
     def parameters(self) -> list[Tensor | None]:
-        """gamma, beta and the convolution's bias of each norm."""
+        """Return gamma, beta and the convolution's bias of each norm."""
         return [p for bn, bias in self.norms for p in (bn.weight, bn.bias, bias)]
 
     def gradients(self, total: Tensor, norm: Tensor, in_training: bool) -> list[Tensor | None]:
-        """Gradients of `parameters`, from those of all betas and gammas [2,C]."""
+        """Return the gradients of `parameters`, from those of all betas and gammas [2,C]."""
         found, start = [], 0
         for bn, bias in self.norms:
             columns = slice(start, start + bn.num_features)
             beta, gamma = total[:, columns]
-            of_bias = None  # BatchNorm takes the mean, and with it any bias
+            of_bias = None  # zero in training, because BatchNorm subtracts the mean
             if bias is not None:
                 of_bias = torch.zeros_like(bias) if in_training else (beta * norm[1, columns] * norm[2, columns])
             found += [gamma.to(bn.weight.dtype), beta.to(bn.bias.dtype), of_bias]
@@ -44,7 +44,7 @@ class Unit(NamedTuple):
         return found
 
     def over_ranks(self, total: Tensor, count: int | Tensor | None) -> tuple[Tensor | None, int]:
-        """`total` of all ranks that share the statistics of `count` rows, and the number that divides it to means."""
+        """Return the sum of `total` over ranks that share statistics, and the divisor that makes it a mean."""
         if not isinstance(count, Tensor):
             return (None, 0) if count is None else (total, count)
         total = total.clone()
@@ -76,7 +76,7 @@ class _NormLIF(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         y, rows, index, norm, starts = ctx.saved_tensors
         unit = ctx.unit
-        grad = grad.contiguous()  # once: the residual's gradient goes on through all blocks of the stage
+        grad = grad.contiguous()  # once, because all blocks of the stage get the residual's gradient
         grad_out = grad.view(-1, *rows.shape[1:])
         total, grad_u = bn_lif.backward(
             rows, norm, grad_out, starts, THRESHOLD, sums=True, of="u" if unit.pool else None
@@ -154,27 +154,27 @@ _NO_GRADIENT = SimpleNamespace(needs_input_grad=())  # the context of a forward 
 
 
 def _call(function: type[torch.autograd.Function], *arguments) -> Tensor:
-    """`function.apply`; where gradients are off, its forward pass alone, which keeps less and costs the host less."""
+    """Apply a function; without gradients run its forward pass alone, which keeps less and is faster on the host."""
     if torch.is_grad_enabled():
         return function.apply(*arguments)
     return function.forward(_NO_GRADIENT, *arguments)
 
 
 def lif(x: Tensor, threshold: float) -> Tensor:
-    """Multi-step LIF neurons: currents [T, ...] of any shape to spikes."""
+    """Map currents [T, ...] to spikes of LIF neurons."""
     return _call(_LIF, x, threshold)
 
 
 def norm_lif_of(y: Tensor, unit: Unit, add: Tensor | None = None) -> Tensor:
-    """BatchNorm, max pooling if the unit has it, LIF neurons; `add` [T,B,H',W',C] is added to the spikes."""
+    """Apply BatchNorm, max pooling if the unit has it, and LIF neurons; add `add` [T,B,H',W',C] to the spikes."""
     return _call(_NormLIF, y, add, unit, *unit.parameters())
 
 
 def token_attention_of(y: Tensor, unit: Unit, heads: int) -> Tensor:
-    """Query and key before BatchNorm, [T,B,H,W,2C], to the keys that pass [T,B,H,W,C]."""
+    """Map query and key before BatchNorm, [T,B,H,W,2C], to the keys that pass [T,B,H,W,C]."""
     return _call(_TokenAttention, y, unit, heads, *unit.parameters())
 
 
 def self_attention_of(s: Tensor, heads: int, scale: float) -> Tensor:
-    """Spikes of query, key and value [T,B,H,W,3C] to what the attention passes on, [T,B,H,W,C]."""
+    """Map spikes of query, key and value [T,B,H,W,3C] to the attention's spikes [T,B,H,W,C]."""
     return _call(_SelfAttention, s, heads, scale)

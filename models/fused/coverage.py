@@ -1,4 +1,4 @@
-"""Safety of the fused path: it replaces modules only as this project builds them, unwatched and unchanged."""
+"""Safety check of the fused path: it replaces modules only if nothing watches them or changed them."""
 
 import functools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ KINDS = (*ATTENTIONS, Block, SPEDS, SpikingConv, SpikingMLP, Chain, LIF, DropPat
 KINDS += (nn.Conv1d, nn.Conv2d, nn.MaxPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 NUMBERS = ("eps", "momentum", "scale", "rate")
-FOLLOWED = dict.fromkeys(NUMBERS, (int, float))  # attributes that the fused path reads as the modules do -> their types
+FOLLOWED = dict.fromkeys(NUMBERS, (int, float))  # attributes that the fused path reads, and their types
 FOLLOWED |= {"training": (bool,), "grad_checkpointing": (bool,), "function": (FunctionType,)}
 NAMES = ("__call__", "_call_impl", "forward", "attend", "parts", "units", "_over_time", "charge")
 NAMES += ("_conv_forward", "_check_input_dim")
@@ -36,7 +36,7 @@ UNPATCHED = _methods()
 
 
 class Coverage:
-    """Answer if the fused path covers a network, with everything that this depends on, and how the network is set."""
+    """Answer if the fused path covers a network, and everything that the answer depends on."""
 
     function: Callable | None = None  # of all neurons; None: the modules compute
     trains = False  # BatchNorm takes the statistics of the batch
@@ -62,19 +62,19 @@ class Coverage:
             self.drops = any(m.rate for m in self.modules if type(m) is DropPath)
 
     def holds(self, stages: nn.ModuleList) -> bool:
-        """Return whether nothing has changed. Loops run in C: one in Python takes longer than a kernel."""
+        """Return whether nothing has changed. Loops run in C, because one in Python takes longer than a kernel."""
         try:
             return stages is self.modules[0] and self.dicts == self.copies and self._state() == self.state
-        except Exception:  # of a comparison: tensors, say, give no bool
+        except Exception:  # comparing tensors may raise
             return False
 
     def _state(self) -> tuple:
-        """Collect the parts of the state that comparing dictionaries misses."""
+        """Return the parts of the state that comparing dictionaries misses."""
         return (
             any(self.hooks) or bool(_has_any_global_hook()),
             list(map(type, self.modules)),
             [set(map(type, map(get, owners))) for get, owners in self.numbers],  # 1.0 equals a tensor of 1.0
-            list(map(Tensor.size, self.tensors)),  # `.data` may be another's
+            list(map(Tensor.size, self.tensors)),  # `.data` can be replaced
             list(map(Tensor.stride, self.tensors)),
             _methods(),
         )
@@ -82,13 +82,13 @@ class Coverage:
 
 @functools.cache
 def _as_built(arguments: tuple[tuple[str, object], ...]) -> nn.ModuleList:
-    """Return the stages of a new network, without memory for its tensors."""
+    """Return the stages of a new network on the meta device."""
     with torch.device("meta"):
         return HierarchicalSpikingTransformer(**dict(arguments)).stages
 
 
 def _matches(m: nn.Module, expected: nn.Module) -> bool:
-    """Return whether nothing watches or patches a module, and the fused path follows all that differs in it."""
+    """Return whether a module is unwatched, unpatched and built as expected, apart from what the fused path follows."""
     kind, attributes, tensors, wanted = type(m), vars(m), _tensors(m), _tensors(expected)
     is_synchronised = kind is nn.SyncBatchNorm and isinstance(expected, _BatchNorm)
     return (
@@ -104,7 +104,7 @@ def _matches(m: nn.Module, expected: nn.Module) -> bool:
 
 
 def _follows(name: str, value: object, expected: object) -> bool:
-    """Return whether the fused path computes with this value of an attribute what the modules compute."""
+    """Return whether the fused path equals the modules with this value of an attribute."""
     if name in FOLLOWED:
         return type(value) in FOLLOWED[name]
     return name.startswith("_") or (type(value) is type(expected) and value == expected)
@@ -115,7 +115,7 @@ def _tensors(m: nn.Module) -> dict[str, Tensor | None]:
 
 
 def _has_shape(tensor: Tensor | None, expected: Tensor | None) -> bool:
-    """Return whether a tensor is plain and of the expected shape; kernels read vectors from their start."""
+    """Return whether a tensor is plain, has the expected shape and, if a vector, is contiguous."""
     if tensor is None or expected is None:
         return tensor is expected
     is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.shape == expected.shape

@@ -1,4 +1,4 @@
-"""Units and attentions in Triton's kernels. A convolution in front of a BatchNorm leaves its bias to the statistics."""
+"""Units and attentions in Triton kernels. The statistics of a BatchNorm include the bias of the convolution."""
 
 import contextlib
 
@@ -34,7 +34,7 @@ def attend(m: SpikingAttention, x: Tensor, run: Run) -> Tensor:
 
 
 def spiking_conv(m: SpikingConv, x: Tensor, run: Run, binary: bool, add: Tensor | None = None) -> Tensor:
-    """Compute a `SpikingConv` and the residual addition after it; x holds spikes if `binary`, else sums of spikes."""
+    """Compute a `SpikingConv` and the residual addition after it; `binary`: x holds spikes, not sums of spikes."""
     is_half = x.dtype in (torch.float16, torch.bfloat16)
     learns = m.bn.training or torch.is_grad_enabled()
     if ONE_KERNEL and is_half and not learns and is_linear(m.conv) and not m.lif.leak_across_batch:
