@@ -63,29 +63,18 @@ def triton_lif(x: Tensor, threshold: float) -> Tensor:
         return autograd.lif(x, threshold)
 
 
-def _tried_once(package: str) -> Callable[[Callable], Callable]:
-    """Run a test once, and add a fix to the problem that it returns or raises."""
-
-    def decorate(test: Callable[[], str | None]) -> Callable[[], str | None]:
-        @functools.cache
-        @functools.wraps(test)
-        def problem() -> str | None:
-            try:
-                found = test()
-            except ImportError as error:
-                return f"needs {package} ({error}); install it, or use lif_backend='torch'"
-            except Exception as error:  # a broken installation may raise anything
-                found = f"does not launch here ({type(error).__name__}: {error})"
-            return found and f"{found}; use lif_backend='torch'"
-
-        return problem
-
-    return decorate
+def _problem(test: Callable[[], str | None], package: str) -> str | None:
+    """Return the problem that a test of a backend returns or raises, with a fix; None if the backend runs."""
+    try:
+        problem = test()
+    except ImportError as error:
+        return f"needs {package} ({error}); install it, or use lif_backend='torch'"
+    except Exception as error:  # a broken installation may raise anything
+        problem = f"does not launch here ({type(error).__name__}: {error})"
+    return problem and f"{problem}; use lif_backend='torch'"
 
 
-@_tried_once("cupy-cuda13x==14.2.0")
-def cupy_problem() -> str | None:
-    """Return the problem of the CuPy backend in this process, with a fix; None if it runs."""
+def _test_cupy() -> str | None:
     if not torch.cuda.is_available():
         return "needs a CUDA device (torch sees none)"
     import cupy  # noqa: F401
@@ -94,14 +83,16 @@ def cupy_problem() -> str | None:
     return None if torch.equal(cupy_lif(x, THRESHOLD), torch_lif(x, THRESHOLD)) else "gives wrong spikes here"
 
 
-@_tried_once("triton==3.6.0")
-def triton_problem() -> str | None:
-    """Return the problem of the Triton backend in this process, with a fix; None if it runs."""
+def _test_triton() -> str | None:
     from .fused import autograd, selftest
 
     if autograd.interpreted():
         return None
     return selftest.problem("cuda") if torch.cuda.is_available() else "needs a CUDA device (torch sees none)"
+
+
+cupy_problem = functools.cache(functools.partial(_problem, _test_cupy, "cupy-cuda13x==14.2.0"))
+triton_problem = functools.cache(functools.partial(_problem, _test_triton, "triton==3.6.0"))
 
 
 @functools.cache

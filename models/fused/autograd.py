@@ -18,6 +18,9 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
+_NO_GRADIENT = SimpleNamespace(needs_input_grad=())  # the context of a forward pass without gradients
+
+
 class Unit(NamedTuple):
     """BatchNorm, pooling and neurons after a convolution."""
 
@@ -52,7 +55,14 @@ class Unit(NamedTuple):
         return total / count, 1
 
 
-class _NormLIF(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    @classmethod
+    def call(cls, *arguments) -> Tensor:
+        """Apply the function; without gradients run its forward pass alone, which keeps less and is faster."""
+        return cls.apply(*arguments) if torch.is_grad_enabled() else cls.forward(_NO_GRADIENT, *arguments)
+
+
+class _NormLIF(_Function):
     @staticmethod
     def forward(ctx, y: Tensor, add: Tensor | None, unit: Unit, *parameters: Tensor | None) -> Tensor:
         keep = any(ctx.needs_input_grad)
@@ -91,7 +101,7 @@ class _NormLIF(torch.autograd.Function):
         return grad_y, grad_add, None, *unit.gradients(total, norm, shared is not None)
 
 
-class _TokenAttention(torch.autograd.Function):
+class _TokenAttention(_Function):
     @staticmethod
     def forward(ctx, y: Tensor, unit: Unit, heads: int, *parameters: Tensor | None) -> Tensor:
         y = y.contiguous()
@@ -113,7 +123,7 @@ class _TokenAttention(torch.autograd.Function):
         return grad_y.view_as(y), None, None, *ctx.unit.gradients(total, norm, shared is not None)
 
 
-class _SelfAttention(torch.autograd.Function):
+class _SelfAttention(_Function):
     @staticmethod
     def forward(ctx, s: Tensor, heads: int, scale: float) -> Tensor:
         out, kv = self_attention.forward(s.flatten(2, 3), heads, scale)
@@ -130,7 +140,7 @@ class _SelfAttention(torch.autograd.Function):
         return grad_s.view_as(s), None, None
 
 
-class _LIF(torch.autograd.Function):
+class _LIF(_Function):
     @staticmethod
     def forward(ctx, x: Tensor, threshold: float) -> Tensor:
         x = x.contiguous()
@@ -150,31 +160,15 @@ class _LIF(torch.autograd.Function):
         return grad_x.view_as(grad), None
 
 
-_NO_GRADIENT = SimpleNamespace(needs_input_grad=())  # the context of a forward pass without gradients
-
-
-def _call(function: type[torch.autograd.Function], *arguments) -> Tensor:
-    """Apply a function; without gradients run its forward pass alone, which keeps less and is faster on the host."""
-    if torch.is_grad_enabled():
-        return function.apply(*arguments)
-    return function.forward(_NO_GRADIENT, *arguments)
-
-
-def lif(x: Tensor, threshold: float) -> Tensor:
-    """Map currents [T, ...] to spikes of LIF neurons."""
-    return _call(_LIF, x, threshold)
-
-
 def norm_lif_of(y: Tensor, unit: Unit, add: Tensor | None = None) -> Tensor:
     """Apply BatchNorm, max pooling if the unit has it, and LIF neurons; add `add` [T,B,H',W',C] to the spikes."""
-    return _call(_NormLIF, y, add, unit, *unit.parameters())
+    return _NormLIF.call(y, add, unit, *unit.parameters())
 
 
 def token_attention_of(y: Tensor, unit: Unit, heads: int) -> Tensor:
     """Map query and key before BatchNorm, [T,B,H,W,2C], to the keys that pass [T,B,H,W,C]."""
-    return _call(_TokenAttention, y, unit, heads, *unit.parameters())
+    return _TokenAttention.call(y, unit, heads, *unit.parameters())
 
 
-def self_attention_of(s: Tensor, heads: int, scale: float) -> Tensor:
-    """Map spikes of query, key and value [T,B,H,W,3C] to the attention's spikes [T,B,H,W,C]."""
-    return _call(_SelfAttention, s, heads, scale)
+self_attention_of = _SelfAttention.call  # spikes of query, key and value [T,B,H,W,3C] to spikes [T,B,H,W,C]
+lif = _LIF.call  # currents [T, ...] to spikes
