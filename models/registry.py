@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .backbone import ALIASES, Backbone
 from .backends import set_lif_backend
-from .neuron import require
+from .neuron import require, require_choice
 from .qkformer import HierarchicalSpikingTransformer
 from .released import accept_released, received, translated, without_prefixes
 from .rivals import FAMILIES, RIVALS, SpikingTransformer
@@ -86,8 +86,7 @@ def create_model(name: str, **kwargs) -> nn.Module:
     """
     if ":" not in name:  # which marks a source, such as "local-dir:..."
         name = name.lower()
-        if name.partition(".")[0] not in VARIANTS:
-            raise ValueError(f"model {name!r} is unknown: choose one of {', '.join(list_models())}")
+        require_choice("model", name.partition(".")[0], VARIANTS)
     return timm.create_model(name, **kwargs)
 
 

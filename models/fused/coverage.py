@@ -49,7 +49,7 @@ class Coverage:
         self.dicts = attributes + inner
         self.copies = list(map(dict, self.dicts))
         self.hooks = [each[name] for each in attributes for name in HOOKS]
-        self.tensors = [tensor for m in self.modules for tensor in _tensors(m).values() if isinstance(tensor, Tensor)]
+        self.tensors = [tensor for m in self.modules for tensor in _tensors(m).values()]
         self.numbers = [(itemgetter(name), [each for each in attributes if name in each]) for name in NUMBERS]
         self.state = self._state()
         expected = list(_as_built(tuple(model.arguments.items()))[: len(model.stages)].modules())
@@ -89,14 +89,15 @@ def _as_built(arguments: tuple[tuple[str, object], ...]) -> nn.ModuleList:
 
 def _matches(m: nn.Module, expected: nn.Module) -> bool:
     """Return whether a module is unwatched, unpatched and built as expected, apart from what the fused path follows."""
-    kind, attributes, tensors, wanted = type(m), vars(m), _tensors(m), _tensors(expected)
+    kind, attributes, tensors = type(m), vars(m), _tensors(m).values()
     is_synchronised = kind is nn.SyncBatchNorm and isinstance(expected, _BatchNorm)
     return (
         (kind is type(expected) or is_synchronised)
         and kind in KINDS
         and list(m._modules) == list(expected._modules)
-        and tensors.keys() == wanted.keys()
-        and all(_has_shape(tensors[name], wanted[name]) for name in wanted)
+        and _shapes(m) == _shapes(expected)
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        and all(tensor.is_contiguous() for tensor in tensors if tensor.dim() == 1)
         and not any(attributes[name] for name in HOOKS)
         and not any(hasattr(kind, name) for name in attributes)
         and all(_follows(name, attributes.get(name), value) for name, value in vars(expected).items())
@@ -110,13 +111,9 @@ def _follows(name: str, value: object, expected: object) -> bool:
     return name.startswith("_") or (type(value) is type(expected) and value == expected)
 
 
-def _tensors(m: nn.Module) -> dict[str, Tensor | None]:
-    return m._parameters | m._buffers
+def _tensors(m: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in (m._parameters | m._buffers).items() if tensor is not None}
 
 
-def _has_shape(tensor: Tensor | None, expected: Tensor | None) -> bool:
-    """Return whether a tensor is plain, has the expected shape and, if a vector, is contiguous."""
-    if tensor is None or expected is None:
-        return tensor is expected
-    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.shape == expected.shape
-    return is_plain and (tensor.dim() != 1 or tensor.is_contiguous())
+def _shapes(m: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in _tensors(m).items()}

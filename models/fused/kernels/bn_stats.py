@@ -5,6 +5,7 @@ Rows repeated T times have the same mean and variance as once; only the unbiased
 
 import functools
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from .device import accumulator_of
 from .launch import Tiling, accumulator, cdiv, next_power_of_2, tiling
+
+_NAMES = itemgetter("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
 
 
 class Norm(NamedTuple):
@@ -152,10 +155,8 @@ def _norm_tiling(parts: int, channels: int, norms: int) -> Tiling:
 
 def _tensors(norm: Norm) -> tuple[Tensor, ...]:
     """Return statistics, gamma, beta and bias; attributes of the module would take half a microsecond each."""
-    buffers, parameters = norm.bn._buffers, norm.bn._parameters
-    statistics = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-    biases = () if norm.bias is None else (norm.bias,)
-    return *statistics, parameters["weight"], parameters["bias"], *biases
+    tensors = _NAMES(norm.bn._buffers | norm.bn._parameters)
+    return tensors if norm.bias is None else (*tensors, norm.bias)
 
 
 def _gathered(

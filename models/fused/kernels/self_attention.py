@@ -41,9 +41,7 @@ def _charge(s, kv, frame, head, row, d, v, C, SCALE: tl.constexpr, N: tl.constex
 
 
 @triton.jit
-def _kv_kernel(
-    s, kv, C, N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
-):  # fmt: skip
+def _kv_kernel(s, kv, C, N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
     ACC: tl.constexpr = accumulator_of(s.dtype)
     frame = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
