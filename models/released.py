@@ -192,5 +192,5 @@ def received(state_dict: Mapping[str, Tensor], model: Backbone) -> dict[str, Ten
     weights, names = _read(state_dict, model)
     leaked = any(".attn.v." in key for name, key in names.items() if name != key) and _kind(model)[0] == "sew"
     if leaked and model.ssa_membrane != "released":
-        warnings.warn('released weights were trained with another membrane; use ssa_membrane="released"', stacklevel=2)
+        warnings.warn('released weights: trained with another membrane; use ssa_membrane="released"', stacklevel=2)
     return weights
