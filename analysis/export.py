@@ -80,8 +80,8 @@ def _write_safetensors(subject: common.Subject, output: Path) -> None:
     if card.exists() and LIBRARY not in card.read_text(errors="replace"):
         raise UserError(f"{card}: not a model card, and the new card would replace it; choose another --output")
     weights = {name: value.contiguous() for name, value in subject.model.state_dict().items()}
-    config = _settings(subject.cfg)
-    metadata = {"format": "pt", "config": config, "sha256": fingerprint(weights, config)}  # Hugging Face asks for "pt"
+    about = {"config": _settings(subject.cfg), "classes": json.dumps(list(subject.classes))}
+    metadata = {"format": "pt", "sha256": fingerprint(weights, "".join(about.values())), **about}  # Hugging Face: "pt"
     _write(output, save(weights, metadata))
     _write(card, model_card(subject, output.name))
 

@@ -54,7 +54,7 @@ class HierarchicalSpikingTransformer(Backbone):
         residual: "sew" adds spikes (the paper); "ms" adds membrane currents (MaxFormer's MS-QKFormer).
         ssa_scale: factor of the product in the self-attention; 1 is the paper's ablation "w/o scaling".
         ssa_membrane: "per_sample", or "released" for the leak across the batch in the released self-attention.
-            Published accuracies and checkpoints depend on it (README, errata).
+            Published accuracies and checkpoints depend on it (docs/errata.md).
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 in the first.
         **kwargs: input, time, head and neurons; see `Backbone`.
     """
