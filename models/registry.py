@@ -99,7 +99,7 @@ def _network(lif_backend: str = "auto", **kwargs) -> Backbone:
 
 
 def _stage_weights(state_dict: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
-    """Return the entries under this project's names; refuse a file that fits no stage, as timm may load non-strictly."""
+    """Return the entries under this project's names; refuse a file that fits no stage, as timm may load it."""
     weights = received(state_dict, model)
     wanted = [name for name in model.state_dict() if name.startswith("stages.") and not name.endswith("lif.w")]
     missing = [name for name in wanted if name not in weights]
