@@ -73,7 +73,7 @@ def _settings(cfg: Config) -> str:
 
 
 def _write_safetensors(subject: common.Subject, output: Path) -> None:
-    """Write weights under our names with the settings of the checkpoint, and a model card next to them."""
+    """Write weights under our names with settings and classes of the checkpoint, and a model card next to them."""
     from safetensors.torch import save
 
     card = output.with_suffix(".md")

@@ -26,7 +26,8 @@ ENTRIES = dict.fromkeys(("optimizer", "scaler", "position", "best", "config"), d
 def read(path: str | Path) -> dict:
     """Read a checkpoint of ours, or a released one of ImageNet, CIFAR, DVS or MS-QKFormer, onto the CPU.
 
-    A file `*.safetensors` holds weights and, if `analysis.export` wrote it, the settings of the run that trained them.
+    A file `*.safetensors` holds weights and, if `analysis.export` wrote it, the settings of the run that trained them
+    and the names of its classes.
 
     Returns:
         The file's own entries, plus `state_dict` (name -> tensor, as named in the file) and `format`:
@@ -76,16 +77,16 @@ def _read_safetensors(path: Path) -> dict:
         state = _recognised({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, it is no mapping
     if "config" not in metadata:
         return state
-    classes = metadata.get("classes", "")  # files of older versions have none
-    if metadata["sha256"] != fingerprint(state["state_dict"], metadata["config"] + classes):
+    config, classes = metadata["config"], metadata.get("classes", "")  # files of older versions have no names
+    if metadata["sha256"] != fingerprint(state["state_dict"], config + classes):
         raise ValueError("it differs from its checksum")
-    about = {"config": dict(json.loads(metadata["config"])), "classes": list(json.loads(classes or "[]"))}
-    return state | about | {"format": "qkformer"}
+    record = {"config": dict(json.loads(config)), "classes": list(json.loads(classes or "[]"))}
+    return state | {"format": "qkformer", **record}
 
 
-def fingerprint(weights: Mapping[str, torch.Tensor], about: str) -> str:
-    """Return the SHA-256 of weights and of the text about them, because safetensors has no checksum of its own."""
-    digest = hashlib.sha256(about.encode())
+def fingerprint(weights: Mapping[str, torch.Tensor], metadata: str) -> str:
+    """Return the SHA-256 of weights and metadata, because safetensors has no checksum of its own."""
+    digest = hashlib.sha256(metadata.encode())
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy())

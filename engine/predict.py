@@ -1,8 +1,8 @@
-"""Classify images and recordings with a trained network, in the preprocessing that its checkpoint records.
+"""Classify images and recordings with a trained network and the preprocessing that its checkpoint records.
 
     python -m engine.predict --checkpoint output/shapes/best.pt photo.png folder/of/photos --csv answers.csv
 
-As a function: `predictor = engine.predict.load("output/shapes/best.pt")`, then `predictor(["photo.png"])`.
+In Python: `predictor = engine.predict.load("output/shapes/best.pt")`, then `predictor(["photo.png"])`.
 """
 
 import csv
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import timm.data
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -34,34 +33,33 @@ from .weights import build_model, load_weights, recipe_of, settings_of
 
 FLAGS = "config eval_batch_size device workers input_size time_steps sensor_size ssa_membrane use_ema".split()
 COLUMNS = ("file", "rank", "class", "probability")
-NOTE = "Values in [brackets] are for what neither the checkpoint nor the recipe sets."
-TOP, DRAWN = 5, 40  # classes of an answer, inputs in a picture
-Answer = list[tuple[str, float]]  # the most probable classes with their probabilities, the best first
+TOP, DRAWN = 5, 80  # classes of an answer, images or frames in a picture
+Answer = list[tuple[str, float]]  # the most probable classes with their probabilities, best first
 
 
 class Predictor:
-    """A trained network with the preprocessing of its inputs and the names of its classes; `load` makes it."""
+    """Trained network with the preprocessing of its inputs and the names of its classes; made by `load`."""
 
     def __init__(self, cfg: Config, model: nn.Module, classes: Sequence[str], device: torch.device):
         self.cfg, self.model, self.classes, self.device = cfg, model.to(device).eval(), classes, device
         self.batch_size, self.is_of_events = cfg.eval_batch_size or cfg.batch_size, cfg.in_channels == 2
-        self.read, self.show = partial(event.read_recording, cfg=cfg), pictures.of_events
-        if not self.is_of_events:
-            self.read = partial(image.read_tensor, cfg=cfg)
-            self.show = partial(pictures.of_image, *image.statistics(cfg))
+        self.read = partial(event.read_recording if self.is_of_events else image.read_tensor, cfg=cfg)
+        self.columns = min(8, cfg.time_steps) if self.is_of_events else 10  # of a picture
 
     def __call__(self, inputs: Sequence[str | Path | Tensor] | Tensor) -> list[Answer]:
-        """Return the answer to each input: a file, or a tensor as `read` returns it of a file.
-
-        Raises:
-            UserError: a file cannot be read.
-        """
+        """Return the answer to each input: a file, or a tensor that `read` made of a file."""
         samples = [item if isinstance(item, Tensor) else self.read(Path(item)) for item in inputs]
         batches = torch.stack(samples).split(self.batch_size) if samples else ()
         return [answer for batch in batches for answer in self._answers(self._compute(self.model, batch))]
 
+    def draw(self, sample: Tensor, caption: str) -> list[tuple[Tensor, str, str]]:
+        """Return pictures of an input with their captions and colours, for `pictures.gallery`."""
+        if self.is_of_events:
+            return pictures.row(sample, caption, self.columns)
+        return [(pictures.of_image(*image.statistics(self.cfg), sample), caption, "black")]
+
     def stream(self, frames: Tensor) -> Iterator[Answer]:
-        """Yield the answer after each of the frames [T,2,H,W] of a recording."""
+        """Yield the answer after each of a recording's frames [T,2,H,W]."""
         state = None
         for frame in frames.split(1):
             logits, state = self._compute(self.model.step, frame, state)
@@ -79,36 +77,24 @@ class Predictor:
 
 
 def load(path: str | Path, device: str = "auto", **settings: object) -> Predictor:
-    """Return the network of a checkpoint, ready to answer.
-
-    Args:
-        settings: those of test.py that shall differ from the checkpoint's. `config` names the recipe of a file that
-            does not record its preprocessing and is no released one.
-
-    Raises:
-        UserError: the file is no checkpoint, or nothing tells its preprocessing.
-    """
+    """Return the network of a checkpoint, under `settings` of test.py; `config` is the recipe of a file without one."""
     path, recipe, folder = Path(path), settings.get("config"), log.ROOT / "imagenet"
-    state, sources = (
-        checkpoint.read(path),
-        read(recipe) if recipe else Sources(path, {None: {}}, {}, folder / "none", []),
-    )
+    state = checkpoint.read(path)
+    sources = read(recipe) if recipe else Sources(path, {None: {}}, {}, folder / "none", [])
     if not (recipe or state["format"] == "qkformer" or recipe_of(path, folder)):
-        raise UserError(f"{path}: does not record its preprocessing; use --config RECIPE, a file in {folder.name}")
+        raise UserError(f"{path}: no preprocessing recorded; use --config RECIPE, a file in {folder.name}")
     cfg = settings_of(state, path, dataclasses.replace(sources, flags=settings))
     if cfg.ssa_membrane == "released" and cfg.residual == "sew":
-        fix = "--eval-batch-size 1 makes them independent"
-        logger.warning(f"warning: ssa_membrane released: answers depend on the other inputs of a batch; {fix}")
+        logger.warning("warning: ssa_membrane released: answers depend on the batch; use --eval-batch-size 1")
     model = build_model(cfg)
     load_weights(cfg, model, state, path)
-    describe, numbers = timm.data.ImageNetInfo().index_to_description, range(cfg.num_classes)
-    names = state.get("classes") or [describe(i).split(",")[0] for i in range(1000)]
-    names = names if len(names) == len(numbers) else numbers
-    return Predictor(cfg, model, [str(name) for name in names], distributed.setup(device).device)
+    names = state.get("classes") or [*image.imagenet_classes().values()]
+    classes = names if len(names) == cfg.num_classes else range(cfg.num_classes)
+    return Predictor(cfg, model, [str(name) for name in classes], distributed.setup(device).device)
 
 
 class _Files(Dataset):
-    """Files of inputs, in batches: those that can be read, their samples [B,...], and the errors of the others."""
+    """Files of inputs as (path, sample), with an error instead of the sample of a damaged file."""
 
     def __init__(self, paths: Sequence[Path], predictor: Predictor):
         suffixes = tuple(DECODERS) if predictor.is_of_events else (*IMG_EXTENSIONS, *image.SKIPPED)
@@ -123,25 +109,23 @@ class _Files(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[list[Path], Tensor, list[str]]:
-        samples, errors = {}, []
-        for path in (self.paths[i] for i in indices):
-            try:
-                samples[path] = self.read(path)
-            except UserError as error:
-                errors.append(str(error))
-        return list(samples), torch.stack([*samples.values()]) if samples else torch.empty(0), errors
+    def __getitem__(self, index: int) -> tuple[Path, Tensor | UserError]:
+        path = self.paths[index]
+        try:
+            return path, self.read(path)
+        except UserError as error:
+            return path, error
 
 
 def run(argv: Sequence[str]) -> None:
-    """Print and write answers as the command line says; raise `UserError` at the end if files cannot be read."""
+    """Print and write the answers to files; raise `UserError` at the end if some are damaged."""
     args = _parser().parse_args(argv)
     log.setup_console(is_main=True)
     settings = settings_in(args)
     predictor = load(settings.pop("checkpoint"), **settings)
     if args.stream and not predictor.is_of_events:
-        raise UserError("--stream: needs a network of recordings, this one takes images; omit it")
-    files, rows, drawn, failed = _Files(args.paths, predictor), [], [], 0
+        raise UserError("--stream: this network takes images, not recordings; omit it")
+    files, rows, drawn = _Files(args.paths, predictor), [], []
     taken = {path.resolve() for path in (Path(predictor.cfg.checkpoint), *files.paths)}
     for path in filter(None, (args.csv, args.json, args.picture)):
         if path.resolve() in taken:
@@ -151,33 +135,36 @@ def run(argv: Sequence[str]) -> None:
     if args.picture and args.picture.suffix.lower() not in pictures.SUFFIXES:
         raise UserError(f"--picture {args.picture}: unknown format; use {', '.join(pictures.SUFFIXES)}")
     workers = min(predictor.cfg.workers, os.cpu_count() or 1, len(files) // predictor.batch_size)
-    loader = DataLoader(files, predictor.batch_size, num_workers=workers, collate_fn=tuple)
+    loader = DataLoader(files, predictor.batch_size, num_workers=workers, collate_fn=list)
     with logging_redirect_tqdm([logger]):
-        for paths, samples, errors in log.progress(loader, "batches", 1, sys.stderr.isatty()):
-            for error in errors:
-                logger.warning(f"warning: {error}")
-            failed += len(errors)
+        for batch in log.progress(loader, "batches", 1, sys.stderr.isatty()):
+            for _, sample in batch:
+                if isinstance(sample, UserError):
+                    logger.warning(f"warning: {sample}")
+            readable = [(path, sample) for path, sample in batch if isinstance(sample, Tensor)]
+            samples = [sample for _, sample in readable]
             answers = map(predictor.stream, samples) if args.stream else ([x] for x in predictor(samples))
-            for path, sample, steps in zip(paths, samples, answers, strict=True):
+            for (path, sample), steps in zip(readable, answers, strict=True):
                 for step, answer in enumerate(steps, 1):
                     where = f"{path}, frame {step}/{len(sample)}" if args.stream else path
                     logger.info(f"{where}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in answer)}")
                 rows += [dict(zip(COLUMNS, (str(path), i, *best), strict=True)) for i, best in enumerate(answer, 1)]
                 caption = f"{log.label(path.name)}\n{log.label(answer[0][0])} ({answer[0][1]:.0%})"
-                drawn += [(predictor.show(sample), caption, "black")] if len(drawn) < DRAWN else []
+                drawn += predictor.draw(sample, caption) if len(drawn) < DRAWN else []
     if args.json:
         log.write_whole(args.json, json.dumps(rows, indent=1) + "\n")
     if args.csv:
         with args.csv.open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *(row.values() for row in rows)])
     if args.picture:
-        pictures.gallery(drawn, args.picture, "Inputs as the network sees them, with its answers")
-    if failed:
-        raise UserError(f"{failed} of {len(files)} files: cannot be read, see the warnings; replace them")
+        pictures.gallery(drawn, args.picture, "Inputs as the network sees them, with its answers", predictor.columns)
+    if failed := len(files) - sum(row["rank"] == 1 for row in rows):
+        raise UserError(f"{failed} of {len(files)} files: unreadable, see the warnings; replace them")
 
 
 def _parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False, epilog=NOTE)
+    note = "Values in [brackets] are for what neither the checkpoint nor the recipe sets."
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False, epilog=note)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="images or recordings, or folders of them")
     parser.add_argument("--stream", action="store_true", help="recordings: print the answer after each frame")
     for name, content in {"csv": "a table", "json": "JSON", "picture": "a picture of inputs with answers"}.items():

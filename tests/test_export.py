@@ -16,7 +16,7 @@ from test_analysis import untrained
 
 from analysis import common, export
 from analysis.onnx_graph import Parity
-from engine import checkpoint, config
+from engine import checkpoint, config, predict
 from engine.config import plain
 
 UNIT = "stages.0.embed.units.0."
@@ -118,6 +118,8 @@ def test_event_frames_with_membrane_shortcuts(tmp_path):
 def test_safetensors_evaluate_and_finetune_as_the_checkpoint(tmp_path, monkeypatch, capfd):
     flags = ["--attention", "channel", "token", "self", "--time-steps", "1", "--mean", "0.1", "--input-size", "9"]
     path = untrained(tmp_path / "best.pt", "digits/digits.yml", *flags)
+    names = [f"digit {i}" for i in range(10)]
+    checkpoint.save(path, checkpoint.read(path) | {"classes": names})
     here(monkeypatch, capfd, "digits/test.py", "--checkpoint", path)
     expected = result_in(tmp_path)
     output = tmp_path / "out/mine.safetensors"
@@ -126,6 +128,7 @@ def test_safetensors_evaluate_and_finetune_as_the_checkpoint(tmp_path, monkeypat
     found = result_in(tmp_path / "out")
     for key in ("top1", "loss", "count", "attention", "time_steps", "mean", "input_size", "lr"):
         assert found[key] == expected[key]
+    assert checkpoint.read(output)["classes"] == predict.load(output, "cpu").classes == names
 
     card = output.with_suffix(".md").read_text()
     front = yaml.safe_load(card.split("---")[1])

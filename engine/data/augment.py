@@ -1,7 +1,6 @@
-"""SNN wide augment, on the device: a flip and one operation per sample, the same for all its frames.
+"""Augmentation of event frames on the device, with the operations and magnitudes of the released DVS training.
 
-The operations and magnitudes are those of the released DVS training (from Spikformer's, after Li et al., "Neuromorphic
-Data Augmentation for Training Spiking Neural Networks", ECCV 2022).
+Spikformer has the same, after Li et al., "Neuromorphic Data Augmentation for Training Spiking Neural Networks", 2022.
 """
 
 import math
@@ -19,10 +18,9 @@ CUTOUT_AREA = (0.001, 0.11)  # of the frame, a square
 
 
 class SNNWideAugment:
-    """Transform of frames [B,T,C,H,W]: a random flip of each sample, then one random operation.
+    """Transform of frames [B,T,C,H,W]: a flip of each sample with probability `hflip`, then, if `wide`, one operation.
 
-    One nearest-neighbour sampling of the whole batch moves all pixels; pixels from outside are 0. Random numbers are
-    torch's, from the CPU's generator. `hflip` is the probability of a flip; without `wide` it is all that happens.
+    All frames of a sample change alike. Random numbers come from torch's generator of the CPU.
     """
 
     def __init__(self, hflip: float, wide: bool):
@@ -47,7 +45,7 @@ class SNNWideAugment:
 def sampling(operation: str, magnitude: float, flip: bool, height: int, width: int) -> list[list[float]]:
     """Return the 2x3 matrix of `affine_grid` from the pixels of the result to their sources; signs as in torchvision.
 
-    `magnitude` is shear in radians, shift in pixels (rounded towards 0) or angle in degrees; a flip comes before it.
+    `magnitude` is a shear in radians, a shift in pixels (rounded towards 0) or an angle in degrees; a flip comes first.
     """
     cos, sin = math.cos(math.radians(magnitude)), math.sin(math.radians(magnitude))
     of_column, of_row = {
@@ -61,6 +59,6 @@ def sampling(operation: str, magnitude: float, flip: bool, height: int, width: i
 
 def _move(frames: Tensor, matrices: Tensor) -> Tensor:
     flat = frames.flatten(1, 2)  # [B,T*C,H,W]
-    matrices = matrices.to(flat, non_blocking=True)  # else the process waits until the GPU has done all before
+    matrices = matrices.to(flat, non_blocking=True)  # without it the process waits for the GPU
     grid = F.affine_grid(matrices, flat.shape, align_corners=False)  # [B,H,W,2]
     return F.grid_sample(flat, grid, mode="nearest", align_corners=False).view_as(frames)

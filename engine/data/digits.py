@@ -1,9 +1,7 @@
-"""Handwritten digits, as images and before a simulated event camera: data sets that need no download.
+"""scikit-learn's handwritten digits, as images and before a simulated event camera; they need no download.
 
-CIFAR10-DVS was recorded from images that move along a closed path on a monitor (Li et al., "CIFAR10-DVS: An
-Event-Stream Dataset for Object Classification", 2017). Here scikit-learn's digits move along a circle.
-
-Shapes: B digits, S side of the sensor.
+The digits move along a circle, as the images of CIFAR10-DVS moved along a closed path on a monitor (Li et al.,
+"CIFAR10-DVS: An Event-Stream Dataset for Object Classification", 2017). Shapes: B digits, S side of the sensor.
 """
 
 import math
@@ -27,10 +25,7 @@ THRESHOLD = 0.2  # change of the log intensity that makes an event
 
 
 class Digits(Dataset):
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, shipped inside the package.
-
-    360 of them, a fifth of each class drawn with a fixed seed, are for testing.
-    """
+    """1,797 digits, 8x8 grey; 360 of them, a fifth of each class drawn with a fixed seed, are for testing."""
 
     classes = tuple(str(digit) for digit in range(10))
 
@@ -43,18 +38,16 @@ class Digits(Dataset):
         images, labels = parts[0::2] if train else parts[1::2]
         self.images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)  # 0..16 to 0..255
         self.labels = labels.tolist()
-        self.transform = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[object, int]:
-        image = Image.fromarray(self.images[index])
-        return (self.transform(image) if self.transform else image), self.labels[index]
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
 class DigitsDVS(list):
-    """scikit-learn's digits before a simulated event camera: ([T,2,32,32] unsigned, label)."""
+    """Digits before the simulated camera: ([T,2,32,32] unsigned, label)."""
 
     def __init__(self, train: bool, layout: Layout):
         digits = Digits(train)
@@ -64,7 +57,7 @@ class DigitsDVS(list):
 
 
 def record(images: np.ndarray, seed: int) -> list[Events]:
-    """Return a recording of each image [B,8,8] uint8 as it goes round the circle once, from a random point."""
+    """Record each image [B,8,8] uint8 as it moves round the circle once, from a random point."""
     scene = torch.from_numpy(images)[:, None].float() / 255  # [B,1,8,8]
     scene = F.interpolate(scene, (DIGIT, DIGIT), mode="bilinear")
     scene = F.pad(scene, [(SIDE - DIGIT) // 2] * 4)  # [B,1,S,S]
@@ -80,7 +73,7 @@ def record(images: np.ndarray, seed: int) -> list[Events]:
 
 
 def _log_intensity(scene: Tensor, angle: Tensor) -> Tensor:
-    """Log intensity on the sensor, [B,S,S], with the scene at each `angle` [B] (radians) of the circle."""
+    """Return the log intensity on the sensor, [B,S,S], with the scene at each `angle` [B] (radians) of the circle."""
     shift = torch.stack([angle.cos(), angle.sin()], 1) * (2 * RADIUS / SIDE)  # [B,2], x and y
     matrices = torch.cat([torch.eye(2).expand(len(scene), 2, 2), -shift[:, :, None]], 2)  # [B,2,3]
     grid = F.affine_grid(matrices, scene.shape, align_corners=False)
@@ -88,7 +81,7 @@ def _log_intensity(scene: Tensor, angle: Tensor) -> Tensor:
 
 
 def _events(changes: np.ndarray) -> Events:
-    """Events of changes [STEPS,S,S], in thresholds: one per threshold, ON for a positive change."""
+    """Return the events of changes [STEPS,S,S] in thresholds: one per threshold, ON if the change is positive."""
     t, y, x = changes.nonzero()
     values = changes[t, y, x]
     return Events(*(np.repeat(column, np.abs(values)) for column in (t, x, y, (values > 0).astype(np.int64))))

@@ -1,9 +1,7 @@
-"""Event frames: DVS128 Gesture, CIFAR10-DVS and the simulated digits.
+"""Event frames of recordings and of the simulated digits.
 
-Batches are (frames [B,T,2,H,W] float32, event counts, on the device; labels [B] int64). Workers collate unsigned
-integers, a quarter of the bytes of float32.
-
-To add a data set of recordings, write a function in recordings.py that lists them, and name it in `RAW` there.
+Batches are (frames [B,T,2,H,W] float32, event counts, on the device; labels [B] int64).
+To add a data set, write a function in recordings.py that lists its recordings, and name it in `RAW` there.
 """
 
 import functools
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .. import log
 from .. import world as distributed
 from ..cli import UserError
 from ..config import Config
@@ -25,21 +24,18 @@ from ..settings import FIELDS, ImageSettings, names
 from ..world import World
 from . import digits, pictures
 from .augment import SNNWideAugment
-from .folders import data_path
-from .frames import Layout, decode, to_frames
+from .folders import data_path, require
+from .frames import WHOLE, Layout, frames_of
 from .loaders import Data, create_loader, create_mixup
 from .prepare import contents, prepare
 from .recordings import RAW, Raw, event_folder
 
 TRAIN_PART = 0.9  # of each class of CIFAR10-DVS
-COUNTS = {"mean": (0.0, 0.0), "std": (1 / 255, 1 / 255)}  # timm's loader multiplies both by 255: counts stay counts
+COUNTS = {"mean": (0.0, 0.0), "std": (1 / 255, 1 / 255)}  # counts stay, because timm's loader multiplies both by 255
 
 
 class FrameFiles(Dataset):
-    """Some files of a frames folder with labels: ([T,2,H,W] unsigned, label), in the order of spikingjelly's data sets.
-
-    Each file is in a folder named like its class; `classes` are in the order of the labels.
-    """
+    """Files CLASS/NAME of a frames folder as ([T,2,H,W] unsigned, label), in the order of spikingjelly's data sets."""
 
     def __init__(self, folder: Path, files: Sequence[str], classes: Sequence[str], layout: Layout):
         labels = {name: label for label, name in enumerate(classes)}
@@ -54,19 +50,23 @@ class FrameFiles(Dataset):
         label, file = self.samples[index]
         try:
             frames = np.load(self.folder / file, allow_pickle=False)
-            problem = None if frames.shape == self.shape and frames.dtype.kind == "u" else "damaged"
+            if frames.shape != self.shape or frames.dtype.kind != "u":
+                raise ValueError(f"{frames.dtype} {frames.shape}")
         except Exception as error:  # a damaged file makes numpy fail in any way
-            problem = getattr(error, "strerror", None) or "damaged"
-        if problem:
-            raise UserError(f"{self.folder / file}: {problem}; delete {self.folder}, the next run makes it again")
+            raise UserError(f"{self.folder / file}: unusable frames ({error}); delete {self.folder}") from None
         return frames, label
 
 
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
-    """Create the loaders of the event frames that `cfg` describes; the first run makes frames of the recordings."""
+    """Create the loaders of event frames; the first run makes the frames."""
     raw = RAW.get(cfg.dataset) or event_folder(data_path(cfg), cfg.split_seed)
     classes = list(raw.classes.values())
-    _require_settings_of_events(cfg, raw)
+    allowed = {key: (FIELDS[key].default,) for key in names(ImageSettings)}
+    allowed |= {"num_classes": (len(classes),), "in_channels": (2,), "auto_augment": (None, "snn-wide")}
+    allowed |= {"mixup_in": ("step",)} if cfg.mixup else {}
+    allowed |= {"split_seed": (None,)} if raw.is_split else {}
+    allowed |= {"sensor_size": (None,)} if raw.side else {}
+    require(cfg, "event frames", allowed)
     if cfg.dataset == "digits-dvs":
         train_set = digits.DigitsDVS(True, layout(cfg)) if train else None
         test_set, split = digits.DigitsDVS(False, layout(cfg)), None
@@ -81,7 +81,7 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
         augment=SNNWideAugment(cfg.hflip, wide=cfg.auto_augment is not None) if is_augmented else None,
         split=split,
         show=pictures.of_events,
-        preview=functools.partial(_preview, train_set, classes) if train else None,
+        preview=functools.partial(_preview, train_set, classes, min(8, cfg.time_steps)) if train else None,
     )
 
 
@@ -95,27 +95,9 @@ def layout(cfg: Config) -> Layout:
 
 
 def read_recording(path: Path, cfg: Config) -> Tensor:
-    """Return the frames of one recording, or of a file of frames, as the network of `cfg` takes them: [T,2,S,S]."""
-    try:
-        recording = decode(path.name, path.read_bytes())
-        frames = to_frames(recording, layout(cfg))
-    except Exception as error:  # a damaged file makes its reader fail in any way
-        raise UserError(f"{path}: unusable recording ({str(error) or type(error).__name__}); replace it") from None
-    if invalid := getattr(recording, "invalid", 0):
-        logger.warning(f"warning: {path}: {invalid:,} invalid events are left out")
+    """Return the frames [T,2,S,S] float32 of one file of events or frames."""
+    frames = frames_of(str(path), path.read_bytes, {"": WHOLE}, layout(cfg))[""]
     return torch.from_numpy(frames.astype(np.float32))
-
-
-def _require_settings_of_events(cfg: Config, raw: Raw) -> None:
-    allowed = {key: (FIELDS[key].default,) for key in names(ImageSettings)}
-    allowed |= {"num_classes": (len(raw.classes),), "in_channels": (2,), "auto_augment": (None, "snn-wide")}
-    allowed |= {"mixup_in": ("step",)} if cfg.mixup else {}
-    allowed |= {"split_seed": (None,)} if raw.is_split else {}
-    allowed |= {"sensor_size": (None,)} if raw.side else {}
-    for key, values in allowed.items():
-        if getattr(cfg, key) not in values:
-            fix = " or ".join("none" if value is None else str(value) for value in values)
-            raise UserError(f"{key} = {getattr(cfg, key)}: {cfg.dataset} takes {fix} here; change it or leave it out")
 
 
 def collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
@@ -127,13 +109,13 @@ def collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
 def _from_recordings(cfg: Config, raw: Raw, world: World) -> tuple[FrameFiles, FrameFiles, dict[str, list[str]]]:
     """Return training set, test set, and the files of each."""
     root, shape = data_path(cfg, must_exist=False), layout(cfg)
-    find = functools.partial(raw.find, root, raw.suffix, cfg.download)
+    find = functools.partial(raw.find, root, cfg.download)
     if not root.is_dir() and not cfg.download:
-        find()  # raises the error that lists the files needed
+        find()  # raises an error that lists the files needed
     folder = distributed.in_turns(lambda: prepare(root, shape, find, world.is_main))
     files = contents(folder, raw.classes)
     if not raw.sizes and files != sorted(name for recording in find() for name in recording.samples):
-        raise UserError(f"{folder}: made of other recordings than {root} has now; delete it")
+        raise UserError(f"{folder}: not of the recordings in {root}; delete this folder of frames")
     parts = {part: [file for file in files if file.startswith(f"{part}/")] for part in ("train", "test")}
     split = parts if raw.is_split else split_by_class(files, cfg.split_seed)
     for part, chosen in split.items():
@@ -146,10 +128,9 @@ def _from_recordings(cfg: Config, raw: Raw, world: World) -> tuple[FrameFiles, F
 
 
 def split_by_class(files: Sequence[str], seed: int | None) -> dict[str, list[str]]:
-    """Split into the first 90 % of each class, rounded up ("train"), and the others, at least one ("test").
+    """Split each class into the first 90 % by name (with a seed: in random order), rounded up, and the rest.
 
-    The order is that of the names, as text; with a seed, a random one. From 10 samples a class on it equals
-    spikingjelly's `split_to_train_test_set`, which reads every sample for it.
+    The split equals spikingjelly's `split_to_train_test_set` from 10 samples a class on. No class lacks a test sample.
     """
     rng = np.random.default_rng(seed)
     split = {"train": [], "test": []}
@@ -163,8 +144,10 @@ def split_by_class(files: Sequence[str], seed: int | None) -> dict[str, list[str
     return split
 
 
-def _preview(dataset: Dataset, names: Sequence[str], path: Path, most: int = 6) -> None:
-    """Draw the first sample of each of the first classes."""
-    first = {label: dataset.labels.index(label) for label in sorted(set(dataset.labels))[:most]}
-    samples = [dataset[index] for index in first.values()]
-    pictures.frames([torch.from_numpy(frames) for frames, _ in samples], [names[label] for _, label in samples], path)
+def _preview(dataset: Dataset, classes: Sequence[str], count: int, path: Path) -> None:
+    """Draw some frames of one sample of each of the first classes, a row for each."""
+    drawn = []
+    for label in sorted(set(dataset.labels))[:6]:
+        frames, _ = dataset[dataset.labels.index(label)]
+        drawn += pictures.row(torch.from_numpy(frames), log.label(classes[label]), count)
+    pictures.gallery(drawn, path, "Event frames of training samples: ON events red, OFF events blue", count)

@@ -1,18 +1,26 @@
 """Folders of data sets: where they are, and their parts for training and testing."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..cli import UserError
 from ..config import Config
 
 SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}  # part -> names of its folder, in any case
-_HIDDEN = re.compile(r"(^|[/\\])(\.[^./\\]|__MACOSX([/\\]|$))")
 
 
 def is_hidden(path: str) -> bool:
-    """Tell if a path is of a system or an editor: `.DS_Store`, `._x.png`, `.ipynb_checkpoints`, `__MACOSX`."""
-    return _HIDDEN.search(path) is not None
+    """Return True for files of systems and editors: `.DS_Store`, `._x.png`, `.ipynb_checkpoints`, `__MACOSX`."""
+    return re.search(r"(^|[/\\])(\.[^./\\]|__MACOSX)", path) is not None
+
+
+def require(cfg: Config, samples: str, allowed: Mapping[str, Sequence]) -> None:
+    """Raise `UserError` for a setting with another value than a data set of these samples allows."""
+    for key, values in allowed.items():
+        if (value := getattr(cfg, key)) not in values:
+            fix = " or ".join("none" if choice is None else str(choice) for choice in values)
+            raise UserError(f"{key} = {value}: {cfg.dataset} has {samples}; use {fix}, or leave it out")
 
 
 def data_path(cfg: Config, must_exist: bool = True) -> Path:
@@ -26,7 +34,7 @@ def data_path(cfg: Config, must_exist: bool = True) -> Path:
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """Return the folders of `root` for training ("train") and for testing ("test"), those that exist."""
+    """Return the existing folders of `root` for training ("train") and for testing ("test")."""
     present = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
     found = {part: [present[name] for name in names if name in present] for part, names in SPLITS.items()}
     folders = {part: paths[0] for part, paths in found.items() if paths}

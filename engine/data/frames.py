@@ -1,6 +1,6 @@
-"""Frames from recordings, and the files that hold them; preparing processes import this, so it imports little.
+"""Frames of recordings, [T,2,H,W] in the smallest unsigned type for the counts of OFF and ON events.
 
-Shapes: T frames, 2 polarities, H and W pixels; frames are [T,2,H,W] in the smallest unsigned type for the counts.
+The processes that make frames import this file, so it imports little.
 """
 
 import io
@@ -17,12 +17,13 @@ import numpy as np
 from ..cli import UserError
 from .aedat import SIDE, DamagedRecording, Events, read_aedat
 
-LARGEST = 2**30  # bytes of a recording; no real one has as many
+LARGEST = 2**30  # bytes; no real recording has as many
 WHOLE = (-math.inf, math.inf)
+Spans = Mapping[str, tuple[float, float]]  # name of a sample -> its time span in microseconds
 
 
 class Layout(NamedTuple):
-    """Frames [T,2,S,S] that a network takes, and the sensor that their events come from."""
+    """Frames [T,2,S,S] of a network's input, and the sensor of their events."""
 
     time_steps: int
     sensor: tuple[int, int]  # height and width in pixels
@@ -30,7 +31,7 @@ class Layout(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Name of the folder that keeps such frames."""
+        """Name of the folder of these frames."""
         resized = "" if self.sensor == (self.side, self.side) else "_of_{}x{}".format(*self.sensor)
         return f"frames_{self.time_steps}" + ("" if self.side == SIDE and not resized else f"_{self.side}{resized}")
 
@@ -38,8 +39,8 @@ class Layout(NamedTuple):
 def read_numpy(content: bytes) -> Events | np.ndarray:
     """Return the events or the frames [T,2,H,W] of an .npz or .npy file.
 
-    Events are arrays t, x, y, p as in spikingjelly's `events_np`, or one structured array as in tonic; frames are an
-    array `frames` as in spikingjelly's folders of frames, or the only array. OFF is polarity 0 or -1, ON is 1.
+    Events are arrays t, x, y, p (spikingjelly) or a structured array (tonic); p is 0 or -1 for OFF and 1 for ON.
+    Frames are an array `frames` (spikingjelly) or the only array.
     """
     data = np.load(io.BytesIO(content), allow_pickle=False)
     names = data.dtype.names or () if isinstance(data, np.ndarray) else data.files
@@ -47,13 +48,13 @@ def read_numpy(content: bytes) -> Events | np.ndarray:
         t, x, y, p = (data[name] for name in "txyp")
         is_sound = len(t) == len(x) == len(y) == len(p) and not np.isnan(t).any() and np.isin(p, (-1, 0, 1)).all()
         if not is_sound or any((pixels < 0).any() or (pixels % 1).any() for pixels in (x, y)):
-            raise DamagedRecording("its t, x, y, p are no events: lengths, times, pixels or polarities are wrong")
+            raise DamagedRecording("t, x, y, p: wrong lengths, times, pixels or polarities")
         return Events(t, x.astype(np.int64), y.astype(np.int64), (p > 0).astype(np.int64))
     frames = data["frames"] if "frames" in names else data
     if getattr(frames, "shape", ())[1:2] != (2,) or frames.ndim != 4:
-        raise DamagedRecording("holds neither events (t, x, y, p) nor frames [T,2,H,W]")
+        raise DamagedRecording("neither events (t, x, y, p) nor frames [T,2,H,W]")
     if (frames < 0).any() or (frames != np.rint(frames)).any():
-        raise DamagedRecording("its frames are no counts of events (integers from 0)")
+        raise DamagedRecording("frames that are not counts (integers from 0)")
     return frames
 
 
@@ -62,7 +63,7 @@ def read_atis(content: bytes) -> Events:
     if len(content) % 5:
         raise DamagedRecording(f"{len(content):,} bytes are no whole number of events of 5 bytes")
     x, y, high, middle, low = np.frombuffer(content, np.uint8).reshape(-1, 5).T.astype(np.int64)
-    overflows = y == 240  # rows that the sensor lacks mark them
+    overflows = y == 240  # of the time; the sensor has no such row
     t = ((high & 127) << 16 | middle << 8 | low) + (np.cumsum(overflows) << 13)
     return Events(*(values[~overflows] for values in (t, x, y, high >> 7)))
 
@@ -73,38 +74,24 @@ def read_aedat4(content: bytes) -> Events:
         import aedat
     except ImportError:
         raise DamagedRecording("AEDAT 4 needs the package aedat; pip install aedat") from None
-    with tempfile.TemporaryDirectory() as folder:  # the package reads files alone
+    with tempfile.TemporaryDirectory() as folder:  # the package reads only files
         path = Path(folder, "recording.aedat4")
         path.write_bytes(content)
         events = np.concatenate([packet["events"] for packet in aedat.Decoder(path) if "events" in packet])
     return Events(events["t"], *(events[name].astype(np.int64) for name in ("x", "y", "on")))
 
 
-DECODERS = {
-    ".aedat": read_aedat,
-    ".aedat4": read_aedat4,
-    ".bin": read_atis,
-    ".npy": read_numpy,
-    ".npz": read_numpy,
-}
-
-
-def decode(name: str, content: bytes) -> Events | np.ndarray:
-    """Return the events or the frames [T,2,H,W] in a file; damaged ones raise errors of any kind."""
-    if (suffix := Path(name).suffix.lower()) not in DECODERS:
-        raise DamagedRecording(f"{suffix or 'a name without suffix'} is none of {', '.join(DECODERS)}")
-    return DECODERS[suffix](content)
+DECODERS = {".aedat": read_aedat, ".aedat4": read_aedat4, ".bin": read_atis, ".npy": read_numpy, ".npz": read_numpy}
 
 
 def integrate(events: Events, frames: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
-    """Count the events of each pixel and polarity in parts of N // frames events; the last part takes the rest.
+    """Count the N events of each pixel and polarity in frames of N // frames events; the last one takes the rest.
 
-    Equals spikingjelly's `integrate_events_by_fixed_frames_number` with `split_by="number"`, as unsigned integers
-    [frames,2,height,width]. Fewer events than frames, or events outside the sensor, raise DamagedRecording.
+    The counts equal those of spikingjelly's `integrate_events_by_fixed_frames_number` with `split_by="number"`.
     """
     count = len(events.t)
     if count < frames:
-        raise DamagedRecording(f"{count} events are too few for {frames} frames (--time-steps)")
+        raise DamagedRecording(f"only {count} events for {frames} frames (--time-steps)")
     rows, columns = events.y.max() + 1, events.x.max() + 1
     if rows > height or columns > width:
         raise DamagedRecording(f"{rows} x {columns} pixels, the sensor has {height} x {width} (--sensor-size)")
@@ -118,13 +105,15 @@ def integrate(events: Events, frames: int, height: int = SIDE, width: int = SIDE
 
 
 def to_frames(recording: Events | np.ndarray, layout: Layout, span: tuple[float, float] = WHOLE) -> np.ndarray:
-    """Return the frames of a layout, [T,2,S,S] unsigned, of the events in a time span, or of frames [T,2,H,W].
+    """Return the frames [T,2,S,S] of the events in a time span, or of other frames [T,2,H,W].
 
-    Where S is smaller than the sensor, the pixels that fall on one are added up; where it is larger, they are repeated.
+    Pixels are added up if S is smaller than the sensor, and repeated if it is larger.
     """
     frames = recording
     if isinstance(recording, Events):
-        frames = integrate(recording.between(*span), layout.time_steps, *layout.sensor)
+        is_inside = (recording.t >= span[0]) & (recording.t < span[1])
+        events = Events(*(values[is_inside] for values in recording))
+        frames = integrate(events, layout.time_steps, *layout.sensor)
     if len(frames) != layout.time_steps:
         raise DamagedRecording(f"{len(frames)} frames instead of {layout.time_steps} (--time-steps)")
     if frames.shape[2:] != (layout.side, layout.side):
@@ -140,46 +129,45 @@ def _resizing(size: int, side: int) -> np.ndarray:
     return np.eye(side)[np.arange(size) * side // size].T
 
 
-def convert(
-    name: str, read: Callable[[], bytes], samples: Mapping[str, tuple[float, float]], folder: Path, layout: Layout
-) -> tuple[str | None, int]:
-    """Write the frames of each of a recording's `samples` (file -> time span in microseconds) to `folder`.
-
-    Returns the recording's problem, if there is one, and the number of its invalid events.
-    """
-    sample = ""
+def frames_of(name: str, read: Callable[[], bytes], samples: Spans, layout: Layout) -> dict[str, np.ndarray]:
+    """Return the frames of each sample of a file of events or frames; raise `UserError` if it is damaged."""
+    frames, sample = {}, ""
     try:
-        recording = decode(name, read())
+        if (suffix := Path(name).suffix.lower()) not in DECODERS:
+            raise DamagedRecording(f"{suffix or 'a name without suffix'} is none of {', '.join(DECODERS)}")
+        recording = DECODERS[suffix](read())
         for sample, span in samples.items():
-            _save(folder / sample, to_frames(recording, layout, span))
-    except UserError:
-        raise
-    except Exception as error:  # a damaged archive makes its reader fail in any way
-        if getattr(error, "filename", None):  # the disk fails, not the recording
-            raise
-        return f"{sample if len(samples) > 1 else ''} {str(error) or type(error).__name__}".strip()[:150], 0
-    return None, getattr(recording, "invalid", 0)
+            frames[sample] = to_frames(recording, layout, span)
+    except Exception as error:  # a damaged file makes its reader fail in any way
+        problem = f"{sample if len(samples) > 1 else ''} {str(error) or type(error).__name__}".strip()[:150]
+        raise UserError(f"{name}: unusable recording ({problem}); replace it") from None
+    return frames
+
+
+def convert(name: str, read: Callable[[], bytes], samples: Spans, layout: Layout, folder: Path) -> str | None:
+    """Write frames to files of `folder`, each atomically; return the error of a damaged recording."""
+    try:
+        frames = frames_of(name, read, samples, layout)
+    except UserError as error:
+        return str(error)
+    for sample, array in frames.items():
+        path = folder / sample
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"{path}: cannot be written ({error}); free some space and start again") from None
+    return None
 
 
 def read_member(path: Path, member: str) -> bytes:
-    """Return the content of a recording in a zip archive."""
+    """Return the content of a file in a zip archive."""
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(member)
-        if info.file_size > LARGEST:
-            raise DamagedRecording(f"{info.file_size:,} bytes are too many for a recording")
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a limit
-            raise DamagedRecording("packed in an unusual way; extract it")
-        with archive.open(info) as file:
-            return file.read(info.file_size)
-
-
-def _save(path: Path, frames: np.ndarray) -> None:
-    """Write to another name and rename, so that a crash leaves the whole file or none."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, frames, allow_pickle=False)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error}); make room and start again, it goes on") from None
+        kinds = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others unpack without a limit
+        if info.file_size > LARGEST or info.compress_type not in kinds:
+            raise DamagedRecording("too large, or compressed with another method than deflate")
+        return archive.open(info).read(info.file_size)

@@ -1,7 +1,7 @@
 """Loaders of a run, for images and for event frames.
 
-A batch passes four stages: a sampler gives indices, a worker reads samples, `collate` makes bytes of them, and timm's
-`PrefetchLoader` brings them to the device as float32, minus `mean`, over `std`.
+A sampler gives indices, a worker reads samples, `collate` stacks them as bytes, and timm's `PrefetchLoader` brings them
+to the device as float32, minus `mean`, over `std`.
 """
 
 import itertools
@@ -26,12 +26,12 @@ from ..world import World
 
 @dataclass(frozen=True)
 class Data:
-    """Loaders of a run, and what goes with them."""
+    """Loaders of a run, with classes, augmentation and pictures."""
 
     train: "TrainLoader | None"  # batches (samples, labels) on the device
     test: Iterable  # the same
     classes: list[str]  # names in the order of the labels
-    mixup: object | None  # timm's, wherever it mixes; its `mixup_enabled` is the switch
+    mixup: object | None  # timm's; `mixup_enabled` is its switch
     show: Callable[[Tensor], Tensor]  # makes a picture [H,W,C] of a sample as the network sees it
     augment: Callable[[Tensor], Tensor] | None = None  # changes the samples of a training batch on the device
     split: dict[str, list[str]] | None = None  # files of the training and test set, if they are parts of one set
@@ -39,19 +39,19 @@ class Data:
 
 
 class TrainLoader:
-    """Training batches on the device, epoch by epoch, from any batch on."""
+    """Training batches on the device; an epoch can start at any batch."""
 
     def __init__(self, loader: PrefetchLoader):
         self.loader, self.source, self.length = loader, loader.loader, len(loader)
         self.dataset, self.sampler = self.source.dataset, self.source.sampler
         self.is_stream = isinstance(self.dataset, IterableDataset)
-        self.workers = self.source.num_workers if self.is_stream else 0  # if the order of the samples depends on them
+        self.workers = self.source.num_workers if self.is_stream else 0  # 0 if the order does not depend on them
 
     def __len__(self) -> int:
         return self.length
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return batches of an epoch from number `first` on; only a stream reads those before."""
+        """Return batches of an epoch from number `first` on; only a stream reads the earlier ones."""
         for part in (self.sampler, self.dataset):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
@@ -63,7 +63,7 @@ class TrainLoader:
 
 
 class _RoundRobin:
-    """One rank's batches of a stream, which has no indices: each rank reads all and keeps its own."""
+    """One rank's batches of a stream; each rank reads all and keeps its own, because a stream has no indices."""
 
     def __init__(self, loader: Iterable, world: World):
         self.loader, self.world, self.dataset = loader, world, loader.dataset
@@ -77,15 +77,12 @@ class _RoundRobin:
             count += len(labels)
             if i % self.world.world_size == self.world.rank:
                 yield samples, labels
-        if size and count != size:  # timm's readers skip what they cannot read
+        if size and count != size:  # timm's readers skip damaged samples
             raise UserError(f"test set: {count} of {size} samples are readable; fetch damaged files again")
 
 
 class Seeded(Dataset):
-    """Training set whose augmentation depends on the seed, the epoch and the batch's first sample alone.
-
-    A batch is the same whatever was loaded before it, and by whichever worker.
-    """
+    """Training set with augmentation that depends only on the seed, the epoch and the batch's first sample."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed, self.epoch = dataset, seed, 0
@@ -97,23 +94,20 @@ class Seeded(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[object, int]]:
-        """Return the samples of one batch; a DataLoader calls this, then mixes and collates."""
+        """Return the samples of one batch, for DataLoader."""
         reseed(self.seed, self.epoch, indices[0], BATCH)
         return [self.dataset[index] for index in indices]
 
 
-BATCH = 2**32 - 1  # tells the seed of a batch from those of steps
+BATCH = 2**32 - 1  # separates seeds of batches from seeds of steps
 
 
 def reseed(*numbers: int) -> None:
-    """Seed Python, numpy and torch, CUDA included, by all of the numbers together.
-
-    `torch.manual_seed` takes ten times as long without CUDA, and each step calls this.
-    """
+    """Seed Python, numpy and torch with all of the numbers together."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002, timm's augmentation draws from it
-    torch.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` takes ten times as long without CUDA
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
 
@@ -121,10 +115,9 @@ def reseed(*numbers: int) -> None:
 def create_loader(
     cfg: Config, world: World, dataset: Dataset, train: bool, collate: Callable, mean: Sequence, std: Sequence
 ) -> "TrainLoader | Iterable":
-    """Create a loader of shuffled whole training batches, or of one rank's share of the test set.
+    """Create a loader of shuffled training batches, or of one rank's share of the test set: whole batches, round-robin.
 
-    The share is whole batches, round-robin: no sample counts twice, and a membrane that leaks over the batch meets the
-    same neighbours as on one rank.
+    So no sample counts twice, and a membrane that leaks over the batch has the same neighbours as on one rank.
     """
     is_stream, ranks = isinstance(dataset, IterableDataset), world.world_size
     batch_size = cfg.batch_size if train else cfg.eval_batch_size or cfg.batch_size
@@ -150,7 +143,7 @@ def create_loader(
         collate_fn=collate,
         pin_memory=world.device.type == "cuda",
         worker_init_fn=_ignore_interrupts,
-        persistent_workers=workers > 0 and not train,  # new ones learn the epoch and the end of mixup
+        persistent_workers=workers > 0 and not train,  # new workers learn the epoch and the end of mixup
     )
     loader = PrefetchLoader(loader, mean, std, cfg.in_channels, world.device)
     if train:
@@ -159,7 +152,7 @@ def create_loader(
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to workers too, to the process that saves and ends them."""
+    """Ignore Ctrl-C in a worker, because the main process saves and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -171,7 +164,7 @@ def _shards_per_rank(dataset: IterableDataset) -> int:
 
 
 def create_mixup(cfg: Config) -> object | None:
-    """Create timm's object that mixes the samples of a batch, in the loader or in the training step, if `cfg` mixes."""
+    """Create timm's mixup for the loader or for the training step, if `cfg` mixes."""
     if not mixes(cfg):
         return None
     kind = timm.data.FastCollateMixup if cfg.mixup_in == "loader" else timm.data.Mixup

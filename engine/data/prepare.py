@@ -1,4 +1,4 @@
-"""Frames folder of a raw event data set: made once, on all cores; it gets its name when it is complete."""
+"""Folder of frames of an event data set, made once on all cores; it gets its name when it is complete."""
 
 from collections.abc import Callable, Collection
 from concurrent.futures.process import BrokenProcessPool
@@ -14,14 +14,14 @@ from .recordings import Recording
 
 
 def prepare(root: Path, layout: Layout, find: Callable[[], list[Recording]], show: bool) -> Path:
-    """Return the folder with the frames of every sample of the data set in `root`; make or finish it first.
+    """Return the folder with the frames of every sample of the data set in `root`; make or complete it first.
 
-    Several processes may call it at once: one works and the others wait. `find` is called only if there is work to do.
+    Of several processes one works and the others wait.
     """
     folder = root / layout.folder
     if folder.exists():
         return folder
-    logger.info(f"preparing {folder}, or waiting for another process that does")
+    logger.info(f"preparing {folder}, or waiting for another process")
     with filelock.FileLock(root / f"{folder.name}.lock"):
         if not folder.exists():
             _make(folder, layout, find(), show)
@@ -33,30 +33,25 @@ def _make(folder: Path, layout: Layout, recordings: list[Recording], show: bool)
     names = {name for recording in recordings for name in recording.samples}
     left = [r for r in recordings if not all((partial / name).exists() for name in r.samples)]
     size = len(names) * layout.time_steps * 2 * layout.side**2 / 1e9
-    what = "frames of {} x {} pixels from {} x {}".format(layout.side, layout.side, *layout.sensor)
-    logger.info(f"{len(left):,} of {len(recordings):,} recordings to do; {what} take {size:.1f} GB in all")
+    logger.info(f"{len(left):,} of {len(recordings):,} recordings to do; the frames take {size:.1f} GB in all")
     for place in {(partial / name).parent for name in names}:
         place.mkdir(parents=True, exist_ok=True)
-    jobs = (joblib.delayed(convert)(r.name, r.open(), r.samples, partial, layout) for r in left)
+    jobs = (joblib.delayed(convert)(r.name, r.open(), r.samples, layout, partial) for r in left)
     try:
-        # `max_nbytes`: arguments go through pipes, not through files in a folder that may be small
+        # `max_nbytes`: pass arguments through pipes, because the folder of temporary files may be small
         results = joblib.Parallel(joblib.cpu_count(), return_as="generator", max_nbytes=None)(jobs)
         results = progress(results, "preparing", max(1, len(left) // 20), show, total=len(left))
-        outcomes = [(r.name, *result) for r, result in zip(left, results, strict=True)]
+        problems = list(filter(None, results))
     except BrokenProcessPool:
-        raise UserError(f"{folder}: a process was killed, perhaps out of memory; start again, it goes on") from None
-    if invalid := {name: count for name, _, count in outcomes if count}:
-        some = f"{sum(invalid.values()):,} invalid events in {len(invalid):,} recordings, such as {next(iter(invalid))}"
-        logger.warning(f"warning: {folder}: {some}; they are left out")
-    if problems := [f"{name}: {problem}" for name, problem, _ in outcomes if problem]:
-        first = ", ".join(problems[:5])
-        raise UserError(f"{len(problems)} of {len(recordings)} recordings are unusable: {first}; replace them")
+        raise UserError(f"{folder}: a process was killed, perhaps out of memory; start again to continue") from None
+    if problems:
+        raise UserError(f"{len(problems)} of {len(recordings)} recordings cannot be read: {problems[0]}")
     for path in partial.rglob("*.*"):
         if path.relative_to(partial).as_posix() not in names:
-            path.unlink()  # halves that a killed process left
+            path.unlink()  # half a file of a killed process
     partial.rename(folder)
 
 
 def contents(folder: Path, classes: Collection[str]) -> list[str]:
-    """Return the files of a frames folder, sorted; each is in a folder named like its class."""
+    """Return the files CLASS/NAME of a folder of frames, sorted."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.npy") if path.parent.name in classes)

@@ -1,14 +1,14 @@
-"""Raw files of event data sets: where they are, and which samples they are cut into. `RAW` lists the data sets.
+"""Recordings of event data sets, in folders and archives, and the samples in them. `RAW` lists the data sets.
 
 Archives are read in place and never extracted, changed or deleted.
 """
 
-import functools
 import re
 import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,26 +19,15 @@ from ..log import logger
 from . import digits
 from .aedat import SIDE
 from .folders import find_classes, is_hidden, split_folders
-from .frames import DECODERS, LARGEST, WHOLE, read_member
+from .frames import DECODERS, LARGEST, WHOLE, Spans, read_member
 
-FIGSHARE = "https://ndownloader.figshare.com/files/"
-CIFAR10_DVS = {  # class -> file number at figshare and md5 of CLASS.zip
-    "airplane": ("7712788", "0afd5c4bf9ae06af762a77b180354fdd"),
-    "automobile": ("7712791", "8438dfeba3bc970c94962d995b1b9bdd"),
-    "bird": ("7712794", "a9c207c91c55b9dc2002dc21c684d785"),
-    "cat": ("7712812", "52c63c677c2b15fa5146a8daf4d56687"),
-    "deer": ("7712815", "b6bf21f6c04d21ba4e23fc3e36c8a4a3"),
-    "dog": ("7712818", "f379ebdf6703d16e0a690782e62639c3"),
-    "frog": ("7712842", "cad6ed91214b1c7388a5f6ee56d08803"),
-    "horse": ("7712851", "e7cbbf77bec584ffbf913f00e682782a"),
-    "ship": ("7712836", "41c7bd7d6b251be82557c6cce9a7d5c9"),
-    "truck": ("7712839", "89f3922fd147d9aeff89e76a2b0b70a7"),
-}
+CIFAR10_DVS = "airplane automobile bird cat deer dog frog horse ship truck".split()
 GESTURE_PAGE = "https://ibm.ent.box.com/s/3hiq58ww1pbbjrinh367ykfdf60xsfm8/folder/50167556794"
 GESTURES = (
     "hand clapping, right hand wave, left hand wave, right arm clockwise, right arm counter-clockwise, left arm "
     "clockwise, left arm counter-clockwise, arm roll, air drums, air guitar, other gestures"
 ).split(", ")  # 1 to 11 in the tables of labels
+SUFFIX = ".aedat"
 TEXTS = (".txt", ".csv")  # lists of trials and tables of labels
 MOST_FILES = 10_000  # in the archive of DVS128 Gesture, which has some 250
 FRAMES = re.compile(r"frames_\d+(_|\.|$)")  # folders that `prepare` makes
@@ -47,65 +36,51 @@ Opener = Callable[[], Callable[[], bytes]]  # opens a file in this process; any 
 
 
 class Recording(NamedTuple):
-    """One raw file, and the samples that `frames.convert` makes of it."""
+    """A file of events, and its samples."""
 
     name: str
     open: Opener
-    samples: Mapping[str, tuple[float, float]]  # file of frames -> time span in microseconds
+    samples: Spans  # by the name of their file of frames
 
 
-def cifar10_dvs(root: Path, suffix: str, download: bool) -> list[Recording]:
+def cifar10_dvs(root: Path, download: bool) -> list[Recording]:
     """List the recordings of CIFAR10-DVS: for each class a zip archive or a folder."""
     if download:
         _download(root)
     sources = {label: _first_of(root, f"{label}.zip", label) for label in CIFAR10_DVS}
     if absent := [f"{label}.zip" for label, path in sources.items() if path is None]:
         raise UserError(f"{root / 'download'}: no {', '.join(absent)}; use --download, or --data-path")
-    recordings = _by_class(sources, suffix)
-    stems = {Path(sample).stem for recording in recordings for sample in recording.samples}
-    numbers = {stem.rpartition("_")[2] for stem in stems}
-    wanted = {f"cifar10_{label}_{number}" for label in sources for number in numbers if number.isdigit()}
-    if absent := sorted(wanted - stems):
-        raise UserError(f"{root}: {len(absent)} recordings are missing, such as {absent[0]}{suffix}; complete it")
-    return recordings
+    return _by_class(sources, SUFFIX)
 
 
 def _by_class(sources: Mapping[str, Path], *suffixes: str) -> list[Recording]:
     """List the recordings of folders or archives, given by the folder of their frames."""
     return [
-        Recording(f"{source}: {name}", opener, {f"{folder}/{name.removesuffix('.aedat')}.npy": WHOLE})
+        Recording(f"{source}: {name}", opener, {f"{folder}/{name.removesuffix(SUFFIX)}.npy": WHOLE})
         for folder, source in sources.items()
         for name, opener in _list(source, *suffixes).items()
     ]
 
 
 def _first_of(root: Path, *names: str) -> Path | None:
-    """Return the first that exists, in `root` itself or where spikingjelly keeps archives and extracts them to."""
-    candidates = [root / place / name for name in names for place in ("download", "", "extract")]
-    return next((path for path in candidates if path.exists()), None)
-
-
-def _later(read: Callable[..., bytes], *arguments: object) -> Opener:
-    """Return the opener of a file that any process can read."""
-    return lambda: functools.partial(read, *arguments)
+    """Return the first existing path, in `root` or in spikingjelly's folders of archives and extracted files."""
+    paths = (root / place / name for name in names for place in ("download", "", "extract"))
+    return next(filter(Path.exists, paths), None)
 
 
 def _list(source: Path, *suffixes: str) -> dict[str, Opener]:
-    """Return the files of a folder, a zip or a tar archive with one of the suffixes, by name."""
+    """Return the files with one of the suffixes in a folder, a zip or a tar archive."""
     try:
         if source.is_dir():
-            paths = [path for path in sorted(source.iterdir()) if path.is_file() and not is_hidden(path.name)]
-            files = {path.name: _later(Path.read_bytes, path) for path in paths}
+            files = {path.name: partial(partial, path.read_bytes) for path in sorted(source.iterdir())}
         elif source.suffix == ".zip":
             with zipfile.ZipFile(source) as file:
-                members = [name for name in file.namelist() if not is_hidden(name)]
-            files = {Path(name).name: _later(read_member, source, name) for name in members}
+                files = {name: partial(partial, read_member, source, name) for name in file.namelist()}
         else:
             files = _list_tar(source)
     except Exception as error:  # a damaged archive makes its reader fail in any way
-        if isinstance(error, OSError) and error.filename:
-            raise
         raise UserError(f"{source}: damaged ({str(error) or type(error).__name__}); fetch it again") from None
+    files = {Path(name).name: opener for name, opener in files.items() if not is_hidden(name)}
     chosen = {name: opener for name, opener in files.items() if name.lower().endswith(suffixes)}
     if not chosen:
         kinds = sorted({Path(name).suffix for name in files})
@@ -114,62 +89,57 @@ def _list(source: Path, *suffixes: str) -> dict[str, Opener]:
 
 
 def _list_tar(archive: Path) -> dict[str, Opener]:
-    logger.info(f"reading {archive} for its contents; its events are read after that")
+    logger.info(f"listing {archive}, which takes a minute")
     files, file = {}, tarfile.open(archive, "r:gz")  # noqa: SIM115, the openers read it
     for number, member in enumerate(file):
         if number == MOST_FILES or member.size > LARGEST:
             raise tarfile.ReadError("too many files, or too large ones")
-        if member.isfile() and not is_hidden(member.name):
-            name = Path(member.name).name
-            files[name] = lambda m=member: functools.partial(bytes, file.extractfile(m).read())
-            if name.endswith(TEXTS):
-                files[name] = _later(bytes, files[name]()())
+        if member.isfile():
+            files[member.name] = lambda m=member: partial(bytes, file.extractfile(m).read())
+            if member.name.endswith(TEXTS):  # read now, because reading back would start at the beginning
+                files[member.name] = partial(partial, files[member.name]())
     while file.fileobj.read(2**20):
-        pass  # the checksum of the whole is at its end
+        pass  # up to the checksum at the end
     return files
 
 
 def _download(root: Path) -> None:
+    from spikingjelly.datasets.cifar10_dvs import CIFAR10DVS  # a second to import
+
     folder = root / "download"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (number, md5) in CIFAR10_DVS.items():
-        if _first_of(root, f"{name}.zip", name):
+    for name, address, md5 in CIFAR10DVS.resource_url_md5():
+        if _first_of(root, name, Path(name).stem):
             continue
-        part = folder / f"{name}.zip.part"
-        logger.info(f"fetching {part.with_suffix('')}")
+        part = folder / f"{name}.part"
+        logger.info(f"fetching {folder / name}")
         try:
-            download_url(FIGSHARE + number, str(folder), part.name, md5)
+            download_url(address, str(folder), part.name, md5)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{FIGSHARE}{number}: not {name}.zip ({error}); try again, or fetch it by hand") from None
-        part.replace(part.with_suffix(""))
+            raise UserError(f"{address}: not {name} ({error}); try again, or fetch it by hand") from None
+        part.replace(folder / name)
 
 
-def dvs128_gesture(root: Path, suffix: str, download: bool) -> list[Recording]:
-    """List the recordings of DVS128 Gesture: its archive, or the folder that it unpacks to; `download` does nothing."""
+def dvs128_gesture(root: Path, download: bool) -> list[Recording]:
+    """List the recordings of DVS128 Gesture, of its archive or its folder; `download` has no effect."""
     source = _first_of(root, "DvsGesture.tar.gz", "DvsGesture")
-    if source is None and (root / "trials_to_train.txt").exists():
-        source = root
     if source is None:
-        place = root / "download"
-        raise UserError(f"{place}: no DvsGesture.tar.gz; fetch it by hand from {GESTURE_PAGE}, or use --data-path")
-    files = _list(source, suffix, *TEXTS)
+        raise UserError(f"{root / 'download'}: no DvsGesture.tar.gz; fetch it from {GESTURE_PAGE}, or use --data-path")
+    files = _list(source, SUFFIX, *TEXTS)
 
     def text(name: str) -> str:
         if name not in files:
             raise UserError(f"{source}: no {name}; complete it")
         return files[name]()().decode(errors="replace")
 
-    train, test = (text(f"trials_to_{part}.txt").split() for part in ("train", "test"))
-    if both := set(train) & set(test):
-        raise UserError(f"{source}: {min(both)} is listed for training and for testing; fetch it again")
-    places = dict.fromkeys(train, "train") | dict.fromkeys(test, "test")
-    if absent := [name for name in places if name not in files]:
-        raise UserError(f"{source}: {len(absent)} of {len(places)} recordings are missing, such as {absent[0]}")
+    parts = {name: part for part in ("train", "test") for name in text(f"trials_to_{part}.txt").split()}
+    if absent := [name for name in parts if name not in files]:
+        raise UserError(f"{source}: {len(absent)} of {len(parts)} recordings are missing, such as {absent[0]}")
     recordings = []
-    for name in files:  # in the order of the archive, which can only be read from end to end
-        if name in places:
+    for name in files:  # in the order of the archive, because reading back would start at the beginning
+        if name in parts:
             table = f"{Path(name).stem}_labels.csv"
-            samples = _gestures(text(table), places[name], Path(name).stem, f"{source}: {table}")
+            samples = _gestures(text(table), parts[name], Path(name).stem, f"{source}: {table}")
             recordings.append(Recording(f"{source}: {name}", files[name], samples))
     return recordings
 
@@ -177,9 +147,7 @@ def dvs128_gesture(root: Path, suffix: str, download: bool) -> list[Recording]:
 def _gestures(table: str, part: str, stem: str, where: str) -> dict[str, tuple[int, int]]:
     """Return file -> time span for each line of a recording's table of labels."""
     samples, counts = {}, Counter()
-    for number, row in enumerate(table.splitlines()[1:], 2):
-        if not row:
-            continue
+    for number, row in enumerate(table.rstrip().splitlines()[1:], 2):
         try:
             gesture, start, end = map(int, row.split(","))
         except ValueError:
@@ -196,19 +164,16 @@ def _gestures(table: str, part: str, stem: str, where: str) -> dict[str, tuple[i
 class Raw(NamedTuple):
     """A data set of recordings."""
 
-    find: Callable[[Path, str, bool], list[Recording]] | None  # lists files of a suffix, in a folder; True downloads
+    find: Callable[[Path, bool], list[Recording]] | None  # lists recordings in a folder; True downloads them
     classes: Mapping[str, str]  # class folder -> name, in the order of the labels
     sizes: Mapping[str, int]  # published samples of each part
-    is_split: bool  # frames are in folders "train" and "test"; else `event.split_by_class` splits them
+    is_split: bool  # in folders "train" and "test"; otherwise `event.split_by_class` splits the frames
     side: int | None = SIDE  # pixels of the sensor, in height and in width; None: --sensor-size
-    suffix: str = ".aedat"
 
 
 RAW = {
     "digits-dvs": Raw(None, {name: name for name in digits.Digits.classes}, {}, True, digits.SIDE),
-    "cifar10-dvs": Raw(
-        cifar10_dvs, {name: name for name in CIFAR10_DVS}, {"train": 9000, "test": 1000}, is_split=False
-    ),
+    "cifar10-dvs": Raw(cifar10_dvs, {name: name for name in CIFAR10_DVS}, {"train": 9000, "test": 1000}, False),
     "dvs128-gesture": Raw(
         dvs128_gesture,
         {folder: GESTURES[int(folder)] for folder in sorted(map(str, range(11)))},  # label 2 is gesture 11
@@ -220,7 +185,7 @@ EVENT_DATASETS = ("eventfolder", *RAW)
 
 
 def event_folder(root: Path, split_seed: int | None) -> Raw:
-    """Describe a folder of one's own: train/CLASS/* and test/CLASS/*, or CLASS/* to be split by a seed."""
+    """Describe a user's folder: train/CLASS/* and test/CLASS/*, or CLASS/* and a seed that splits it."""
     folders = split_folders(root)
     if len(folders) == 1 or (not folders and split_seed is None):
         raise UserError(f"{root}: no folders train and test; make both, or use --split-seed on a folder per class")
