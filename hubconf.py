@@ -10,7 +10,7 @@ dependencies = ["torch", "timm"]
 
 
 def _import_as(name: str, folder: pathlib.Path):
-    """Import a folder as the package `name`, because programs may have another package `models`."""
+    """Import a folder as the package `name`, because a program may have its own package `models`."""
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )

@@ -1,7 +1,4 @@
-"""QKFormer's networks as plain `nn.Module`s; importing this package also registers them with timm.
-
-In the repository it is `models`; installed with pip it is `qkformer`.
-"""
+"""Networks of QKFormer as plain `nn.Module`s, registered with timm; the package is `qkformer` once installed."""
 
 from . import released
 from .backends import set_lif_backend

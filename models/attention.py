@@ -1,10 +1,10 @@
-"""Three spiking attentions. None has a softmax; queries, keys and values are spikes.
+"""Three spiking attentions without softmax; queries, keys and values are spikes.
 
 Shapes: T time steps, B batch, C channels, H height, W width, N = H*W tokens, h heads, d = C/h channels a head.
 Each attention maps [T,B,C,H,W] to [T,B,C,H,W].
 
-To add one, write a class here and name it in `qkformer.ATTENTIONS`. The modules then compute networks with it; the
-fused path takes it once `fused.coverage.CHILDREN` and `attend` in `fused.cpu` and `fused.gpu` know it.
+To add one, write a class here and name it in `qkformer.ATTENTIONS`. For the fused path also add it to
+`fused.coverage.KINDS`, and to `attend` in `fused.gpu` if it has a kernel.
 """
 
 from torch import Tensor, nn
@@ -16,11 +16,11 @@ SSA_SCALE = 0.125
 
 
 class SpikingAttention(nn.Module):
-    """Units of query, key and perhaps value, and the projection; a subclass says how they attend.
+    """Units of query, key and perhaps value, then a projection; subclasses define `attend`.
 
     Args:
-        qkv_bias: bias of the convolutions to q, k and v, which the BatchNorm after them makes idle.
-        leak_across_batch: let the membrane after the projection run over the batch, as in the released code.
+        qkv_bias: bias of the convolutions to q, k and v; the BatchNorm after them cancels it.
+        leak_across_batch: run the membrane after the projection over the batch, as in the released code.
     """
 
     parts = ("q", "k")
@@ -58,26 +58,21 @@ class SpikingAttention(nn.Module):
 
 
 class TokenQKAttention(SpikingAttention):
-    """Q-K token attention (QKTA; paper, section 3.2): the query, summed over a head's channels, masks tokens."""
+    """Q-K token attention (QKTA; paper, section 3.2): the sum of the query over a head's channels masks tokens."""
 
     def attend(self, q: Tensor, k: Tensor) -> Tensor:
         return self.attn_lif(q.sum(3, keepdim=True)) * k  # [T,B,h,1,N] * [T,B,h,d,N]
 
 
 class ChannelQKAttention(SpikingAttention):
-    """Q-K channel attention (QKCA; paper, section 3.2): the query, summed over the tokens, masks channels."""
+    """Q-K channel attention (QKCA; paper, section 3.2): the sum of the query over the tokens masks channels."""
 
     def attend(self, q: Tensor, k: Tensor) -> Tensor:
         return self.attn_lif(q.sum(4, keepdim=True)) * k  # [T,B,h,d,1] * [T,B,h,d,N]
 
 
 class SpikingSelfAttention(SpikingAttention):
-    """Spiking self-attention (SSA, from Spikformer): LIF(q (k^T v) * scale), linear in N by its order.
-
-    Args:
-        scale: factor of the product; 1 is the paper's "w/o scaling".
-        **kwargs: see `SpikingAttention`.
-    """
+    """Spiking self-attention (SSA, from Spikformer): LIF(q (k^T v) * scale); this order makes it linear in N."""
 
     parts = ("q", "k", "v")
 

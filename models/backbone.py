@@ -1,4 +1,4 @@
-"""timm's contract for networks of stages: features, head, checkpointing and groups of parameters.
+"""timm's contract for networks of stages: feature maps, head, checkpointing and parameter groups.
 
 Shapes: T time steps, B batch, C channels, H height, W width.
 """
@@ -12,39 +12,38 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .layers import Chain
-from .neuron import LIF, TAU, continued, set_neurons
+from .neuron import LIF, TAU, continued, require, require_choice, set_neurons
 
-register_notrace_module(LIF)  # one node in a graph of torch.fx, for timm; others name it in leaf_modules
+ALIASES = {"in_channels": "in_chans", "drop_path": "drop_path_rate"}  # this project's names of timm's arguments
+register_notrace_module(LIF)  # makes it a leaf in timm's graphs; other tools need leaf_modules=[LIF]
 
 
 class StreamState(NamedTuple):
-    """State of `Backbone.step` between two frames."""
+    """State of `Backbone.step` between two frames of a recording."""
 
     steps: int  # frames so far
-    total: Tensor  # [B,C], sum over the frames of what the head reads
-    membranes: tuple[Tensor, ...]  # of every LIF, in the order of the modules
+    total: Tensor  # [B,C], sum of the head's inputs over the frames
+    membranes: tuple[Tensor, ...]  # of every LIF, in module order
 
 
 class Backbone(nn.Module):
-    """Stages in a row and a linear head; a subclass builds the stages.
+    """Chain of stages with a linear head; subclasses build the stages.
 
-    Images [B,C,H,W] are repeated `time_steps` times; event frames [B,T,C,H,W] bring their own T. The result is
-    [B,num_classes], averaged over tokens and time. Every membrane starts at zero and none outlives the call.
+    Images [B,C,H,W] are repeated `time_steps` times; event frames [B,T,C,H,W] have their own T. Logits
+    [B,num_classes] are averaged over tokens and time. Membranes start at zero in every call.
 
     Args:
         stages: modules that map [T,B,C,H,W] to [T,B,C',H',W'].
-        feature_info: num_chs, reduction and module of each stage, as timm has it.
-        residual: "sew" or "ms"; with "ms" stages end in membrane currents.
-        head_lif: neurons stand between the mean over tokens and the mean over time.
-        in_chans: channels of the input.
-        num_classes: outputs of the head; 0 leaves it out.
-        global_pool: "avg", or "" for feature maps in place of logits.
-        keep_time: feature maps are [T,B,C,H,W] instead of their mean over time [B,C,H,W].
+        feature_info: num_chs, reduction and module of each stage, in timm's format.
+        residual: "sew", or "ms" for stages that end in membrane currents.
+        head_lif: put neurons between the mean over tokens and the mean over time.
+        num_classes: outputs of the head; 0 removes the head.
+        global_pool: "avg", or "" to return feature maps instead of logits.
+        keep_time: return feature maps [T,B,C,H,W], not their mean over time [B,C,H,W].
         time_steps: T of a static image.
         drop_rate: dropout before the head.
         neuron: "lif", "if" (no leak) or "plif" (one learned tau per layer).
-        tau: membrane time constant of every neuron; that of "plif" is where it starts.
-        device, dtype: of the parameters.
+        tau: membrane time constant in time steps; the initial one with "plif".
     """
 
     fast_path: Callable[[nn.Module, Tensor], Iterator[Tensor] | None] | None = None  # `models.backends` sets it
@@ -68,9 +67,8 @@ class Backbone(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, value in (("time_steps", time_steps), ("in_chans", in_chans)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        require(time_steps > 0, f"time_steps={time_steps} must be at least 1")
+        require(in_chans > 0, f"in_chans={in_chans} must be at least 1")
         self.residual, self.time_steps = residual, time_steps
         self.in_chans = self.in_channels = in_chans
         self.keep_time, self.drop_rate, self.feature_info = keep_time, drop_rate, feature_info
@@ -93,7 +91,7 @@ class Backbone(nn.Module):
 
     def _last_output(self, x: Tensor) -> Tensor:
         for output in self.stage_outputs(x):
-            last = output  # and no other stays in memory
+            last = output  # frees the stage before
         return last
 
     def _feature_map(self, x: Tensor) -> Tensor:
@@ -104,22 +102,17 @@ class Backbone(nn.Module):
         return self._feature_map(self._last_output(x))
 
     def _mean_tokens(self, x: Tensor) -> Tensor:
-        """Average [T,B,C,H,W] over the tokens to [T,B,C], which `lif` reads if there is one."""
+        """Average [T,B,C,H,W] over the tokens to [T,B,C], and apply the head's neurons if it has any."""
         return self.lif(x.mean((3, 4)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map features to logits [B,num_classes]; with `pre_logits` to [B,C], which the head reads.
+        """Map features to logits [B,num_classes], or with `pre_logits` to the head's input [B,C].
 
-        Args:
-            x: [T,B,C,H,W], or their mean over time [B,C,H,W] if no `lif` reads each time step.
-
-        Raises:
-            ValueError: a mean over time for a `lif`, or a head without `global_pool`.
+        Features are [T,B,C,H,W], or their mean over time [B,C,H,W] if the head has no neurons.
         """
         x = with_time(x, isinstance(self.lif, nn.Identity))
         if not self.global_pool:
-            if self.num_classes:
-                raise ValueError("global_pool='' gives feature maps, no logits; use reset_classifier(classes, 'avg')")
+            require(not self.num_classes, "global_pool='' gives no logits; use reset_classifier(classes, 'avg')")
             return self._feature_map(x)
         x = nn.functional.dropout(self._mean_tokens(x).mean(0), self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
@@ -134,27 +127,22 @@ class Backbone(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def step(self, x: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
-        """Classify a recording that is still arriving, frame by frame: a pure function, in evaluation mode.
+        """Classify a recording frame by frame as it arrives: a pure function, in evaluation mode.
 
         After T steps the logits equal those of `forward` on the T frames in float64. In float32 rounding can flip a
         spike, because a convolution of one frame adds up in another order. Memory does not grow with T.
 
         Args:
             x: the next frame [B,C,H,W].
-            state: the state that the previous step returned; None starts a recording.
+            state: the state from the step before; None starts a recording.
 
         Returns:
             Logits [B,num_classes] for the frames so far, and the state for the next step.
-
-        Raises:
-            ValueError: the network is in training mode, x is not one frame, or the number of recordings changes.
         """
-        if self.training:
-            raise ValueError("step needs evaluation mode, call model.eval(): in training BatchNorm needs all frames")
-        if x.dim() != 4:
-            raise ValueError(f"step: frame of shape {tuple(x.shape)}; pass one frame [B,C,H,W]")
-        if state is not None and len(state.total) != len(x):
-            raise ValueError(f"frames of {len(x)} recordings cannot continue a state of {len(state.total)}")
+        require(not self.training, "step: BatchNorm needs all frames in training mode; call model.eval()")
+        require(x.dim() == 4, f"step: frame of shape {tuple(x.shape)}; pass one frame [B,C,H,W]")
+        batch = len(x) if state is None else len(state.total)
+        require(len(x) == batch, f"step: frames of {len(x)} recordings cannot continue a state of {batch}")
         neurons = [module for module in self.modules() if isinstance(module, LIF)]
         membranes = {} if state is None else dict(zip(neurons, state.membranes, strict=True))
         with continued(membranes):
@@ -173,16 +161,11 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the last stage's features, as `forward_features` does, and a list with those of `indices`.
+        """Return the last stage's features and a list with those of `indices`; see timm.
 
-        Args:
-            indices: stages; a number for that many last ones, None for all.
-            norm: without effect: no norm follows the stages.
-            stop_early: compute no stage after the last of `indices`.
-            intermediates_only: return the list alone.
+        `norm` has no effect, because no norm follows the stages.
         """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}: feature maps are NCHW")
+        require_choice("output_fmt", output_fmt, ("NCHW",))
         take, last = feature_take_indices(len(self.stages), indices)
         maps = []
         for i, output in enumerate(self.stage_outputs(x)):
@@ -195,7 +178,7 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the stages after the last of `indices`, and the head; return `indices` counted from the first."""
+        """Remove the stages after the last of `indices`, and the head; return the absolute indices."""
         take, last = feature_take_indices(len(self.stages), indices)
         is_cut = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
@@ -204,16 +187,23 @@ class Backbone(nn.Module):
             self.reset_classifier(0, "")
         return take
 
+    @property
+    def _model_args(self) -> dict[str, object]:
+        """Arguments that timm saves with the weights: no backend of this machine, and no aliases."""
+        return self._saved_args
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, object]) -> None:
+        self._saved_args = {name: value for name, value in args.items() if name not in ("lif_backend", *ALIASES)}
+
     def get_classifier(self) -> nn.Module:
         """Return the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one; 0 classes leave it out. None keeps the pooling, "" leaves that out, too."""
-        if num_classes < 0:
-            raise ValueError(f"num_classes={num_classes} must be at least 0")
-        if global_pool not in (None, "avg", ""):
-            raise ValueError(f"global_pool={global_pool!r} is unknown: choose 'avg' or ''")
+        """Replace the head; 0 classes remove it. `global_pool` is "avg", "" for no pooling, or None to keep it."""
+        require(num_classes >= 0, f"num_classes={num_classes} must be at least 0")
+        require_choice("global_pool", global_pool, (None, "avg", ""))
         self.num_classes = num_classes
         self.global_pool = self.global_pool if global_pool is None else global_pool
         self.head = nn.Identity()
@@ -230,25 +220,22 @@ class Backbone(nn.Module):
                 module.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Return patterns of parameters by depth for timm's layer decay: the first SPEDS, each block, the head.
-
-        A later SPEDS counts with the block after it.
-        """
+        """Return patterns of parameter names for timm's layer decay; a later SPEDS counts with the block after it."""
         by_block = [(r"^stages\.(\d+)\.embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         return {"stem": r"^stages\.0\.embed", "blocks": r"^stages\.(\d+)" if coarse else by_block}
 
 
-@torch.fx.wrap
+@torch.fx.wrap  # one node in a graph of torch.fx
 def batch_first(x: Tensor, is_time_first: bool) -> Tensor:
-    """Return images [B,C,H,W] as they are, and frames as [B,T,C,H,W]."""
+    """Return images [B,C,H,W] unchanged, and frames as [B,T,C,H,W]."""
     return x.transpose(0, 1) if is_time_first and x.dim() == 5 else x
 
 
-@torch.fx.wrap  # one node in a graph of torch.fx
+@torch.fx.wrap
 def time_first(x: Tensor, time_steps: int, in_chans: int) -> Tensor:
     """Return [T,B,C,H,W]: images [B,C,H,W] repeated, or event frames [B,T,C,H,W]."""
     if not x.is_floating_point():
-        raise TypeError(f"input of {x.dtype}: expected floating point; use x.float(), and normalize images")
+        raise TypeError(f"input of {x.dtype}: not floating point; use x.float(), and normalize images")
     if x.dim() not in (4, 5) or x.shape[-3] != in_chans:
         raise ValueError(
             f"input of shape {tuple(x.shape)}: expected images [B,{in_chans},H,W] or event frames [B,T,{in_chans},H,W]"
@@ -264,5 +251,5 @@ def with_time(x: Tensor, takes_mean: bool) -> Tensor:
     if x.dim() == 5:
         return x
     if not takes_mean:
-        raise ValueError("neurons read the features [T,B,C,H,W] of each time step; build with keep_time=True")
+        raise ValueError("features without time: the head's neurons need [T,B,C,H,W]; build with keep_time=True")
     return x[None]

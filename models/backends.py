@@ -1,27 +1,23 @@
-"""Choice of backend: the modules, neurons of CuPy or Triton, or the fused path.
-
-A `LIF` has a `function`, and the network has a `fast_path`; only this file sets them.
-"""
+"""Backends of the neurons and the fused path; only this file sets a `LIF`'s `function` and a network's `fast_path`."""
 
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from .fused import cpu, plan
-from .fused.coverage import Coverage, Covered
-from .neuron import ALPHA, LIF, TAU, THRESHOLD, is_continued, is_transformed, torch_lif
+from .fused.coverage import Coverage
+from .neuron import ALPHA, LIF, TAU, THRESHOLD, is_continued, is_transformed, require, require_choice, torch_lif
 from .qkformer import HierarchicalSpikingTransformer
 
-CUPY_MAX_ELEMENTS = 2**31  # of T + 1 steps: the CuPy kernels index with 32-bit integers up to the step after the last
+CUPY_MAX_ELEMENTS = 2**31  # of T + 1 steps, because the CuPy kernels have 32-bit indices
 
 
 @functools.cache
 def _cupy_kernels(dtype: torch.dtype) -> tuple[Callable, Callable]:
-    """Return spikingjelly's CUDA kernels of the forward and the backward pass; they keep no state."""
+    """Return spikingjelly's CUDA kernels of the forward and the backward pass."""
     from spikingjelly.activation_based import surrogate
     from spikingjelly.activation_based.auto_cuda.neuron_kernel import LIFNodeBPTTKernel, LIFNodeFPTTKernel
 
@@ -32,13 +28,13 @@ def _cupy_kernels(dtype: torch.dtype) -> tuple[Callable, Callable]:
         LIFNodeBPTTKernel(decay_input=True, surrogate_function=slope, hard_reset=True, detach_reset=True, dtype=ctype),
     )
     for kernel in kernels:
-        kernel.check_ctypes = lambda arguments: None  # this check of types needs numpy.int, gone since numpy 1.24
+        kernel.check_ctypes = lambda arguments: None  # needs numpy.int, removed in numpy 1.24
     return kernels
 
 
 def cupy_lif(x: Tensor, threshold: float) -> Tensor:
-    if reason := _cupy_refusal(x):
-        raise ValueError(f"lif_backend='cupy' {reason}")
+    refusal = _cupy_refusal(x)
+    require(refusal is None, f"lif_backend='cupy' {refusal}; use lif_backend='torch' or 'auto'")
     from spikingjelly.activation_based.auto_cuda.neuron_kernel import LIFNodeATGF
 
     x_seq = x.flatten(1)
@@ -48,70 +44,60 @@ def cupy_lif(x: Tensor, threshold: float) -> Tensor:
 
 def _cupy_refusal(x: Tensor) -> str | None:
     if not x.is_cuda:
-        return f"needs its input on a CUDA device, got {x.device}; use lif_backend='torch' or 'auto'"
+        return f"needs its input on a CUDA device, got {x.device}"
     if x.dtype not in (torch.float16, torch.float32):
-        return f"computes in float16 or float32, got {x.dtype}; use lif_backend='torch' or 'auto'"
+        return f"computes in float16 or float32, got {x.dtype}"
     if x.numel() + x[0].numel() > CUPY_MAX_ELEMENTS:
-        return (
-            f"cannot index {x.numel():,} elements (input {tuple(x.shape)}): its limit is 2^31 in T + 1 steps; "
-            "use a smaller batch, or lif_backend='torch'"
-        )
-    return None
-
-
-@functools.cache
-def cupy_problem() -> str | None:
-    """Return why the CuPy backend cannot run in this process, with a fix; None if it can (tried once)."""
-    if not torch.cuda.is_available():
-        return "needs a CUDA device (torch sees none) and cupy-cuda13x==14.2.0; use lif_backend='torch' or 'auto'"
-    try:
-        import cupy  # noqa: F401
-    except ImportError as error:
-        return f"needs CuPy ({error}); install cupy-cuda13x==14.2.0, or use lif_backend='torch'"
-    try:
-        x = torch.linspace(-1, 3, 64, device="cuda").reshape(4, 16)
-        spikes = cupy_lif(x, THRESHOLD)
-    except Exception as error:  # whatever a broken CUDA or CuPy installation throws
-        return f"does not launch here ({type(error).__name__}: {error}); use lif_backend='torch'"
-    if not torch.equal(spikes, torch_lif(x, THRESHOLD)):
-        return "gives wrong spikes here; use lif_backend='torch'"
+        return f"cannot index {x.numel():,} elements (input {tuple(x.shape)}), only 2^31 in T + 1 steps"
     return None
 
 
 def triton_lif(x: Tensor, threshold: float) -> Tensor:
-    if torch.compiler.is_compiling():  # which cannot trace the launch of a kernel
+    if torch.compiler.is_compiling():  # cannot trace the launch of a kernel
         return torch_lif(x, threshold)
     from .fused import autograd
 
-    if not x.is_cuda and not autograd.interpreted():
-        raise ValueError(
-            f"lif_backend='triton' needs its input on a CUDA device, got {x.device}; use lif_backend='torch' or 'auto'"
-        )
+    is_ready = x.is_cuda or autograd.interpreted()
+    require(is_ready, f"lif_backend='triton' needs its input on a CUDA device, got {x.device}; use 'torch' or 'auto'")
     with torch.cuda.device_of(x):  # Triton launches on the current device
         return autograd.lif(x, threshold)
 
 
-@functools.cache
-def triton_problem() -> str | None:
-    """Return why the Triton backend cannot run in this process, with a fix; None if it can (tried once)."""
+def _problem(test: Callable[[], str | None], package: str) -> str | None:
+    """Return the problem that a test of a backend returns or raises, with a fix; None if the backend runs."""
     try:
-        from .fused import autograd, selftest
+        problem = test()
     except ImportError as error:
-        return f"needs Triton ({error}); install triton==3.6.0, or use lif_backend='torch'"
-    if autograd.interpreted():
-        return None
-    if not torch.cuda.is_available():
-        return "needs a CUDA device (torch sees none); use lif_backend='torch' or 'auto'"
-    try:
-        problem = selftest.problem("cuda")
-    except Exception as error:  # whatever a broken installation throws
+        return f"needs {package} ({error}); install it, or use lif_backend='torch'"
+    except Exception as error:  # a broken installation may raise anything
         problem = f"does not launch here ({type(error).__name__}: {error})"
     return problem and f"{problem}; use lif_backend='torch'"
 
 
+def _test_cupy() -> str | None:
+    if not torch.cuda.is_available():
+        return "needs a CUDA device (torch sees none)"
+    import cupy  # noqa: F401
+
+    x = torch.linspace(-1, 3, 64, device="cuda").reshape(4, 16)
+    return None if torch.equal(cupy_lif(x, THRESHOLD), torch_lif(x, THRESHOLD)) else "gives wrong spikes here"
+
+
+def _test_triton() -> str | None:
+    from .fused import autograd, selftest
+
+    if autograd.interpreted():
+        return None
+    return selftest.problem("cuda") if torch.cuda.is_available() else "needs a CUDA device (torch sees none)"
+
+
+cupy_problem = functools.cache(functools.partial(_problem, _test_cupy, "cupy-cuda13x==14.2.0"))
+triton_problem = functools.cache(functools.partial(_problem, _test_triton, "triton==3.6.0"))
+
+
 @functools.cache
 def launches(backend: str) -> bool:
-    """Return whether "triton" or "cupy" runs in this process; warn with the reason if it does not."""
+    """Return whether "triton" or "cupy" runs in this process; warn if it does not."""
     problem = {"triton": triton_problem, "cupy": cupy_problem}[backend]()
     if problem:
         warnings.warn(f"lif_backend='auto' runs without {backend}, which {problem}", stacklevel=2)
@@ -119,7 +105,7 @@ def launches(backend: str) -> bool:
 
 
 def auto_lif(x: Tensor, threshold: float) -> Tensor:
-    """The choice of "auto" for one neuron layer; `_ops` makes the same for whole networks."""
+    """Compute one layer of neurons as "auto" chooses; `FastPath` chooses for whole networks."""
     if not x.is_cuda or torch.compiler.is_compiling():
         return torch_lif(x, threshold)
     if launches("triton"):
@@ -131,50 +117,47 @@ BACKENDS = {"auto": auto_lif, "torch": torch_lif, "cupy": cupy_lif, "triton": tr
 
 
 class FastPath:
-    """Outputs of the network's stages, in fused steps; None where the modules have to compute it."""
+    """Outputs of a network's stages in fused steps; None if its modules must compute them."""
 
-    def __init__(self):
-        self.coverage = Coverage()
+    coverage: Coverage | None = None
 
     def __reduce__(self) -> tuple:
-        return FastPath, ()  # a copy of the network gets its own
+        return FastPath, ()  # without the coverage, which holds the network's modules
+
+    def covered(self, model: HierarchicalSpikingTransformer) -> Coverage:
+        """Return the coverage of the network as it is now."""
+        coverage = self.coverage
+        if coverage is None or not coverage.holds(model.stages):
+            coverage = self.coverage = Coverage(model)  # atomic, because threads may share a network
+        return coverage
 
     def __call__(self, model: HierarchicalSpikingTransformer, x: Tensor) -> Iterator[Tensor] | None:
         if model.residual != "sew" or torch.compiler.is_compiling() or is_transformed() or is_continued():
             return None
-        covered = self.coverage.of(model.stages)
-        ops = _ops(covered, x) if x.numel() else None
-        pack = model.spike_packing and model.training and not covered.drops
-        return None if ops is None else plan.stage_outputs(model, x, ops, pack)
+        covered, ops = self.covered(model), None
+        if covered.function is triton_lif or (covered.function is auto_lif and x.is_cuda and launches("triton")):
+            from .fused import autograd, gpu  # import Triton
 
-
-def _ops(covered: Covered, x: Tensor) -> ModuleType | None:
-    """Return `gpu` or `cpu`, if one computes for x the answer of the modules of a covered network."""
-    if covered.function is triton_lif or (covered.function is auto_lif and x.is_cuda and launches("triton")):
-        from .fused import autograd, gpu  # which import Triton
-
-        return gpu if x.device.type != "cpu" or autograd.interpreted() else None
-    learns = covered.trains or torch.is_grad_enabled()
-    return cpu if covered.function is auto_lif and x.device.type == "cpu" and not learns else None
+            ops = gpu if x.device.type != "cpu" or autograd.interpreted() else None
+        elif covered.function is auto_lif and x.device.type == "cpu" and not covered.trains:
+            ops = None if torch.is_grad_enabled() else cpu
+        if ops is None or not x.numel():
+            return None
+        return plan.stage_outputs(model, x, ops, model.spike_packing and model.training and not covered.drops)
 
 
 def set_lif_backend(model: nn.Module, backend: str) -> None:
-    """Choose what computes every LIF of `model`.
+    """Choose what computes every LIF of `model`; `ValueError` has a fix if the backend cannot run.
 
     Args:
-        model: any module; its `LIF`s are set.
+        model: any module with `LIF`s.
         backend: "torch" (any device and floating dtype; the reference), "cupy" (spikingjelly's CUDA kernels; float16
-            and float32), "triton" (see `models.fused`: with "sew" residuals far more than the neurons), or "auto": on
-            CUDA the first that runs of triton, cupy and torch; elsewhere torch, and in evaluation on a CPU `fused.cpu`.
-
-    Raises:
-        ValueError: unknown backend, or one that cannot run here (the message has a fix).
+            and float32), "triton" (see `models.fused`), or "auto": on CUDA the first of triton, cupy and torch that
+            runs; elsewhere torch, and in evaluation on a CPU `fused.cpu`.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"lif_backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
-    problem = {"cupy": cupy_problem, "triton": triton_problem}.get(backend)
-    if problem and problem():
-        raise ValueError(f"lif_backend={backend!r} {problem()}")
+    require_choice("lif_backend", backend, BACKENDS)
+    problem = {"cupy": cupy_problem, "triton": triton_problem}.get(backend, lambda: None)()
+    require(problem is None, f"lif_backend={backend!r} {problem}")
     for module in model.modules():
         if isinstance(module, LIF):
             module.function = BACKENDS[backend]

@@ -1,4 +1,4 @@
-"""Patch embeddings: SPEDS with its deformed shortcut (paper, section 3.3).
+"""Patch embedding with a deformed shortcut (SPEDS; paper, section 3.3).
 
 Shapes: T time steps, B batch, C channels, H height, W width.
 """
@@ -11,15 +11,14 @@ from .layers import SpikingConv, residual_branch
 
 
 class SPEDS(nn.Module):
-    """A chain of 3x3 spiking convolutions, some pooled, with a 1x1 shortcut around the part after `branch`.
+    """Chain of 3x3 spiking convolutions, some pooled, with a 1x1 shortcut around the units after `branch`.
 
-    [T,B,C,H,W] -> [T,B,C',H/s,W/s] (rounded up), s being 2 to the number of pooled units.
+    [T,B,C,H,W] -> [T,B,C',H/s,W/s] (rounded up), s = 2 to the number of pooled units.
 
     Args:
-        in_channels: channels of the input.
-        units: (channels, pool) of each 3x3 unit, in order.
-        branch: number of units before the shortcut starts; 0 is the input.
-        shortcut: False leaves it out (the paper's ablation "w/o SPEDS").
+        units: (channels, pool) of each 3x3 unit.
+        branch: number of units before the shortcut starts; with 0 it starts at the input.
+        shortcut: False is the paper's ablation "w/o SPEDS".
         residual: "sew" adds the spikes of both paths; "ms" adds their membrane currents.
     """
 
@@ -34,7 +33,7 @@ class SPEDS(nn.Module):
         super().__init__()
         self.branch = branch
         pre_activation, last = residual_branch(residual)
-        self.lif = nn.Identity() if branch else pre_activation  # after a unit there are spikes already
+        self.lif = nn.Identity() if branch else pre_activation  # a unit ends in spikes
         channels = [in_channels, *(channels for channels, _ in units)]
         kinds = [SpikingConv] * (len(units) - 1) + [last]
         self.units = nn.ModuleList(

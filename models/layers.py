@@ -19,8 +19,8 @@ from .neuron import LIF
 class ConvBN(nn.Module):
     """Convolution, BatchNorm and optional max pooling (3x3, stride 2, padding 1), the same at every time step.
 
-    [T,B,C,H,W] -> [T,B,C',H',W'], or [T,B,C,N] -> [T,B,C',N] with `tokens=True`. The statistics of the
-    BatchNorm run over time and batch together.
+    [T,B,C,H,W] -> [T,B,C',H',W'], or [T,B,C,N] -> [T,B,C',N] with `tokens=True`. BatchNorm's statistics are those of
+    time and batch together.
     """
 
     def __init__(
@@ -45,10 +45,7 @@ class ConvBN(nn.Module):
 
 
 class SpikingConv(ConvBN):
-    """`ConvBN` followed by LIF neurons: the unit of all networks. Arguments and shapes as in `ConvBN`.
-
-    The neurons get `leak_across_batch`, see `LIF`.
-    """
+    """`ConvBN` with LIF neurons, the unit of all networks; see `LIF` for `leak_across_batch`."""
 
     def __init__(self, *args, leak_across_batch: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
@@ -59,10 +56,10 @@ class SpikingConv(ConvBN):
 
 
 def residual_branch(residual: str) -> tuple[nn.Module, type[ConvBN]]:
-    """Return the first module and the last unit type of a residual branch; residual kinds differ in nothing else.
+    """Return the first module and the type of the last unit of a residual branch.
 
-    "sew": the branch ends in spikes, which are added to its input. "ms" (membrane shortcut, pre-activation):
-    it starts with a LIF and ends in membrane currents.
+    A "sew" branch ends in spikes. An "ms" branch (membrane shortcut, pre-activation) starts with a LIF and ends in
+    membrane currents.
     """
     return (LIF(), ConvBN) if residual == "ms" else (nn.Identity(), SpikingConv)
 
@@ -81,10 +78,7 @@ class SpikingMLP(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training a sample's branch is zero at all time steps with probability `rate`.
-
-    The remaining branches are divided by 1 - rate, as in timm. [T,B,...], unchanged.
-    """
+    """Stochastic depth of [T,B,...]: in training a sample is zero at all time steps with probability `rate`."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -97,14 +91,14 @@ class DropPath(nn.Module):
 
 
 class Chain(nn.Sequential):
-    """Modules in a row. With `grad_checkpointing` the backward pass recomputes each; chains inside decide alone."""
+    """Modules in sequence. With `grad_checkpointing` the backward pass recomputes each, except inner chains."""
 
     def __init__(self, *modules: nn.Module | OrderedDict[str, nn.Module]):
         super().__init__(*modules)
         self.grad_checkpointing = False
 
     def recomputes(self, module: nn.Module) -> bool:
-        """Return whether the backward pass computes `module` again instead of reading its activations."""
+        """Return whether the backward pass recomputes `module`."""
         return self.grad_checkpointing and self.training and not isinstance(module, Chain)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,8 +107,8 @@ class Chain(nn.Sequential):
         return x
 
 
-# The compiler recomputes everything, also inside the LIF: values, never the update of the running statistics. torch
-# warns of in-place operations here; the tests find results and gradients equal.
+# The compiler recomputes all values, also inside the LIF, but never updates running statistics again. torch warns of
+# in-place operations here; the tests find equal results and gradients.
 _RECOMPUTE_ALL = functools.partial(
     create_selective_checkpoint_contexts,
     lambda *_, **__: CheckpointPolicy.MUST_RECOMPUTE,
@@ -123,7 +117,7 @@ _RECOMPUTE_ALL = functools.partial(
 
 
 def checkpointed(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Compute `forward(x)`, or `module(x)`, and keep only `x` for the backward pass, which computes it again."""
+    """Compute `forward(x)`, or `module(x)`, and keep only `x` for the backward pass, which recomputes the rest."""
     if torch.compiler.is_compiling():
         return checkpoint(module, x, use_reentrant=False, context_fn=_RECOMPUTE_ALL)
     is_random = any(isinstance(m, DropPath) and m.rate for m in module.modules())
@@ -131,14 +125,14 @@ def checkpointed(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tenso
         forward or module,
         x,
         use_reentrant=False,
-        preserve_rng_state=is_random,  # which copies the state of the GPU's generator, and no CUDA graph may do that
+        preserve_rng_state=is_random,  # copies the GPU generator's state, which fails in a CUDA graph
         context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(module)),
     )
 
 
 @contextlib.contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Keep the second forward pass from entering the batch into the running statistics again."""
+    """Protect the running statistics from the second forward pass on the same batch."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:

@@ -1,4 +1,4 @@
-"""Reference network: the hierarchical spiking transformer. `models.registry` has the variants.
+"""Hierarchical spiking transformer, the reference network; `models.registry` has its variants.
 
 Shapes: T time steps, B batch, C channels, H height, W width.
 """
@@ -13,11 +13,12 @@ from .attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, Toke
 from .backbone import Backbone
 from .embed import SPEDS
 from .layers import Chain, DropPath, SpikingMLP
+from .neuron import require, require_choice
 
 ATTENTIONS = {"token": TokenQKAttention, "channel": ChannelQKAttention, "self": SpikingSelfAttention}
 
-# family: (units of the first SPEDS, units before its shortcut starts, units of the later SPEDS), where a unit is
-# (n, pool): a 3x3 convolution to 1/n of the stage's channels, pooled or not.
+# family: (units of the first SPEDS, units before its shortcut starts, units of the later SPEDS); a unit (n, pool) is
+# a 3x3 convolution to 1/n of the stage's channels, with or without pooling.
 FAMILIES = {
     "imagenet": ([(2, True), (1, True), (1, False)], 1, [(1, True), (1, False)]),
     "cifar": ([(2, False), (1, False)], 1, [(1, False), (1, True)]),
@@ -26,7 +27,7 @@ FAMILIES = {
 
 
 class Block(nn.Module):
-    """x + attention(x), then x + mlp(x). [T,B,C,H,W], unchanged. With "sew" residuals x is a small integer."""
+    """Residual attention, then residual MLP: [T,B,C,H,W], unchanged. With "sew" residuals x holds small integers."""
 
     def __init__(self, attn: nn.Module, mlp: nn.Module, drop_path: float = 0.0):
         super().__init__()
@@ -43,22 +44,19 @@ class HierarchicalSpikingTransformer(Backbone):
     """QKFormer (Zhou et al., NeurIPS 2024): stages of one SPEDS and some blocks, then a linear head.
 
     Args:
-        family: which SPEDS, a key of `FAMILIES`.
-        width: channels of the last stage; each earlier stage has half of the next one's.
+        family: kind of SPEDS, a key of `FAMILIES`.
+        width: channels of the last stage; each stage before has half as many.
         depths: blocks of each stage.
-        heads: attention heads, the same in all stages.
+        heads: attention heads of every stage.
         mlp_ratio: hidden channels of the MLP over channels.
         attention: "token", "channel" or "self" for each stage.
-        shortcut: SPEDS with its shortcut; False is the paper's ablation "w/o SPEDS".
+        shortcut: shortcut in SPEDS; False is the paper's ablation "w/o SPEDS".
         residual: "sew" adds spikes (the paper); "ms" adds membrane currents (MaxFormer's MS-QKFormer).
         ssa_scale: factor of the product in the self-attention; 1 is the paper's ablation "w/o scaling".
-        ssa_membrane: "per_sample", or "released" to reproduce the leak across the batch in the released
-            self-attention, on which the published accuracies and checkpoints depend (docs/errata.md).
-        drop_path_rate: stochastic depth, the rate of the last block; it rises linearly from 0 in the first.
-        **kwargs: see `Backbone`, for input, time, head and neurons.
-
-    Raises:
-        ValueError: an argument is out of its range; the message names it.
+        ssa_membrane: "per_sample", or "released" for the leak across the batch in the released self-attention.
+            Published accuracies and checkpoints depend on it (docs/errata.md).
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 in the first.
+        **kwargs: input, time, head and neurons; see `Backbone`.
     """
 
     def __init__(
@@ -78,15 +76,28 @@ class HierarchicalSpikingTransformer(Backbone):
         drop_path_rate: float = 0.0,
         **kwargs,
     ):
-        _require_kinds(family, residual, ssa_membrane)
-        _require_attention(attention, len(depths))
+        require_choice("family", family, FAMILIES)
+        require_choice("residual", residual, ("sew", "ms"))
+        require_choice("ssa_membrane", ssa_membrane, ("per_sample", "released"))
+        leaks = ssa_membrane == "released"
+        require(
+            residual == "sew" or not leaks, "ssa_membrane='released' needs residual='sew': no membrane leaks in 'ms'"
+        )
+        is_per_stage = not isinstance(attention, str) and len(attention) == len(depths)
+        require(
+            is_per_stage, f"attention={attention!r} must name one of {', '.join(ATTENTIONS)} for {len(depths)} stages"
+        )
+        for kind in attention:
+            require_choice("attention", kind, ATTENTIONS)
         dims = [width // 2 ** (len(depths) - 1 - i) for i in range(len(depths))]
-        _require_sizes(dims[0], heads, mlp_ratio)
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate={drop_path_rate} must be at least 0 and below 1")
+        require(
+            heads > 0 and dims[0] % heads == 0, f"heads={heads} must divide the {dims[0]} channels of the first stage"
+        )
+        require(int(dims[0] * mlp_ratio) > 0, f"mlp_ratio={mlp_ratio} leaves the MLP without hidden channels")
+        require(0 <= drop_path_rate < 1, f"drop_path_rate={drop_path_rate} must be at least 0 and below 1")
         first_units, first_branch, later_units = FAMILIES[family]
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        self_attn = {"scale": ssa_scale, "leak_across_batch": ssa_membrane == "released"}
+        self_attn = {"scale": ssa_scale, "leak_across_batch": leaks}
         stages, feature_info, reduction = [], [], 1
         for i, (dim, depth, kind) in enumerate(zip(dims, depths, attention, strict=True)):
             units = [(dim // n, pool) for n, pool in (later_units if i else first_units)]
@@ -104,43 +115,14 @@ class HierarchicalSpikingTransformer(Backbone):
             reduction *= 2 ** sum(pool for _, pool in units)
             feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
         super().__init__(stages, feature_info, residual, head_lif=residual == "ms", in_chans=in_chans, **kwargs)
-        self.family, self.attention = family, tuple(attention)
-        self.shortcut, self.ssa_membrane = shortcut, ssa_membrane
+        self.family, self.attention, self.ssa_membrane = family, tuple(attention), ssa_membrane
+        sizes = {"family": family, "width": width, "depths": tuple(depths), "heads": heads, "mlp_ratio": mlp_ratio}
+        kinds = {"attention": self.attention, "shortcut": shortcut, "ssa_membrane": ssa_membrane}
+        self.arguments = sizes | kinds | {"in_chans": in_chans}  # to build the stages again
         self.spike_packing = False
 
     def set_spike_packing(self, enable: bool = True) -> None:
-        """Keep spikes for the backward pass as bits and bytes on the fused path: less memory for a little more time.
-
-        Raises:
-            ValueError: the network has stochastic depth, which scales spikes.
-        """
-        if enable and any(isinstance(module, DropPath) and module.rate for module in self.modules()):
-            raise ValueError("packed spikes need drop_path=0: stochastic depth scales them, and they are whole numbers")
+        """Keep spikes for the backward pass as bits and bytes on the fused path: less memory, a little more time."""
+        drops = any(isinstance(module, DropPath) and module.rate for module in self.modules())
+        require(not (enable and drops), "packed spikes need drop_path=0: stochastic depth scales spikes")
         self.spike_packing = enable
-
-
-def _require_kinds(family: str, residual: str, ssa_membrane: str) -> None:
-    _require_choice("family", family, FAMILIES)
-    _require_choice("residual", residual, ("sew", "ms"))
-    _require_choice("ssa_membrane", ssa_membrane, ("per_sample", "released"))
-    if residual == "ms" and ssa_membrane == "released":
-        raise ValueError("ssa_membrane='released' needs residual='sew': with 'ms' no membrane leaks")
-
-
-def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}")
-
-
-def _require_attention(attention: Sequence[str], stages: int) -> None:
-    if isinstance(attention, str) or len(attention) != stages:
-        raise ValueError(f"attention={attention!r} must name one of {', '.join(ATTENTIONS)} per stage ({stages})")
-    for kind in attention:
-        _require_choice("attention", kind, ATTENTIONS)
-
-
-def _require_sizes(narrowest: int, heads: int, mlp_ratio: float) -> None:
-    if heads < 1 or narrowest % heads:
-        raise ValueError(f"heads={heads} must divide the {narrowest} channels of the first stage")
-    if int(narrowest * mlp_ratio) < 1:
-        raise ValueError(f"mlp_ratio={mlp_ratio} leaves the MLP without hidden channels")

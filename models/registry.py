@@ -1,4 +1,4 @@
-"""Table of the variants, `create_model`, and the registration with timm."""
+"""Variants of the networks, `create_model`, and the registration with timm."""
 
 import re
 import warnings
@@ -16,10 +16,11 @@ from timm.models import (
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from .backbone import Backbone
+from .backbone import ALIASES, Backbone
 from .backends import set_lif_backend
+from .neuron import require, require_choice
 from .qkformer import HierarchicalSpikingTransformer
-from .released import accept_released, translated, without_prefixes
+from .released import accept_released, received, translated, without_prefixes
 from .rivals import FAMILIES, RIVALS, SpikingTransformer
 
 _IMAGENET = {"family": "imagenet", "depths": (1, 2, 7)}
@@ -52,37 +53,26 @@ def _cfg(size: int, channels: int = 3, stride: int = 16, **more) -> dict:
 
 _CIFAR_DATA = {"size": 32, "stride": 4, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 _DVS_DATA = {"channels": 2, "mean": (0.0, 0.0), "std": (1.0, 1.0)}
-_DIGITS = {"channels": 1, "size": 8, "stride": 4, "mean": (0.305,), "std": (0.376,)}
+_DIGITS = {"channels": 1, "size": 8, "stride": 4, "mean": (0.305,), "std": (0.376,), "num_classes": 10}
+_CIFAR_NETWORKS = "qkformer_4_384 spikformer_4_384 spikingformer_4_384 sdt_2_512"
+_TAGS = (  # tag of a data set, its networks, timm's configuration; a network's first tag is its default
+    ("in1k", " ".join(name for name in RIVALS if "_8_" in name), _cfg(224)),
+    ("cifar10", _CIFAR_NETWORKS, _cfg(num_classes=10, **_CIFAR_DATA)),
+    ("cifar100", _CIFAR_NETWORKS, _cfg(num_classes=100, **_CIFAR_DATA)),
+    ("digits", "qkformer_3_64 spikformer_3_64", _cfg(**_DIGITS)),
+    ("cifar10_dvs", "qkformer_2_256 spikformer_2_256 spikingformer_2_256", _cfg(128, num_classes=10, **_DVS_DATA)),
+    ("dvs128_gesture", "qkformer_2_256 spikingformer_2_256", _cfg(128, num_classes=11, **_DVS_DATA)),
+    ("dvs128_gesture", "sdt_2_256", _cfg(128, stride=8, num_classes=11, **_DVS_DATA)),
+    ("digits_dvs", "qkformer_2_64 spikformer_2_64", _cfg(32, num_classes=10, **_DVS_DATA)),
+)
 default_cfgs = generate_default_cfgs(
     {tag: _cfg(size, notes=(f"md5 {md5}", "ssa_membrane='released'")) for tag, (size, md5) in RELEASED.items()}
-    | {
-        "qkformer_4_384.cifar10": _cfg(num_classes=10, **_CIFAR_DATA),
-        "qkformer_4_384.cifar100": _cfg(num_classes=100, **_CIFAR_DATA),
-        "qkformer_3_64.digits": _cfg(num_classes=10, **_DIGITS),
-        "qkformer_2_256.cifar10_dvs": _cfg(128, num_classes=10, **_DVS_DATA),
-        "qkformer_2_256.dvs128_gesture": _cfg(128, num_classes=11, **_DVS_DATA),
-        "qkformer_2_64.digits_dvs": _cfg(32, num_classes=10, **_DVS_DATA),
-    }
-    | {f"{name}.in1k": _cfg(224) for name in RIVALS if "_8_" in name}
-    | {
-        f"{name}.cifar{classes}": _cfg(num_classes=classes, **_CIFAR_DATA)
-        for name in ("spikformer_4_384", "spikingformer_4_384", "sdt_2_512")
-        for classes in (10, 100)
-    }
-    | {
-        "spikformer_3_64.digits": _cfg(num_classes=10, **_DIGITS),
-        "spikformer_2_256.cifar10_dvs": _cfg(128, num_classes=10, **_DVS_DATA),
-        "spikformer_2_64.digits_dvs": _cfg(32, num_classes=10, **_DVS_DATA),
-        "spikingformer_2_256.cifar10_dvs": _cfg(128, num_classes=10, **_DVS_DATA),
-        "spikingformer_2_256.dvs128_gesture": _cfg(128, num_classes=11, **_DVS_DATA),
-        "sdt_2_256.dvs128_gesture": _cfg(128, stride=8, num_classes=11, **_DVS_DATA),
-    }
+    | {f"{name}.{tag}": cfg for tag, names, cfg in _TAGS for name in names.split()}
 )
-ALIASES = {"in_channels": "in_chans", "drop_path": "drop_path_rate"}  # this project's names of timm's arguments
 
 
 def list_models() -> list[str]:
-    """Return the names that `create_model` knows."""
+    """Return the names of all variants."""
     return sorted(VARIANTS)
 
 
@@ -90,19 +80,14 @@ def create_model(name: str, **kwargs) -> nn.Module:
     """Build a variant by name, as `timm.create_model` does.
 
     Args:
-        name: one of `list_models()`, or `QKFormer_10_384`, the spelling of the released code; a tag of `default_cfgs`
-            chooses input and classes of a data set ("qkformer_4_384.cifar100").
-        **kwargs: `lif_backend` (see `set_lif_backend`), any argument of `HierarchicalSpikingTransformer` or
-            `timm.create_model`; `in_channels` and `drop_path` for timm's `in_chans` and `drop_path_rate`.
-
-    Raises:
-        ValueError: unknown name, or a value out of range.
-        TypeError: unknown argument.
+        name: one of `list_models()`, also in the released spelling `QKFormer_10_384`. A tag of `default_cfgs` sets
+            input and classes of a data set ("qkformer_4_384.cifar100").
+        **kwargs: `lif_backend` (see `set_lif_backend`), and arguments of `HierarchicalSpikingTransformer` and
+            `timm.create_model`. `in_channels` and `drop_path` are aliases of `in_chans` and `drop_path_rate`.
     """
-    if ":" not in name:  # no source, such as "local-dir:..."
+    if ":" not in name:  # which marks a source, such as "local-dir:..."
         name = name.lower()
-        if name.partition(".")[0] not in VARIANTS:
-            raise ValueError(f"model {name!r} is unknown: choose one of {', '.join(list_models())}")
+        require_choice("model", name.partition(".")[0], VARIANTS)
     return timm.create_model(name, **kwargs)
 
 
@@ -114,12 +99,13 @@ def _network(lif_backend: str = "auto", **kwargs) -> Backbone:
 
 
 def _stage_weights(state_dict: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
-    """Return `translated` entries; refuse a file that fits no stage, because timm loads feature maps non-strictly."""
-    weights = translated(state_dict, model)
+    """Return the entries under this project's names; refuse a file that fits no stage, as timm may load it."""
+    weights = received(state_dict, model)
     wanted = [name for name in model.state_dict() if name.startswith("stages.") and not name.endswith("lif.w")]
     missing = [name for name in wanted if name not in weights]
-    if len(missing) == len(wanted):
-        raise ValueError(f"weights: none is named as in the network, such as {wanted[0]}; check file and prefixes")
+    require(
+        missing != wanted, f"weights: none is named as in the network, such as {wanted[0]}; check file and prefixes"
+    )
     if missing:
         warnings.warn(f"weights: {len(missing)} of {len(wanted)} are missing, such as {missing[0]}", stacklevel=2)
     return weights
@@ -130,17 +116,15 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
 
     def build(pretrained: bool = False, **kwargs) -> nn.Module:
         cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        if pretrained and not (cfg.has_weights or cfg.state_dict):
-            raise ValueError(
-                f"pretrained=True: {name} has no weights to download; use a file of weights with "
-                "pretrained_cfg_overlay={'file': PATH}"
-            )
+        has_weights = cfg.has_weights or cfg.state_dict or not pretrained
+        require(has_weights, f"pretrained=True: {name} has no weights; use pretrained_cfg_overlay={{'file': PATH}}")
         for alias, argument in ALIASES.items():
-            if alias in kwargs and kwargs.setdefault(argument, kwargs[alias]) != kwargs.pop(alias):
-                raise ValueError(f"{alias} and {argument} differ; they are two names of one argument")
+            if alias in kwargs:
+                value = kwargs.pop(alias)
+                require(kwargs.setdefault(argument, value) == value, f"{alias} and {argument} differ; pass one of them")
         arguments = VARIANTS[name] | kwargs
-        if arguments.get("feature_cls", "getter") not in ("getter", FeatureGetterNet):
-            raise ValueError(f"feature_cls={arguments['feature_cls']!r}: modules keep the time axis; use 'getter'")
+        is_getter = arguments.get("feature_cls", "getter") in ("getter", FeatureGetterNet)
+        require(is_getter, f"feature_cls={arguments.get('feature_cls')!r}: modules keep the time axis; use 'getter'")
         features = {"feature_cls": "getter", "out_indices": tuple(range(len(arguments.get("depths", (0,)))))}
         return build_model_with_cfg(
             _network, name, pretrained, feature_cfg=features, pretrained_filter_fn=_stage_weights, **arguments
@@ -156,18 +140,20 @@ register_model_deprecations(__name__, {name.replace("qkf", "QKF"): name for name
 
 
 def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, object]]:
-    """Return name and arguments of the variant that these weights fit, from entries' names and shapes alone.
+    """Return name and arguments of the variant that fits the names and shapes of these weights.
 
-    `time_steps`, `ssa_membrane` and the resolution leave no trace in shapes. Under this project's names, neither do
-    `attention` and `residual`; their defaults are assumed.
-
-    Raises:
-        ValueError: they fit none.
+    Shapes do not show `time_steps`, `ssa_membrane` and resolution. Under this project's names they do not show
+    `attention` and `residual` either; the defaults are assumed.
     """
     weights = without_prefixes(state_dict)
-    layers = (r"head", r"(stages\.0\.embed\.units\.0\.|patch_embed1?\.(proj|block0)_)conv")
-    layers += (r"(stage|block).*\.mlp\.(fc1|mlp1)[._](conv|linear)",)
-    head, first_conv, fc1 = (_shape(weights, layer) for layer in layers)
+
+    def shape(layer: str) -> tuple[int, ...]:
+        """Return the shape of the first weight of a layer whose name matches."""
+        names = (name for name in weights if re.fullmatch(rf"{layer}\.weight", name))
+        return next((tuple(weights[name].shape) for name in names), ())
+
+    head, first_conv = shape("head"), shape(r"(stages\.0\.embed\.units\.0\.|patch_embed1?\.(proj|block0)_)conv")
+    fc1 = shape(r"(stage|block).*\.mlp\.(fc1|mlp1)[._](conv|linear)")
     if (len(head), len(first_conv)) == (2, 4) and len(fc1) >= 2 and 0 not in fc1:
         arguments = {"num_classes": head[0], "in_channels": first_conv[1], "mlp_ratio": fc1[0] / fc1[1]}
         for name, variant in VARIANTS.items():
@@ -176,18 +162,13 @@ def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, object]]:
                 found = arguments | residual
                 if variant["width"] == head[1] and _fits(weights, name, found):
                     if found["mlp_ratio"] == 4 and "mlp_ratio" not in variant:
-                        del found["mlp_ratio"]  # of the other variants there is more than one in use
+                        del found["mlp_ratio"]  # other variants have several in use
                     return name, found
     raise ValueError(f"these weights fit none of {', '.join(list_models())} as released")
 
 
-def _shape(weights: Mapping[str, Tensor], layer: str) -> tuple[int, ...]:
-    """Return the shape of the first weight of a layer whose name matches."""
-    return next((tuple(value.shape) for name, value in weights.items() if re.fullmatch(rf"{layer}\.weight", name)), ())
-
-
 def _fits(weights: Mapping[str, Tensor], name: str, arguments: dict) -> bool:
     with torch.device("meta"):
-        model = create_model(name, **arguments)
-    wanted = {key: value.shape for key, value in model.state_dict().items()}
-    return wanted == {key: value.shape for key, value in translated(weights, model).items()}
+        wanted = (model := create_model(name, **arguments)).state_dict()
+    entries = translated(weights, model)
+    return {key: value.shape for key, value in wanted.items()} == {key: value.shape for key, value in entries.items()}

@@ -4,7 +4,6 @@ Shapes: T time steps, B batch, C channels, H height, W width, N = H*W tokens, h 
 """
 
 from collections import OrderedDict
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,14 +11,14 @@ from .attention import SSA_SCALE, SpikingSelfAttention
 from .backbone import Backbone
 from .embed import SPEDS
 from .layers import Chain, ConvBN, SpikingConv, SpikingMLP
-from .neuron import LIF
+from .neuron import LIF, require, require_choice
 from .qkformer import Block
 
 
 class SpikeDrivenAttention(SpikingSelfAttention):
     """Spike-driven self-attention (SDSA; Yao et al., NeurIPS 2023): the sum of k*v over the tokens masks q's channels.
 
-    The arguments are those of `SpikingSelfAttention`. Heads do not enter, and nothing is scaled.
+    `heads` and `scale` have no effect; see `SpikingSelfAttention`.
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -27,14 +26,13 @@ class SpikeDrivenAttention(SpikingSelfAttention):
 
 
 class PatchSplitting(nn.Module):
-    """Five 3x3 convolutions to tokens: the first four may pool, the last gives tokens their position.
+    """Five 3x3 convolutions to tokens: the first four may pool, the last encodes the position.
 
-    [T,B,C,H,W] -> [T,B,C',H/s,W/s] (rounded up), with s = 2 to the number of pools. Unlike SPEDS it pools spikes.
+    [T,B,C,H,W] -> [T,B,C',H/s,W/s] (rounded up), s = 2 to the number of pools. Unlike SPEDS it pools spikes.
 
     Args:
-        in_channels: channels of the input.
         units: (channels, pool) of each convolution; the last does not pool.
-        kind: "sps" adds the last spikes to those before (Spikformer); "sps_ms" does so with currents (Spike-Driven
+        kind: "sps" adds the last spikes to those before (Spikformer); "sps_ms" adds currents (Spike-Driven
             Transformer); "tokenizer" ends in currents and adds nothing (Spikingformer).
     """
 
@@ -61,20 +59,11 @@ class PatchSplitting(nn.Module):
         return x + y if self.has_shortcut else y
 
 
-class Family(NamedTuple):
-    """Properties of a rival's networks, whatever their size."""
-
-    embed: str  # see `PatchSplitting`
-    attention: str  # a key of `ATTENTIONS`
-    residual: str  # see `HierarchicalSpikingTransformer`
-    head_lif: bool  # see `Backbone`
-
-
 ATTENTIONS = {"self": SpikingSelfAttention, "sdsa": SpikeDrivenAttention}
-FAMILIES = {
-    "spikformer": Family("sps", "self", "sew", head_lif=False),  # Zhou et al., ICLR 2023
-    "spikingformer": Family("tokenizer", "self", "ms", head_lif=False),  # Zhou et al., 2023
-    "sdt": Family("sps_ms", "sdsa", "ms", head_lif=True),  # Spike-Driven Transformer, Yao et al., NeurIPS 2023
+FAMILIES = {  # kind of `PatchSplitting`, attention, residual, head_lif (see `Backbone`)
+    "spikformer": ("sps", "self", "sew", False),  # Zhou et al., ICLR 2023
+    "spikingformer": ("tokenizer", "self", "ms", False),  # Zhou et al., 2023
+    "sdt": ("sps_ms", "sdsa", "ms", True),  # Spike-Driven Transformer, Yao et al., NeurIPS 2023
 }
 _CIFAR, _DVS = {"pools": "0011"}, {"depth": 2, "heads": 16, "time_steps": 16}
 RIVALS = {  # arguments of `SpikingTransformer`
@@ -95,22 +84,16 @@ RIVALS = {  # arguments of `SpikingTransformer`
 
 
 class SpikingTransformer(Backbone):
-    """One stage: five convolutions to tokens, some blocks, then a linear head.
+    """Network of one stage: five convolutions to tokens, some blocks, then a linear head.
 
     Args:
         family: a key of `FAMILIES`.
         width: channels of the tokens; the convolutions have width / 8, / 4, / 2, width and width.
         depth: number of blocks.
-        heads: attention heads.
         pools: "1" for each of the first four convolutions that pools, else "0".
-        embed: "speds" for the paper's ablation of QKFormer's SPEDS in Spikformer; the default is the family's.
-        mlp_ratio: hidden channels of the MLP over channels.
-        qkv_bias: bias of the convolutions to q, k and v, which the BatchNorm after them makes idle.
-        ssa_scale: factor of the product in the self-attention.
-        **kwargs: see `Backbone`, for input, time, head and neurons.
-
-    Raises:
-        ValueError: an argument is out of its range; the message names it.
+        embed: "speds" for the paper's ablation of SPEDS in Spikformer; the default is the family's.
+        qkv_bias: bias of the convolutions to q, k and v; the BatchNorm after them cancels it.
+        **kwargs: input, time, head and neurons; see `Backbone`. For the others see `HierarchicalSpikingTransformer`.
     """
 
     def __init__(
@@ -128,12 +111,9 @@ class SpikingTransformer(Backbone):
         in_chans: int = 3,
         **kwargs,
     ):
-        if heads < 1 or width % heads:
-            raise ValueError(f"heads={heads} must divide the {width} channels")
-        if embed not in (None, "speds") or (embed and family != "spikformer"):
-            raise ValueError(f"embed={embed!r}: only Spikformer has a choice, which is 'speds'")
-        if len(pools) != 4 or not set(pools) <= set("01"):
-            raise ValueError(f"pools={pools!r} must be four digits, each 0 or 1")
+        require(heads > 0 and width % heads == 0, f"heads={heads} must divide the {width} channels")
+        require_choice("embed", embed, (None, "speds") if family == "spikformer" else (None,))
+        require(len(pools) == 4 and set(pools) <= set("01"), f"pools={pools!r} must be four digits, each 0 or 1")
         kind, attention, residual, head_lif = FAMILIES[family]
         widths = (width // 8, width // 4, width // 2, width, width)
         units = [(channels, flag == "1") for channels, flag in zip(widths, f"{pools}0", strict=True)]

@@ -302,7 +302,7 @@ def uneven_rank(rank, folder, network, x):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     network = copy.deepcopy(network)  # its memory is shared by the ranks
     step(torch.nn.SyncBatchNorm.convert_sync_batchnorm(network), x[:1] if rank == 0 else x[1:], "triton")
-    assert network.fast_path.coverage.of(network.stages).function is backends.triton_lif
+    assert network.fast_path.covered(network).function is backends.triton_lif
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
     torch.save({"gradients": gradients, "buffers": dict(network.named_buffers())}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -96,7 +96,7 @@ def _leak_batch_major(self, x):
 
 MUTATIONS = {
     "surrogate slope": (neuron, "ALPHA", 3.9),
-    "threshold": (neuron.LIF.__init__, "__defaults__", (0.9, False)),
+    "threshold": (neuron.LIF.__init__, "__defaults__", (0.9, False, neuron.TAU)),
     "attention threshold": (attention, "ATTN_THRESHOLD", 1.0),
     "pooling before BatchNorm": (layers.ConvBN, "forward", _pool_before_bn),
     "pooling behind the neurons": (layers.SpikingConv, "forward", _pool_behind_lif),

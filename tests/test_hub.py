@@ -1,5 +1,7 @@
 """Networks saved for Hugging Face and read back."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -53,6 +55,16 @@ def test_a_saved_network_gets_another_head_or_gives_features(tmp_path):
             backbone.eval()(inputs()), model.forward_intermediates(inputs(), intermediates_only=True), strict=True
         )
         assert all(torch.equal(a, b) and a.any() for a, b in maps)
+
+
+def test_a_network_saved_on_a_gpu_loads_on_a_cpu_with_other_channels(tmp_path):
+    """Neither the backend nor the aliases of timm's arguments are saved."""
+    model = timm.create_model("qkformer_3_64", lif_backend="torch", in_channels=3, drop_path=0.2)
+    save_for_hf(model, tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    assert (saved["in_chans"], saved.keys() & {"lif_backend", "in_channels", "drop_path"}) == (3, set())
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).fast_path is not None
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1).in_chans == 1
 
 
 class Mixed(HierarchicalSpikingTransformer, PyTorchModelHubMixin):

@@ -190,6 +190,24 @@ def test_files_of_any_naming_load(saved):
         assert all(torch.equal(loaded[key], weights[key]) for key in weights)
 
 
+@pytest.mark.parametrize("membrane", ["released", "per_sample"])
+@pytest.mark.parametrize("naming", ["released", "ours"])
+def test_released_weights_warn_of_another_membrane(naming, membrane, tmp_path, recwarn):
+    """Loading by `load_released` is silent, because the engine sets the membrane."""
+    warnings.simplefilter("always")
+    model, path = timm.create_model("qkformer_3_64"), tmp_path / "weights.pth"
+    weights = WEIGHTS[naming][2](model)
+    torch.save(weights, path)
+    load_released(model, weights)
+    assert not recwarn
+    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    for more in ({"checkpoint_path": path}, overlay, overlay | {"features_only": True}):
+        timm.create_model("qkformer_3_64", ssa_membrane=membrane, **more)
+    lines = [str(warning.message) for warning in recwarn]
+    assert len(lines) == 3 * (membrane == "per_sample" and naming == "released")
+    assert all('ssa_membrane="released"' in line and "\n" not in line for line in lines)
+
+
 def test_head_and_first_convolution_adapt_as_timm_does(saved):
     name, arguments, weights, path = saved
     overlay = {"file": str(path), "num_classes": 5, "input_size": (3, 8, 8)}

@@ -1,6 +1,6 @@
-"""The fused path: BatchNorm, pooling, neurons, residual additions and attention in few steps.
+"""Fused path: BatchNorm, pooling, neurons, residual additions and attention in few steps.
 
-The modules of `models` stay the reference, in code and in numbers, and state dicts are theirs. `plan` reads as they
-do; `gpu` computes it with Triton's kernels (lif_backend "triton", and "auto" on CUDA), `cpu` with folded BatchNorm
-("auto" on a CPU, in evaluation). `autograd` makes autograd functions of the kernels, each in a file of `kernels`.
+The modules of `models` stay the reference and own the state dict. `plan` has their structure. `gpu` computes it with
+Triton kernels (lif_backend "triton", or "auto" on CUDA), `cpu` with folded BatchNorm ("auto" on a CPU, in evaluation).
+`kernels` has the kernels, and `autograd` the autograd functions that call them.
 """

@@ -1,5 +1,6 @@
-"""The kernels as autograd functions. Shapes are [T,B,H,W,C]; what is shown unchanged at T steps is [1,B,H,W,C]."""
+"""Autograd functions of the kernels. Shapes are [T,B,H,W,C], or [1,B,H,W,C] if all T steps are equal."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
+_NO_GRADIENT = SimpleNamespace(needs_input_grad=())  # the context of a forward pass without gradients
+
+
 class Unit(NamedTuple):
     """BatchNorm, pooling and neurons after a convolution."""
 
@@ -26,16 +30,16 @@ class Unit(NamedTuple):
     leak: bool = False  # the membrane runs over the batch, see `LIF`
 
     def parameters(self) -> list[Tensor | None]:
-        """gamma, beta and the convolution's bias of each norm."""
+        """Return gamma, beta and the convolution's bias of each norm."""
         return [p for bn, bias in self.norms for p in (bn.weight, bn.bias, bias)]
 
     def gradients(self, total: Tensor, norm: Tensor, in_training: bool) -> list[Tensor | None]:
-        """Gradients of `parameters`, from those of all betas and gammas [2,C]."""
+        """Return the gradients of `parameters`, from those of all betas and gammas [2,C]."""
         found, start = [], 0
         for bn, bias in self.norms:
             columns = slice(start, start + bn.num_features)
             beta, gamma = total[:, columns]
-            of_bias = None  # BatchNorm takes the mean, and with it any bias
+            of_bias = None  # zero in training, because BatchNorm subtracts the mean
             if bias is not None:
                 of_bias = torch.zeros_like(bias) if in_training else (beta * norm[1, columns] * norm[2, columns])
             found += [gamma.to(bn.weight.dtype), beta.to(bn.bias.dtype), of_bias]
@@ -43,7 +47,7 @@ class Unit(NamedTuple):
         return found
 
     def over_ranks(self, total: Tensor, count: int | Tensor | None) -> tuple[Tensor | None, int]:
-        """`total` of all ranks that share the statistics of `count` rows, and the number that divides it to means."""
+        """Return the sum of `total` over ranks that share statistics, and the divisor that makes it a mean."""
         if not isinstance(count, Tensor):
             return (None, 0) if count is None else (total, count)
         total = total.clone()
@@ -51,7 +55,14 @@ class Unit(NamedTuple):
         return total / count, 1
 
 
-class _NormLIF(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    @classmethod
+    def call(cls, *arguments) -> Tensor:
+        """Apply the function; without gradients run its forward pass alone, which keeps less and is faster."""
+        return cls.apply(*arguments) if torch.is_grad_enabled() else cls.forward(_NO_GRADIENT, *arguments)
+
+
+class _NormLIF(_Function):
     @staticmethod
     def forward(ctx, y: Tensor, add: Tensor | None, unit: Unit, *parameters: Tensor | None) -> Tensor:
         keep = any(ctx.needs_input_grad)
@@ -75,7 +86,7 @@ class _NormLIF(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         y, rows, index, norm, starts = ctx.saved_tensors
         unit = ctx.unit
-        grad = grad.contiguous()  # once: the residual's gradient goes on through all blocks of the stage
+        grad = grad.contiguous()  # once, because all blocks of the stage get the residual's gradient
         grad_out = grad.view(-1, *rows.shape[1:])
         total, grad_u = bn_lif.backward(
             rows, norm, grad_out, starts, THRESHOLD, sums=True, of="u" if unit.pool else None
@@ -90,7 +101,7 @@ class _NormLIF(torch.autograd.Function):
         return grad_y, grad_add, None, *unit.gradients(total, norm, shared is not None)
 
 
-class _TokenAttention(torch.autograd.Function):
+class _TokenAttention(_Function):
     @staticmethod
     def forward(ctx, y: Tensor, unit: Unit, heads: int, *parameters: Tensor | None) -> Tensor:
         y = y.contiguous()
@@ -112,7 +123,7 @@ class _TokenAttention(torch.autograd.Function):
         return grad_y.view_as(y), None, None, *ctx.unit.gradients(total, norm, shared is not None)
 
 
-class _SelfAttention(torch.autograd.Function):
+class _SelfAttention(_Function):
     @staticmethod
     def forward(ctx, s: Tensor, heads: int, scale: float) -> Tensor:
         out, kv = self_attention.forward(s.flatten(2, 3), heads, scale)
@@ -129,11 +140,12 @@ class _SelfAttention(torch.autograd.Function):
         return grad_s.view_as(s), None, None
 
 
-class _LIF(torch.autograd.Function):
+class _LIF(_Function):
     @staticmethod
     def forward(ctx, x: Tensor, threshold: float) -> Tensor:
         x = x.contiguous()
-        rows = x.view(len(x), -1, _columns(x[0].numel()))
+        size = x[0].numel()
+        rows = x.view(len(x), -1, min(128, size & -size))  # the largest power of two that divides the size
         out, starts = bn_lif.forward(rows, None, None, len(x), threshold, any(ctx.needs_input_grad))
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(rows, starts)
@@ -148,39 +160,15 @@ class _LIF(torch.autograd.Function):
         return grad_x.view_as(grad), None
 
 
-class _NoGradient:
-    """The context of a forward pass without gradients."""
-
-    needs_input_grad = ()
-
-
-def _call(function: type[torch.autograd.Function], *arguments) -> Tensor:
-    """`function.apply`; where gradients are off, its forward pass alone, which keeps less and costs the host less."""
-    if torch.is_grad_enabled():
-        return function.apply(*arguments)
-    return function.forward(_NoGradient, *arguments)
-
-
-def _columns(numel: int) -> int:
-    """The largest power of two up to 128 that divides `numel`."""
-    return min(128, numel & -numel)
-
-
-def lif(x: Tensor, threshold: float) -> Tensor:
-    """Multi-step LIF neurons: currents [T, ...] of any shape to spikes."""
-    return _call(_LIF, x, threshold)
-
-
 def norm_lif_of(y: Tensor, unit: Unit, add: Tensor | None = None) -> Tensor:
-    """BatchNorm, max pooling if the unit has it, LIF neurons; `add` [T,B,H',W',C] is added to the spikes."""
-    return _call(_NormLIF, y, add, unit, *unit.parameters())
+    """Apply BatchNorm, max pooling if the unit has it, and LIF neurons; add `add` [T,B,H',W',C] to the spikes."""
+    return _NormLIF.call(y, add, unit, *unit.parameters())
 
 
 def token_attention_of(y: Tensor, unit: Unit, heads: int) -> Tensor:
-    """Query and key before BatchNorm, [T,B,H,W,2C], to the keys that pass [T,B,H,W,C]."""
-    return _call(_TokenAttention, y, unit, heads, *unit.parameters())
+    """Map query and key before BatchNorm, [T,B,H,W,2C], to the keys that pass [T,B,H,W,C]."""
+    return _TokenAttention.call(y, unit, heads, *unit.parameters())
 
 
-def self_attention_of(s: Tensor, heads: int, scale: float) -> Tensor:
-    """Spikes of query, key and value [T,B,H,W,3C] to what the attention passes on, [T,B,H,W,C]."""
-    return _call(_SelfAttention, s, heads, scale)
+self_attention_of = _SelfAttention.call  # spikes of query, key and value [T,B,H,W,3C] to spikes [T,B,H,W,C]
+lif = _LIF.call  # currents [T, ...] to spikes

@@ -1,4 +1,4 @@
-"""Units and attentions for evaluation on a CPU: BatchNorm folded into the weights, neurons in place."""
+"""Units and attentions for evaluation on a CPU, with BatchNorm folded into the weights and neurons in place."""
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def spiking_conv(m: SpikingConv, x: Tensor, run: Run, binary: bool, add: Tensor 
 
 
 def folded(m: ConvBN) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of one convolution that equals `m.conv` and `m.bn`."""
+    """Return weight and bias of a convolution that equals `m.conv` with `m.bn`."""
     scale = m.bn.weight * torch.rsqrt(m.bn.running_var + m.bn.eps)
     shift = m.bn.running_mean if m.conv.bias is None else m.bn.running_mean - m.conv.bias
     weight = m.conv.weight * scale.view(-1, *[1] * (m.conv.weight.dim() - 1))

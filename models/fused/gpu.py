@@ -1,4 +1,4 @@
-"""Units and attentions in Triton's kernels. A convolution in front of a BatchNorm leaves its bias to the statistics."""
+"""Units and attentions in Triton kernels. The statistics of a BatchNorm include the bias of the convolution."""
 
 import contextlib
 
@@ -34,8 +34,10 @@ def attend(m: SpikingAttention, x: Tensor, run: Run) -> Tensor:
 
 
 def spiking_conv(m: SpikingConv, x: Tensor, run: Run, binary: bool, add: Tensor | None = None) -> Tensor:
-    """Compute a `SpikingConv` and the residual addition after it; x holds spikes if `binary`, else sums of spikes."""
-    if _fits_one_kernel(m, x):
+    """Compute a `SpikingConv` and the residual addition after it; `binary`: x holds spikes, not sums of spikes."""
+    is_half = x.dtype in (torch.float16, torch.bfloat16)
+    learns = m.bn.training or torch.is_grad_enabled()
+    if ONE_KERNEL and is_half and not learns and is_linear(m.conv) and not m.lif.leak_across_batch:
         return _in_one_kernel(m, x, add)
     with _kept(x, run, binary):
         y = convolution(x, m.conv, m.conv.weight)
@@ -43,19 +45,11 @@ def spiking_conv(m: SpikingConv, x: Tensor, run: Run, binary: bool, add: Tensor 
     return norm_lif_of(y, Unit((Norm(m.bn, m.conv.bias),), run.steps, pools, m.lif.leak_across_batch), add)
 
 
-def _fits_one_kernel(m: SpikingConv, x: Tensor) -> bool:
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    learns = m.bn.training or torch.is_grad_enabled()
-    return ONE_KERNEL and half and not learns and is_linear(m.conv) and not m.lif.leak_across_batch
-
-
 def _in_one_kernel(m: SpikingConv, x: Tensor, add: Tensor | None) -> Tensor:
     norm, _ = norm_of(x.new_empty((0, m.bn.num_features)), [Norm(m.bn, m.conv.bias)], 1)
     sew = None if add is None else add.contiguous().flatten(1, 3)
-    spikes = linear_lif.forward(
-        x.contiguous().flatten(1, 3), m.conv.weight.flatten(1).to(x.dtype), norm, sew, THRESHOLD
-    )
-    return spikes.unflatten(1, x.shape[1:4])
+    weight = m.conv.weight.flatten(1).to(x.dtype)
+    return linear_lif.forward(x.contiguous().flatten(1, 3), weight, norm, sew, THRESHOLD).unflatten(1, x.shape[1:4])
 
 
 def _kept(spikes: Tensor, run: Run, binary: bool) -> contextlib.AbstractContextManager:

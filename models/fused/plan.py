@@ -1,7 +1,7 @@
-"""Fused network: the modules and parameters of `models.qkformer` in fewer and larger steps.
+"""Network of `models.qkformer` in fewer and larger steps; `gpu` or `cpu` computes its units and attentions.
 
-Activations are channels-last, [T,B,H,W,C], so that a 1x1 convolution is a matrix product; an image enters once, as
-[1,B,H,W,C]. `gpu` and `cpu` are the two ways to compute a unit and an attention.
+Activations are channels-last, [T,B,H,W,C], to make a 1x1 convolution a matrix product. An image enters once, as
+[1,B,H,W,C].
 """
 
 import functools
@@ -25,7 +25,7 @@ class Run(NamedTuple):
 
 
 def stage_outputs(model: nn.Module, x: Tensor, ops: ModuleType, pack: bool = False) -> Iterator[Tensor]:
-    """Yield the output [T,B,C,H,W] of each stage for [B,C,H,W] or [B,T,C,H,W], as the network's modules compute it."""
+    """Yield the output [T,B,C,H,W] of each stage for [B,C,H,W] or [B,T,C,H,W]."""
     if x.dim() == 4:
         x, steps = x[None], model.time_steps  # [1,B,C,H,W]
     else:

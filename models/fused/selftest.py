@@ -1,13 +1,12 @@
-"""Self-test of the kernels on a device: a small network and two blocks against their modules."""
+"""Self-test of the kernels on a device: compare a small network and two blocks with their modules."""
 
 import copy
 import functools
 import logging
-import time
 
 import torch
 import triton
-from torch import Tensor, nn
+from torch import nn
 
 from ..layers import SpikingMLP
 from ..qkformer import ATTENTIONS, Block, HierarchicalSpikingTransformer
@@ -16,53 +15,49 @@ from . import gpu, plan
 logger = logging.getLogger(__name__)  # silent unless a program listens, as `engine.log` does
 ROUNDING = 1e-6  # largest deviation in float64, relative to the norm
 SMALL = {"family": "cifar", "width": 64, "depths": (1, 1, 1), "heads": 8, "in_chans": 1, "num_classes": 10}
-FLIPS = 0.2  # share of spikes that rounding may decide otherwise in half precision
+FLIPS = 0.2  # share of spikes that rounding may flip in half precision
 
 
 def problem(device: str) -> str | None:
-    """Return the problem on `device`, or None. The first time, compiling the kernels takes half a minute."""
+    """Return the problem on `device`, or None. Compiling the kernels takes half a minute the first time."""
     logger.info(f"testing the Triton kernels (about 30 s the first time; cached in {triton.knobs.cache.dir})")
-    start = time.monotonic()
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device, enabled=False),
         torch.random.fork_rng(devices=[]),
     ):
-        torch.default_generator.manual_seed(0)  # and not those of GPUs
-        reason = _in_double(device) or _in_half(device)
-    logger.info(f"testing the Triton kernels took {time.monotonic() - start:.0f} s")
-    return reason
+        torch.default_generator.manual_seed(0)  # leaves those of GPUs alone
+        return _in_double(device) or _in_half(device)
 
 
 def _in_double(device: str) -> str | None:
-    """Compare a training step of a whole network, in which spikes do not depend on rounding."""
+    """Compare a training step of a network in float64, where rounding flips no spikes."""
     x = torch.randn(8, 1, 16, 16, dtype=torch.float64).to(device)
     reference = HierarchicalSpikingTransformer(**SMALL).double().to(device)
     fused = copy.deepcopy(reference)
     fused.fast_path = functools.partial(plan.stage_outputs, ops=gpu)
-    for what, a, b in zip(("logits", "gradients"), _step(fused, x), _step(reference, x), strict=True):
+    results = []
+    for model in (fused, reference):
+        logits = model(x)
+        logits.square().sum().backward()
+        results.append((logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    for what, a, b in zip(("logits", "gradients"), *results, strict=True):
         if not (a - b).norm() <= ROUNDING * b.norm():
             return f"gives other {what} than torch here"
     return None
 
 
-def _step(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    logits = model(x)
-    logits.square().sum().backward()
-    return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
 @torch.no_grad()
 def _in_half(device: str) -> str | None:
-    """Compare single blocks, because in whole networks the effect of rounding grows from layer to layer."""
+    """Compare single blocks in half precision, because rounding flips more spikes from layer to layer."""
     x = (torch.rand(4, 8, 64, 4, 4) < 0.3).half().to(device)
     for kind in ("token", "self"):
         block = Block(ATTENTIONS[kind](64, heads=4), SpikingMLP(64, 128)).half().to(device)
         for module in block.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.momentum = 1.0  # the evaluation has the statistics of the training
-                module.weight.fill_(3)  # else hardly a neuron fires, and no attention passes anything on
+                module.momentum = 1.0  # evaluate with the statistics of training
+                module.weight.fill_(3)  # else few neurons fire
         for train in (True, False):
             reference = block.train(train)(x)
             fused = plan.forward(block, x.permute(0, 1, 3, 4, 2).contiguous(), run=plan.Run(len(x), gpu))

@@ -1,1 +1,1 @@
-"""Triton kernels, each with the functions that launch it; `device` and `launch` hold what they share."""
+"""Triton kernels, each with the functions that launch it; `device` and `launch` are shared."""

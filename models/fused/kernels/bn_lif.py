@@ -1,10 +1,10 @@
 """BatchNorm, LIF neurons and the residual addition in one kernel, forward and backward.
 
-Shapes: [T,R,C], with R = B*H*W positions as rows of channels. What is shown unchanged at every step has a first axis
-of 1: the membrane still runs over T. `norm` [4,C] holds mean, 1 / standard deviation, gamma and beta.
+Shapes: [T,R,C], with R = B*H*W positions as rows of channels, or [1,R,C] if all T steps are equal. `norm` [4,C] holds
+mean, 1 / standard deviation, gamma and beta.
 
-The backward pass needs the input alone: the membrane is computed once more. A first kernel sums up what BatchNorm
-needs over all rows, a second one writes the gradient, which is less to move than one that is written and read again.
+The backward pass needs only the input, because it recomputes the membrane. One launch computes BatchNorm's sums over
+the rows, another writes the gradient: this moves less memory than to write a gradient and read it again.
 """
 
 import torch
@@ -21,7 +21,7 @@ def _forward_kernel(
     y, norm, add, out, starts, R, C, THRESHOLD: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr,
     STATIC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Spikes, step by step; the loads of GROUP steps come before their stores."""
+    """Write spikes step by step; the loads of GROUP steps come before their stores."""
     ACC: tl.constexpr = device.accumulator_of(y.dtype)
     GROUP: tl.constexpr = CHUNK if T > CHUNK else min(T, 4)
     r = tl.program_id(ROWS).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
@@ -61,10 +61,10 @@ def _backward_kernel(
     CHUNK: tl.constexpr, STATIC: tl.constexpr, GRAD_Y: tl.constexpr, TILES: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the rows to `partial` [programs,2,C]; to `grad` the gradient of the current u, or of the input y.
+    """Write sums over the rows to `partial` [programs,2,C], and the gradient of the current u or input y to `grad`.
 
-    With `total` [2,C], the sums over the M rows, the gradient of y includes that through the statistics. The loads of
-    a chunk come before its stores.
+    With `total` [2,C], the sums over M rows, the gradient of y includes that through the statistics. The loads of a
+    chunk come before its stores.
     """
     ACC: tl.constexpr = device.accumulator_of(y.dtype)
     program = tl.program_id(ROWS).to(tl.int64)
@@ -123,7 +123,7 @@ def _backward_kernel(
 def forward(
     y: Tensor, norm: Tensor | None, add: Tensor | None, steps: int, threshold: float, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Spikes [T,R,C] of T steps, plus `add` where given; with `keep` also what `backward` needs of a long run."""
+    """Return spikes [T,R,C], plus `add` if given; with `keep` also the membranes that `backward` needs of long runs."""
     shown, rows, channels = y.shape
     out = y.new_empty((steps, rows, channels))
     keep = keep and steps > CHUNK
@@ -138,10 +138,9 @@ def backward(
     y: Tensor, norm: Tensor | None, grad_out: Tensor, starts: Tensor | None, threshold: float, *,
     sums: bool = False, of: str | None = None, total: Tensor | None = None, count: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of beta and gamma [2,C] with `sums`, and the gradient `of` "u" (the current) or "y", of y's shape.
+    """Return with `sums` the gradients of beta and gamma [2,C], and the gradient `of` "u" (the current) or "y".
 
-    Args:
-        total: those gradients, over `count` rows, if the statistics are functions of y.
+    `total` has the gradients of beta and gamma over `count` rows, if the statistics depend on y.
     """
     steps, rows, channels = grad_out.shape
     chunk = min(steps, CHUNK)

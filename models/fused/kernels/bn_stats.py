@@ -1,11 +1,11 @@
-"""The statistics of BatchNorm: from all rows in training, else the running ones, as the `norm` the kernels take.
+"""Statistics of BatchNorm as the `norm` of other kernels: of all rows in training, else the running ones.
 
-Rows that are shown T times over give the same mean and variance as once; only the unbiased variance that enters the
-running one has T times the count.
+Rows repeated T times have the same mean and variance as once; only the unbiased running variance has T times the count.
 """
 
 import functools
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from .device import accumulator_of
 from .launch import Tiling, accumulator, cdiv, next_power_of_2, tiling
 
+_NAMES = itemgetter("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
+
 
 class Norm(NamedTuple):
-    """A BatchNorm, and the bias of the convolution before it, which the fused path does not add to y."""
+    """BatchNorm, and the bias of the convolution before it, which the fused path does not add to y."""
 
     bn: nn.modules.batchnorm._BatchNorm
     bias: Tensor | None
@@ -28,7 +30,7 @@ class Norm(NamedTuple):
 def _moments_kernel(
     y, moments, M, C, TILES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Mean of each program's rows, and the sum of squared deviations from it, to `moments` [2,programs,C].
+    """Write mean and sum of squared deviations of each program's rows to `moments` [2,programs,C].
 
     Sums are relative to the first row.
     """
@@ -58,10 +60,10 @@ def _norm_kernel(
     moments, counts, norms, norm, rows, P, C, PART: tl.constexpr, T: tl.constexpr, CONSTANTS: tl.constexpr,
     TILES: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """`norm` [4,width] of several BatchNorms of C channels each; in training from `moments` [2,P,width].
+    """Write `norm` [4,width] of several BatchNorms of C channels each; in training from `moments` [2,P,width].
 
-    CONSTANTS holds eps and momentum of each. Each part has PART of the `rows` rows, the last one less; or `counts` [P]
-    says how many. Sums over the parts are relative to the first part's mean.
+    CONSTANTS holds eps and momentum of each. Each part has PART of the `rows` rows, the last one less, or `counts` [P].
+    Sums over the parts are relative to the first part's mean.
     """
     ACC: tl.constexpr = accumulator_of(norm.dtype)
     width = len(norms) * C
@@ -112,17 +114,13 @@ def _norm_kernel(
 
 
 def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int | Tensor | None]:
-    """`norm` [4,C] for y [..., C], whose channels are those of `norms` one after the other; updates running statistics.
+    """Return `norm` [4,C] for y [..., C], and the number of rows in its statistics; update running statistics.
+
+    The number is a tensor under SyncBatchNorm, whose ranks may have different numbers of rows, and None in evaluation.
 
     Args:
-        shown: at how many time steps y is shown, where it holds them once for all.
-
-    Returns:
-        `norm`, and the rows that its statistics come from: a number, a tensor [] under SyncBatchNorm, whose ranks may
-        have different numbers of rows, or None in evaluation.
-
-    Raises:
-        ValueError: a single value per channel in training.
+        norms: BatchNorms of consecutive channels.
+        shown: number of equal time steps that y stands for.
     """
     dtype, width, first = accumulator(y), y.shape[-1], norms[0].bn
     rows = y.numel() // width
@@ -136,7 +134,8 @@ def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int |
         moments = y.new_empty((2, parts, width), dtype=dtype)
         tiles.launch(_moments_kernel, y, moments, rows, width, tiles.tiles)
         count = rows
-        if is_synchronised(first):
+        is_shared = isinstance(first, nn.SyncBatchNorm) and torch.distributed.is_initialized()
+        if is_shared and torch.distributed.get_world_size(first.process_group) > 1:
             moments, counts = _gathered(moments, part, rows, first.process_group)
             parts, count = len(counts), counts.sum()
     norm = y.new_empty((4, width), dtype=dtype)
@@ -149,32 +148,21 @@ def norm_of(y: Tensor, norms: Sequence[Norm], shown: int) -> tuple[Tensor, int |
 
 @functools.cache
 def _norm_tiling(parts: int, channels: int, norms: int) -> Tiling:
-    """Tiles of BP parts and BC channels of one norm."""
+    """Return tiles of BP parts and BC channels of one norm."""
     BP, BC = min(1024, next_power_of_2(parts)), 8
     return Tiling((cdiv(channels, BC), norms), 8 if BP >= 512 else 4, (BP, BC), tiles=cdiv(parts, BP), programs=1)
 
 
 def _tensors(norm: Norm) -> tuple[Tensor, ...]:
-    """Statistics, gamma, beta and bias; not as attributes of the module, which cost half a microsecond each."""
-    buffers, parameters = norm.bn._buffers, norm.bn._parameters
-    statistics = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-    biases = () if norm.bias is None else (norm.bias,)
-    return *statistics, parameters["weight"], parameters["bias"], *biases
-
-
-def is_synchronised(bn: nn.Module) -> bool:
-    """Return if the BatchNorm shares its statistics with other ranks, as one with a `process_group` does."""
-    return (
-        torch.distributed.is_initialized()
-        and hasattr(bn, "process_group")
-        and torch.distributed.get_world_size(bn.process_group) > 1
-    )
+    """Return statistics, gamma, beta and bias; attributes of the module would take half a microsecond each."""
+    tensors = _NAMES(norm.bn._buffers | norm.bn._parameters)
+    return tensors if norm.bias is None else (*tensors, norm.bias)
 
 
 def _gathered(
     moments: Tensor, part: int, rows: int, group: torch.distributed.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """Moments [2,ranks,C] and numbers of rows [ranks] of all ranks; this one has `rows`, in parts of `part`."""
+    """Return moments [2,ranks,C] and numbers of rows [ranks] of all ranks; this rank has `rows`, in parts of `part`."""
     means, squares = moments
     n = (rows - part * torch.arange(len(means), device=moments.device)).clamp(max=part)[:, None]
     mean = (n * means).sum(0) / rows

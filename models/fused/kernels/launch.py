@@ -1,4 +1,4 @@
-"""Host functions shared by the kernels: the division of work into programs."""
+"""Host functions of several kernels: the division of work into programs."""
 
 import functools
 from typing import NamedTuple
@@ -7,37 +7,37 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-CHUNK = 16  # steps whose membranes the backward pass holds in registers; longer runs go from chunk to chunk
-WARPS = 4  # of a program, at most
-PROGRAMS = 1024  # tiles shrink until there are about so many programs, and so many share a reduction
-COLUMNS_FIRST = False  # neighbouring programs take the columns of the same rows where a piece of a row is 64 bytes
+CHUNK = 16  # steps whose membranes the backward pass keeps in registers; longer runs have several chunks
+WARPS = 4  # at most, in a program
+PROGRAMS = 1024  # about the least number of programs, and the most in a reduction
+COLUMNS_FIRST = False  # neighbouring programs take columns of the same rows if a tile's rows have 64 bytes
 
 
 def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype to compute in."""
+    """Return the dtype to compute in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class Tiling(NamedTuple):
-    """R rows of C channels in tiles of BR x BC, of which each program takes `tiles`, one after the other."""
+    """Rows and channels in tiles of BR x BC; each program takes `tiles` of them in sequence."""
 
     grid: tuple[int, int]
     warps: int
-    blocks: tuple[int, ...]  # last arguments of a kernel: a tile's sizes, perhaps the grid's axis ROWS along the rows
+    blocks: tuple[int, ...]  # last arguments of a kernel: tile sizes, and for some the grid's axis along the rows
     tiles: int
     programs: int  # along the rows
 
     def launch(self, kernel: KernelInterface, *arguments) -> None:
-        """Launch a kernel. `kernel[grid]` makes a function first, which takes the host a microsecond."""
+        """Launch a kernel, a microsecond faster than `kernel[grid]`, which creates a function."""
         kernel.run(*arguments, *self.blocks, grid=self.grid, num_warps=self.warps, warmup=False)
 
 
 def tiling(rows: int, channels: int, per_thread: int, reduce: bool = False) -> Tiling:
-    """Tiles of `per_thread` elements a thread; in a reduction a program takes several, so that few results are left."""
+    """Return tiles of `per_thread` elements a thread; in a reduction a program takes several, to leave few results."""
     return _tiling(rows, channels, per_thread, reduce, PROGRAMS, WARPS, COLUMNS_FIRST)
 
 
-@functools.cache  # one entry for each shape; a launch would spend most of its time here
+@functools.cache  # else a launch spends most of its time here
 def _tiling(rows: int, channels: int, per_thread: int, reduce: bool, *constants: int) -> Tiling:
     warps = warps_for(rows * channels, per_thread)
     tile = warps * 32 * per_thread
@@ -51,26 +51,26 @@ def _tiling(rows: int, channels: int, per_thread: int, reduce: bool, *constants:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. `triton.cdiv` takes 5 us on the host."""
+    """Return a / b, rounded up; `triton.cdiv` takes 5 us on the host."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n, and at least 1. `triton.next_power_of_2` takes 5 us on the host."""
+    """Return the smallest power of two that is at least n and 1; `triton.next_power_of_2` takes 5 us on the host."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def warps_for(elements: int, per_thread: int) -> int:
-    """At most `WARPS`, and fewer where there would not be enough programs."""
+    """Return the warps of a program: `WARPS`, or fewer to have enough programs."""
     return min(WARPS, next_power_of_2(elements // (PROGRAMS * 32 * per_thread)))
 
 
 def tiles_for(rows: int, block: int) -> int:
-    """Blocks of rows for each of about `PROGRAMS` programs."""
+    """Return the blocks of rows for each of about `PROGRAMS` programs."""
     return next_power_of_2(cdiv(rows, block * PROGRAMS))
 
 
 @functools.cache
 def per_thread(steps: int, values: int = 1) -> int:
-    """Elements a thread can take of which it holds `values` membranes in registers for each of the steps."""
+    """Return the elements of a thread that keeps `values` membranes of each in registers, for all steps."""
     return max(2, min(16, 32 // (values * next_power_of_2(steps))))

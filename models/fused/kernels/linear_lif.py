@@ -1,4 +1,4 @@
-"""A 1x1 convolution, BatchNorm, LIF neurons and residual addition in one kernel, to evaluate in half precision."""
+"""1x1 convolution, BatchNorm, LIF neurons and residual addition in one kernel, for evaluation in half precision."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ from torch import Tensor
 from .device import accumulator_of, charge, load_norm, normalised, reset
 from .launch import cdiv
 
-ROWS = 128  # of a program, with a warp for every 16
+ROWS = 128  # of a program; one warp for every 16
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -17,7 +17,7 @@ def _kernel(
 ):  # fmt: skip
     ACC: tl.constexpr = accumulator_of(x.dtype)
     columns = tl.cdiv(C, BC)
-    c = tl.program_id(0) % columns * BC + tl.arange(0, BC)[None, :]  # neighbours share the rows of x
+    c = tl.program_id(0) % columns * BC + tl.arange(0, BC)[None, :]  # neighbouring programs share rows of x
     r = (tl.program_id(0) // columns).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
     k = tl.arange(0, BK)
     inside = (r < R) & (c < C)
@@ -30,7 +30,7 @@ def _kernel(
             row = tl.load(x + (t * R.to(tl.int64) + r) * K + here[None, :], (r < R) & (here[None, :] < K), 0.0)
             column = tl.load(weight + c * K + here[:, None], (c < C) & (here[:, None] < K), 0.0)
             y = tl.dot(row, column, y, input_precision="ieee", out_dtype=ACC)
-        h = charge(normalised(y, load_norm(norm, c, C, ACC)), v)  # kept over the steps it would take all registers
+        h = charge(normalised(y, load_norm(norm, c, C, ACC)), v)  # loaded in each step, to save registers
         v = reset(h, THRESHOLD)
         s = tl.where(h >= THRESHOLD, 1.0, 0.0)
         if add is not None:
@@ -39,7 +39,7 @@ def _kernel(
 
 
 def forward(x: Tensor, weight: Tensor, norm: Tensor, add: Tensor | None, threshold: float) -> Tensor:
-    """Spikes [T,R,C] from x [T,R,K] and weight [C,K] of its dtype; `norm` [4,C] is that of the running statistics."""
+    """Return spikes [T,R,C] for x [T,R,K] and weight [C,K] of its dtype; `norm` [4,C] has the running statistics."""
     steps, rows, width = x.shape
     channels = len(weight)
     out = x.new_empty((steps, rows, channels))

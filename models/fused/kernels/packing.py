@@ -1,4 +1,4 @@
-"""Spikes kept for the backward pass as bits, and sums of spikes as bytes, in place of two or four bytes each."""
+"""Packed spikes for the backward pass: bits, and bytes for sums of spikes, instead of two or four bytes each."""
 
 import torch
 import triton
@@ -29,25 +29,25 @@ def _unpack_kernel(bits, x, SIZE, BLOCK: tl.constexpr):
 
 
 def pack(x: Tensor) -> Tensor:
-    """Bits [ceil(numel / 8)] of dense spikes, in the order of memory."""
+    """Pack dense spikes into bytes [ceil(numel / 8)], in memory order."""
     bits = torch.empty(cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device)
     _pack_kernel[(cdiv(len(bits), BLOCK),)](x, bits, x.numel(), BLOCK)
     return bits
 
 
 def unpack(bits: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """The first `size` spikes of `bits`."""
+    """Return the first `size` spikes of `bits`."""
     x = torch.empty(size, dtype=dtype, device=bits.device)
     _unpack_kernel[(cdiv(len(bits), BLOCK),)](bits, x, size, BLOCK)
     return x
 
 
 def packed(spikes: Tensor, binary: bool) -> saved_tensors_hooks:
-    """A context in which autograd keeps `spikes`, a dense tensor, as bits if `binary`, else as integers of a byte."""
+    """Return a context in which autograd keeps the dense tensor `spikes` as bits if `binary`, else as bytes."""
     start, size, dtype = spikes.data_ptr(), spikes.numel(), spikes.dtype
 
     def save(x: Tensor) -> Tensor | tuple[Tensor, tuple, tuple]:
-        if x.data_ptr() != start:  # a weight, say
+        if x.data_ptr() != start:  # for example a weight
             return x
         flat = x.as_strided((size,), (1,))
         return pack(flat) if binary else flat.to(torch.uint8), x.shape, x.stride()

@@ -1,7 +1,7 @@
-"""Max pooling (3x3, stride 2, padding 1) of what BatchNorm will scale, on rows of channels [N,H,W,C].
+"""Max pooling (3x3, stride 2, padding 1) before BatchNorm, on rows of channels [N,H,W,C].
 
-BatchNorm does not change the order of values but for the sign of its gamma. So the pooling can come first, on the
-output of the convolution, and all that follows works on a quarter of the values.
+BatchNorm keeps the order of values, or reverses it if gamma is negative. With pooling first, directly after the
+convolution, later steps have a quarter of the values.
 """
 
 import torch
@@ -48,7 +48,7 @@ def _backward_kernel(
     y, norm, index, grad_u, total, grad, rows, H, W, HO, WO, C, M, BR: tl.constexpr, BC: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of y. A row is a window [i,j] with the 2x2 block [2i:2i+2,2j:2j+2] of y, which lies in four windows."""
+    """Write the gradient of y. A row is a window [i,j], and the block [2i:2i+2,2j:2j+2] of y, in up to four windows."""
     ACC: tl.constexpr = accumulator_of(y.dtype)
     r = tl.program_id(ROWS) * BR + tl.arange(0, BR)[:, None]  # divisions of 64 bits would cost more than the memory
     c = tl.program_id(1 - ROWS) * BC + tl.arange(0, BC)[None, :]
@@ -80,7 +80,7 @@ def _backward_kernel(
 
 
 def forward(y: Tensor, norm: Tensor, index: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the value of each window of y [N,H,W,C] that BatchNorm makes the largest, and which of 9: [N,H',W',C]."""
+    """Return each window's value of y [N,H,W,C] that BatchNorm makes the largest, and its index of 9: [N,H',W',C]."""
     n, h, w, channels = y.shape
     out = y.new_empty((n, (h + 1) // 2, (w + 1) // 2, channels))
     which = torch.empty_like(out, dtype=torch.int8) if index else None
@@ -91,10 +91,7 @@ def forward(y: Tensor, norm: Tensor, index: bool) -> tuple[Tensor, Tensor | None
 
 
 def backward(y: Tensor, norm: Tensor, index: Tensor, grad_u: Tensor, total: Tensor | None, count: int) -> Tensor:
-    """Gradient of y through pooling and BatchNorm, from that of the pooled current, `grad_u` [N,H',W',C].
-
-    `total` and `count` are as in `bn_lif.backward`.
-    """
+    """Return the gradient of y from that of the pooled current, `grad_u` [N,H',W',C]; see `bn_lif.backward`."""
     h, w, channels = y.shape[1:]
     grad = torch.empty_like(y)
     rows = index.numel() // channels

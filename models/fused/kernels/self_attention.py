@@ -1,4 +1,4 @@
-"""Spiking self-attention from the spikes of query, key and value on: q (k^T v) and the neuron that reads it.
+"""Spiking self-attention after the neurons of query, key and value: q (k^T v) and its neurons.
 
 Shapes: s [T,B,N,3C] holds query, key and value side by side, each of h heads of D channels; kv = k^T v is [T*B,h,D,D]
 and the result [T,B,N,C]. T is at most `CHUNK`.
@@ -18,7 +18,7 @@ from .launch import cdiv, next_power_of_2
 
 @triton.jit
 def _load(x, row, N, stride, d, D: tl.constexpr):
-    """Tile [BN,BD] of a head's tokens; `x` points to the head's first channel of the first token."""
+    """Load a tile [BN,BD] of a head's tokens; `x` points to the head's first channel of the first token."""
     return tl.load(x + row[:, None] * stride + d[None, :], (row[:, None] < N) & (d[None, :] < D), 0.0)
 
 
@@ -34,16 +34,14 @@ def _dot(a, b, ACC: tl.constexpr):
 
 @triton.jit
 def _charge(s, kv, frame, head, row, d, v, C, SCALE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr):
-    """The charged membrane that reads q (k^T v) of a head, from membrane v."""
+    """Return the charged membrane that gets q (k^T v) of a head, from membrane v."""
     q = _load(s + frame * N * 3 * C + head * D, row, N, 3 * C, d, D)
     read = _load(kv + (frame * tl.num_programs(1) + head) * D * D, d, D, D, d, D)
     return charge(_dot(q, read.to(q.dtype), ACC) * SCALE, v)
 
 
 @triton.jit
-def _kv_kernel(
-    s, kv, C, N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
-):  # fmt: skip
+def _kv_kernel(s, kv, C, N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
     ACC: tl.constexpr = accumulator_of(s.dtype)
     frame = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -80,7 +78,7 @@ def _product_gradient_kernel(
     s, kv, grad_out, grad_product, B, C, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, T: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradient [T,B,N,C] of the product q (k^T v)."""
+    """Write the gradient [T,B,N,C] of the product q (k^T v)."""
     ACC: tl.constexpr = accumulator_of(s.dtype)
     row = tl.program_id(2) * BN + tl.arange(0, BN)
     head = tl.program_id(1)
@@ -104,7 +102,7 @@ def _product_gradient_kernel(
 def _input_gradient_kernel(
     s, kv, grad_product, grad, C, N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of query, key and value from that of the product q (k^T v)."""
+    """Write the gradients of query, key and value from that of the product q (k^T v)."""
     ACC: tl.constexpr = accumulator_of(s.dtype)
     frame = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -129,14 +127,14 @@ def _input_gradient_kernel(
 
 @functools.cache
 def _blocks(steps: int, tokens: int, width: int, element_size: int) -> dict[str, int]:
-    """Tokens and channels of a head that a program has in hand; the membranes of all steps must fit into registers."""
+    """Return tokens and channels of a program's tile; the membranes of all steps must fit into registers."""
     BD = max(16, next_power_of_2(width))
     BN = max(16, min(64, 2**15 // (element_size * BD * next_power_of_2(steps))))
     return {"N": tokens, "D": width, "BN": BN, "BD": BD}
 
 
 def forward(s: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Spikes [T,B,N,C], and kv for `backward`."""
+    """Return spikes [T,B,N,C], and kv for `backward`."""
     steps, batch, tokens, channels = *s.shape[:3], s.shape[3] // 3
     blocks = _blocks(steps, tokens, channels // heads, s.element_size())
     kv = s.new_empty((steps * batch, heads, blocks["D"], blocks["D"]))
@@ -149,12 +147,12 @@ def forward(s: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def backward(s: Tensor, kv: Tensor, grad_out: Tensor, scale: float) -> Tensor:
-    """Gradient of s."""
+    """Return the gradient of s."""
     steps, batch, tokens, channels = grad_out.shape
     heads = kv.shape[1]
     blocks = _blocks(steps, tokens, channels // heads, s.element_size())
     grad, grad_product = torch.empty_like(s), torch.empty_like(grad_out)
-    smaller = blocks | {"BN": min(blocks["BN"], max(16, 2**11 // blocks["BD"]))}  # gradients take registers, too
+    smaller = blocks | {"BN": min(blocks["BN"], max(16, 2**11 // blocks["BD"]))}  # gradients need registers, too
     _product_gradient_kernel[batch, heads, cdiv(tokens, smaller["BN"])](
         s, kv, grad_out, grad_product, batch, channels, scale, ATTN_THRESHOLD, steps, **smaller
     )

@@ -1,7 +1,6 @@
-"""Q-K token attention in one kernel: BatchNorm and neurons of query and key, the sum over a head, its neuron, the mask.
+"""Q-K token attention in one kernel: BatchNorm and neurons of query and key, sums over the heads, their neurons, mask.
 
-Shapes: y [T,R,2C] holds query and key before BatchNorm side by side, R = B*H*W tokens; the result is [T,R,C].
-T is at most `CHUNK`.
+Shapes: y [T,R,2C] holds query and key before BatchNorm, R = B*H*W tokens; the result is [T,R,C]. T <= `CHUNK`.
 """
 
 import functools
@@ -18,7 +17,7 @@ from .launch import Tiling, cdiv, next_power_of_2, per_thread, tiles_for, warps_
 
 @triton.jit
 def _charges(y_q, y_k, inside, norm_q, norm_k, v_q, v_k, v_a, THRESHOLD: tl.constexpr, ACC: tl.constexpr):
-    """The charged membranes of query, key and head at a step."""
+    """Return the charged membranes of query, key and head at a step."""
     h_q = device.charge(device.normalised(y_q.to(ACC), norm_q), v_q)
     h_k = device.charge(device.normalised(y_k.to(ACC), norm_k), v_k)
     fired = tl.where(inside & (h_q >= THRESHOLD), 1.0, 0.0).to(ACC)
@@ -64,7 +63,7 @@ def _backward_kernel(
     ATTN: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, BR: tl.constexpr,
     BH: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the rows to `partial` [programs,2,2C], or else the gradient of y; as in `bn_lif`."""
+    """Write sums over the rows to `partial` [programs,2,2C], or else the gradient of y; see `bn_lif`."""
     ACC: tl.constexpr = device.accumulator_of(y.dtype)
     program = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BH + tl.arange(0, BH))[None, :, None]
@@ -131,7 +130,7 @@ def _backward_kernel(
 
 @functools.cache
 def _tiling(rows: int, heads: int, width: int, elements: int, reduce: bool = False) -> Tiling:
-    """Tiles of rows, heads and channels of a head, with `elements` a thread."""
+    """Return tiles of rows, heads and channels of a head, with `elements` a thread."""
     BD = next_power_of_2(width)
     BH = min(next_power_of_2(heads), max(1, 64 // BD))
     warps = warps_for(rows * heads * BD, elements)
@@ -142,7 +141,7 @@ def _tiling(rows: int, heads: int, width: int, elements: int, reduce: bool = Fal
 
 
 def forward(y: Tensor, norm: Tensor, heads: int) -> Tensor:
-    """Keys that pass [T,R,C], as spikes."""
+    """Return the keys that pass [T,R,C], as spikes."""
     steps, rows, channels = y.shape[0], y.shape[1], y.shape[2] // 2
     out = y.new_empty((steps, rows, channels))
     width = channels // heads
@@ -154,7 +153,7 @@ def forward(y: Tensor, norm: Tensor, heads: int) -> Tensor:
 def backward(
     y: Tensor, norm: Tensor, grad_out: Tensor, heads: int, *, sums: bool, total: Tensor | None = None, count: int = 0
 ) -> Tensor:
-    """With `sums` the gradients of beta and gamma [2,2C], else that of y; `total` and `count` as in `bn_lif`."""
+    """Return with `sums` the gradients of beta and gamma [2,2C], else that of y; see `bn_lif.backward`."""
     steps, rows, channels = grad_out.shape
     width = channels // heads
     tiles = _tiling(rows, heads, width, per_thread(steps, 2), reduce=sums)
