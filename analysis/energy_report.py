@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import statistics
 from pathlib import Path
 
 from tabulate import tabulate
@@ -118,6 +119,7 @@ class EnergyReport:
             "sops": self.sops,
             "exact_sops": dict(zip(("n", "1"), self.exact_sops, strict=True)),  # of an integer n
             "mean_input": self.sops / (self.time_steps * (self.flops - self.layers[0].macs)),
+            "firing_rate": statistics.fmean(self.firing_rates.values()) if self.firing_rates else None,  # of all LIFs
             "time_steps": self.time_steps,
             "samples": self.samples,
         }

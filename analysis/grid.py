@@ -51,7 +51,7 @@ class Run(NamedTuple):
     def execute(self) -> bool:
         """Train and evaluate in processes of their own that write to grid.log; return True if both succeed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        flags = ["--config", self.recipe.resolve(), *self.flags]
+        flags = ["--config", self.recipe, *self.flags]
         train = ["train.py", *flags, "--output-dir", self.folder, "--resume", "auto"]
         test = ["test.py", *flags, "--checkpoint", self.folder / "last.pt", "--energy"]
         return self._call(*train) == 0 and self._call(*test) == 0
