@@ -30,7 +30,7 @@ def results(folders: Sequence[Path]) -> list[dict]:
     for path in sorted(path for folder in folders for path in folder.rglob("*.test.json")):
         if (result := read_result(path)) is None:
             logger.warning(f"{path}: left out, test.py did not write it")
-        elif result["count"] != TEST_SAMPLES.get(result["dataset"]):
+        elif result["count"] != _samples(result):
             logger.warning(f"{path}: left out, {result['count']} samples are not the test set of {result['dataset']}")
         elif (first := seen.setdefault(json.dumps(result), path)) != path:
             logger.warning(f"{path}: left out, a copy of {first}")
@@ -41,6 +41,12 @@ def results(folders: Sequence[Path]) -> list[dict]:
         for older in group[:-1]:
             logger.warning(f"{older['path']}: left out, {group[-1]['path'].name} is newer")
     return [group[-1] for group in newest.values()]
+
+
+def _samples(result: dict) -> int:
+    """Return the samples of the complete test set: those in the result, for a folder or data set of the user's own."""
+    is_own = result["dataset"] == "imagefolder" and result.get("num_classes") != 1000
+    return result["count"] if is_own else TEST_SAMPLES.get(result["dataset"], result["count"])
 
 
 def read_result(path: Path) -> dict | None:
@@ -55,10 +61,15 @@ def read_result(path: Path) -> dict | None:
         return None
 
 
+def settings(result: dict) -> dict[str, object]:
+    """Return the settings of a result that decide the accuracy."""
+    return {key: result.get(key, FIELDS[key].default) for key in SETTINGS}
+
+
 def differences(result: dict, cfg: Config) -> dict[str, tuple]:
     """Return the settings that decide the accuracy and differ: name -> value of the result, value of `cfg`."""
     wanted = plain(cfg)
-    pairs = {key: (result.get(key, FIELDS[key].default), wanted[key]) for key in SETTINGS}
+    pairs = {key: (value, wanted[key]) for key, value in settings(result).items()}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 

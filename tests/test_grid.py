@@ -4,12 +4,14 @@ import csv
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from scripts import ROOT, Child, fail, here, named
 from test_analysis import result
 
 from analysis import grid
+from analysis.results import read_result
 
 TRAIN = """
 import pathlib, signal, sys, time
@@ -31,9 +33,9 @@ sys.path.insert(0, {str(ROOT)!r})
 from engine import config
 cfg = config.load("", sys.argv[1:])
 path = pathlib.Path(cfg.checkpoint)
-content = config.plain(cfg) | {{"top1": 90 + cfg.seed, "count": 360, "time": "1", "energy": {{"energy_mj": 0.002}}}}
+content = config.plain(cfg) | {{"top1": 90 + cfg.seed, "count": 360, "time": "1"}}
+content["energy"] = {{"energy_mj": 0.002, "firing_rate": 0.2}}
 path.with_suffix(".test.json").write_text(json.dumps(content))
-path.with_suffix(".energy.json").write_text('{{"firing_rates": {{"a": 0.1, "b": 0.3}}}}')
 """
 
 
@@ -95,6 +97,24 @@ def test_any_runs_side_by_side(tmp_path, monkeypatch, capfd):
         ("epochs: 2", "0", "97.00"),
     ]
     assert {row["seconds"] for row in rows} == {""}
+
+
+def test_a_record_keeps_the_small_files_of_a_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    result(Path("run/last.test.json"), 97.0, recipe="digits", variant="self", seed=1)
+    for name in (*grid.RECORDED, "learning_curve.png", "last.pt"):
+        (tmp_path / "run" / name).write_text(f"data: {tmp_path}/data")
+    Path("run/metrics.jsonl").write_text('{"seconds": 1}\n')
+    command = ["analysis.grid", "--compare", "run", "--record"]
+    here(monkeypatch, capfd, *command, "records")
+    folder = Path("records/digits-self-seed1")
+    assert {path.name for path in folder.iterdir()} == {"last.test.json", *grid.RECORDED}
+    assert (folder / "run.json").read_text() == "data: data"  # relative to the working directory
+    here(monkeypatch, capfd, *command, "records", "--curves")
+    assert (folder / "learning_curve.png").exists()
+    result(Path("run/last.test.json"), 90.0, recipe="digits", variant="self", seed=1, epochs=2)
+    named(fail(monkeypatch, capfd, *command, "records"), folder, "epochs")
+    assert read_result(folder / "last.test.json")["top1"] == 97.0
 
 
 @pytest.mark.parametrize("words", ["", "absent/digits.yml", "digits/digits.yml --variants selfish", "--compare absent"])
