@@ -24,11 +24,11 @@ from tabulate import tabulate
 
 from engine.cli import Stopped, StopRequest, UserError
 from engine.config import FIELDS, MODEL_FIELDS, Config, load, read
-from engine.log import logger, read_record, setup_console
+from engine.log import logger, setup_console
 from engine.run import build_model
 
 from .common import main, parser, write_csv
-from .results import SETTINGS, differences, mean, read_result, results, settings
+from .results import SETTINGS, averages, differences, read_result, results, settings
 
 ITSELF = "recipe"  # name of the variant without changes
 RECORDED = ("config.yml", "run.json", "metrics.jsonl")  # and the result: settings, command and commit, epochs
@@ -114,7 +114,7 @@ def summary(found: Sequence[dict]) -> list[dict]:
 
 
 def _row(group: Sequence[dict], differing: set[tuple[str, str]]) -> dict[str, str]:
-    first, energies = group[0], [result["energy"] for result in group if "energy" in result]
+    first = group[0]
     changes = {key: first[key] for key in SETTINGS if (first["dataset"], key) in differing}
     changes = {key: value for key, value in changes.items() if value != FIELDS[key].default}
     with torch.device("meta"):
@@ -124,18 +124,9 @@ def _row(group: Sequence[dict], differing: set[tuple[str, str]]) -> dict[str, st
         "variant": first.get("variant") or ITSELF,
         "settings": json.dumps(changes)[1:-1].replace('"', ""),
         "seeds": " ".join(str(result.get("seed")) for result in group),
-        "top-1 (%)": mean([result["top1"] for result in group], ".2f", spread=True),
-        "seconds": mean([spent for result in group if (spent := _seconds(result["path"]))], ".0f"),
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        "energy (mJ)": mean([energy["energy_mj"] for energy in energies], ".3g"),
-        "firing rate": mean([energy["firing_rate"] for energy in energies if energy.get("firing_rate")], ".4f"),
+        **averages(group),
     }
-
-
-def _seconds(path: Path) -> float:
-    """Return the seconds of training from the metrics next to a result, 0 without them."""
-    metrics = path.with_name("metrics.jsonl")
-    return sum(read_record(metrics, [], lambda text: [json.loads(line)["seconds"] for line in text.splitlines()]))
 
 
 def record(found: Sequence[dict], target: Path, has_curves: bool) -> None:

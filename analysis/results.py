@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.cli import UserError
 from engine.config import FIELDS, LOCAL_FIELDS, MODEL_FIELDS, PUBLISHED, Config, plain
-from engine.log import logger
+from engine.log import logger, read_record
 
 # samples of the complete test sets; results on fewer do not count
 TEST_SAMPLES = {"imagefolder": 50_000, "torch/cifar10": 10_000, "torch/cifar100": 10_000, "dvs128-gesture": 288}
@@ -85,6 +85,38 @@ def by_recipe(found: Sequence[dict], configs: Sequence[Config]) -> dict[Config, 
         else:
             groups[nearest].append(result)
     return groups
+
+
+def averages(group: Sequence[dict]) -> dict[str, str]:
+    """Format the means of runs: accuracy with its standard deviation, seconds of training, energy and firing rate."""
+    energies = [result["energy"] for result in group if "energy" in result]
+    return {
+        "top-1 (%)": mean([result["top1"] for result in group], ".2f", spread=True),
+        "seconds": mean([seconds for result in group if (seconds := _seconds(result["path"]))], ".0f"),
+        "energy (mJ)": mean([energy["energy_mj"] for energy in energies], ".3g"),
+        "firing rate": mean([energy["firing_rate"] for energy in energies if energy.get("firing_rate")], ".4f"),
+    }
+
+
+def _seconds(path: Path) -> float:
+    """Return the seconds of training from the metrics next to a result, 0 without them."""
+    metrics = path.with_name("metrics.jsonl")
+    return sum(read_record(metrics, [], lambda text: [json.loads(line)["seconds"] for line in text.splitlines()]))
+
+
+def verdict(values: Sequence[float], others: Sequence[float], expected: float | None) -> str:
+    """Format the difference of two means with 2 standard errors, and tell if it has the sign of `expected`.
+
+    A difference within 2 standard errors, or of a single run, is undecided. Without runs or `expected` returns "".
+    """
+    if not values or not others or not expected:
+        return ""
+    difference = statistics.mean(values) - statistics.mean(others)
+    if min(len(values), len(others)) < 2:
+        return f"{difference:+.2f}: undecided"
+    error = 2 * math.sqrt(sum(statistics.variance(sample) / len(sample) for sample in (values, others)))
+    sign = "holds" if difference * expected > 0 else "reversed"
+    return f"{difference:+.2f} ± {error:.2f}: {'undecided' if abs(difference) <= error else sign}"
 
 
 def mean(values: Sequence[float], form: str, spread: bool = False, count: bool = False) -> str:

@@ -5,8 +5,9 @@
 Parameters and MACs are computed from the networks. Columns marked *paper*, *log* and *elsewhere* repeat published
 figures: those of this project's networks are in the recipes, all others in published.yml. Columns marked *here* come
 from the files NAME.test.json that test.py wrote on complete test sets, of networks trained as the recipe says. They are
-means where seeds differ, and empty where there is no file. Prints which files it leaves out, and why. Writes tables.md
-and a CSV file per table.
+means where seeds differ, and empty where there is no file. Prints which files it leaves out, and why. The last two
+tables have every ablation that was measured, and which orders of the paper it confirms. Writes tables.md and a CSV file
+per table.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from engine.run import build_model
 
 from .common import main, parser, published, recipes, write_csv
 from .energy import estimate
-from .results import by_recipe, mean, results
+from .results import averages, by_recipe, mean, results, verdict
 
 DATA_NAMES = {"torch/cifar10": "CIFAR-10", "torch/cifar100": "CIFAR-100", "dvs128-gesture": "DVS128 Gesture"}
 DATA_NAMES |= {"cifar10-dvs": "CIFAR10-DVS", "digits": "digits", "digits-dvs": "digits, as events"}
@@ -106,24 +107,79 @@ def _paper_top1(found: Found) -> dict[str, float]:
     return {DATA_NAMES[cfg.dataset]: cfg.paper_top1 for cfg in reversed(configs)}
 
 
+def _variants(found: Found, dataset: str) -> dict[str, Config]:
+    """Return the recipe of a data set under "" and its variants by name; of several recipes the first."""
+    return {cfg.variant or "": cfg for cfg in reversed([*found]) if cfg.dataset == dataset}
+
+
 def ablations(found: Found, datasets: Sequence[str], kept: Sequence[str]) -> list[dict]:
     """Return the columns `kept` of each variant, with the data sets side by side."""
     names = published("ablations")
     rows = [{"attention, embedding": name, "--variant": variant} for variant, name in names.items()]
     for dataset in datasets:
-        configs = [cfg for cfg in found if cfg.dataset == dataset]
-        variants = {cfg.variant or "": cfg for cfg in reversed(configs)}  # of several recipes the first
+        variants = _variants(found, dataset)
         for texts, variant in zip(rows, names, strict=True):
             whole = row(variants[variant], found) if variant in variants else dict.fromkeys(kept, "")
             texts |= {f"{DATA_NAMES[dataset]}: {key}": whole[key] for key in kept}
     return rows
 
 
+def measured(found: Found) -> dict[str, dict[str, Config]]:
+    """Return the recipes and variants of the ablations that have results: file name -> variant -> settings."""
+    groups, names = {}, published("ablations")
+    for cfg in found:
+        if found[cfg] and (cfg.variant or "") in names:
+            groups.setdefault(Path(cfg.config).stem, {})[cfg.variant or ""] = cfg
+    return {recipe: {name: group[name] for name in names if name in group} for recipe, group in groups.items()}
+
+
+def _ablated_in_paper(cfg: Config) -> str:
+    """Return the data set on which the paper has the ablations, for events or for images."""
+    return "cifar10-dvs" if cfg.dataset in EVENT_DATASETS else "torch/cifar100"
+
+
+def measurements(found: Found) -> list[dict]:
+    """Return a row for each measured recipe and variant of the ablations, next to the paper's accuracy."""
+    rows, names = [], published("ablations")
+    for recipe, group in measured(found).items():
+        for variant, cfg in group.items():
+            dataset = _ablated_in_paper(cfg)
+            paper = _variants(found, dataset).get(variant, Config()).paper_top1
+            rows.append(
+                {"recipe": recipe, "attention, embedding": names[variant], "--variant": variant}
+                | {"top-1 (%) *paper*": f"{paper:.2f} ({DATA_NAMES[dataset]})" if paper else ""}
+                | {"parameters": row(cfg, found)["parameters"], "runs *here*": str(len(found[cfg]))}
+                | {f"{key} *here*": text for key, text in averages(found[cfg]).items()}
+            )
+    return rows
+
+
+def orders(found: Found) -> list[dict]:
+    """Return a row for each order in the paper: its differences, and those measured with their `verdict`."""
+    rows, names, groups = [], published("ablations"), measured(found)
+    paper = {dataset: _variants(found, dataset) for dataset in ("torch/cifar100", "cifar10-dvs")}
+    for better, worse in published("orders"):
+        given = {d: _difference(variants.get(better), variants.get(worse)) for d, variants in paper.items()}
+        texts = {"order": f"{names[better]} > {names[worse]}"}
+        texts |= {f"{DATA_NAMES[d]} *paper*": _given(value, "+.2f") for d, value in given.items()}
+        for recipe, group in groups.items():
+            pair, key = [found.get(group.get(name), ()) for name in (better, worse)], f"{recipe} *here*"
+            expected = given[_ablated_in_paper(next(iter(group.values())))]
+            texts[key] = verdict(*[[run["top1"] for run in runs] for runs in pair], expected)
+        rows.append(texts)
+    return rows
+
+
+def _difference(cfg: Config | None, other: Config | None) -> float | None:
+    """Return the difference of the paper's accuracies, if it has both."""
+    figures = [config.paper_top1 for config in (cfg, other) if config and config.paper_top1]
+    return figures[0] - figures[1] if len(figures) == 2 else None
+
+
 def tables(found: Found) -> dict[str, tuple[str, list[dict]]]:
     """Return title and rows of each table, by the name of its CSV file."""
     others = {name: (table["title"], listed(table, found)) for name, table in published("tables").items()}
     large = ("parameters", "MACs a step", "top-1 (%) *paper*", "top-1 (%) *here*")
-    small = ("parameters", "energy (mJ) *here*", "top-1 (%) *here*")
     return {
         "imagenet": ("ImageNet-1k", own(found, ["imagefolder"])),
         "imagenet_others": others.pop("imagenet_others"),
@@ -131,7 +187,8 @@ def tables(found: Found) -> dict[str, tuple[str, list[dict]]]:
         "small": ("CIFAR, event recordings, digits", own(found, [*DATA_NAMES])),
         **others,
         "ablations": ("Ablations", ablations(found, ["torch/cifar100", "cifar10-dvs"], large)),
-        "ablations_digits": ("The same ablations on digits", ablations(found, ["digits", "digits-dvs"], small)),
+        "ablations_here": ("Ablations measured here", measurements(found)),
+        "orders": ("Orders of the paper, and whether they hold here: difference of top-1 (%)", orders(found)),
     }
 
 

@@ -305,6 +305,21 @@ NO_RESULTS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("values", "others", "expected", "text"),
+    [
+        ([3.0, 3.2, 3.1], [1.0, 1.2, 1.1], 0.1, "+2.00 ± 0.16: holds"),
+        ([3.0, 3.2, 3.1], [1.0, 1.2, 1.1], -0.1, "+2.00 ± 0.16: reversed"),
+        ([3.0, 1.0, 2.0], [1.0, 3.0, 1.7], 0.1, "+0.10 ± 1.65: undecided"),
+        ([3.0], [1.0, 1.2], 0.1, "+1.90: undecided"),
+        ([3.0, 3.0], [], 0.1, ""),
+        ([3.0, 3.0], [1.0, 1.0], None, ""),
+    ],
+)
+def test_a_difference_decides_beyond_2_standard_errors(values, others, expected, text):
+    assert results.verdict(values, others, expected) == text
+
+
 def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monkeypatch, capfd):
     result(tmp_path / "a/best.test.json", 98.0, energy={"energy_mj": 0.00125}, time="2026-01-02")
     result(tmp_path / "a/last.test.json", 11.0)  # older
@@ -330,7 +345,7 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     named(told, "epochs is 2", "input_size is 16")  # with the reason
     found = {
         name: rows_of(tmp_path / f"out/{name}.csv")
-        for name in ("imagenet", "imagenet_others", "small", "small_others", "ablations", "ablations_digits")
+        for name in ("imagenet", "imagenet_others", "small", "small_others", "ablations", "ablations_here", "orders")
     }
     for name in ("imagenet", "small"):
         measured = [row["network"] for row in found[name] if row["top-1 (%) here"] or row["energy (mJ) here"]]
@@ -351,8 +366,13 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     assert [found["small_others"][-1][f"{name} paper"] for name in ("CIFAR-10", "CIFAR10-DVS")] == ["96.18", "84.00"]
     unverified = [row for row in found["small"] if "to be verified" in row["top-1 (%) paper"]]
     assert [(row["data set"], row["T"]) for row in unverified] == [("CIFAR10-DVS", "10")]
-    digits = {row["--variant"]: row["digits: top-1 (%) here"] for row in found["ablations_digits"]}
-    assert {variant: text for variant, text in digits.items() if text} == {"": "98.50 ± 0.71 (2 runs)", "self": "97.00"}
+    keys = ("recipe", "--variant", "runs here", "top-1 (%) here", "top-1 (%) paper")
+    assert [tuple(row[key] for key in keys) for row in found["ablations_here"]] == [
+        ("digits", "", "2", "98.50 ± 0.71", "81.15 (CIFAR-100)"),
+        ("digits", "self", "1", "97.00", "81.23 (CIFAR-100)"),
+    ]
+    (order,) = [row for row in found["orders"] if row["digits here"]]
+    assert (order["CIFAR-100 paper"], order["digits here"]) == ("+0.08", "-1.50: undecided")
     assert not any(row["CIFAR-100: top-1 (%) here"] for row in found["ablations"])
     variants = {cfg.variant or "" for cfg in read(ROOT / "cifar100/cifar100.yml").all() if cfg.variant != cfg.model}
     assert {row["--variant"] for row in found["ablations"]} == variants
