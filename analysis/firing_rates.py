@@ -8,6 +8,7 @@ are left out. Writes firing_rates.csv, integers.csv and firing_rates.png, and wi
 paper's table, in which the blocks of a stage are averaged, with its figures.
 """
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -130,8 +131,13 @@ def write(rates: Rates, title: str, folder: Path, suffix: str) -> None:
         write_csv(folder / f"integers{suffix}.csv", integers)
     draw(rates, title, folder / f"firing_rates{suffix}.png")
     silent = [row["layer"] for row in rows if row["rate"] == 0]
-    logger.info(f"{title}: firing rates {min(r['rate'] for r in rows):.4f} to {max(r['rate'] for r in rows):.4f}")
-    logger.info(f"silent: {', '.join(silent) or 'none'}; written to {folder}")
+    stages = {}
+    for row in rows:
+        stages.setdefault(".".join(row["layer"].split(".")[:2]), []).append(row["rate"])
+    logger.info(f"{title}: firing rate, mean (min to max) of the neuron layers")
+    for stage, values in stages.items():
+        logger.info(f"  {stage}: {statistics.fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})")
+    logger.info(f"  silent layers: {', '.join(silent) or 'none'}; written to {folder}")
 
 
 def run(argv: Sequence[str]) -> None:
