@@ -12,7 +12,17 @@ import torch
 from scripts import ROOT, fail, here, named, refuses
 from test_models import lively
 
-from analysis import attention_masks, attention_statistics, common, curves, firing_rates, membrane, results, tables
+from analysis import (
+    attention_masks,
+    attention_statistics,
+    common,
+    curves,
+    firing_rates,
+    membrane,
+    results,
+    spikes,
+    tables,
+)
 from analysis.energy import estimate
 from engine import checkpoint, config
 from engine.config import read
@@ -113,6 +123,27 @@ def test_membrane_shortcuts_have_no_integers(trained):
     rates = firing_rates.measure(found)
     assert rates.integers == {}
     assert set(rates.spikes) == {name for name, module in found.model.named_modules() if isinstance(module, LIF)}
+
+
+def test_spikes_and_energy_of_a_sample(all_kinds, tmp_path, monkeypatch, capfd):
+    found = subject(all_kinds)
+    sample = found.samples(1)[0]
+    layers, answer = spikes.measure(found, sample)
+    report = estimate(found.model, sample)
+    assert [layer.shape for layer in layers.values()][:2] == [(2, 8, 8)] * 2
+    assert len(layers) == 6
+    for name, layer in layers.items():
+        assert math.isclose(layer.mean(), report.firing_rates[name], rel_tol=1e-6, abs_tol=1e-9)
+    assert answer == found.model(sample).argmax().item()
+    parts = spikes.energies(found, sample)
+    assert len(parts) == 3 * 3 + 1
+    assert math.isclose(sum(parts.values()), 1000 * report.energy_mj)
+    events = untrained(tmp_path / "events.pt", "digits-dvs/digits-dvs.yml", "--time-steps", "2")
+    for path in (all_kinds, events):
+        command = ["analysis.spikes", "--checkpoint", path, "--output-dir", tmp_path / path.stem]
+        here(monkeypatch, capfd, *command)
+        assert (tmp_path / path.stem / "spikes.png").exists()
+    named(fail(monkeypatch, capfd, *command, "--sample", 360), 360)
 
 
 @pytest.mark.parametrize("kind", ["Q-K token", "Q-K channel", "self"])
