@@ -4,8 +4,7 @@
 
 Token attention: the share of heads and time steps in which a token passes. Channel attention: the share of channels and
 time steps in which a token holds a spike of the key that passes; the strips show how often each channel is open. There
-is a column per block, with the share of all tokens or channels that pass. Writes attention_masks.png, and a CSV file
-with the masks of every sample drawn.
+is a column per block, with the share of all tokens or channels that pass. Writes attention_masks.png.
 """
 
 import functools
@@ -21,7 +20,7 @@ from engine.cli import UserError
 from engine.log import logger
 from models.attention import ChannelQKAttention, TokenQKAttention
 
-from .common import Subject, drawing, hooked, main, positive, subjects, write_csv
+from .common import Subject, drawing, hooked, main, positive, subjects
 
 
 class Mask(NamedTuple):
@@ -103,23 +102,10 @@ def run(argv: Sequence[str]) -> None:
         name = f"attention_masks-{subject.name}" if len(found) > 1 else "attention_masks"
         images, labels = subject.samples(args.samples)
         masks = measure(subject, images)
-        rows = [
-            {
-                "sample": i,
-                "label": labels[i].item(),
-                "block": mask.block,
-                "kind": mask.kind,
-                "passing": mask.passing[i].item(),
-                "mask": " ".join(f"{value:.3f}" for value in mask.over_image[i].flatten().tolist()),
-            }
-            for mask in masks
-            for i in range(len(images))
-        ]
-        write_csv(args.output_dir / f"{name}.csv", rows)
         draw(subject, images, labels, masks, args.output_dir / f"{name}.png")
         for mask in masks:
             logger.info(f"{mask.block}: {mask.passing.mean():.1%} of the {mask.kind}s pass")
-        logger.info(f"written: {name}.csv and {name}.png in {args.output_dir}")
+        logger.info(f"written: {args.output_dir / name}.png")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from models.qkformer import Block
 from .common import Subject, drawing, main, subjects, write_csv
 
 KINDS = {TokenQKAttention: "Q-K token", ChannelQKAttention: "Q-K channel", SpikingSelfAttention: "self"}
+STYLES = [("Q-K token", "o", "tab:blue"), ("Q-K channel", "s", "tab:green")]  # kind, marker, colour
+STYLES += [("self scaled", "^", "tab:red"), ("self unscaled", "v", "tab:orange")]
 
 
 def independent(kind: str, rates: Sequence[float], width: int, tokens: int) -> tuple[float, float]:
@@ -111,16 +113,10 @@ def _rows(depth: int, name: str, attention: nn.Module, sums: dict[str, Tensor], 
 
 def draw(tables: dict[str, list[dict]], path: Path) -> None:
     """Draw mean and variance over depth, a line for each checkpoint and kind; crosses for independent spikes."""
-    styles = {  # of each kind: marker, colour
-        "Q-K token": ("o", "tab:blue"),
-        "Q-K channel": ("s", "tab:green"),
-        "self scaled": ("^", "tab:red"),
-        "self unscaled": ("v", "tab:orange"),
-    }
     with drawing(path, 1, 2, (13, 4.6), grid="both") as (figure, axes):
         for axis, what in zip(axes, ("mean", "variance"), strict=True):
             for (name, rows), line in zip(tables.items(), itertools.cycle(("-", "--", ":"))):
-                for kind, (marker, colour) in styles.items():
+                for kind, marker, colour in STYLES:
                     if mine := [row for row in rows if row["attention"] == kind]:
                         depths, values = [row["depth"] for row in mine], [row[what] for row in mine]
                         axis.plot(depths, values, line, marker=marker, color=colour, label=f"{kind} ({name})")

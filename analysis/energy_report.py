@@ -6,8 +6,6 @@ import json
 import statistics
 from pathlib import Path
 
-from tabulate import tabulate
-
 from .common import drawing, write_csv
 
 MAC_PJ, AC_PJ = 4.6, 0.9
@@ -139,11 +137,6 @@ class EnergyReport:
             }
             for i, layer in enumerate(self.layers)
         ]
-
-    def __str__(self) -> str:
-        """Format the table of the layers and the totals."""
-        table = tabulate(self.rows(), headers="keys", floatfmt=("", ",.0f", ".4f", ".4f", "", ",.0f", ",.0f", ".6f"))
-        return f"{table}\n{self.totals()}"
 
     def totals(self) -> str:
         """Format the totals in a few lines."""

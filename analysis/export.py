@@ -7,7 +7,6 @@ differ. So both are compared twice: as they are, and with ONNX Runtime's spikes 
 must agree, and a spike that torch decides otherwise must be within rounding of its threshold.
 """
 
-import argparse
 import importlib
 import json
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import timm.data
 
 from engine.checkpoint import fingerprint
 from engine.cli import UserError
-from engine.config import LOCAL_FIELDS, Config, plain
+from engine.config import LOCAL_FIELDS, plain
 from engine.data.recordings import EVENT_DATASETS
 from engine.log import logger, write_whole
 from models import LIF
@@ -56,7 +55,7 @@ def _metadata(subject: common.Subject) -> dict[str, str]:
     about = {
         "model": cfg.model,
         "classes": json.dumps(subject.data.classes),
-        "settings": _settings(cfg),
+        "settings": json.dumps(plain(cfg, without=LOCAL_FIELDS)),
         "versions": json.dumps({package: version(package) for package in ("torch", *PACKAGES["onnx"])}),
     }
     if cfg.dataset in EVENT_DATASETS:
@@ -68,10 +67,6 @@ def _metadata(subject: common.Subject) -> dict[str, str]:
     }
 
 
-def _settings(cfg: Config) -> str:
-    return json.dumps(plain(cfg, without=LOCAL_FIELDS))
-
-
 def _write_safetensors(subject: common.Subject, output: Path) -> None:
     """Write weights under our names with the settings of the checkpoint, and a model card next to them."""
     from safetensors.torch import save
@@ -80,7 +75,7 @@ def _write_safetensors(subject: common.Subject, output: Path) -> None:
     if card.exists() and LIBRARY not in card.read_text(errors="replace"):
         raise UserError(f"{card}: not a model card, and the new card would replace it; choose another --output")
     weights = {name: value.contiguous() for name, value in subject.model.state_dict().items()}
-    config = _settings(subject.cfg)
+    config = json.dumps(plain(subject.cfg, without=LOCAL_FIELDS))
     metadata = {"format": "pt", "config": config, "sha256": fingerprint(weights, config)}  # Hugging Face asks for "pt"
     _write(output, save(weights, metadata))
     _write(card, model_card(subject, output.name))
@@ -91,17 +86,13 @@ def _write(path: Path, content: str | bytes) -> None:
     logger.info(f"written: {path} ({len(content) / 1e6:.2f} MB)")
 
 
-def _parser() -> argparse.ArgumentParser:
+def run(argv: Sequence[str]) -> None:
     flags = common.checkpoint_parser(__doc__)
     flags.add_argument("--format", choices=[*PACKAGES], required=True, help="onnx, or safetensors with a model card")
     flags.add_argument("--output", type=Path, help="file to write (default: next to the checkpoint, with its name)")
     flags.add_argument("--batch", type=common.positive, help="onnx: the only batch size of the file (default: any)")
     flags.add_argument("--samples", type=common.positive, default=64, help="onnx: test samples to compare [64]")
-    return flags
-
-
-def run(argv: Sequence[str]) -> None:
-    args, flags = _parser().parse_known_args(argv)
+    args, rest = flags.parse_known_args(argv)
     for package in PACKAGES[args.format]:
         try:
             importlib.import_module(package)
@@ -111,7 +102,7 @@ def run(argv: Sequence[str]) -> None:
     output = args.output or args.checkpoint.with_suffix(f".{args.format}")
     if output.suffix != f".{args.format}" or output.resolve() == args.checkpoint.resolve():
         raise UserError(f"--output {output}: not a new file *.{args.format}; choose another name")
-    subject = common.subject(args.checkpoint, [*flags, "--device", "cpu"])
+    subject = common.subject(args.checkpoint, [*rest, "--device", "cpu"])
     output.parent.mkdir(parents=True, exist_ok=True)
     if args.format == "onnx":
         _write_onnx(subject, output, args.batch, args.samples)

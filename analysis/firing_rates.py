@@ -27,17 +27,6 @@ from models.qkformer import Block
 
 from .common import Subject, drawing, main, published, subjects, write_csv
 
-TABLE = {  # row of the paper's table -> end of the layer's name
-    "Q": "attn.q.lif",
-    "K": "attn.k.lif",
-    "V": "attn.v.lif",
-    "attention": "attn.attn_lif",
-    "masked key": "attn.proj",
-    "output": "attn.proj.lif",
-    "MLP 1": "mlp.fc1.lif",
-    "MLP 2": "mlp.fc2.lif",
-}
-
 
 class Rates(NamedTuple):
     """Figures of each layer, by the module's name and in the order of execution."""
@@ -81,7 +70,7 @@ def table(rates: Rates) -> list[dict]:
     paper, layers, rows = published("firing_rates"), rates.spikes | rates.masked, []
     for stage in sorted({int(name.split(".")[1]) for name in layers if ".blocks." in name}):
         figures = dict(enumerate(paper["stages"])).get(stage, {})
-        for layer, end in TABLE.items():
+        for layer, end in paper["layers"].items():
             start = f"stages.{stage}.blocks."
             blocks = [rate.mean() for name, rate in layers.items() if name.startswith(start) and name.endswith(end)]
             if blocks:

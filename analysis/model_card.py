@@ -37,47 +37,20 @@ def _card_data(cfg: Config, top1: float | None) -> ModelCardData:
 
 def model_card(subject: Subject, name: str) -> str:
     """Return the model card, in Markdown, of the weights in the file `name`."""
-    cfg, model = subject.cfg, subject.model
-    top1 = _measured(subject)
+    cfg, top1 = subject.cfg, _measured(subject)
     settings = {key: value for key, value in plain(cfg).items() if key in MODEL_FIELDS[1:] and value is not None}
-    arguments = "".join(f"    {key}={value!r},\n" for key, value in settings.items())
-    shape = "event frames [B,T,C,H,W]" if cfg.dataset in EVENT_DATASETS else "images [B,C,H,W]"
-    size = f"{cfg.input_size} x {cfg.input_size}"
-    content = f"""---
-{_card_data(cfg, top1).to_yaml()}
----
-
-# {cfg.model} on {cfg.dataset}
-
-A spiking transformer of [QKFormer: Hierarchical Spiking Transformer using Q-K
-Attention](https://arxiv.org/abs/2403.16552) (Zhou et al., NeurIPS 2024).
-
-| | |
-|---|---|
-| architecture | `{cfg.model}`, attention {", ".join(model.attention)}; residual {cfg.residual} |
-| parameters | {sum(p.numel() for p in model.parameters()):,} |
-| time steps T | {cfg.time_steps} |
-| membrane of the self-attention (`ssa_membrane`) | {cfg.ssa_membrane} |
-| input | {shape}, {cfg.in_channels} x {size} |
-| classes | {cfg.num_classes} |
-| top-1 on the test set of {cfg.dataset} | {"not measured" if top1 is None else f"{top1:.2f} %"} |
-
-With the code of QKFormer that wrote this file, in its folder:
-
-```python
-from engine import checkpoint
-from models import create_model
-
-model = create_model(
-    {cfg.model!r},
-{arguments})
-model.load_state_dict(checkpoint.read({name!r})["state_dict"])
-model.eval()
-```
-
-`python {Path(cfg.config).parent.name}/test.py --checkpoint {name}` evaluates it with the settings it records.
-"""
-    return str(ModelCard(content))
+    figures = {
+        "metadata": _card_data(cfg, top1).to_yaml(),
+        "attention": ", ".join(subject.model.attention),
+        "parameters": sum(p.numel() for p in subject.model.parameters()),
+        "shape": "event frames [B,T,C,H,W]" if cfg.dataset in EVENT_DATASETS else "images [B,C,H,W]",
+        "top1": "not measured" if top1 is None else f"{top1:.2f} %",
+        "arguments": "".join(f"    {key}={value!r},\n" for key, value in settings.items()),
+        "folder": Path(cfg.config).parent.name,
+        "name": name,
+    }
+    template = Path(__file__).with_suffix(".md").read_text()
+    return str(ModelCard(template.format(**plain(cfg) | figures)))
 
 
 def _measured(subject: Subject) -> float | None:

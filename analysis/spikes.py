@@ -57,10 +57,9 @@ def draw(frames: Sequence[Tensor], spikes: dict[str, Tensor], parts: dict[str, f
     size = (max(6, 1.05 * columns), 1.1 * rows + 1.4)
     with drawing(path, rows + 1, columns, size, height_ratios=[1] * rows + [0.3]) as (figure, axes):
         for t, frame in enumerate(frames):
-            first, *others = axes[t * columns : (t + 1) * columns]
-            first.imshow(frame.numpy(), cmap="gray", vmin=0, vmax=1)
-            first.set_ylabel(f"t = {t}")
-            for axis, layer in zip(others, spikes.values(), strict=True):
+            axes[t * columns].imshow(frame.numpy(), cmap="gray", vmin=0, vmax=1)
+            axes[t * columns].set_ylabel(f"t = {t}")
+            for axis, layer in zip(axes[t * columns + 1 :], spikes.values(), strict=False):
                 axis.imshow(layer[t].numpy(), cmap="inferno", vmin=0, vmax=layer.max().item() or 1)
                 axis.set_xlabel(f"{layer[t].mean():.3f}", fontsize=8)
         axes[0].set_title("input", fontsize=9)

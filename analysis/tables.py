@@ -31,6 +31,7 @@ from .results import averages, by_recipe, mean, results, verdict
 
 DATA_NAMES = {"torch/cifar10": "CIFAR-10", "torch/cifar100": "CIFAR-100", "dvs128-gesture": "DVS128 Gesture"}
 DATA_NAMES |= {"cifar10-dvs": "CIFAR10-DVS", "digits": "digits", "digits-dvs": "digits, as events"}
+ABLATED = ("torch/cifar100", "cifar10-dvs")  # the paper's ablations, of images and of events
 
 
 def size(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str, str]:
@@ -133,17 +134,12 @@ def measured(found: Found) -> dict[str, dict[str, Config]]:
     return {recipe: {name: group[name] for name in names if name in group} for recipe, group in groups.items()}
 
 
-def _ablated_in_paper(cfg: Config) -> str:
-    """Return the data set on which the paper has the ablations, for events or for images."""
-    return "cifar10-dvs" if cfg.dataset in EVENT_DATASETS else "torch/cifar100"
-
-
 def measurements(found: Found) -> list[dict]:
     """Return a row for each measured recipe and variant of the ablations, next to the paper's accuracy."""
     rows, names = [], published("ablations")
     for recipe, group in measured(found).items():
         for variant, cfg in group.items():
-            dataset = _ablated_in_paper(cfg)
+            dataset = ABLATED[cfg.dataset in EVENT_DATASETS]
             paper = _variants(found, dataset).get(variant, Config()).paper_top1
             rows.append(
                 {"recipe": recipe, "attention, embedding": names[variant], "--variant": variant}
@@ -157,23 +153,19 @@ def measurements(found: Found) -> list[dict]:
 def orders(found: Found) -> list[dict]:
     """Return a row for each order in the paper: its differences, and those measured with their `verdict`."""
     rows, names, groups = [], published("ablations"), measured(found)
-    paper = {dataset: _variants(found, dataset) for dataset in ("torch/cifar100", "cifar10-dvs")}
     for better, worse in published("orders"):
-        given = {d: _difference(variants.get(better), variants.get(worse)) for d, variants in paper.items()}
-        texts = {"order": f"{names[better]} > {names[worse]}"}
-        texts |= {f"{DATA_NAMES[d]} *paper*": _given(value, "+.2f") for d, value in given.items()}
+        row, given = {"order": f"{names[better]} > {names[worse]}"}, {}
+        for dataset in ABLATED:
+            variants = _variants(found, dataset)
+            figures = [cfg.paper_top1 for name in (better, worse) if (cfg := variants.get(name)) and cfg.paper_top1]
+            given[dataset] = figures[0] - figures[1] if len(figures) == 2 else None
+            row[f"{DATA_NAMES[dataset]} *paper*"] = _given(given[dataset], "+.2f")
         for recipe, group in groups.items():
-            pair, key = [found.get(group.get(name), ()) for name in (better, worse)], f"{recipe} *here*"
-            expected = given[_ablated_in_paper(next(iter(group.values())))]
-            texts[key] = verdict(*[[run["top1"] for run in runs] for runs in pair], expected)
-        rows.append(texts)
+            top1 = [[run["top1"] for run in found.get(group.get(name), ())] for name in (better, worse)]
+            is_events = next(iter(group.values())).dataset in EVENT_DATASETS
+            row[f"{recipe} *here*"] = verdict(*top1, given[ABLATED[is_events]])
+        rows.append(row)
     return rows
-
-
-def _difference(cfg: Config | None, other: Config | None) -> float | None:
-    """Return the difference of the paper's accuracies, if it has both."""
-    figures = [config.paper_top1 for config in (cfg, other) if config and config.paper_top1]
-    return figures[0] - figures[1] if len(figures) == 2 else None
 
 
 def tables(found: Found) -> dict[str, tuple[str, list[dict]]]:
@@ -186,7 +178,7 @@ def tables(found: Found) -> dict[str, tuple[str, list[dict]]]:
         "imagenet_later": others.pop("imagenet_later"),
         "small": ("CIFAR, event recordings, digits", own(found, [*DATA_NAMES])),
         **others,
-        "ablations": ("Ablations", ablations(found, ["torch/cifar100", "cifar10-dvs"], large)),
+        "ablations": ("Ablations", ablations(found, ABLATED, large)),
         "ablations_here": ("Ablations measured here", measurements(found)),
         "orders": ("Orders of the paper, and whether they hold here: difference of top-1 (%)", orders(found)),
     }

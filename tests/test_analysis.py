@@ -107,9 +107,10 @@ def test_firing_rates_and_integers_are_what_the_layers_get(all_kinds, tmp_path, 
     assert [row["layer"] for row in rows] == list(rates.spikes)
     for row, values in zip(rows, rates.spikes.values(), strict=True):
         assert [float(row["t = 0"]), float(row["t = 1"])] == pytest.approx(values.tolist())
+    layers = common.published("firing_rates")["layers"]
     table = {(row["stage"], row["layer"]): row for row in rows_of(tmp_path / "out/firing_rates_table.csv")}
-    assert [layer for stage, layer in table if stage == "1"] == [name for name in firing_rates.TABLE if name != "V"]
-    assert [layer for stage, layer in table if stage == "3"] == [n for n in firing_rates.TABLE if n != "masked key"]
+    assert [layer for stage, layer in table if stage == "1"] == [name for name in layers if name != "V"]
+    assert [layer for stage, layer in table if stage == "3"] == [n for n in layers if n != "masked key"]
     rate = rates.masked["stages.1.blocks.0.attn.proj"].mean().item()
     assert float(table["2", "masked key"]["firing rate"]) == pytest.approx(rate)
     (paper,) = [name for name in table["1", "Q"] if "paper" in name]
@@ -229,10 +230,9 @@ def test_masks_are_those_of_the_spikes():
 def test_masks_are_drawn_over_the_input(all_kinds, trained, tmp_path, monkeypatch, capfd):
     arguments = ["--checkpoint", all_kinds, "--output-dir", tmp_path, "--samples", 3]
     here(monkeypatch, capfd, "analysis.attention_masks", *arguments)
-    rows = rows_of(tmp_path / "attention_masks.csv")
-    assert [(row["kind"], row["sample"]) for row in rows] == list(itertools.product(("token", "channel"), "012"))
-    assert [len(row["mask"].split()) for row in rows] == [64] * 3 + [16] * 3
-    assert 0 < float(rows[0]["passing"]) < 1
+    masks = attention_masks.measure(subject(all_kinds), subject(all_kinds).samples(3)[0])
+    assert [(mask.kind, mask.over_image.shape) for mask in masks] == [("token", (3, 8, 8)), ("channel", (3, 4, 4))]
+    assert 0 < masks[0].passing[0] < 1
     assert (tmp_path / "attention_masks.png").exists()
     path = trained("self", "--attention", "self", "self", "self")
     line = fail(monkeypatch, capfd, "analysis.attention_masks", "--checkpoint", path, "--device", "cpu")
