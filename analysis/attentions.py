@@ -1,13 +1,11 @@
 """Attentions by themselves, to compare their growth: operations, memory, and forward with backward pass."""
 
-import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from models.attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 
@@ -71,9 +69,12 @@ class Attention(NamedTuple):
     def measured_bytes(self) -> int:
         """Measure the most bytes that a forward pass of the core, with its neuron, holds beyond its inputs."""
         module, spikes = self.module(), self.spikes(self.inputs)
-        with torch.no_grad(), PeakMemory() as memory:
+        tracker, device = MemTracker(), torch.device("cpu")
+        tracker.track_external(module, *spikes)
+        before = tracker.get_tracker_snapshot()[device]["Total"]
+        with torch.no_grad(), tracker:
             module.attend(*spikes)
-        return memory.peak
+        return tracker.get_tracker_snapshot("peak")[device]["Total"] - before
 
     @property
     def inputs(self) -> int:
@@ -99,28 +100,6 @@ class Attention(NamedTuple):
             return torch.autograd.grad(call(*inputs), [*inputs, *parameters], gradient, allow_unused=True)
 
         return step, spikes, parameters
-
-
-class PeakMemory(TorchDispatchMode):
-    """Context that measures in `peak` the most bytes that tensors made in it hold at once, on any device."""
-
-    def __init__(self):
-        super().__init__()
-        self.peak, self._sizes = 0, {}  # bytes of each storage that exists
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        inputs = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(result):
-            if storage._cdata not in inputs | self._sizes.keys():
-                self._sizes[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self._sizes.pop, storage._cdata)
-        self.peak = max(self.peak, sum(self._sizes.values()))
-        return result
-
-
-def _storages(tree: object) -> list[torch.UntypedStorage]:
-    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def memory() -> list[dict]:

@@ -46,17 +46,13 @@ class Parity(NamedTuple):
 
     def __str__(self) -> str:
         count, beyond = len(self.flips), self.difference > TOLERANCE
-        lines = [
+        return (
             f"{count} samples: largest |logit difference| {self.difference.max():.1e}, within {TOLERANCE:g} in "
-            f"{count - beyond.sum()}, the same class in {self.same_class.sum()}",
-            f"with ONNX Runtime's spikes in torch: largest |logit difference| {self.followed.max():.1e}",
-        ]
-        if self.flips.any():
-            lines.append(
-                f"{self.flips.sum()} of {self.spikes:,} spikes differ by rounding, in {self.flips.count_nonzero()} "
-                f"samples: their membranes are at most {self.distance:.1e} from the threshold"
-            )
-        return "\n".join(lines)
+            f"{count - beyond.sum()}, the same class in {self.same_class.sum()}\n"
+            f"with ONNX Runtime's spikes in torch: largest |logit difference| {self.followed.max():.1e}\n"
+            f"{self.flips.sum()} of {self.spikes:,} spikes differ by rounding, in {self.flips.count_nonzero()} samples "
+            f"with membranes at most {self.distance:.1e} from the threshold"
+        )
 
     def require(self) -> None:
         """Raise `UserError` if the two differ by more than rounding."""

@@ -40,11 +40,8 @@ def size(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str, st
         model = build()
     report = estimate(model, torch.empty(shape, device="meta"))
     parameters = sum(p.numel() for p in model.parameters())
-    return {"parameters": f"{parameters:,}", "MACs a step": _millions(report.flops)}
-
-
-def _millions(macs: float) -> str:
-    return f"{macs / 1e9:.3f} G" if macs >= 1e9 else f"{macs / 1e6:.2f} M"
+    macs = f"{report.flops / 1e9:.3f} G" if report.flops >= 1e9 else f"{report.flops / 1e6:.2f} M"
+    return {"parameters": f"{parameters:,}", "MACs a step": macs}
 
 
 Found = Mapping[Config, Sequence[dict]]  # results of each recipe and variant
@@ -88,9 +85,11 @@ def own(found: Found, datasets: Sequence[str]) -> list[dict]:
 
 def listed(table: dict, found: Found) -> list[dict]:
     """Return the rows of a table in published.yml, with parameters and MACs where timm has the network."""
+    configs = [cfg for cfg in found if cfg.dataset in DATA_NAMES and cfg.paper_top1 and not cfg.variant]
+    paper = {DATA_NAMES[cfg.dataset]: cfg.paper_top1 for cfg in reversed(configs)}  # of several recipes the first
     rows = []
     for other in table["rows"]:
-        given = other | (_paper_top1(found) if other["network"] == "QKFormer" else {})
+        given = other | (paper if other["network"] == "QKFormer" else {})
         texts = {key: f"{value:.2f}" if isinstance(value, float) else str(value) for key, value in given.items()}
         unmarked = ("network", "T", "input")
         marked = {key: key if key in unmarked else f"{key} *{table['source']}*" for key in table["columns"]}
@@ -100,12 +99,6 @@ def listed(table: dict, found: Found) -> list[dict]:
             rows[-1] |= size(build, (1, 3, other["input"], other["input"]))
     columns = dict.fromkeys(key for row in rows for key in row)
     return [dict.fromkeys(columns, "") | row for row in rows]
-
-
-def _paper_top1(found: Found) -> dict[str, float]:
-    """Return the paper's accuracy by the name of the data set, that of its first recipe."""
-    configs = [cfg for cfg in found if cfg.dataset in DATA_NAMES and cfg.paper_top1 and not cfg.variant]
-    return {DATA_NAMES[cfg.dataset]: cfg.paper_top1 for cfg in reversed(configs)}
 
 
 def _variants(found: Found, dataset: str) -> dict[str, Config]:
@@ -154,17 +147,17 @@ def orders(found: Found) -> list[dict]:
     """Return a row for each order in the paper: its differences, and those measured with their `verdict`."""
     rows, names, groups = [], published("ablations"), measured(found)
     for better, worse in published("orders"):
-        row, given = {"order": f"{names[better]} > {names[worse]}"}, {}
+        texts, given = {"order": f"{names[better]} > {names[worse]}"}, {}
         for dataset in ABLATED:
             variants = _variants(found, dataset)
             figures = [cfg.paper_top1 for name in (better, worse) if (cfg := variants.get(name)) and cfg.paper_top1]
             given[dataset] = figures[0] - figures[1] if len(figures) == 2 else None
-            row[f"{DATA_NAMES[dataset]} *paper*"] = _given(given[dataset], "+.2f")
+            texts[f"{DATA_NAMES[dataset]} *paper*"] = _given(given[dataset], "+.2f")
         for recipe, group in groups.items():
             top1 = [[run["top1"] for run in found.get(group.get(name), ())] for name in (better, worse)]
             is_events = next(iter(group.values())).dataset in EVENT_DATASETS
-            row[f"{recipe} *here*"] = verdict(*top1, given[ABLATED[is_events]])
-        rows.append(row)
+            texts[f"{recipe} *here*"] = verdict(*top1, given[ABLATED[is_events]])
+        rows.append(texts)
     return rows
 
 
