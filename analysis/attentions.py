@@ -68,13 +68,7 @@ class Attention(NamedTuple):
 
     def measured_bytes(self) -> int:
         """Measure the most bytes that a forward pass of the core, with its neuron, holds beyond its inputs."""
-        module, spikes = self.module(), self.spikes(self.inputs)
-        tracker, device = MemTracker(), torch.device("cpu")
-        tracker.track_external(module, *spikes)
-        before = tracker.get_tracker_snapshot()[device]["Total"]
-        with torch.no_grad(), tracker:
-            module.attend(*spikes)
-        return tracker.get_tracker_snapshot("peak")[device]["Total"] - before
+        return peak_bytes(self.module().attend, *self.spikes(self.inputs))
 
     @property
     def inputs(self) -> int:
@@ -100,6 +94,16 @@ class Attention(NamedTuple):
             return torch.autograd.grad(call(*inputs), [*inputs, *parameters], gradient, allow_unused=True)
 
         return step, spikes, parameters
+
+
+def peak_bytes(call: Callable[..., object], *inputs: Tensor) -> int:
+    """Measure the most bytes that tensors made by a call on the CPU hold at once."""
+    tracker, device = MemTracker(), torch.device("cpu")
+    tracker.track_external(*inputs)
+    before = sum(x.nbytes for x in inputs)
+    with torch.no_grad(), tracker:
+        call(*inputs)
+    return tracker.get_tracker_snapshot("peak")[device]["Total"] - before
 
 
 def memory() -> list[dict]:

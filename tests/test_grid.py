@@ -1,7 +1,9 @@
 """The grid of runs: what is done is skipped, what fails is named, and a signal reaches the run."""
 
 import csv
+import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -11,7 +13,9 @@ from scripts import ROOT, Child, fail, here, named
 from test_analysis import result
 
 from analysis import grid
-from analysis.results import read_result
+from analysis.common import recipes
+from analysis.results import by_recipe, differences, read_result, results
+from engine import config
 
 TRAIN = """
 import pathlib, signal, sys, time
@@ -115,6 +119,29 @@ def test_a_record_keeps_the_small_files_of_a_run(tmp_path, monkeypatch, capfd):
     result(Path("run/last.test.json"), 90.0, recipe="digits", variant="self", seed=1, epochs=2)
     named(fail(monkeypatch, capfd, *command, "records"), folder, "epochs")
     assert read_result(folder / "last.test.json")["top1"] == 97.0
+
+
+def test_every_accuracy_in_the_tables_has_a_record():
+    """The tables come from docs/results (tests/test_readme.py), so that each run there is complete and counts."""
+    folders = sorted((ROOT / "docs/results").iterdir())
+    configs = [cfg for path, _ in recipes() for cfg in config.read(path).all() if cfg.num_classes]
+    groups = by_recipe(results(folders), configs)
+    names = [
+        "-".join(filter(None, (Path(cfg.config).stem, cfg.variant, f"seed{result['seed']}")))
+        for cfg, group in groups.items()
+        for result in group
+    ]
+    assert sorted(names) == [folder.name for folder in folders]
+    for folder in folders:
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        measured, start = read_result(folder / "last.test.json"), json.loads((folder / "run.json").read_text())[-1]
+        recorded = config.load(folder / "config.yml")
+        assert last["test_top1"] == pytest.approx(measured["top1"])
+        assert last["epoch"] + 1 == recorded.epochs + recorded.cooldown_epochs
+        assert start["command"][0].endswith("train.py")
+        assert re.fullmatch("[0-9a-f]{40}", start["git_commit"])
+        assert not differences(measured, recorded)
+        assert max(path.stat().st_size for path in folder.iterdir()) < 100_000
 
 
 @pytest.mark.parametrize("words", ["", "absent/digits.yml", "digits/digits.yml --variants selfish", "--compare absent"])
