@@ -1,10 +1,10 @@
-"""Masks of the tokens or channels that Q-K attention passes, drawn over the input.
+"""Masks of the tokens or channels that Q-K attention passes, drawn over the input (attention_masks.png).
 
     python -m analysis.attention_masks --checkpoint output/first/best.pt
 
-Token attention: the share of heads and time steps in which a token passes. Channel attention: the share of channels and
-time steps in which a token holds a spike of the key that passes; the strips show how often each channel is open. There
-is a column per block, with the share of all tokens or channels that pass. Writes attention_masks.png.
+A column is a block, with the share of all tokens or channels that pass. Token attention shows the share of heads and
+time steps in which a token passes. Channel attention shows the share of channels and time steps in which a token's key
+passes, and a strip of how often each channel is open.
 """
 
 import functools

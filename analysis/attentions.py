@@ -58,10 +58,7 @@ class Attention(NamedTuple):
         return core + n * sum(weights)
 
     def counted_bytes(self) -> int:
-        """Count the float32 results of sums, masks and products of the core, without the scale and the neuron.
-
-        The paper counts 4 N D bytes for Q-K token attention and 4 (N^2 + N D) for self-attention as (q k^T) v.
-        """
+        """Count the float32 results of sums, masks and products of the core, without the scale and the neuron."""
         maps = {"self": self.d**2 // self.heads, "quadratic": self.heads * self.n**2}
         maps |= {"token": self.heads * self.n, "channel": self.d}
         return 4 * (maps[self.kind] + self.n * self.d)

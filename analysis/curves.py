@@ -1,10 +1,9 @@
-"""Training curves of the published logs and of runs of one's own, in one picture.
+"""Training curves of the published logs and of your own runs (folders of train.py), in one picture.
 
     python -m analysis.curves                                            # all published logs
     python -m analysis.curves output/cifar10 --published cifar10
 
-Draws the accuracy on the test set after each epoch, and the losses where they were recorded: solid while training,
-dashed on the test set. A circle marks the best epoch. Runs are folders of train.py, with their metrics.jsonl.
+Draws test accuracy and losses by epoch: solid lines for training, dashed for the test set, a circle at the best epoch.
 """
 
 import json

@@ -41,21 +41,13 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class EnergyReport:
-    """Operations and energy of a network for one sample.
+    """Operations and energy of a network for one sample, averaged over `samples`."""
 
-    Attributes:
-        layers: in the order of their execution.
-        time_steps: T; 1 for a network without spiking neurons.
-        firing_rates: mean output of each LIF, by its name; empty for a network without.
-        samples: number of samples of the average.
-        has_frames: the input differs from step to step, and so does the first convolution.
-    """
-
-    layers: list[Layer]
-    time_steps: int
-    firing_rates: dict[str, float]
+    layers: list[Layer]  # in the order of execution
+    time_steps: int  # T; 1 for a network without spiking neurons
+    firing_rates: dict[str, float]  # mean output of each LIF, by its name
     samples: int
-    has_frames: bool
+    has_frames: bool  # the input differs at each time step
 
     @property
     def flops(self) -> float:
@@ -76,8 +68,7 @@ class EnergyReport:
     def exact_sops(self) -> tuple[float, ...]:
         """Return the synaptic operations with the fan-out of each spike, an integer n counted as n, and as 1.
 
-        They are those of all time steps, without the first convolution. The head reads a mean: it runs once, with one
-        operation for each real number that is not 0.
+        They include all time steps, but not the first convolution. The head runs once, on a mean.
         """
         return tuple(map(sum, zip(*(layer.exact for layer in self.layers[1:]), strict=True)))
 
@@ -85,9 +76,7 @@ class EnergyReport:
         """Return the energy (mJ) in one of the accounts.
 
         Args:
-            integers: with SEW residuals some layers get small integers instead of spikes. As "additions" an input n
-                is n additions (the paper's mean input); as "multiplications" every input but 0 is one
-                multiply-accumulate.
+            integers: an input n of SEW residuals is n "additions" (as in the paper), or one of the "multiplications".
             first: count the first convolution of a static image in "every step" or "once".
         """
         return sum(self.layer_energy(i, integers, first) for i in range(len(self.layers)))

@@ -1,10 +1,8 @@
 """Export a trained network: as ONNX, compared with torch neuron by neuron, or as safetensors with a model card.
 
-`--format onnx` writes a float32 graph with the neurons unrolled over T and every BatchNorm folded into its convolution:
-images [B,C,H,W], or event frames [B,T,C,H,W], to logits [B,num_classes]. ONNX Runtime adds up in another order than
-torch. A membrane within rounding of its threshold may then spike in only one of them, and the logits of that sample
-differ. So both are compared twice: as they are, and with ONNX Runtime's spikes in torch. With equal spikes every logit
-must agree, and a spike that torch decides otherwise must be within rounding of its threshold.
+The ONNX graph is float32, with neurons unrolled over T and BatchNorm folded into the convolutions. Its sums have
+another order than torch's, so a membrane within rounding of its threshold may spike in only one of them. Both are
+compared as they are, and with ONNX Runtime's spikes in torch, where every logit must agree.
 """
 
 import importlib
@@ -85,10 +83,7 @@ def _write_safetensors(subject: common.Subject, output: Path) -> None:
 
 
 def _card_data(cfg: Config, top1: float | None) -> ModelCardData:
-    """Return the metadata that Hugging Face reads.
-
-    It names no license, because only those who trained the weights can choose one.
-    """
+    """Return the metadata that Hugging Face reads, without a license, which the owner of the weights chooses."""
     task = "image-classification"
     measured = {}
     if top1 is not None:

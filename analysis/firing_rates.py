@@ -2,10 +2,9 @@
 
     python -m analysis.firing_rates --checkpoint output/first/best.pt [--table]
 
-The firing rate is the mean output of a LIF over the test set, for each time step. With SEW residuals the blocks pass on
-sums of spikes: small integers, whose distribution has a panel of its own. Membrane shortcuts pass on currents, which
-are left out. Writes firing_rates.csv, integers.csv and firing_rates.png, and with `--table` firing_rates_table.csv: the
-paper's table, in which the blocks of a stage are averaged, with its figures.
+A firing rate is the mean output of a LIF over the test set, for each time step. Writes firing_rates.csv and .png, with
+SEW residuals integers.csv, and with `--table` firing_rates_table.csv: the paper's table, averaged over a stage's
+blocks.
 """
 
 import statistics

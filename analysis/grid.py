@@ -1,13 +1,11 @@
-"""Runs of a recipe over variants and seeds, one process each, and the table of any runs.
+"""Runs of a recipe over variants and seeds, one process each, and a table of any runs.
 
     python -m analysis.grid digits/digits.yml --variants recipe self token --seeds 0 1 2 [--out FOLDER] [-- FLAGS]
     python -m analysis.grid --compare output/first output/self [--record docs/results [--curves]]
 
-Trains each variant ("recipe" is the recipe itself) with each seed under all FLAGS of train.py, in FOLDER/VARIANT-seedN,
-and evaluates its last checkpoint with its energy. The same command goes on after an interruption, and skips runs that
-are done. The table has a row for each setting: mean and standard deviation of the accuracy over its seeds, and means of
-the seconds of training, the energy and the firing rate of all neuron layers. Writes grid.md and grid.csv. `--record`
-copies the small files of each evaluated run to FOLDER/RECIPE-VARIANT-seedN, where analysis.tables reads them.
+Trains each variant ("recipe" is the recipe itself) and seed with FLAGS of train.py in FOLDER/VARIANT-seedN, and
+evaluates the last checkpoint with its energy. The same command resumes and skips finished runs. Writes grid.md and
+grid.csv: means over seeds. `--record` copies each run's small files to FOLDER/RECIPE-VARIANT-seedN for analysis.tables.
 """
 
 import contextlib

@@ -1,13 +1,10 @@
-"""Effect of the other samples of the batch on a network's accuracy: the membrane of the self-attention.
+"""Effect of the other samples of a batch on accuracy, through the membrane of the self-attention (README, errata).
 
     python -m analysis.membrane --checkpoint output/released/best.pt output/first/best.pt
 
-In the released code the last membrane of the self-attention runs over the samples of a batch as if they were time steps
-(README, errata). Each checkpoint is evaluated with this membrane ("released") and with one for each sample
-("per_sample"), at several batch sizes, in the order of the test set, sorted by class, and in random orders. Between two
-random orders the script counts the answers that change, and the probability that moves from class to class (total
-variation of the softmax). Checkpoints trained with the same settings and other seeds are averaged. Writes membrane.csv,
-membrane.md and membrane.png.
+Evaluates each checkpoint with both kinds of `ssa_membrane`, at several batch sizes, in the order of the test set,
+sorted by class, and in random orders. Between random orders it counts answers that change, and probability that moves
+(total variation of the softmax). Averages checkpoints that differ only in seed. Writes membrane.csv, .md and .png.
 """
 
 import itertools
@@ -77,9 +74,9 @@ def _figures(found: Sequence[Tensor], labels: Tensor) -> dict[str, float]:
 
 
 def averages(rows: Sequence[dict]) -> list[dict]:
-    """Return a row for each way of training and batch size: both membranes, averaged over checkpoints.
+    """Return the means over checkpoints for each way of training and batch size.
 
-    `difference` is the difference of their accuracies in random order, `deviation` its standard deviation.
+    `difference` compares the accuracies of both membranes in random order; `deviation` is its standard deviation.
     """
     groups, mean = {}, statistics.mean
     for row in rows:

@@ -1,10 +1,9 @@
-"""Spikes of one sample on their way through a network, time step by time step, and the energy that they take.
+"""Spikes and energy of one sample in each stage of a network, for each time step (spikes.png).
 
     python -m analysis.spikes --checkpoint output/first/best.pt [--sample N]
 
-A row is a time step. The first column is the input, the others are the first and the last neuron layer of each stage:
-the share of channels that spike at each position. The bar has the sample's energy in each part of the network. Writes
-spikes.png.
+A row is a time step. The columns are the input, and the first and last neuron layer of each stage: the share of
+channels that spike at each position. The bar has the energy of each part of the network.
 """
 
 import itertools

@@ -2,12 +2,9 @@
 
     python -m analysis.tables [--results FOLDER ...] [--output-dir FOLDER]
 
-Parameters and MACs are computed from the networks. Columns marked *paper*, *log* and *elsewhere* repeat published
-figures: those of this project's networks are in the recipes, all others in published.yml. Columns marked *here* come
-from the files NAME.test.json that test.py wrote on complete test sets, of networks trained as the recipe says. They are
-means where seeds differ, and empty where there is no file. Prints which files it leaves out, and why. The last two
-tables have every ablation that was measured, and which orders of the paper it confirms. Writes tables.md and a CSV file
-per table.
+Published figures (*paper*, *log*, *elsewhere*) are in the recipes and in published.yml. *here* are means of results
+that test.py wrote on complete test sets, of runs that followed a recipe. Prints which results it leaves out, and why.
+Writes tables.md and a CSV file per table.
 """
 
 import dataclasses
