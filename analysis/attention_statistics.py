@@ -42,10 +42,7 @@ def independent(kind: str, rates: Sequence[float], width: int, tokens: int) -> t
 
 
 def bound(kind: str, width: int, tokens: int) -> float:
-    """Return the paper's bound of the sum's variance: a quarter of the number of terms.
-
-    The N d products of self-attention share spikes of q and v, so their sum can vary more (see `independent`).
-    """
+    """Return the paper's bound of the sum's variance: a quarter of the number of terms, as if they were independent."""
     return {"Q-K token": width, "Q-K channel": tokens, "self": tokens * width}[kind] / 4
 
 

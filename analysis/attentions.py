@@ -34,13 +34,10 @@ PARTS = {"core": tuple(MODULES), "module": ("self", "token", "channel")}  # atte
 
 
 class Attention(NamedTuple):
-    """An attention at n tokens and d channels, for one sample at one time step.
-
-    Its part "core" runs from the spikes of q, k and v to those for the projection; "module" is all of it.
-    """
+    """An attention at n tokens and d channels, for one sample at one time step."""
 
     kind: str
-    part: str
+    part: str  # "core": from the spikes of q, k and v to those for the projection; "module": all of it
     n: int
     d: int
     heads: int

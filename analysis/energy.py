@@ -23,14 +23,11 @@ __all__ = ["AC_PJ", "MAC_PJ", "EnergyMeter", "EnergyReport", "energy_mj", "estim
 
 @torch.inference_mode()
 def estimate(model: nn.Module, data: Tensor | Iterable) -> EnergyReport:
-    """Measure a network of this project or of timm, in evaluation mode, on data.
+    """Measure a network of this project or of timm, in evaluation mode; raises ValueError for unknown products.
 
     Args:
         data: a batch (images [B,C,H,W] or event frames [B,T,C,H,W]), or a loader of batches or of (batch, labels). On
             the meta device only MACs are counted.
-
-    Raises:
-        ValueError: the network multiplies with a function that is not counted.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()

@@ -66,19 +66,11 @@ class EnergyReport:
 
     @property
     def exact_sops(self) -> tuple[float, ...]:
-        """Return the synaptic operations with the fan-out of each spike, an integer n counted as n, and as 1.
-
-        They include all time steps, but not the first convolution. The head runs once, on a mean.
-        """
+        """Return the `sops` by the fan-out of each spike, an integer n counted as n, and as 1; the head runs once."""
         return tuple(map(sum, zip(*(layer.exact for layer in self.layers[1:]), strict=True)))
 
     def energy(self, integers: str = INTEGERS[0], first: str = FIRST[0]) -> float:
-        """Return the energy (mJ) in one of the accounts.
-
-        Args:
-            integers: an input n of SEW residuals is n "additions" (as in the paper), or one of the "multiplications".
-            first: count the first convolution of a static image in "every step" or "once".
-        """
+        """Return the energy (mJ) in an account of integers, as n additions or one multiplication, and of `FIRST`."""
         return sum(self.layer_energy(i, integers, first) for i in range(len(self.layers)))
 
     @property

@@ -128,11 +128,7 @@ def _row(group: Sequence[dict], differing: set[tuple[str, str]]) -> dict[str, st
 
 
 def record(found: Sequence[dict], target: Path, has_curves: bool) -> None:
-    """Copy the small files of evaluated runs to `target`, with paths relative to the working directory.
-
-    Raises:
-        UserError: `target` has a run of the same name with other settings.
-    """
+    """Copy small files to `target`, with relative paths; raises `UserError` if its run has other settings."""
     for result in found:
         name = "-".join(filter(None, (result.get("recipe"), result.get("variant"), f"seed{result.get('seed')}")))
         source, folder = result["path"].parent, target / name

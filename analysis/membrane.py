@@ -74,10 +74,7 @@ def _figures(found: Sequence[Tensor], labels: Tensor) -> dict[str, float]:
 
 
 def averages(rows: Sequence[dict]) -> list[dict]:
-    """Return the means over checkpoints for each way of training and batch size.
-
-    `difference` compares the accuracies of both membranes in random order; `deviation` is its standard deviation.
-    """
+    """Return means over checkpoints for each way of training and batch size; `difference` is in random order."""
     groups, mean = {}, statistics.mean
     for row in rows:
         case = {key: row[key] for key in ("network", "settings", "trained", "batch size")}

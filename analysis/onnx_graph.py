@@ -130,9 +130,7 @@ def compare(model: nn.Module, exported: Exported, batches: Sequence[Tensor]) -> 
 def _follow(model: nn.Module, x: Tensor, spikes: dict[str, Tensor]) -> tuple[Tensor, Tensor, float]:
     """Run `model` where every LIF returns the `spikes` of its name, so that one difference does not cause others.
 
-    Returns:
-        Logits; the spikes of each sample [B] that its neurons decide differently; their largest distance to the
-        threshold.
+    Returns logits, the spikes [B] that neurons decide differently, and their largest distance to the threshold.
     """
     flips, distance = torch.zeros(len(x), dtype=torch.int64), 0.0
 

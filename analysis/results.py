@@ -30,7 +30,7 @@ def results(folders: Sequence[Path]) -> list[dict]:
     for path in sorted(path for folder in folders for path in folder.rglob("*.test.json")):
         if (result := read_result(path)) is None:
             logger.warning(f"{path}: left out, test.py did not write it")
-        elif result["count"] != _samples(result):
+        elif not _is_complete(result):
             logger.warning(f"{path}: left out, {result['count']} samples are not the test set of {result['dataset']}")
         elif (first := seen.setdefault(json.dumps(result), path)) != path:
             logger.warning(f"{path}: left out, a copy of {first}")
@@ -43,10 +43,9 @@ def results(folders: Sequence[Path]) -> list[dict]:
     return [group[-1] for group in newest.values()]
 
 
-def _samples(result: dict) -> int:
-    """Return the samples of the complete test set: those in the result, for a folder or data set of the user's own."""
-    is_own = result["dataset"] == "imagefolder" and result.get("num_classes") != 1000
-    return result["count"] if is_own else TEST_SAMPLES.get(result["dataset"], result["count"])
+def _is_complete(result: dict) -> bool:
+    is_own = result["dataset"] == "imagefolder" and result.get("num_classes") != 1000  # a folder of the user
+    return is_own or result["count"] == TEST_SAMPLES.get(result["dataset"], result["count"])
 
 
 def read_result(path: Path) -> dict | None:
@@ -105,10 +104,7 @@ def _seconds(path: Path) -> float:
 
 
 def verdict(values: Sequence[float], others: Sequence[float], expected: float | None) -> str:
-    """Format the difference of two means with 2 standard errors, and tell if it has the sign of `expected`.
-
-    A difference within 2 standard errors, or of a single run, is undecided. Without runs or `expected` returns "".
-    """
+    """Format the difference of two means with 2 standard errors, beyond which it has the sign of `expected` or not."""
     if not values or not others or not expected:
         return ""
     difference = statistics.mean(values) - statistics.mean(others)

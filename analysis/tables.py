@@ -103,11 +103,11 @@ def _variants(found: Found, dataset: str) -> dict[str, Config]:
     return {cfg.variant or "": cfg for cfg in reversed([*found]) if cfg.dataset == dataset}
 
 
-def ablations(found: Found, datasets: Sequence[str], kept: Sequence[str]) -> list[dict]:
-    """Return the columns `kept` of each variant, with the data sets side by side."""
-    names = published("ablations")
+def ablations(found: Found) -> list[dict]:
+    """Return a row for each variant, with the data sets side by side."""
+    names, kept = published("ablations"), ("parameters", "MACs a step", "top-1 (%) *paper*", "top-1 (%) *here*")
     rows = [{"attention, embedding": name, "--variant": variant} for variant, name in names.items()]
-    for dataset in datasets:
+    for dataset in ABLATED:
         variants = _variants(found, dataset)
         for texts, variant in zip(rows, names, strict=True):
             whole = row(variants[variant], found) if variant in variants else dict.fromkeys(kept, "")
@@ -161,14 +161,13 @@ def orders(found: Found) -> list[dict]:
 def tables(found: Found) -> dict[str, tuple[str, list[dict]]]:
     """Return title and rows of each table, by the name of its CSV file."""
     others = {name: (table["title"], listed(table, found)) for name, table in published("tables").items()}
-    large = ("parameters", "MACs a step", "top-1 (%) *paper*", "top-1 (%) *here*")
     return {
         "imagenet": ("ImageNet-1k", own(found, ["imagefolder"])),
         "imagenet_others": others.pop("imagenet_others"),
         "imagenet_later": others.pop("imagenet_later"),
         "small": ("CIFAR, event recordings, digits", own(found, [*DATA_NAMES])),
         **others,
-        "ablations": ("Ablations", ablations(found, ABLATED, large)),
+        "ablations": ("Ablations", ablations(found)),
         "ablations_here": ("Ablations measured here", measurements(found)),
         "orders": ("Orders of the paper, and whether they hold here: difference of top-1 (%)", orders(found)),
     }
