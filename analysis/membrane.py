@@ -1,4 +1,4 @@
-"""Effect of the other samples of a batch on accuracy, through the membrane of the self-attention (README, errata).
+"""Effect of the other samples of a batch on accuracy, through the membrane of the self-attention (docs/errata.md).
 
     python -m analysis.membrane --checkpoint output/released/best.pt output/first/best.pt
 
