@@ -48,7 +48,7 @@ def measure(subject: Subject, images: Tensor) -> list[Mask]:
             callbacks[module.proj] = lambda passed, _: spikes.update(passed=passed)
             callbacks[module] = functools.partial(keep, name.removesuffix(".attn"), module)
     if not callbacks:
-        raise UserError(f"{subject.path}: this {subject.cfg.model} has no Q-K attention; take another checkpoint")
+        raise UserError(f"{subject.path}: this {subject.cfg.model} has no Q-K attention; use another checkpoint")
     with hooked(callbacks):
         subject.model(images)
     return masks

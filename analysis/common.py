@@ -162,7 +162,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     for names in ([path.parent.name for path in paths], [f"{path.parent.name}-{path.stem}" for path in paths]):
         if len(set(names)) == len(paths):
             return names
-    raise UserError("--checkpoint: two files have equal names in folders of equal names; rename a folder")
+    raise UserError("--checkpoint: two files share the names of file and folder; rename a folder")
 
 
 def published(section: str) -> dict:

@@ -36,7 +36,7 @@ def _write_onnx(subject: common.Subject, output: Path, batch: int | None, sample
     if any(isinstance(module, LIF) and module.leak_across_batch for module in model.modules()):
         if batch not in (None, 1):
             raise UserError(f"--batch {batch}: ssa_membrane 'released' leaks; use 1, or --ssa-membrane per_sample")
-        logger.warning("warning: batch of 1, where ssa_membrane 'released' equals per_sample, which takes any batch")
+        logger.warning("warning: ssa_membrane 'released' leaks over the batch; exporting for a batch of 1")
         batch = 1
     x, _ = subject.samples(samples)
     if batch and len(x) < batch:
@@ -74,7 +74,7 @@ def _write_safetensors(subject: common.Subject, output: Path) -> None:
 
     card = output.with_suffix(".md")
     if card.exists() and LIBRARY not in card.read_text(errors="replace"):
-        raise UserError(f"{card}: not a model card, and the new card would replace it; choose another --output")
+        raise UserError(f"{card}: not a model card, and the new card would replace it; use another --output")
     weights = {name: value.contiguous() for name, value in subject.model.state_dict().items()}
     config = json.dumps(plain(subject.cfg, without=LOCAL_FIELDS))
     metadata = {"format": "pt", "config": config, "sha256": fingerprint(weights, config)}  # Hugging Face asks for "pt"
@@ -148,7 +148,7 @@ def run(argv: Sequence[str]) -> None:
             raise UserError(f"--format {args.format}: {package} cannot be imported ({error}); {remedy}") from None
     output = args.output or args.checkpoint.with_suffix(f".{args.format}")
     if output.suffix != f".{args.format}" or output.resolve() == args.checkpoint.resolve():
-        raise UserError(f"--output {output}: not a new file *.{args.format}; choose another name")
+        raise UserError(f"--output {output}: not a new file *.{args.format}; use another name")
     subject = common.subject(args.checkpoint, [*rest, "--device", "cpu"])
     output.parent.mkdir(parents=True, exist_ok=True)
     if args.format == "onnx":

@@ -129,7 +129,7 @@ def write(rates: Rates, title: str, folder: Path, suffix: str) -> None:
 
 
 def run(argv: Sequence[str]) -> None:
-    flag = {"action": "store_true", "help": "print and write the paper's table too"}
+    flag = {"action": "store_true", "help": "also print and write the paper's table"}
     args, found = subjects(__doc__, argv, table=flag)
     for subject in found:
         suffix = f"-{subject.name}" if len(found) > 1 else ""

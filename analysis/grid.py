@@ -45,7 +45,7 @@ class Run(NamedTuple):
         if (result := read_result(path)) is None:
             return None
         for key, (value, wanted) in differences(result, load(self.recipe, self.flags)).items():
-            raise UserError(f"{self.folder}: was run with {key} = {value}, not {wanted}; use another --out")
+            raise UserError(f"{self.folder}: trained with {key} = {value}, not {wanted}; use another --out")
         return result | {"path": path}
 
     def execute(self) -> bool:
@@ -57,7 +57,7 @@ class Run(NamedTuple):
         return self._call(*train) == 0 and self._call(*test) == 0
 
     def _call(self, script: str, *flags: object) -> int:
-        """Return a script's exit code. A signal is passed on, so that training saves before it ends."""
+        """Return a script's exit code; pass on a signal, so that training saves before it ends."""
         command = [sys.executable, str(self.recipe.parent / script), *map(str, flags)]
         with (self.folder / "grid.log").open("a") as log, StopRequest() as stop:
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -87,9 +87,9 @@ def plan(recipe: Path, variants: Sequence[str] | None, seeds: Sequence[int], out
 
 
 def train(runs: Sequence[Run]) -> list[str]:
-    """Train what is not done; return the folders of runs that failed."""
+    """Train the runs that are not finished; return the folders of those that failed."""
     pending, failed = [run for run in runs if not run.result()], []
-    logger.info(f"{len(runs)} runs, {len(runs) - len(pending)} of them done")
+    logger.info(f"{len(runs)} runs, {len(runs) - len(pending)} finished")
     for i, run in enumerate(pending, 1):
         logger.info(f"run {i}/{len(pending)}: {run.folder}, output in grid.log")
         if run.execute():
@@ -162,11 +162,11 @@ def show(found: Sequence[dict], folder: Path | None) -> None:
 def run(argv: Sequence[str]) -> None:
     at = argv.index("--") if "--" in argv else len(argv)
     flags = parser(__doc__)
-    flags.add_argument("recipe", nargs="?", type=Path, help="such as digits/digits.yml")
-    flags.add_argument("--variants", nargs="+", help=f"of the recipe, {ITSELF} for itself (all)")
-    flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    flags.add_argument("recipe", nargs="?", type=Path, help="recipe to train, such as digits/digits.yml")
+    flags.add_argument("--variants", nargs="+", help=f"variants of the recipe; {ITSELF} is the recipe itself (all)")
+    flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of each variant (0 1 2)")
     flags.add_argument("--out", type=Path, help="folder of the runs and the table (output/grid/RECIPE)")
-    flags.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="show these runs, train nothing")
+    flags.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="show these runs and train nothing")
     flags.add_argument("--record", type=Path, metavar="FOLDER", help="copy the small files of each run to this folder")
     flags.add_argument("--curves", action="store_true", help="with --record, copy the learning curves too")
     args = flags.parse_args(argv[:at])
@@ -185,7 +185,7 @@ def run(argv: Sequence[str]) -> None:
     if args.record:
         record(found, args.record, args.curves)
     if failed:
-        raise UserError(f"{', '.join(failed)}: failed; see grid.log there, and start the same command again")
+        raise UserError(f"{', '.join(failed)}: failed; see grid.log there, and run the same command again")
 
 
 if __name__ == "__main__":

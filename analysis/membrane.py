@@ -142,11 +142,11 @@ def run(argv: Sequence[str]) -> None:
         samples={"type": positive, "default": 2000, "help": "test samples at most, from all over the set (2000)"},
     )
     if args.shuffles < 2:
-        raise UserError("--shuffles 1: changes need two orders; take 2 or more")
+        raise UserError("--shuffles 1: changes need two orders; use 2 or more")
     rows = []
     for subject in found:
         if subject.cfg.residual == "ms" or "self" not in subject.model.attention:
-            raise UserError(f"{subject.path}: no membrane in this network can leak over the batch; take another")
+            raise UserError(f"{subject.path}: no membrane of this network leaks over the batch; use another checkpoint")
         rows += study(subject, args.samples, sorted(set(args.batch_sizes)), args.shuffles)
     means = averages(rows)
     write_csv(args.output_dir / "membrane.csv", rows)

@@ -29,7 +29,7 @@ def results(folders: Sequence[Path]) -> list[dict]:
     newest, seen = {}, {}
     for path in sorted(path for folder in folders for path in folder.rglob("*.test.json")):
         if (result := read_result(path)) is None:
-            logger.warning(f"{path}: left out, test.py did not write it")
+            logger.warning(f"{path}: left out, not a result of test.py")
         elif not _is_complete(result):
             logger.warning(f"{path}: left out, {result['count']} samples are not the test set of {result['dataset']}")
         elif (first := seen.setdefault(json.dumps(result), path)) != path:
@@ -80,7 +80,7 @@ def by_recipe(found: Sequence[dict], configs: Sequence[Config]) -> dict[Config, 
         if different := differences(result, nearest):
             key, (value, recipe) = next(iter(different.items()))
             name = " ".join(filter(None, (Path(nearest.config).name, nearest.variant)))
-            logger.warning(f"{result['path']}: left out, {key} is {value}, and {recipe} in {name}, the nearest recipe")
+            logger.warning(f"{result['path']}: left out, {key} is {value}, but {recipe} in {name}, the nearest recipe")
         else:
             groups[nearest].append(result)
     return groups

@@ -87,7 +87,7 @@ def run(argv: Sequence[str]) -> None:
     args, (subject, *others) = subjects(__doc__, argv, sample={"type": int, "default": 0, "help": "test sample (0)"})
     images, labels = subject.samples(args.sample + 1)
     if others or not 0 <= args.sample < len(images):
-        raise UserError(f"--sample {args.sample}: takes one checkpoint and a sample from 0 to {len(images) - 1}")
+        raise UserError(f"--sample {args.sample}: no such sample of one checkpoint; use 0 to {len(images) - 1}")
     sample = images[args.sample :]
     spikes, answer = measure(subject, sample)
     is_events = subject.cfg.dataset in EVENT_DATASETS  # a frame for each time step

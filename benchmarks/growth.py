@@ -189,13 +189,13 @@ def chosen(args: argparse.Namespace, device: torch.device) -> list[Point]:
 
 def run(argv: Sequence[str]) -> None:
     flags = flags_of(__doc__, (*STEPS, *PARTS), rounds=3)
-    flags.add_argument("--model", choices=CONFIGURATIONS, help="(qkformer_10_384; on a CPU qkformer_3_64)")
-    flags.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES)[:4], help="what grows (the first four)")
-    flags.add_argument("--heads", type=positive, default=6, help="of the attentions; a head grows with D (6)")
+    flags.add_argument("--model", choices=CONFIGURATIONS, help="network (qkformer_10_384; on a CPU qkformer_3_64)")
+    flags.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES)[:4], help="axes to grow (the first four)")
+    flags.add_argument("--heads", type=positive, default=6, help="heads of the attentions; a head grows with D (6)")
     for axis in AXES:
         name = axis.replace("_", "-")
-        flags.add_argument(f"--{name}", type=positive, nargs="+", help="its sizes")
-        flags.add_argument(f"--at-{name}", type=positive, help="its size while another grows")
+        flags.add_argument(f"--{name}", type=positive, nargs="+", help="sizes along this axis")
+        flags.add_argument(f"--at-{name}", type=positive, help="size while another axis grows")
     flags.add_argument("--memory", action="store_true", help="print the attentions' memory (MiB), and nothing else")
     args = flags.parse_args(argv)
     if args.memory:

@@ -124,8 +124,8 @@ def measure(case: Case, root: Path, cores: int, repeats: int, batches: int | Non
 def run(argv: Sequence[str]) -> None:
     flags = parser(__doc__)
     flags.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="pipelines to measure (all)")
-    flags.add_argument("--repeats", type=positive, default=5, help="passes over each, in turns (5)")
-    flags.add_argument("--batches", type=positive, help="of each worker in a pass (16 of ImageNet, 60 of the others)")
+    flags.add_argument("--repeats", type=positive, default=5, help="passes over each pipeline, in turns (5)")
+    flags.add_argument("--batches", type=positive, help="batches of a worker in a pass (16 for ImageNet, else 60)")
     flags.add_argument("--output", type=Path, default=RESULTS, help=f"folder to write to ({RESULTS})")
     args = flags.parse_args(argv)
     torch.set_num_threads(1)  # as the workers

@@ -146,10 +146,10 @@ def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
 def flags_of(doc: str, modes: Sequence[str], rounds: int) -> argparse.ArgumentParser:
     """Return the flags of the benchmarks that time sides in turns."""
     flags = parser(doc)
-    flags.add_argument("--modes", nargs="+", choices=modes, default=list(modes), help="(all)")
-    flags.add_argument("--rounds", type=positive, default=rounds, help=f"in each every side has a turn ({rounds})")
-    flags.add_argument("--steps", type=positive, default=5, help="timed in a turn (5)")
-    flags.add_argument("--amp", choices=DTYPES, default="fp16", help="(fp16; on a CPU that means off)")
+    flags.add_argument("--modes", nargs="+", choices=modes, default=list(modes), help="what to time (all)")
+    flags.add_argument("--rounds", type=positive, default=rounds, help=f"turns of every side ({rounds})")
+    flags.add_argument("--steps", type=positive, default=5, help="timed steps in a turn (5)")
+    flags.add_argument("--amp", choices=DTYPES, default="fp16", help="precision (fp16; off on a CPU)")
     flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     flags.add_argument("--output", type=Path, default=RESULTS, help=f"folder to write to, and to resume ({RESULTS})")
     return flags
@@ -169,10 +169,10 @@ def run(argv: Sequence[str]) -> None:
     cuda = torch.device("cuda")
     sides = dict.fromkeys(name for mode in STEPS for name in list(all_sides("qkformer_10_384", mode, cuda))[1:])
     flags.add_argument("--sides", nargs="+", choices=sides, help=f"and the baseline (all but {', '.join(ON_REQUEST)})")
-    flags.add_argument("--batch-size", type=positive, help="(128 and 64 for ImageNet, 64 for CIFAR, 16)")
+    flags.add_argument("--batch-size", type=positive, help="samples (128 and 64 for ImageNet, 64 for CIFAR, else 16)")
     flags.add_argument("--input-size", type=positive, help="height and width (the recipe's)")
     flags.add_argument("--time-steps", type=positive, help="T (the recipe's)")
-    flags.add_argument("--ssa-membrane", choices=("per_sample", "released"), help="(the recipe's)")
+    flags.add_argument("--ssa-membrane", choices=("per_sample", "released"), help="kind of membrane (the recipe's)")
     flags.add_argument("--spikingjelly2", type=Path, metavar="FOLDER", help="see benchmarks/spikingjelly2.py")
     args = flags.parse_args(argv)
     device = start(args)
