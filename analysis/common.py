@@ -20,6 +20,7 @@ from engine import checkpoint
 from engine.cli import UserError, guard
 from engine.config import Config, Parser, load, read
 from engine.data.loaders import Data
+from engine.data.recordings import EVENT_DATASETS
 from engine.log import progress
 from engine.run import build_model, create_data, load_weights, settings_of, setup
 from engine.world import World
@@ -39,6 +40,7 @@ class Subject:
     world: World
     model: nn.Module
     name: str = ""  # differs between the subjects of one script
+    classes: Sequence[str] = ()  # names that the checkpoint records
 
     @functools.cached_property
     def data(self) -> Data:
@@ -136,16 +138,16 @@ def subject(path: Path, flags: Sequence[str], name: str = "") -> Subject:
     cfg = settings_of(state, path, read(recipe, flags))
     model = build_model(cfg).to(world.device).eval()
     load_weights(cfg, model, state, path)
-    return Subject(path, cfg, world, model, name)
+    return Subject(path, cfg, world, model, name, state.get("classes", ()))
 
 
 def _recipe_of(state: dict, path: Path, flags: Sequence[str]) -> Path:
-    """Return the recipe for the data set that the checkpoint records, unless `--config` names one."""
+    """Return a recipe for the data set that the checkpoint records, or of its kind, unless `--config` names one."""
     if any(flag.split("=")[0] == "--config" for flag in flags):
         return Path(load(DIGITS, flags, validate=False).config)
-    for recipe, cfg in recipes() if state["format"] == "qkformer" else ():
-        if cfg.dataset == state["config"].get("dataset"):
-            return recipe
+    if dataset := state["config"].get("dataset") if state["format"] == "qkformer" else None:
+        kind = "cifar10-dvs/cifar10-dvs.yml" if dataset in EVENT_DATASETS else "imagenet/qkformer_10_384.yml"
+        return next((recipe for recipe, cfg in recipes() if cfg.dataset == dataset), ROOT / kind)
     raise UserError(f"{path}: does not record its data set; add --config, such as imagenet/qkformer_10_384.yml")
 
 

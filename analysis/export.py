@@ -76,8 +76,11 @@ def _write_safetensors(subject: common.Subject, output: Path) -> None:
     if card.exists() and LIBRARY not in card.read_text(errors="replace"):
         raise UserError(f"{card}: not a model card, and the new card would replace it; use another --output")
     weights = {name: value.contiguous() for name, value in subject.model.state_dict().items()}
-    config = json.dumps(plain(subject.cfg, without=LOCAL_FIELDS))
-    metadata = {"format": "pt", "config": config, "sha256": fingerprint(weights, config)}  # Hugging Face asks for "pt"
+    about = {
+        "config": json.dumps(plain(subject.cfg, without=LOCAL_FIELDS)),
+        "classes": json.dumps(list(subject.classes)),
+    }
+    metadata = {"format": "pt", "sha256": fingerprint(weights, "".join(about.values())), **about}  # Hugging Face: "pt"
     _write(output, save(weights, metadata))
     _write(card, _model_card(subject, output.name))
 

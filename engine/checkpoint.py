@@ -76,14 +76,16 @@ def _read_safetensors(path: Path) -> dict:
         state = _recognised({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, it is no mapping
     if "config" not in metadata:
         return state
-    if metadata["sha256"] != fingerprint(state["state_dict"], metadata["config"]):
+    classes = metadata.get("classes", "")  # files of older versions have none
+    if metadata["sha256"] != fingerprint(state["state_dict"], metadata["config"] + classes):
         raise ValueError("it differs from its checksum")
-    return state | {"format": "qkformer", "config": dict(json.loads(metadata["config"]))}
+    about = {"config": dict(json.loads(metadata["config"])), "classes": list(json.loads(classes or "[]"))}
+    return state | about | {"format": "qkformer"}
 
 
-def fingerprint(weights: Mapping[str, torch.Tensor], config: str) -> str:
-    """Return the SHA-256 of weights and settings, because safetensors has no checksum of its own."""
-    digest = hashlib.sha256(config.encode())
+def fingerprint(weights: Mapping[str, torch.Tensor], about: str) -> str:
+    """Return the SHA-256 of weights and of the text about them, because safetensors has no checksum of its own."""
+    digest = hashlib.sha256(about.encode())
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import log
 from . import world as distributed
-from .cli import StopRequest, UserError
+from .cli import StopRequest, UserError, short
 from .config import MODEL_FIELDS, Config, plain, read
 from .data import pictures
 from .log import logger, progress
@@ -131,3 +131,11 @@ class Gallery:
             samples.append((self.show(image), *caption))
         title = "Test samples with the model's answers; mistakes first, in red"
         pictures.gallery(samples, path, title, self.columns)
+
+
+def warn_of_other_classes(names: Sequence[str], state: dict, path: Path | str) -> None:
+    """Warn if a checkpoint records other names of classes than the data set has: the labels may not match."""
+    for old, new in zip(state.get("classes", ()), names, strict=False):
+        if old != new:
+            logger.warning(f"warning: {path}: trained with class {short(old)}, the data set has {short(new)}")
+            break

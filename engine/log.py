@@ -27,7 +27,7 @@ def setup_console(is_main: bool) -> None:
     """Print the lines of `engine` and `models` on stdout, from the main rank only."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.handleError = lambda record: None  # a run continues without a reader of its output
+    logging.raiseExceptions = False  # a run continues without a reader of its output
     for source in (logger, logging.getLogger("models")):
         source.handlers = [handler]
         source.propagate = False

@@ -142,8 +142,14 @@ def run(argv: Sequence[str]) -> None:
     if args.stream and not predictor.is_of_events:
         raise UserError("--stream: needs a network of recordings, this one takes images; omit it")
     files, rows, drawn, failed = _Files(args.paths, predictor), [], [], 0
+    taken = {path.resolve() for path in (Path(predictor.cfg.checkpoint), *files.paths)}
     for path in filter(None, (args.csv, args.json, args.picture)):
+        if path.resolve() in taken:
+            raise UserError(f"{path}: is an input, or named twice; choose another file to write")
+        taken.add(path.resolve())
         path.parent.mkdir(parents=True, exist_ok=True)
+    if args.picture and args.picture.suffix.lower() not in pictures.SUFFIXES:
+        raise UserError(f"--picture {args.picture}: unknown format; use {', '.join(pictures.SUFFIXES)}")
     workers = min(predictor.cfg.workers, os.cpu_count() or 1, len(files) // predictor.batch_size)
     loader = DataLoader(files, predictor.batch_size, num_workers=workers, collate_fn=tuple)
     with logging_redirect_tqdm([logger]):

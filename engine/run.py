@@ -25,7 +25,7 @@ from .data import event, image
 from .data.folders import data_path, find_classes, split_folders
 from .data.loaders import Data
 from .data.recordings import EVENT_DATASETS, event_folder
-from .evaluate import Gallery, evaluate, published, report, write
+from .evaluate import Gallery, evaluate, published, report, warn_of_other_classes, write
 from .log import logger
 from .optim import base_lr, create_optimizer, effective_batch, total_epochs
 from .run_dir import Start, checkpoint_to_test, find_run, records, warn_of_seen
@@ -50,6 +50,7 @@ def train(recipe: Path) -> None:
     _require_equal_settings(cfg)
     timm.utils.random_seed(cfg.seed)
     data = create_data(cfg, world)
+    warn_of_other_classes(data.classes, start.state or {}, start.path)
     model = _model_to_train(cfg, world, start, data)
     trainer = Trainer(cfg, world, model, create_optimizer(cfg, model), data, start.folder)
     if start.state:
@@ -105,6 +106,7 @@ def test(recipe: Path, meter: str | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # fail before the evaluation, not after it
     data = create_data(cfg, world, train=False)
+    warn_of_other_classes(data.classes, state, path)
     warn_of_seen(data, path)
     about = published(cfg)
     membranes = dict.fromkeys((cfg.ssa_membrane, *(("released", "per_sample") if cfg.both_membranes else ())))
@@ -157,7 +159,10 @@ def setup(cfg: Config, ignored: Iterable[str] = ()) -> World:
 
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """Return the loaders of images or of event frames; raise `UserError` as they do."""
-    return (event if cfg.dataset in EVENT_DATASETS else image).create_data(cfg, world, train)
+    data = (event if cfg.dataset in EVENT_DATASETS else image).create_data(cfg, world, train)
+    if len(data.classes) < 2:
+        raise UserError(f"{cfg.data_path or cfg.dataset}: has one class; add a folder for another")
+    return data
 
 
 def _settings_to_train(sources: Sources, start: Start) -> Config:
@@ -182,7 +187,7 @@ def _counted(cfg: Config) -> Config:
         return dataclasses.replace(cfg, num_classes=len(event_folder(data_path(cfg), cfg.split_seed).classes))
     folders = split_folders(data_path(cfg)) if cfg.dataset == "imagefolder" else {}
     if not folders:
-        raise UserError(f"num_classes: {cfg.data_path} has no folders train and val to count in; use --num-classes")
+        raise UserError(f"num_classes: no folders train and val in {cfg.data_path}; make both, or use --num-classes")
     return dataclasses.replace(cfg, num_classes=len(find_classes(next(iter(folders.values())))[0]))
 
 

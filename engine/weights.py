@@ -1,6 +1,5 @@
 """Weights: from a file to settings, from settings to a network, and from the file into the network."""
 
-import contextlib
 import dataclasses
 import hashlib
 import os
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import torch
 from timm.layers import trunc_normal_
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from models import create_model
@@ -48,7 +46,7 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
     if state["format"] == "qkformer":
         cfg = sources.config(state["config"])
         own = (sources.recipes[None] | sources.flags).get("dataset", cfg.dataset)
-        if own != cfg.dataset:
+        if own != cfg.dataset != "eventfolder":  # which has no recipe of its own
             logger.warning(f"warning: {path}: trained on {cfg.dataset}; evaluating on that, not on {own}")
         warn_of_other_network(cfg, state, path)
         cfg = _with_data_of_run(cfg, path, sources)
@@ -111,7 +109,7 @@ def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, a
     weights = without_prefixes(weights)
     head = weights.get("head.weight")
     if adapt and (changed := _adapted_input(model, weights)):
-        logger.info(f"{path}: first convolution adapted to {model.in_channels} channels, as timm does")
+        logger.info(f"{path}: first convolution adapted to {model.in_channels} channels")
         weights |= changed
     if adapt and head is not None and len(head) != model.num_classes:
         logger.info(f"{path}: new head for {model.num_classes} classes in place of {len(head)}")
@@ -129,16 +127,13 @@ def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, a
 
 
 def _adapted_input(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weight of the first convolution by its name, for the model's number of channels if that differs."""
-    first = translated(weights, model).get("stages.0.embed.units.0.conv.weight")
-    if first is None or first.dim() != 4 or first.shape[1] == model.in_channels:
+    """Return the first convolution by its name, repeated or added up as timm does, if its input channels differ."""
+    first, channels = translated(weights, model).get("stages.0.embed.units.0.conv.weight"), model.in_channels
+    if first is None or first.dim() != 4 or first.shape[1] in (0, channels):
         return {}
-    name = next(name for name, value in weights.items() if value is first)
-    with contextlib.suppress(
-        NotImplementedError, AssertionError
-    ):  # from 3 channels to any, and from any to 1; the rest cannot load
-        return {name: adapt_input_conv(model.in_channels, first)}
-    return {}
+    name, own = next(name for name, value in weights.items() if value is first), first.shape[1]
+    repeated = first.repeat(1, -(-channels // own), 1, 1)[:, :channels] * (own / channels)
+    return {name: first.sum(1, keepdim=True) if channels == 1 else repeated}
 
 
 def warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:

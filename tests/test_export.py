@@ -146,6 +146,19 @@ def test_safetensors_evaluate_and_finetune_as_the_checkpoint(tmp_path, monkeypat
     assert torch.equal(tuned["head.weight"], weights["head.weight"])
 
 
+def test_safetensors_keep_the_names_of_classes_and_event_folders_need_no_recipe(tmp_path):
+    flags = ["--dataset", "eventfolder", "--num-classes", "2"]
+    path = untrained(tmp_path / "best.pt", "cifar10-dvs/cifar10-dvs.yml", *flags)
+    torch.save(torch.load(path) | {"classes": ["left", "right"]}, path)
+    export.run(["--checkpoint", str(path), "--format", "safetensors"])
+    state = checkpoint.read(path.with_suffix(".safetensors"))
+    assert (state["classes"], state["config"]["dataset"]) == (["left", "right"], "eventfolder")
+    content = path.with_suffix(".safetensors").read_bytes()
+    path.with_suffix(".safetensors").write_bytes(content.replace(b"right", b"wrong"))
+    with refuses("checksum"):
+        checkpoint.read(path.with_suffix(".safetensors"))
+
+
 def test_a_card_has_no_accuracy_that_was_not_measured(tmp_path):
     path = untrained(tmp_path / "best.pt", "digits/digits.yml")
     result = {"top1": 12.34, "time": "", "count": 360, **plain(config.load(ROOT / "digits/digits.yml"), ["energy"])}

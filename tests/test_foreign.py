@@ -81,7 +81,11 @@ def test_fine_tuning_adapts_the_first_convolution_as_timm_does(before, after, na
         load_weights(cfg, model, state, "theirs.pt")  # an evaluation takes no other network
 
 
-def test_channels_that_timm_does_not_adapt_are_refused():
-    source, (cfg, model) = model_of(2)[1], model_of(3)
-    with refuses("another shape"):
-        load_weights(cfg, model, {"state_dict": source.state_dict()}, "theirs.pt", adapt=True)
+def test_grey_weights_answer_alike_on_grey_images_in_three_channels():
+    """timm adapts no other number of channels to 3."""
+    source, (cfg, model) = model_of(1)[1], model_of(3)
+    load_weights(cfg, model, {"state_dict": source.state_dict()}, "theirs.pt", adapt=True)
+    images = torch.rand(2, 1, 32, 32)
+    first = "stages.0.embed.units.0.conv"
+    found = model.get_submodule(first)(images.expand(-1, 3, -1, -1))
+    assert torch.allclose(found, source.get_submodule(first)(images), atol=1e-6)

@@ -21,9 +21,10 @@ from scripts import ROOT, fail, named, refuses
 from timm.data.transforms import MaybePILToTensor, ToNumpy
 from tiny_data import cifar, image_folder, shards
 
-from engine import config, world
+from engine import config, run, world
 from engine.data import image, loaders
 from engine.data.image import create_data, create_dataset, read_image
+from engine.evaluate import warn_of_other_classes
 from engine.log import logger
 from engine.optim import create_optimizer
 from engine.run import build_model
@@ -86,6 +87,23 @@ def flat(root):
 def empty_class(root):
     for path in (root / "val/n00000002").iterdir():
         path.unlink()
+
+
+def test_one_class_is_refused(tmp_path):
+    root = image_folder(tmp_path / "data", classes=1, train=2, test=2, size=8)
+    flags = [*IMAGENET, "--batch-size", "2", "--num-classes", "1", "--data-path", str(root)]
+    with refuses(root):
+        run.create_data(config.load(ROOT / "imagenet/qkformer_10_384.yml", flags), world.setup("cpu"))
+
+
+def test_other_names_of_classes_are_named(monkeypatch):
+    told = []
+    monkeypatch.setattr(logger, "warning", told.append)
+    warn_of_other_classes(["a", "b"], {"classes": ["a", "b"]}, "best.pt")
+    warn_of_other_classes(["a", "b"], {}, "best.pt")
+    assert not told
+    warn_of_other_classes(["b", "zebra"], {"classes": ["b", "horse"]}, "best.pt")
+    named(*told, "best.pt", "'horse'", "'zebra'")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Answers on files of one's own: those of the test set's loader, by checkpoint alone, whatever else is in a folder."""
 
+import contextlib
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 from first_step import calibrated
 from PIL import Image
 from scripts import ROOT, fail, here, named, refuses
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from engine import checkpoint, config, predict, world
+from engine import checkpoint, config, log, predict, world
 from engine.config import LOCAL_FIELDS, plain
 from engine.log import logger
 from engine.run import build_model, create_data
@@ -120,6 +123,15 @@ def test_what_cannot_be_answered_is_refused(images, tmp_path, monkeypatch, capfd
     common = ["engine.predict", "--device", "cpu", "--checkpoint"]
     named(fail(monkeypatch, capfd, *common, root / "best.pt", "--stream", "x.png"), "--stream")
     named(fail(monkeypatch, capfd, *common, root / "best.pt", tmp_path), tmp_path)
+    photo, taken = tmp_path / "photo.png", tmp_path / "taken.pt"
+    photo.write_bytes(Path(data.test.loader.dataset.samples[0][0]).read_bytes())
+    taken.write_bytes((root / "best.pt").read_bytes())
+    contents = [photo.read_bytes(), taken.read_bytes()]
+    named(fail(monkeypatch, capfd, *common, taken, photo, "--csv", photo), photo)
+    named(fail(monkeypatch, capfd, *common, taken, photo, "--json", taken), taken)
+    named(fail(monkeypatch, capfd, *common, taken, photo, "--csv", tmp_path / "x", "--json", tmp_path / "x"), "x")
+    named(fail(monkeypatch, capfd, *common, taken, photo, "--picture", tmp_path / "x.xyz"), "x.xyz")
+    assert contents == [photo.read_bytes(), taken.read_bytes()]
     with refuses("x.png"):
         predict.load(root / "best.pt", device="cpu")([tmp_path / "x.png"])
     torch.save(model.state_dict(), tmp_path / "weights.pt")
@@ -149,6 +161,22 @@ def test_a_run_on_a_folder_records_classes_and_data(images, tmp_path, monkeypatc
         out = here(monkeypatch, capfd, script, "--checkpoint", "run/best.pt")
         named(out, "on 10 samples", root / "data")
     here(monkeypatch, capfd, *run, *small, "--data-path", root / "data", "--resume", "auto", "--epochs", "2")
+
+
+def test_a_reader_that_stops_reading_leaves_no_traceback(monkeypatch, capfd):
+    """As in `python -m engine.predict ... | head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", buffering=1) as pipe, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", pipe)
+        log.setup_console(is_main=True)
+        with logging_redirect_tqdm([logger]):
+            logger.info("unread")
+        with contextlib.suppress(BrokenPipeError):
+            pipe.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writing)
+    logger.handlers.clear()
+    assert capfd.readouterr().err == ""
 
 
 def test_silence_of_few_updates_is_explained(monkeypatch):

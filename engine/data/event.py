@@ -114,8 +114,8 @@ def _require_settings_of_events(cfg: Config, raw: Raw) -> None:
     allowed |= {"sensor_size": (None,)} if raw.side else {}
     for key, values in allowed.items():
         if getattr(cfg, key) not in values:
-            fix = " or ".join(map(str, values))
-            raise UserError(f"{key} = {getattr(cfg, key)}: {cfg.dataset} has event frames and needs {fix}")
+            fix = " or ".join("none" if value is None else str(value) for value in values)
+            raise UserError(f"{key} = {getattr(cfg, key)}: {cfg.dataset} takes {fix} here; change it or leave it out")
 
 
 def collate(samples: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:

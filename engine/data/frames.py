@@ -45,8 +45,9 @@ def read_numpy(content: bytes) -> Events | np.ndarray:
     names = data.dtype.names or () if isinstance(data, np.ndarray) else data.files
     if set("txyp") <= set(names):
         t, x, y, p = (data[name] for name in "txyp")
-        if not len(t) == len(x) == len(y) == len(p) or min(x.min(), y.min()) < 0 or not np.isin(p, (-1, 0, 1)).all():
-            raise DamagedRecording("its t, x, y, p are no events: lengths, pixels or polarities are wrong")
+        is_sound = len(t) == len(x) == len(y) == len(p) and not np.isnan(t).any() and np.isin(p, (-1, 0, 1)).all()
+        if not is_sound or any((pixels < 0).any() or (pixels % 1).any() for pixels in (x, y)):
+            raise DamagedRecording("its t, x, y, p are no events: lengths, times, pixels or polarities are wrong")
         return Events(t, x.astype(np.int64), y.astype(np.int64), (p > 0).astype(np.int64))
     frames = data["frames"] if "frames" in names else data
     if getattr(frames, "shape", ())[1:2] != (2,) or frames.ndim != 4:
@@ -58,6 +59,8 @@ def read_numpy(content: bytes) -> Events | np.ndarray:
 
 def read_atis(content: bytes) -> Events:
     """Return the events of a .bin file of N-MNIST or N-Caltech101, 40 bits each."""
+    if len(content) % 5:
+        raise DamagedRecording(f"{len(content):,} bytes are no whole number of events of 5 bytes")
     x, y, high, middle, low = np.frombuffer(content, np.uint8).reshape(-1, 5).T.astype(np.int64)
     overflows = y == 240  # rows that the sensor lacks mark them
     t = ((high & 127) << 16 | middle << 8 | low) + (np.cumsum(overflows) << 13)
@@ -88,7 +91,9 @@ DECODERS = {
 
 def decode(name: str, content: bytes) -> Events | np.ndarray:
     """Return the events or the frames [T,2,H,W] in a file; damaged ones raise errors of any kind."""
-    return DECODERS[Path(name).suffix.lower()](content)
+    if (suffix := Path(name).suffix.lower()) not in DECODERS:
+        raise DamagedRecording(f"{suffix or 'a name without suffix'} is none of {', '.join(DECODERS)}")
+    return DECODERS[suffix](content)
 
 
 def integrate(events: Events, frames: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
@@ -152,7 +157,7 @@ def convert(
     except Exception as error:  # a damaged archive makes its reader fail in any way
         if getattr(error, "filename", None):  # the disk fails, not the recording
             raise
-        return f"{sample} {str(error) or type(error).__name__}".strip()[:150], 0
+        return f"{sample if len(samples) > 1 else ''} {str(error) or type(error).__name__}".strip()[:150], 0
     return None, getattr(recording, "invalid", 0)
 
 

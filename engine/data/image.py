@@ -186,7 +186,7 @@ def _image_folder(cfg: Config, train: bool) -> ImageFolder:
     part, root, skipped = "train" if train else "test", data_path(cfg), []
     folders = split_folders(root)
     if part not in folders:
-        raise UserError(f"{root}: no folder {part}; make train and val, each with a folder per class")
+        raise UserError(f"{root}: no folder {'train' if train else 'val'}; make both, each with a folder per class")
 
     def is_image(path: str) -> bool:
         if not is_hidden(path[len(str(root)) :]) and path.lower().endswith(SKIPPED):
@@ -197,7 +197,8 @@ def _image_folder(cfg: Config, train: bool) -> ImageFolder:
     try:
         dataset = _ImageFolder(str(folder), loader=loader, is_valid_file=is_image)
     except FileNotFoundError as error:
-        raise UserError(f"{folder}: {error}; complete the data set, with a folder per class") from None
+        reason = str(error).partition(". Supported")[0].rstrip(". ")
+        raise UserError(f"{folder}: {reason}; add images (for recordings use --dataset eventfolder)") from None
     if skipped:
         count = f"{len(skipped):,} images are skipped, such as {skipped[0]}"
         logger.warning(f"warning: {folder}: {count}; convert them to PNG or JPEG")

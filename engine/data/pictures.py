@@ -10,6 +10,8 @@ from torchvision.utils import make_grid
 
 from ..log import label
 
+SUFFIXES = (".png", ".jpg", ".pdf", ".svg")  # formats of pictures
+
 
 def of_image(mean: Sequence[float], std: Sequence[float], image: Tensor) -> Tensor:
     """Return a normalised image [C,H,W] as [H,W,C], 0 to 1."""
@@ -37,11 +39,12 @@ def gallery(samples: Sequence[tuple[Tensor, str, str]], path: Path, title: str, 
     rows = max(1, -(-len(samples) // columns))
     figure = Figure(figsize=(11, 1.5 * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
+    longest = max((len(line) for _, caption, _ in samples for line in caption.splitlines()), default=1)
     for axis in axes:
         axis.axis("off")
     for axis, (image, caption, color) in zip(figure.axes, samples, strict=False):
         axis.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
-        axis.set_title(caption, fontsize=8, color=color)
+        axis.set_title(caption, fontsize=min(8, 125 / longest), color=color)  # fits the column
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110)
 
