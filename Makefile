@@ -9,11 +9,18 @@ DEMO := output/demo-$(shell date +%Y%m%d-%H%M%S)
 
 demo: $(VENV)/ready
 	$(RUN) digits/train.py --output-dir $(DEMO)
-	$(RUN) digits/test.py --checkpoint $(DEMO)/best.pt
+	$(RUN) digits/test.py --checkpoint $(DEMO)/last.pt --energy
+	$(RUN) -m analysis.firing_rates --checkpoint $(DEMO)/last.pt
+	$(RUN) -m analysis.attention_masks --checkpoint $(DEMO)/last.pt
 	$(RUN) -m analysis.curves $(DEMO) --output $(DEMO)/curves.png
 	@echo
-	@echo "The run is in $(DEMO): config.yml, run.json, metrics.jsonl, last.pt, best.pt, best.test.json, and"
-	@echo "the pictures curves.png and best.predictions.png (test images with the model's answers)."
+	@echo "The accuracy above is that of the last epoch, last.pt. best.pt is the epoch with the best accuracy on the test"
+	@echo "set; it was chosen on that set, so its accuracy is a little too high. Pictures of this run:"
+	@echo "      $(DEMO)/curves.png               loss and accuracy of each epoch"
+	@echo "      $(DEMO)/last.predictions.png     test images with the model's answers"
+	@echo "      $(DEMO)/attention_masks.png      tokens of a digit that pass the Q-K attention"
+	@echo "      $(DEMO)/firing_rates.png         firing rate of each neuron layer"
+	@echo "      $(DEMO)/last.energy.png          energy of each layer"
 	@echo "Next: source $(VENV)/bin/activate"
 	@echo "      python digits/train.py --help              every setting is a flag"
 	@echo "      python digits/train.py --attention channel channel self --time-steps 2"

@@ -1,11 +1,10 @@
-"""Masks of the tokens or channels that Q-K attention passes, drawn over the input.
+"""Masks of the tokens or channels that Q-K attention passes, drawn over the input (attention_masks.png).
 
     python -m analysis.attention_masks --checkpoint output/first/best.pt
 
-Token attention: the share of heads and time steps in which a token passes. Channel attention: the share of channels and
-time steps in which a token holds a spike of the key that passes; the strips show how often each channel is open. There
-is a column per block, with the share of all tokens or channels that pass. Writes attention_masks.png, and a CSV file
-with the masks of every sample drawn.
+A column is a block, with the share of all tokens or channels that pass. Token attention shows the share of heads and
+time steps in which a token passes. Channel attention shows the share of channels and time steps in which a token's key
+passes, and a strip of how often each channel is open.
 """
 
 import functools
@@ -21,7 +20,7 @@ from engine.cli import UserError
 from engine.log import logger
 from models.attention import ChannelQKAttention, TokenQKAttention
 
-from .common import Subject, drawing, hooked, main, positive, subjects, write_csv
+from .common import Subject, drawing, hooked, main, positive, subjects
 
 
 class Mask(NamedTuple):
@@ -49,7 +48,7 @@ def measure(subject: Subject, images: Tensor) -> list[Mask]:
             callbacks[module.proj] = lambda passed, _: spikes.update(passed=passed)
             callbacks[module] = functools.partial(keep, name.removesuffix(".attn"), module)
     if not callbacks:
-        raise UserError(f"{subject.path}: this {subject.cfg.model} has no Q-K attention; take another checkpoint")
+        raise UserError(f"{subject.path}: this {subject.cfg.model} has no Q-K attention; use another checkpoint")
     with hooked(callbacks):
         subject.model(images)
     return masks
@@ -103,23 +102,10 @@ def run(argv: Sequence[str]) -> None:
         name = f"attention_masks-{subject.name}" if len(found) > 1 else "attention_masks"
         images, labels = subject.samples(args.samples)
         masks = measure(subject, images)
-        rows = [
-            {
-                "sample": i,
-                "label": labels[i].item(),
-                "block": mask.block,
-                "kind": mask.kind,
-                "passing": mask.passing[i].item(),
-                "mask": " ".join(f"{value:.3f}" for value in mask.over_image[i].flatten().tolist()),
-            }
-            for mask in masks
-            for i in range(len(images))
-        ]
-        write_csv(args.output_dir / f"{name}.csv", rows)
         draw(subject, images, labels, masks, args.output_dir / f"{name}.png")
         for mask in masks:
             logger.info(f"{mask.block}: {mask.passing.mean():.1%} of the {mask.kind}s pass")
-        logger.info(f"written: {name}.csv and {name}.png in {args.output_dir}")
+        logger.info(f"written: {args.output_dir / name}.png")
 
 
 if __name__ == "__main__":

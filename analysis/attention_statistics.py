@@ -1,18 +1,11 @@
-"""Mean and variance of the attention's sums, block by block: Q-K attention against spiking self-attention.
+"""Mean and variance of the attention's sums in each block: Q-K attention against spiking self-attention.
 
     python -m analysis.attention_statistics --checkpoint output/first/best.pt output/self/best.pt
 
-In Q-K attention the attention's neuron (threshold 0.5) reads a sum of the query's spikes, over the d channels of a head
-(token) or over the N tokens (channel). In self-attention it reads the product q (k^T v), times 0.125. The paper argues
-that the sums need no scale because they stay small where the product grows. Each block of each checkpoint is measured
-over the test set, self-attention with the scale and without, and compared with independent spikes of the same firing
-rates f:
-
-    Q-K   mean n f_q                variance n f_q (1 - f_q)                n = d or N
-    SSA   mean N d f_q f_k f_v      variance: the formula in `independent`
-
-and with the paper's bound, that of n or N d independent terms: n / 4 and N d / 4 (`bound`). Writes
-attention_statistics.csv and .png.
+The attention's neuron reads a sum of the query's spikes over n = d channels of a head (token) or n = N tokens
+(channel), or the product q (k^T v) times 0.125 (self-attention). Each is compared with independent spikes of the same
+firing rates f (Q-K: mean n f, variance n f (1 - f); self-attention: `independent`) and with the paper's bound
+(`bound`). Writes attention_statistics.csv and .png.
 """
 
 import itertools
@@ -31,17 +24,12 @@ from models.qkformer import Block
 from .common import Subject, drawing, main, subjects, write_csv
 
 KINDS = {TokenQKAttention: "Q-K token", ChannelQKAttention: "Q-K channel", SpikingSelfAttention: "self"}
+STYLES = [("Q-K token", "o", "tab:blue"), ("Q-K channel", "s", "tab:green")]  # kind, marker, colour
+STYLES += [("self scaled", "^", "tab:red"), ("self unscaled", "v", "tab:orange")]
 
 
 def independent(kind: str, rates: Sequence[float], width: int, tokens: int) -> tuple[float, float]:
-    """Return mean and variance of the sum if all spikes were independent.
-
-    Args:
-        kind: a value of `KINDS`; of "self" without the scale.
-        rates: firing rates of q and k, and of v with "self".
-        width: d, channels of a head.
-        tokens: N.
-    """
+    """Return mean and variance of the sum, without scale, if the spikes of q, k (and v) were independent."""
     if kind != "self":
         n, f = (width if kind == "Q-K token" else tokens), rates[0]
         return n * f, n * f * (1 - f)
@@ -54,11 +42,7 @@ def independent(kind: str, rates: Sequence[float], width: int, tokens: int) -> t
 
 
 def bound(kind: str, width: int, tokens: int) -> float:
-    """Return the paper's bound of the sum's variance: a quarter of the number of terms, for terms 0 or 1.
-
-    It takes the N d products of self-attention as independent of each other. They share spikes of q and v, so their
-    sum can vary more, even if all spikes are independent: `independent` gives N^2 d / 4 where k and v always fire.
-    """
+    """Return the paper's bound of the sum's variance: a quarter of the number of terms, as if they were independent."""
     return {"Q-K token": width, "Q-K channel": tokens, "self": tokens * width}[kind] / 4
 
 
@@ -111,16 +95,10 @@ def _rows(depth: int, name: str, attention: nn.Module, sums: dict[str, Tensor], 
 
 def draw(tables: dict[str, list[dict]], path: Path) -> None:
     """Draw mean and variance over depth, a line for each checkpoint and kind; crosses for independent spikes."""
-    styles = {  # of each kind: marker, colour
-        "Q-K token": ("o", "tab:blue"),
-        "Q-K channel": ("s", "tab:green"),
-        "self scaled": ("^", "tab:red"),
-        "self unscaled": ("v", "tab:orange"),
-    }
     with drawing(path, 1, 2, (13, 4.6), grid="both") as (figure, axes):
         for axis, what in zip(axes, ("mean", "variance"), strict=True):
             for (name, rows), line in zip(tables.items(), itertools.cycle(("-", "--", ":"))):
-                for kind, (marker, colour) in styles.items():
+                for kind, marker, colour in STYLES:
                     if mine := [row for row in rows if row["attention"] == kind]:
                         depths, values = [row["depth"] for row in mine], [row[what] for row in mine]
                         axis.plot(depths, values, line, marker=marker, color=colour, label=f"{kind} ({name})")

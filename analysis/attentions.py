@@ -1,13 +1,11 @@
 """Attentions by themselves, to compare their growth: operations, memory, and forward with backward pass."""
 
-import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from models.attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 
@@ -36,13 +34,10 @@ PARTS = {"core": tuple(MODULES), "module": ("self", "token", "channel")}  # atte
 
 
 class Attention(NamedTuple):
-    """An attention at n tokens and d channels, for one sample at one time step.
-
-    Its part "core" runs from the spikes of q, k and v to those for the projection; "module" is all of it.
-    """
+    """An attention at n tokens and d channels, for one sample at one time step."""
 
     kind: str
-    part: str
+    part: str  # "core": from the spikes of q, k and v to those for the projection; "module": all of it
     n: int
     d: int
     heads: int
@@ -60,20 +55,14 @@ class Attention(NamedTuple):
         return core + n * sum(weights)
 
     def counted_bytes(self) -> int:
-        """Count the float32 results of sums, masks and products of the core, without the scale and the neuron.
-
-        The paper counts 4 N D bytes for Q-K token attention and 4 (N^2 + N D) for self-attention as (q k^T) v.
-        """
+        """Count the float32 results of sums, masks and products of the core, without the scale and the neuron."""
         maps = {"self": self.d**2 // self.heads, "quadratic": self.heads * self.n**2}
         maps |= {"token": self.heads * self.n, "channel": self.d}
         return 4 * (maps[self.kind] + self.n * self.d)
 
     def measured_bytes(self) -> int:
         """Measure the most bytes that a forward pass of the core, with its neuron, holds beyond its inputs."""
-        module, spikes = self.module(), self.spikes(self.inputs)
-        with torch.no_grad(), PeakMemory() as memory:
-            module.attend(*spikes)
-        return memory.peak
+        return peak_bytes(self.module().attend, *self.spikes(self.inputs))
 
     @property
     def inputs(self) -> int:
@@ -101,26 +90,14 @@ class Attention(NamedTuple):
         return step, spikes, parameters
 
 
-class PeakMemory(TorchDispatchMode):
-    """Context that measures in `peak` the most bytes that tensors made in it hold at once, on any device."""
-
-    def __init__(self):
-        super().__init__()
-        self.peak, self._sizes = 0, {}  # bytes of each storage that exists
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        inputs = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(result):
-            if storage._cdata not in inputs | self._sizes.keys():
-                self._sizes[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self._sizes.pop, storage._cdata)
-        self.peak = max(self.peak, sum(self._sizes.values()))
-        return result
-
-
-def _storages(tree: object) -> list[torch.UntypedStorage]:
-    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
+def peak_bytes(call: Callable[..., object], *inputs: Tensor) -> int:
+    """Measure the most bytes that tensors made by a call on the CPU hold at once."""
+    tracker, device = MemTracker(), torch.device("cpu")
+    tracker.track_external(*inputs)
+    before = sum(x.nbytes for x in inputs)
+    with torch.no_grad(), tracker:
+        call(*inputs)
+    return tracker.get_tracker_snapshot("peak")[device]["Total"] - before
 
 
 def memory() -> list[dict]:

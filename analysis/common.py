@@ -44,14 +44,11 @@ class Subject:
 
     @functools.cached_property
     def data(self) -> Data:
-        """The test set; raises `UserError` as test.py does."""
+        """Return the test set; raises `UserError` as test.py does."""
         return create_data(self.cfg, self.world, train=False)
 
     def samples(self, count: int, spread: bool = False) -> tuple[Tensor, Tensor]:
-        """Return at most `count` test samples [B,...] with their labels [B], on the device.
-
-        They are the first ones. With `spread` they come from all over the test set, which may be sorted by class.
-        """
+        """Return the first `count` test samples [B,...] with labels [B]; with `spread` from all over the test set."""
         every, seen, kept = 1, 0, []
         for images, labels in self.data.test:
             if spread and not seen:
@@ -117,14 +114,7 @@ def main(body: Callable[[Sequence[str]], None]) -> None:
 
 
 def subjects(doc: str, argv: Sequence[str], **flags: dict) -> tuple[argparse.Namespace, list[Subject]]:
-    """Parse the command line of an analysis, load its checkpoints and create its `--output-dir`.
-
-    Args:
-        flags: further flags with their arguments of `add_argument`.
-
-    Raises:
-        UserError: as test.py; or nothing tells the recipe of a checkpoint.
-    """
+    """Parse the command line of an analysis with further `flags`, load its checkpoints, create its `--output-dir`."""
     ours = checkpoint_parser(doc, nargs="+")
     ours.add_argument("--output-dir", type=Path, help="folder to write to (default: that of the first checkpoint)")
     for flag, arguments in flags.items():
@@ -138,12 +128,9 @@ def subjects(doc: str, argv: Sequence[str], **flags: dict) -> tuple[argparse.Nam
 
 
 def subject(path: Path, flags: Sequence[str], name: str = "") -> Subject:
-    """Load the network of a checkpoint under the flags of test.py; raises `UserError` as `subjects` does.
-
-    Its neurons are torch's unless the flags say otherwise, because other backends skip modules.
-    """
+    """Load the network of a checkpoint under the flags of test.py; raises `UserError` if no recipe is known."""
     state = checkpoint.read(path)
-    flags = ["--lif-backend", "torch", *flags]
+    flags = ["--lif-backend", "torch", *flags]  # other backends skip modules
     recipe = _recipe_of(state, path, flags)
     world = setup(load(recipe, flags, validate=False))
     if world.world_size > 1:
@@ -177,7 +164,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     for names in ([path.parent.name for path in paths], [f"{path.parent.name}-{path.stem}" for path in paths]):
         if len(set(names)) == len(paths):
             return names
-    raise UserError("--checkpoint: two files have equal names in folders of equal names; rename a folder")
+    raise UserError("--checkpoint: two files share the names of file and folder; rename a folder")
 
 
 def published(section: str) -> dict:
@@ -197,10 +184,7 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
 def drawing(
     path: Path, rows: int, columns: int, size: tuple[float, float], grid: str = "", **kwargs
 ) -> Iterator[tuple[Figure, list]]:
-    """Yield a figure of `size` inches and its axes, row by row; write it to `path` at the end.
-
-    `grid` is the axis of light lines: "x", "y" or "both".
-    """
+    """Yield a figure of `size` inches and its axes, row by row, then write it; `grid` is "x", "y" or "both"."""
     figure = Figure(figsize=size, layout="constrained")
     axes: list[Axes] = [*figure.subplots(rows, columns, squeeze=False, **kwargs).flat]
     for axis in axes if grid else ():

@@ -1,10 +1,9 @@
-"""Training curves of the published logs and of runs of one's own, in one picture.
+"""Training curves of the published logs and of your own runs (folders of train.py), in one picture.
 
     python -m analysis.curves                                            # all published logs
     python -m analysis.curves output/cifar10 --published cifar10
 
-Draws the accuracy on the test set after each epoch, and the losses where they were recorded: solid while training,
-dashed on the test set. A circle marks the best epoch. Runs are folders of train.py, with their metrics.jsonl.
+Draws test accuracy and losses by epoch: solid lines for training, dashed for the test set, a circle at the best epoch.
 """
 
 import json
@@ -41,10 +40,7 @@ def published(name: str) -> Curve:
 def run_curve(folder: Path, name: str) -> Curve:
     """Return the curve of a run; raises `UserError` where it has none."""
     keys = ("epoch", "test_top1", "train_loss", "test_loss")
-
-    def parse(text: str) -> list[list[float]]:
-        return [[float(row[key]) for key in keys] for row in map(json.loads, text.splitlines())]
-
+    parse = lambda text: [[float(row[key]) for key in keys] for row in map(json.loads, text.splitlines())]  # noqa: E731
     if not (rows := read_record(folder / "metrics.jsonl", [], parse)):
         raise UserError(f"{folder}: no epoch in metrics.jsonl; name the folder of a run of train.py")
     epochs, top1, train, test = ([*column] for column in zip(*rows, strict=True))
@@ -72,8 +68,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
 def run(argv: Sequence[str]) -> None:
     flags = parser(__doc__)
     flags.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs")
-    logs = {"nargs": "+", "choices": [*LOGS], "metavar": "LOG"}
-    flags.add_argument("--published", **logs, help=f"{', '.join(LOGS)} (all; with runs none)")
+    flags.add_argument("--published", nargs="+", choices=LOGS, help="published logs to draw (all; with runs none)")
     flags.add_argument("--output", type=Path, default=Path("output/curves.png"), help="picture (output/curves.png)")
     args = flags.parse_args(argv)
     setup_console(is_main=True)

@@ -1,12 +1,9 @@
-"""Energy of one inference as the field's tables count it ("Power (mJ)"), from multiply-accumulates and mean inputs.
+"""Energy of one inference as papers report it ("Power (mJ)"), from multiply-accumulates and mean inputs.
 
-E = 4.6 pJ * T * MACs(first convolution) + 0.9 pJ * SOPs (QKFormer, section 4). The synaptic operations SOPs are the sum
-over all other layers of mean(input) * T * MACs. MACs are those of one sample at one time step, which the field calls
-FLOPs. Horowitz (ISSCC 2014) has the energies of a 32-bit multiply-accumulate and of an addition in 45 nm. Matrix
-products of the attention are layers too; BatchNorm, pooling and the neurons are not counted.
-
-mean(input) * MACs takes each input for one of average fan-out. The exact number of synaptic operations adds up the
-fan-out that each spike has: fewer at a padded border or under a stride, and those of the head once, after its mean.
+E = 4.6 pJ * T * MACs(first convolution) + 0.9 pJ * SOPs (QKFormer, section 4; energies of Horowitz, ISSCC 2014, 45 nm).
+SOPs sum mean(input) * T * MACs over all other layers, which include the matrix products of the attention. MACs are
+those of one sample at one time step. BatchNorm, pooling and neurons are not counted. The exact synaptic operations add
+up the fan-out of each spike: fewer at a padded border or under a stride, and those of the head once.
 """
 
 import functools
@@ -26,16 +23,11 @@ __all__ = ["AC_PJ", "MAC_PJ", "EnergyMeter", "EnergyReport", "energy_mj", "estim
 
 @torch.inference_mode()
 def estimate(model: nn.Module, data: Tensor | Iterable) -> EnergyReport:
-    """Measure a network, in evaluation mode, on data.
+    """Measure a network of this project or of timm, in evaluation mode; raises ValueError for unknown products.
 
     Args:
-        model: any network of convolutions, linear layers, matmul and scaled dot-product attention, such as ours or
-            timm's.
         data: a batch (images [B,C,H,W] or event frames [B,T,C,H,W]), or a loader of batches or of (batch, labels). On
-            the meta device only MACs are counted, from the shapes.
-
-    Raises:
-        ValueError: the network multiplies with a function that is not counted.
+            the meta device only MACs are counted.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()

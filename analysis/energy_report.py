@@ -3,9 +3,8 @@
 import dataclasses
 import itertools
 import json
+import statistics
 from pathlib import Path
-
-from tabulate import tabulate
 
 from .common import drawing, write_csv
 
@@ -42,21 +41,13 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class EnergyReport:
-    """Operations and energy of a network for one sample.
+    """Operations and energy of a network for one sample, averaged over `samples`."""
 
-    Attributes:
-        layers: in the order of their execution.
-        time_steps: T; 1 for a network without spiking neurons.
-        firing_rates: mean output of each LIF, by its name; empty for a network without.
-        samples: number of samples of the average.
-        has_frames: the input differs from step to step, and so does the first convolution.
-    """
-
-    layers: list[Layer]
-    time_steps: int
-    firing_rates: dict[str, float]
+    layers: list[Layer]  # in the order of execution
+    time_steps: int  # T; 1 for a network without spiking neurons
+    firing_rates: dict[str, float]  # mean output of each LIF, by its name
     samples: int
-    has_frames: bool
+    has_frames: bool  # the input differs at each time step
 
     @property
     def flops(self) -> float:
@@ -75,22 +66,11 @@ class EnergyReport:
 
     @property
     def exact_sops(self) -> tuple[float, ...]:
-        """Return the synaptic operations with the fan-out of each spike, an integer n counted as n, and as 1.
-
-        They are those of all time steps, without the first convolution. The head reads a mean: it runs once, with one
-        operation for each real number that is not 0.
-        """
+        """Return the `sops` by the fan-out of each spike, an integer n counted as n, and as 1; the head runs once."""
         return tuple(map(sum, zip(*(layer.exact for layer in self.layers[1:]), strict=True)))
 
     def energy(self, integers: str = INTEGERS[0], first: str = FIRST[0]) -> float:
-        """Return the energy (mJ) in one of the accounts.
-
-        Args:
-            integers: with SEW residuals some layers get small integers instead of spikes. As "additions" an input n
-                is n additions (the paper's mean input); as "multiplications" every input but 0 is one
-                multiply-accumulate.
-            first: count the first convolution of a static image in "every step" or "once".
-        """
+        """Return the energy (mJ) in an account of integers, as n additions or one multiplication, and of `FIRST`."""
         return sum(self.layer_energy(i, integers, first) for i in range(len(self.layers)))
 
     @property
@@ -118,6 +98,7 @@ class EnergyReport:
             "sops": self.sops,
             "exact_sops": dict(zip(("n", "1"), self.exact_sops, strict=True)),  # of an integer n
             "mean_input": self.sops / (self.time_steps * (self.flops - self.layers[0].macs)),
+            "firing_rate": statistics.fmean(self.firing_rates.values()) if self.firing_rates else None,  # of all LIFs
             "time_steps": self.time_steps,
             "samples": self.samples,
         }
@@ -137,11 +118,6 @@ class EnergyReport:
             }
             for i, layer in enumerate(self.layers)
         ]
-
-    def __str__(self) -> str:
-        """Format the table of the layers and the totals."""
-        table = tabulate(self.rows(), headers="keys", floatfmt=("", ",.0f", ".4f", ".4f", "", ",.0f", ",.0f", ".6f"))
-        return f"{table}\n{self.totals()}"
 
     def totals(self) -> str:
         """Format the totals in a few lines."""

@@ -1,13 +1,10 @@
 """Export a trained network: as ONNX, compared with torch neuron by neuron, or as safetensors with a model card.
 
-`--format onnx` writes a float32 graph with the neurons unrolled over T and every BatchNorm folded into its convolution:
-images [B,C,H,W], or event frames [B,T,C,H,W], to logits [B,num_classes]. ONNX Runtime adds up in another order than
-torch. A membrane within rounding of its threshold may then spike in only one of them, and the logits of that sample
-differ. So both are compared twice: as they are, and with ONNX Runtime's spikes in torch. With equal spikes every logit
-must agree, and a spike that torch decides otherwise must be within rounding of its threshold.
+The ONNX graph is float32, with neurons unrolled over T and BatchNorm folded into the convolutions. Its sums have
+another order than torch's, so a membrane within rounding of its threshold may spike in only one of them. Both are
+compared as they are, and with ONNX Runtime's spikes in torch, where every logit must agree.
 """
 
-import argparse
 import importlib
 import json
 from collections.abc import Sequence
@@ -15,19 +12,22 @@ from importlib.metadata import version
 from pathlib import Path
 
 import timm.data
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from engine.checkpoint import fingerprint
 from engine.cli import UserError
-from engine.config import LOCAL_FIELDS, Config, plain
+from engine.config import LOCAL_FIELDS, MODEL_FIELDS, Config, plain
 from engine.data.recordings import EVENT_DATASETS
 from engine.log import logger, write_whole
 from models import LIF
 
 from . import common
-from .model_card import LIBRARY, model_card
 from .onnx_graph import compare, to_onnx
+from .results import read_result
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
+LIBRARY = "library_name: qkformer\n"  # in every model card
+TAGS = ["qkformer", "spiking-neural-network", "spiking-transformer", "arxiv:2403.16552"]
 CHECK_BATCH = 7  # samples compared at once, with all spikes in memory; other than the exporter's example of 2
 
 
@@ -36,7 +36,7 @@ def _write_onnx(subject: common.Subject, output: Path, batch: int | None, sample
     if any(isinstance(module, LIF) and module.leak_across_batch for module in model.modules()):
         if batch not in (None, 1):
             raise UserError(f"--batch {batch}: ssa_membrane 'released' leaks; use 1, or --ssa-membrane per_sample")
-        logger.warning("warning: batch of 1, where ssa_membrane 'released' equals per_sample, which takes any batch")
+        logger.warning("warning: ssa_membrane 'released' leaks over the batch; exporting for a batch of 1")
         batch = 1
     x, _ = subject.samples(samples)
     if batch and len(x) < batch:
@@ -56,7 +56,7 @@ def _metadata(subject: common.Subject) -> dict[str, str]:
     about = {
         "model": cfg.model,
         "classes": json.dumps(subject.data.classes),
-        "settings": _settings(cfg),
+        "settings": json.dumps(plain(cfg, without=LOCAL_FIELDS)),
         "versions": json.dumps({package: version(package) for package in ("torch", *PACKAGES["onnx"])}),
     }
     if cfg.dataset in EVENT_DATASETS:
@@ -68,22 +68,67 @@ def _metadata(subject: common.Subject) -> dict[str, str]:
     }
 
 
-def _settings(cfg: Config) -> str:
-    return json.dumps(plain(cfg, without=LOCAL_FIELDS))
-
-
 def _write_safetensors(subject: common.Subject, output: Path) -> None:
     """Write weights under our names with settings and classes of the checkpoint, and a model card next to them."""
     from safetensors.torch import save
 
     card = output.with_suffix(".md")
     if card.exists() and LIBRARY not in card.read_text(errors="replace"):
-        raise UserError(f"{card}: not a model card, and the new card would replace it; choose another --output")
+        raise UserError(f"{card}: not a model card, and the new card would replace it; use another --output")
     weights = {name: value.contiguous() for name, value in subject.model.state_dict().items()}
-    about = {"config": _settings(subject.cfg), "classes": json.dumps(list(subject.classes))}
+    about = {
+        "config": json.dumps(plain(subject.cfg, without=LOCAL_FIELDS)),
+        "classes": json.dumps(list(subject.classes)),
+    }
     metadata = {"format": "pt", "sha256": fingerprint(weights, "".join(about.values())), **about}  # Hugging Face: "pt"
     _write(output, save(weights, metadata))
-    _write(card, model_card(subject, output.name))
+    _write(card, _model_card(subject, output.name))
+
+
+def _card_data(cfg: Config, top1: float | None) -> ModelCardData:
+    """Return the metadata that Hugging Face reads, without a license, which the owner of the weights chooses."""
+    task = "image-classification"
+    measured = {}
+    if top1 is not None:
+        result = EvalResult(task, cfg.dataset, cfg.dataset, "accuracy", round(top1, 2), metric_name="top-1 (%)")
+        measured = {"metrics": ["accuracy"], "model_name": cfg.model, "eval_results": [result]}
+    return ModelCardData(
+        library_name="qkformer",
+        tags=TAGS,
+        datasets=[cfg.dataset],
+        pipeline_tag=None if cfg.dataset in EVENT_DATASETS else task,
+        **measured,
+    )
+
+
+def _model_card(subject: common.Subject, name: str) -> str:
+    """Return the model card, in Markdown, of the weights in the file `name`."""
+    cfg, top1 = subject.cfg, _measured(subject)
+    settings = {key: value for key, value in plain(cfg).items() if key in MODEL_FIELDS[1:] and value is not None}
+    figures = {
+        "metadata": _card_data(cfg, top1).to_yaml(),
+        "attention": ", ".join(subject.model.attention),
+        "parameters": sum(p.numel() for p in subject.model.parameters()),
+        "shape": "event frames [B,T,C,H,W]" if cfg.dataset in EVENT_DATASETS else "images [B,C,H,W]",
+        "top1": "not measured" if top1 is None else f"{top1:.2f} %",
+        "arguments": "".join(f"    {key}={value!r},\n" for key, value in settings.items()),
+        "folder": Path(cfg.config).parent.name,
+        "name": name,
+    }
+    template = Path(__file__).with_name("model_card.md").read_text()
+    return str(ModelCard(template.format(**plain(cfg) | figures)))
+
+
+def _measured(subject: common.Subject) -> float | None:
+    """Return the top-1 (%) that test.py wrote for this checkpoint and these settings, or None."""
+    path = subject.path.with_suffix(".test.json")
+    result, settings = read_result(path), json.loads(json.dumps(plain(subject.cfg)))
+    keys = (*MODEL_FIELDS, "dataset", "input_size", "mean", "std", "crop_pct")
+    is_current = result and path.stat().st_mtime >= subject.path.stat().st_mtime
+    if is_current and all(result.get(key) == settings[key] for key in keys):
+        return result["top1"]
+    logger.info(f"{path}: missing, older than the checkpoint or of other settings; run test.py for the card's accuracy")
+    return None
 
 
 def _write(path: Path, content: str | bytes) -> None:
@@ -91,17 +136,13 @@ def _write(path: Path, content: str | bytes) -> None:
     logger.info(f"written: {path} ({len(content) / 1e6:.2f} MB)")
 
 
-def _parser() -> argparse.ArgumentParser:
+def run(argv: Sequence[str]) -> None:
     flags = common.checkpoint_parser(__doc__)
     flags.add_argument("--format", choices=[*PACKAGES], required=True, help="onnx, or safetensors with a model card")
     flags.add_argument("--output", type=Path, help="file to write (default: next to the checkpoint, with its name)")
     flags.add_argument("--batch", type=common.positive, help="onnx: the only batch size of the file (default: any)")
     flags.add_argument("--samples", type=common.positive, default=64, help="onnx: test samples to compare [64]")
-    return flags
-
-
-def run(argv: Sequence[str]) -> None:
-    args, flags = _parser().parse_known_args(argv)
+    args, rest = flags.parse_known_args(argv)
     for package in PACKAGES[args.format]:
         try:
             importlib.import_module(package)
@@ -110,8 +151,8 @@ def run(argv: Sequence[str]) -> None:
             raise UserError(f"--format {args.format}: {package} cannot be imported ({error}); {remedy}") from None
     output = args.output or args.checkpoint.with_suffix(f".{args.format}")
     if output.suffix != f".{args.format}" or output.resolve() == args.checkpoint.resolve():
-        raise UserError(f"--output {output}: not a new file *.{args.format}; choose another name")
-    subject = common.subject(args.checkpoint, [*flags, "--device", "cpu"])
+        raise UserError(f"--output {output}: not a new file *.{args.format}; use another name")
+    subject = common.subject(args.checkpoint, [*rest, "--device", "cpu"])
     output.parent.mkdir(parents=True, exist_ok=True)
     if args.format == "onnx":
         _write_onnx(subject, output, args.batch, args.samples)

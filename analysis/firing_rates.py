@@ -2,12 +2,12 @@
 
     python -m analysis.firing_rates --checkpoint output/first/best.pt [--table]
 
-The firing rate is the mean output of a LIF over the test set, for each time step. With SEW residuals the blocks pass on
-sums of spikes: small integers, whose distribution has a panel of its own. Membrane shortcuts pass on currents, which
-are left out. Writes firing_rates.csv, integers.csv and firing_rates.png, and with `--table` firing_rates_table.csv: the
-paper's table, in which the blocks of a stage are averaged, with its figures.
+A firing rate is the mean output of a LIF over the test set, for each time step. Writes firing_rates.csv and .png, with
+SEW residuals integers.csv, and with `--table` firing_rates_table.csv: the paper's table, averaged over a stage's
+blocks.
 """
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,17 +25,6 @@ from models.layers import SpikingMLP
 from models.qkformer import Block
 
 from .common import Subject, drawing, main, published, subjects, write_csv
-
-TABLE = {  # row of the paper's table -> end of the layer's name
-    "Q": "attn.q.lif",
-    "K": "attn.k.lif",
-    "V": "attn.v.lif",
-    "attention": "attn.attn_lif",
-    "masked key": "attn.proj",
-    "output": "attn.proj.lif",
-    "MLP 1": "mlp.fc1.lif",
-    "MLP 2": "mlp.fc2.lif",
-}
 
 
 class Rates(NamedTuple):
@@ -80,7 +69,7 @@ def table(rates: Rates) -> list[dict]:
     paper, layers, rows = published("firing_rates"), rates.spikes | rates.masked, []
     for stage in sorted({int(name.split(".")[1]) for name in layers if ".blocks." in name}):
         figures = dict(enumerate(paper["stages"])).get(stage, {})
-        for layer, end in TABLE.items():
+        for layer, end in paper["layers"].items():
             start = f"stages.{stage}.blocks."
             blocks = [rate.mean() for name, rate in layers.items() if name.startswith(start) and name.endswith(end)]
             if blocks:
@@ -130,12 +119,17 @@ def write(rates: Rates, title: str, folder: Path, suffix: str) -> None:
         write_csv(folder / f"integers{suffix}.csv", integers)
     draw(rates, title, folder / f"firing_rates{suffix}.png")
     silent = [row["layer"] for row in rows if row["rate"] == 0]
-    logger.info(f"{title}: firing rates {min(r['rate'] for r in rows):.4f} to {max(r['rate'] for r in rows):.4f}")
-    logger.info(f"silent: {', '.join(silent) or 'none'}; written to {folder}")
+    stages = {}
+    for row in rows:
+        stages.setdefault(".".join(row["layer"].split(".")[:2]), []).append(row["rate"])
+    logger.info(f"{title}: firing rate, mean (min to max) of the neuron layers")
+    for stage, values in stages.items():
+        logger.info(f"  {stage}: {statistics.fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})")
+    logger.info(f"  silent layers: {', '.join(silent) or 'none'}; written to {folder}")
 
 
 def run(argv: Sequence[str]) -> None:
-    flag = {"action": "store_true", "help": "print and write the paper's table too"}
+    flag = {"action": "store_true", "help": "also print and write the paper's table"}
     args, found = subjects(__doc__, argv, table=flag)
     for subject in found:
         suffix = f"-{subject.name}" if len(found) > 1 else ""

@@ -1,17 +1,16 @@
-"""Runs of a recipe over variants and seeds, one process each, and the table of any runs.
+"""Runs of a recipe over variants and seeds, one process each, and a table of any runs.
 
     python -m analysis.grid digits/digits.yml --variants recipe self token --seeds 0 1 2 [--out FOLDER] [-- FLAGS]
-    python -m analysis.grid --compare output/first output/self
+    python -m analysis.grid --compare output/first output/self [--record docs/results [--curves]]
 
-Trains each variant ("recipe" is the recipe itself) with each seed under all FLAGS of train.py, in FOLDER/VARIANT-seedN,
-and evaluates its last checkpoint with its energy. The same command goes on after an interruption, and skips runs that
-are done. The table has a row for each setting: mean and standard deviation of the accuracy over its seeds, and means of
-the seconds of training, the energy and the firing rate of all neuron layers. Writes grid.md and grid.csv.
+Trains each variant ("recipe" is the recipe itself) and seed with FLAGS of train.py in FOLDER/VARIANT-seedN, and
+evaluates the last checkpoint with its energy. The same command resumes and skips finished runs. Writes grid.md and
+grid.csv: means over seeds. `--record` copies each run's small files to FOLDER/RECIPE-VARIANT-seedN for analysis.tables.
 """
 
 import contextlib
 import json
-import statistics
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,13 +22,14 @@ from tabulate import tabulate
 
 from engine.cli import Stopped, StopRequest, UserError
 from engine.config import FIELDS, MODEL_FIELDS, Config, load, read
-from engine.log import logger, read_record, setup_console
+from engine.log import logger, setup_console
 from engine.run import build_model
 
 from .common import main, parser, write_csv
-from .results import SETTINGS, differences, mean, read_result, results
+from .results import SETTINGS, averages, differences, read_result, results, settings
 
 ITSELF = "recipe"  # name of the variant without changes
+RECORDED = ("config.yml", "run.json", "metrics.jsonl")  # and the result: settings, command and commit, epochs
 
 
 class Run(NamedTuple):
@@ -45,19 +45,19 @@ class Run(NamedTuple):
         if (result := read_result(path)) is None:
             return None
         for key, (value, wanted) in differences(result, load(self.recipe, self.flags)).items():
-            raise UserError(f"{self.folder}: was run with {key} = {value}, not {wanted}; use another --out")
+            raise UserError(f"{self.folder}: trained with {key} = {value}, not {wanted}; use another --out")
         return result | {"path": path}
 
     def execute(self) -> bool:
         """Train and evaluate in processes of their own that write to grid.log; return True if both succeed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        flags = ["--config", self.recipe.resolve(), *self.flags]
+        flags = ["--config", self.recipe, *self.flags]
         train = ["train.py", *flags, "--output-dir", self.folder, "--resume", "auto"]
         test = ["test.py", *flags, "--checkpoint", self.folder / "last.pt", "--energy"]
         return self._call(*train) == 0 and self._call(*test) == 0
 
     def _call(self, script: str, *flags: object) -> int:
-        """Return a script's exit code. A signal is passed on, so that training saves before it ends."""
+        """Return a script's exit code; pass on a signal, so that training saves before it ends."""
         command = [sys.executable, str(self.recipe.parent / script), *map(str, flags)]
         with (self.folder / "grid.log").open("a") as log, StopRequest() as stop:
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -87,9 +87,9 @@ def plan(recipe: Path, variants: Sequence[str] | None, seeds: Sequence[int], out
 
 
 def train(runs: Sequence[Run]) -> list[str]:
-    """Train what is not done; return the folders of runs that failed."""
+    """Train the runs that are not finished; return the folders of those that failed."""
     pending, failed = [run for run in runs if not run.result()], []
-    logger.info(f"{len(runs)} runs, {len(runs) - len(pending)} of them done")
+    logger.info(f"{len(runs)} runs, {len(runs) - len(pending)} finished")
     for i, run in enumerate(pending, 1):
         logger.info(f"run {i}/{len(pending)}: {run.folder}, output in grid.log")
         if run.execute():
@@ -104,16 +104,15 @@ def summary(found: Sequence[dict]) -> list[dict]:
     """Return a row for each setting of the results, over its seeds; it names what differs on the same data set."""
     groups, values = {}, {}
     for result in found:
-        settings = {key: result.get(key, FIELDS[key].default) for key in SETTINGS}
-        groups.setdefault(json.dumps(settings), []).append(result | settings)
-        for key in SETTINGS[1:]:
-            values.setdefault((result["dataset"], key), []).append(settings[key])
+        groups.setdefault(json.dumps(settings(result)), []).append(result | settings(result))
+        for key, value in settings(result).items():
+            values.setdefault((result["dataset"], key), []).append(value)
     differing = {pair for pair, every in values.items() if any(value != every[0] for value in every)}
     return [_row(group, differing) for group in groups.values()]
 
 
 def _row(group: Sequence[dict], differing: set[tuple[str, str]]) -> dict[str, str]:
-    first, beside = group[0], [_beside(result["path"]) for result in group]
+    first = group[0]
     changes = {key: first[key] for key in SETTINGS if (first["dataset"], key) in differing}
     changes = {key: value for key, value in changes.items() if value != FIELDS[key].default}
     with torch.device("meta"):
@@ -123,20 +122,27 @@ def _row(group: Sequence[dict], differing: set[tuple[str, str]]) -> dict[str, st
         "variant": first.get("variant") or ITSELF,
         "settings": json.dumps(changes)[1:-1].replace('"', ""),
         "seeds": " ".join(str(result.get("seed")) for result in group),
-        "top-1 (%)": mean([result["top1"] for result in group], ".2f", spread=True),
-        "seconds": mean([seconds for seconds, _ in beside if seconds], ".0f"),
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        "energy (mJ)": mean([result["energy"]["energy_mj"] for result in group if "energy" in result], ".3g"),
-        "firing rate": mean([rate for _, rate in beside if rate], ".4f"),
+        **averages(group),
     }
 
 
-def _beside(path: Path) -> tuple[float, float]:
-    """Return seconds of training and mean firing rate of the layers from the files next to a result, 0 without them."""
-    metrics, energy = path.with_name("metrics.jsonl"), path.with_name(path.name.replace(".test.", ".energy."))
-    seconds = read_record(metrics, [], lambda text: [json.loads(line)["seconds"] for line in text.splitlines()])
-    rates = read_record(energy, [], lambda text: [*json.loads(text)["firing_rates"].values()])
-    return sum(seconds), statistics.mean(rates or [0])
+def record(found: Sequence[dict], target: Path, has_curves: bool) -> None:
+    """Copy small files to `target`, with relative paths; raises `UserError` if its run has other settings."""
+    for result in found:
+        name = "-".join(filter(None, (result.get("recipe"), result.get("variant"), f"seed{result.get('seed')}")))
+        source, folder = result["path"].parent, target / name
+        older = read_result(folder / result["path"].name) or result
+        for key, value in settings(older).items():
+            if value != settings(result)[key]:
+                problem = f"has {key} = {value}, {source} {settings(result)[key]}"
+                raise UserError(f"{folder}: {problem}; use another --record")
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (result["path"], *(source / name for name in RECORDED)):
+            (folder / path.name).write_text(path.read_text().replace(f"{Path.cwd()}/", ""))
+        if has_curves:
+            shutil.copy(source / "learning_curve.png", folder)
+    logger.info(f"recorded: {len(found)} runs in {target}")
 
 
 def show(found: Sequence[dict], folder: Path | None) -> None:
@@ -156,24 +162,30 @@ def show(found: Sequence[dict], folder: Path | None) -> None:
 def run(argv: Sequence[str]) -> None:
     at = argv.index("--") if "--" in argv else len(argv)
     flags = parser(__doc__)
-    flags.add_argument("recipe", nargs="?", type=Path, help="such as digits/digits.yml")
-    flags.add_argument("--variants", nargs="+", help=f"of the recipe, {ITSELF} for itself (all)")
-    flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    flags.add_argument("recipe", nargs="?", type=Path, help="recipe to train, such as digits/digits.yml")
+    flags.add_argument("--variants", nargs="+", help=f"variants of the recipe; {ITSELF} is the recipe itself (all)")
+    flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of each variant (0 1 2)")
     flags.add_argument("--out", type=Path, help="folder of the runs and the table (output/grid/RECIPE)")
-    flags.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="show these runs, train nothing")
+    flags.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="show these runs and train nothing")
+    flags.add_argument("--record", type=Path, metavar="FOLDER", help="copy the small files of each run to this folder")
+    flags.add_argument("--curves", action="store_true", help="with --record, copy the learning curves too")
     args = flags.parse_args(argv[:at])
     setup_console(is_main=True)
-    if args.compare:
-        show(results(args.compare), args.out)
-        return
-    if not args.recipe:
+    if not args.compare and not args.recipe:
         raise UserError("recipe: missing; name one such as digits/digits.yml, or --compare RUN ...")
-    out = args.out or Path("output/grid", args.recipe.stem)
-    runs = plan(args.recipe, args.variants, args.seeds, out, list(argv[at + 1 :]))
-    failed = train(runs)
-    show([result for run in runs if (result := run.result())], out)
+    failed = []
+    if args.compare:
+        found, out = results(args.compare), args.out
+    else:
+        out = args.out or Path("output/grid", args.recipe.stem)
+        runs = plan(args.recipe, args.variants, args.seeds, out, list(argv[at + 1 :]))
+        failed = train(runs)
+        found = [result for run in runs if (result := run.result())]
+    show(found, out)
+    if args.record:
+        record(found, args.record, args.curves)
     if failed:
-        raise UserError(f"{', '.join(failed)}: failed; see grid.log there, and start the same command again")
+        raise UserError(f"{', '.join(failed)}: failed; see grid.log there, and run the same command again")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
-"""Effect of the other samples of the batch on a network's accuracy: the membrane of the self-attention.
+"""Effect of the other samples of a batch on accuracy, through the membrane of the self-attention (docs/errata.md).
 
     python -m analysis.membrane --checkpoint output/released/best.pt output/first/best.pt
 
-In the released code the last membrane of the self-attention runs over the samples of a batch as if they were time steps
-(docs/errata.md). Each checkpoint is evaluated with this membrane ("released") and with one for each sample
-("per_sample"), at several batch sizes, in the order of the test set, sorted by class, and in random orders. Between two
-random orders the script counts the answers that change, and the probability that moves from class to class (total
-variation of the softmax). Checkpoints trained with the same settings and other seeds are averaged. Writes membrane.csv,
-membrane.md and membrane.png.
+Evaluates each checkpoint with both kinds of `ssa_membrane`, at several batch sizes, in the order of the test set,
+sorted by class, and in random orders. Between random orders it counts answers that change, and probability that moves
+(total variation of the softmax). Averages checkpoints that differ only in seed. Writes membrane.csv, .md and .png.
 """
 
 import itertools
@@ -77,10 +74,7 @@ def _figures(found: Sequence[Tensor], labels: Tensor) -> dict[str, float]:
 
 
 def averages(rows: Sequence[dict]) -> list[dict]:
-    """Return a row for each way of training and batch size: both membranes, averaged over checkpoints.
-
-    `difference` is the difference of their accuracies in random order, `deviation` its standard deviation.
-    """
+    """Return means over checkpoints for each way of training and batch size; `difference` is in random order."""
     groups, mean = {}, statistics.mean
     for row in rows:
         case = {key: row[key] for key in ("network", "settings", "trained", "batch size")}
@@ -148,11 +142,11 @@ def run(argv: Sequence[str]) -> None:
         samples={"type": positive, "default": 2000, "help": "test samples at most, from all over the set (2000)"},
     )
     if args.shuffles < 2:
-        raise UserError("--shuffles 1: changes need two orders; take 2 or more")
+        raise UserError("--shuffles 1: changes need two orders; use 2 or more")
     rows = []
     for subject in found:
         if subject.cfg.residual == "ms" or "self" not in subject.model.attention:
-            raise UserError(f"{subject.path}: no membrane in this network can leak over the batch; take another")
+            raise UserError(f"{subject.path}: no membrane of this network leaks over the batch; use another checkpoint")
         rows += study(subject, args.samples, sorted(set(args.batch_sizes)), args.shuffles)
     means = averages(rows)
     write_csv(args.output_dir / "membrane.csv", rows)

@@ -26,37 +26,24 @@ class Exported(NamedTuple):
 
 
 class Parity(NamedTuple):
-    """Comparison of ONNX Runtime with torch, of samples [N] on the CPU.
+    """Comparison of ONNX Runtime with torch, of samples [N] on the CPU."""
 
-    Attributes:
-        difference: largest |logit difference| of each sample.
-        same_class: both predict the same class.
-        followed: as `difference`, with ONNX Runtime's spikes in torch.
-        flips: spikes of each sample that torch decides otherwise from the same inputs.
-        distance: largest distance of their membranes to the threshold.
-        spikes: decisions compared.
-    """
-
-    difference: Tensor
-    same_class: Tensor
-    followed: Tensor
-    flips: Tensor
-    distance: float
-    spikes: int
+    difference: Tensor  # largest |logit difference| of each sample
+    same_class: Tensor  # both predict the same class
+    followed: Tensor  # as `difference`, with ONNX Runtime's spikes in torch
+    flips: Tensor  # spikes of each sample that torch decides differently from the same inputs
+    distance: float  # largest distance of their membranes to the threshold
+    spikes: int  # decisions compared
 
     def __str__(self) -> str:
         count, beyond = len(self.flips), self.difference > TOLERANCE
-        lines = [
+        return (
             f"{count} samples: largest |logit difference| {self.difference.max():.1e}, within {TOLERANCE:g} in "
-            f"{count - beyond.sum()}, the same class in {self.same_class.sum()}",
-            f"with ONNX Runtime's spikes in torch: largest |logit difference| {self.followed.max():.1e}",
-        ]
-        if self.flips.any():
-            lines.append(
-                f"{self.flips.sum()} of {self.spikes:,} spikes differ by rounding, in {self.flips.count_nonzero()} "
-                f"samples: their membranes are at most {self.distance:.1e} from the threshold"
-            )
-        return "\n".join(lines)
+            f"{count - beyond.sum()}, the same class in {self.same_class.sum()}\n"
+            f"with ONNX Runtime's spikes in torch: largest |logit difference| {self.followed.max():.1e}\n"
+            f"{self.flips.sum()} of {self.spikes:,} spikes differ by rounding, in {self.flips.count_nonzero()} samples "
+            f"with membranes at most {self.distance:.1e} from the threshold"
+        )
 
     def require(self) -> None:
         """Raise `UserError` if the two differ by more than rounding."""
@@ -92,12 +79,7 @@ class _WithSpikes(nn.Module):
 
 @torch.no_grad()  # else the graph computes surrogate gradients too
 def to_onnx(model: nn.Module, x: Tensor, batch: int | None, metadata: dict[str, str]) -> Exported:
-    """Export one of our networks in evaluation mode, on the CPU.
-
-    Args:
-        x: any sample [1,...]; only its shape counts.
-        batch: the fixed batch size, or None for any.
-    """
+    """Export a network in evaluation mode for samples like `x` [1,...]; `batch` None allows any batch size."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     watched = _WithSpikes(model).eval()
@@ -146,13 +128,9 @@ def compare(model: nn.Module, exported: Exported, batches: Sequence[Tensor]) -> 
 
 
 def _follow(model: nn.Module, x: Tensor, spikes: dict[str, Tensor]) -> tuple[Tensor, Tensor, float]:
-    """Run `model` where every LIF returns the `spikes` of its name, whatever its currents.
+    """Run `model` where every LIF returns the `spikes` of its name, so that one difference does not cause others.
 
-    Each neuron then gets the inputs of the run that made the spikes, and one difference does not lead to others.
-
-    Returns:
-        Logits; the number of spikes of each sample [B] that its neurons decide otherwise; and the largest distance of
-        their membranes to the threshold.
+    Returns logits, the spikes [B] that neurons decide differently, and their largest distance to the threshold.
     """
     flips, distance = torch.zeros(len(x), dtype=torch.int64), 0.0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.cli import UserError
 from engine.config import FIELDS, LOCAL_FIELDS, MODEL_FIELDS, PUBLISHED, Config, plain
-from engine.log import logger
+from engine.log import logger, read_record
 
 # samples of the complete test sets; results on fewer do not count
 TEST_SAMPLES = {"imagefolder": 50_000, "torch/cifar10": 10_000, "torch/cifar100": 10_000, "dvs128-gesture": 288}
@@ -29,8 +29,8 @@ def results(folders: Sequence[Path]) -> list[dict]:
     newest, seen = {}, {}
     for path in sorted(path for folder in folders for path in folder.rglob("*.test.json")):
         if (result := read_result(path)) is None:
-            logger.warning(f"{path}: left out, test.py did not write it")
-        elif result["count"] != TEST_SAMPLES.get(result["dataset"]):
+            logger.warning(f"{path}: left out, not a result of test.py")
+        elif not _is_complete(result):
             logger.warning(f"{path}: left out, {result['count']} samples are not the test set of {result['dataset']}")
         elif (first := seen.setdefault(json.dumps(result), path)) != path:
             logger.warning(f"{path}: left out, a copy of {first}")
@@ -41,6 +41,11 @@ def results(folders: Sequence[Path]) -> list[dict]:
         for older in group[:-1]:
             logger.warning(f"{older['path']}: left out, {group[-1]['path'].name} is newer")
     return [group[-1] for group in newest.values()]
+
+
+def _is_complete(result: dict) -> bool:
+    is_own = result["dataset"] == "imagefolder" and result.get("num_classes") != 1000  # a folder of the user
+    return is_own or result["count"] == TEST_SAMPLES.get(result["dataset"], result["count"])
 
 
 def read_result(path: Path) -> dict | None:
@@ -55,10 +60,15 @@ def read_result(path: Path) -> dict | None:
         return None
 
 
+def settings(result: dict) -> dict[str, object]:
+    """Return the settings of a result that decide the accuracy."""
+    return {key: result.get(key, FIELDS[key].default) for key in SETTINGS}
+
+
 def differences(result: dict, cfg: Config) -> dict[str, tuple]:
     """Return the settings that decide the accuracy and differ: name -> value of the result, value of `cfg`."""
     wanted = plain(cfg)
-    pairs = {key: (result.get(key, FIELDS[key].default), wanted[key]) for key in SETTINGS}
+    pairs = {key: (value, wanted[key]) for key, value in settings(result).items()}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -70,10 +80,39 @@ def by_recipe(found: Sequence[dict], configs: Sequence[Config]) -> dict[Config, 
         if different := differences(result, nearest):
             key, (value, recipe) = next(iter(different.items()))
             name = " ".join(filter(None, (Path(nearest.config).name, nearest.variant)))
-            logger.warning(f"{result['path']}: left out, {key} is {value}, and {recipe} in {name}, the nearest recipe")
+            logger.warning(f"{result['path']}: left out, {key} is {value}, but {recipe} in {name}, the nearest recipe")
         else:
             groups[nearest].append(result)
     return groups
+
+
+def averages(group: Sequence[dict]) -> dict[str, str]:
+    """Format the means of runs: accuracy with its standard deviation, seconds of training, energy and firing rate."""
+    energies = [result["energy"] for result in group if "energy" in result]
+    return {
+        "top-1 (%)": mean([result["top1"] for result in group], ".2f", spread=True),
+        "seconds": mean([seconds for result in group if (seconds := _seconds(result["path"]))], ".0f"),
+        "energy (mJ)": mean([energy["energy_mj"] for energy in energies], ".3g"),
+        "firing rate": mean([energy["firing_rate"] for energy in energies if energy.get("firing_rate")], ".4f"),
+    }
+
+
+def _seconds(path: Path) -> float:
+    """Return the seconds of training from the metrics next to a result, 0 without them."""
+    metrics = path.with_name("metrics.jsonl")
+    return sum(read_record(metrics, [], lambda text: [json.loads(line)["seconds"] for line in text.splitlines()]))
+
+
+def verdict(values: Sequence[float], others: Sequence[float], expected: float | None) -> str:
+    """Format the difference of two means with 2 standard errors, beyond which it has the sign of `expected` or not."""
+    if not values or not others or not expected:
+        return ""
+    difference = statistics.mean(values) - statistics.mean(others)
+    if min(len(values), len(others)) < 2:
+        return f"{difference:+.2f}: undecided"
+    error = 2 * math.sqrt(sum(statistics.variance(sample) / len(sample) for sample in (values, others)))
+    sign = "holds" if difference * expected > 0 else "reversed"
+    return f"{difference:+.2f} ± {error:.2f}: {'undecided' if abs(difference) <= error else sign}"
 
 
 def mean(values: Sequence[float], form: str, spread: bool = False, count: bool = False) -> str:

@@ -2,11 +2,9 @@
 
     python -m analysis.tables [--results FOLDER ...] [--output-dir FOLDER]
 
-Parameters and MACs are computed from the networks. Columns marked *paper*, *log* and *elsewhere* repeat published
-figures: those of this project's networks are in the recipes, all others in published.yml. Columns marked *here* come
-from the files NAME.test.json that test.py wrote on complete test sets, of networks trained as the recipe says. They are
-means where seeds differ, and empty where there is no file. Prints which files it leaves out, and why. Writes tables.md
-and a CSV file per table.
+Published figures (*paper*, *log*, *elsewhere*) are in the recipes and in published.yml. *here* are means of results
+that test.py wrote on complete test sets, of runs that followed a recipe. Prints which results it leaves out, and why.
+Writes tables.md and a CSV file per table.
 """
 
 import dataclasses
@@ -26,10 +24,11 @@ from engine.run import build_model
 
 from .common import main, parser, published, recipes, write_csv
 from .energy import estimate
-from .results import by_recipe, mean, results
+from .results import averages, by_recipe, mean, results, verdict
 
 DATA_NAMES = {"torch/cifar10": "CIFAR-10", "torch/cifar100": "CIFAR-100", "dvs128-gesture": "DVS128 Gesture"}
 DATA_NAMES |= {"cifar10-dvs": "CIFAR10-DVS", "digits": "digits", "digits-dvs": "digits, as events"}
+ABLATED = ("torch/cifar100", "cifar10-dvs")  # the paper's ablations, of images and of events
 
 
 def size(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str, str]:
@@ -38,11 +37,8 @@ def size(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str, st
         model = build()
     report = estimate(model, torch.empty(shape, device="meta"))
     parameters = sum(p.numel() for p in model.parameters())
-    return {"parameters": f"{parameters:,}", "MACs a step": _millions(report.flops)}
-
-
-def _millions(macs: float) -> str:
-    return f"{macs / 1e9:.3f} G" if macs >= 1e9 else f"{macs / 1e6:.2f} M"
+    macs = f"{report.flops / 1e9:.3f} G" if report.flops >= 1e9 else f"{report.flops / 1e6:.2f} M"
+    return {"parameters": f"{parameters:,}", "MACs a step": macs}
 
 
 Found = Mapping[Config, Sequence[dict]]  # results of each recipe and variant
@@ -86,9 +82,11 @@ def own(found: Found, datasets: Sequence[str]) -> list[dict]:
 
 def listed(table: dict, found: Found) -> list[dict]:
     """Return the rows of a table in published.yml, with parameters and MACs where timm has the network."""
+    configs = [cfg for cfg in found if cfg.dataset in DATA_NAMES and cfg.paper_top1 and not cfg.variant]
+    paper = {DATA_NAMES[cfg.dataset]: cfg.paper_top1 for cfg in reversed(configs)}  # of several recipes the first
     rows = []
     for other in table["rows"]:
-        given = other | (_paper_top1(found) if other["network"] == "QKFormer" else {})
+        given = other | (paper if other["network"] == "QKFormer" else {})
         texts = {key: f"{value:.2f}" if isinstance(value, float) else str(value) for key, value in given.items()}
         unmarked = ("network", "T", "input")
         marked = {key: key if key in unmarked else f"{key} *{table['source']}*" for key in table["columns"]}
@@ -100,38 +98,78 @@ def listed(table: dict, found: Found) -> list[dict]:
     return [dict.fromkeys(columns, "") | row for row in rows]
 
 
-def _paper_top1(found: Found) -> dict[str, float]:
-    """Return the paper's accuracy by the name of the data set, that of its first recipe."""
-    configs = [cfg for cfg in found if cfg.dataset in DATA_NAMES and cfg.paper_top1 and not cfg.variant]
-    return {DATA_NAMES[cfg.dataset]: cfg.paper_top1 for cfg in reversed(configs)}
+def _variants(found: Found, dataset: str) -> dict[str, Config]:
+    """Return the recipe of a data set under "" and its variants by name; of several recipes the first."""
+    return {cfg.variant or "": cfg for cfg in reversed([*found]) if cfg.dataset == dataset}
 
 
-def ablations(found: Found, datasets: Sequence[str], kept: Sequence[str]) -> list[dict]:
-    """Return the columns `kept` of each variant, with the data sets side by side."""
-    names = published("ablations")
+def ablations(found: Found) -> list[dict]:
+    """Return a row for each variant, with the data sets side by side."""
+    names, kept = published("ablations"), ("parameters", "MACs a step", "top-1 (%) *paper*", "top-1 (%) *here*")
     rows = [{"attention, embedding": name, "--variant": variant} for variant, name in names.items()]
-    for dataset in datasets:
-        configs = [cfg for cfg in found if cfg.dataset == dataset]
-        variants = {cfg.variant or "": cfg for cfg in reversed(configs)}  # of several recipes the first
+    for dataset in ABLATED:
+        variants = _variants(found, dataset)
         for texts, variant in zip(rows, names, strict=True):
             whole = row(variants[variant], found) if variant in variants else dict.fromkeys(kept, "")
             texts |= {f"{DATA_NAMES[dataset]}: {key}": whole[key] for key in kept}
     return rows
 
 
+def measured(found: Found) -> dict[str, dict[str, Config]]:
+    """Return the recipes and variants of the ablations that have results: file name -> variant -> settings."""
+    groups, names = {}, published("ablations")
+    for cfg in found:
+        if found[cfg] and (cfg.variant or "") in names:
+            groups.setdefault(Path(cfg.config).stem, {})[cfg.variant or ""] = cfg
+    return {recipe: {name: group[name] for name in names if name in group} for recipe, group in groups.items()}
+
+
+def measurements(found: Found) -> list[dict]:
+    """Return a row for each measured recipe and variant of the ablations, next to the paper's accuracy."""
+    rows, names = [], published("ablations")
+    for recipe, group in measured(found).items():
+        for variant, cfg in group.items():
+            dataset = ABLATED[cfg.dataset in EVENT_DATASETS]
+            paper = _variants(found, dataset).get(variant, Config()).paper_top1
+            rows.append(
+                {"recipe": recipe, "attention, embedding": names[variant], "--variant": variant}
+                | {"top-1 (%) *paper*": f"{paper:.2f} ({DATA_NAMES[dataset]})" if paper else ""}
+                | {"parameters": row(cfg, found)["parameters"], "runs *here*": str(len(found[cfg]))}
+                | {f"{key} *here*": text for key, text in averages(found[cfg]).items()}
+            )
+    return rows
+
+
+def orders(found: Found) -> list[dict]:
+    """Return a row for each order in the paper: its differences, and those measured with their `verdict`."""
+    rows, names, groups = [], published("ablations"), measured(found)
+    for better, worse in published("orders"):
+        texts, given = {"order": f"{names[better]} > {names[worse]}"}, {}
+        for dataset in ABLATED:
+            variants = _variants(found, dataset)
+            figures = [cfg.paper_top1 for name in (better, worse) if (cfg := variants.get(name)) and cfg.paper_top1]
+            given[dataset] = figures[0] - figures[1] if len(figures) == 2 else None
+            texts[f"{DATA_NAMES[dataset]} *paper*"] = _given(given[dataset], "+.2f")
+        for recipe, group in groups.items():
+            top1 = [[run["top1"] for run in found.get(group.get(name), ())] for name in (better, worse)]
+            is_events = next(iter(group.values())).dataset in EVENT_DATASETS
+            texts[f"{recipe} *here*"] = verdict(*top1, given[ABLATED[is_events]])
+        rows.append(texts)
+    return rows
+
+
 def tables(found: Found) -> dict[str, tuple[str, list[dict]]]:
     """Return title and rows of each table, by the name of its CSV file."""
     others = {name: (table["title"], listed(table, found)) for name, table in published("tables").items()}
-    large = ("parameters", "MACs a step", "top-1 (%) *paper*", "top-1 (%) *here*")
-    small = ("parameters", "energy (mJ) *here*", "top-1 (%) *here*")
     return {
         "imagenet": ("ImageNet-1k", own(found, ["imagefolder"])),
         "imagenet_others": others.pop("imagenet_others"),
         "imagenet_later": others.pop("imagenet_later"),
         "small": ("CIFAR, event recordings, digits", own(found, [*DATA_NAMES])),
         **others,
-        "ablations": ("Ablations", ablations(found, ["torch/cifar100", "cifar10-dvs"], large)),
-        "ablations_digits": ("The same ablations on digits", ablations(found, ["digits", "digits-dvs"], small)),
+        "ablations": ("Ablations", ablations(found)),
+        "ablations_here": ("Ablations measured here", measurements(found)),
+        "orders": ("Orders of the paper, and whether they hold here: difference of top-1 (%)", orders(found)),
     }
 
 

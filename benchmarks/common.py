@@ -55,9 +55,7 @@ def machine(device: torch.device) -> dict:
 class Results:
     """Results of `python -m benchmarks.NAME` in NAME-DATE-DEVICE.json, next to those of earlier runs.
 
-    Attributes:
-        kept: results of earlier runs with the same commit, device and `decisive` arguments; none if changes are not
-            committed.
+    `kept` has the earlier results of this commit, device and `decisive` arguments, if all changes are committed.
     """
 
     def __init__(self, name: str, args: argparse.Namespace, device: torch.device, decisive: Iterable[str]):

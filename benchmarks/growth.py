@@ -4,14 +4,14 @@
     python -m benchmarks.growth --axes tokens channels   # attentions: tokens N and channels D
     python -m benchmarks.growth --memory                 # attentions: bytes at the sizes of the paper
 
-Networks: training steps ("train") and evaluation ("eval") of a recipe's network on noise, ours and the baseline in
-turns as in benchmarks/speed.py. Attentions: forward and backward pass of Q-K attention and of self-attention, as
-q (k^T v), the order of this project, and as (q k^T) v, the order of the paper's equation; their operations are counted.
-"core" runs from the spikes of q, k and v to those for the projection. "module" adds the projections, quadratic in D.
+Networks: training steps ("train") and evaluation ("eval") on noise, ours and the baseline in turns as in
+benchmarks.speed. Attentions: forward and backward pass, and counted operations, of Q-K attention and of self-attention
+as q (k^T v) (this project) and as (q k^T) v (the paper's equation). "core" runs from the spikes of q, k and v to those
+for the projection; "module" adds the projections.
 
 Memory is the peak on CUDA, and on a CPU the bytes that autograd keeps for the backward pass. Exponents are slopes in
-the log-log plot over the larger half of the sizes, because small sizes measure the start of the kernels. Points go to
-growth-DATE-DEVICE.json at once, where the same command goes on that day; the end draws and prints the exponents.
+the log-log plot over the larger half of the sizes, because small sizes measure the start of the kernels. Every point
+goes to growth-DATE-DEVICE.json, and the same command resumes it on the same day.
 """
 
 import argparse
@@ -189,13 +189,13 @@ def chosen(args: argparse.Namespace, device: torch.device) -> list[Point]:
 
 def run(argv: Sequence[str]) -> None:
     flags = flags_of(__doc__, (*STEPS, *PARTS), rounds=3)
-    flags.add_argument("--model", choices=CONFIGURATIONS, help="(qkformer_10_384; on a CPU qkformer_3_64)")
-    flags.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES)[:4], help="what grows (the first four)")
-    flags.add_argument("--heads", type=positive, default=6, help="of the attentions; a head grows with D (6)")
+    flags.add_argument("--model", choices=CONFIGURATIONS, help="network (qkformer_10_384; on a CPU qkformer_3_64)")
+    flags.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES)[:4], help="axes to grow (the first four)")
+    flags.add_argument("--heads", type=positive, default=6, help="heads of the attentions; a head grows with D (6)")
     for axis in AXES:
         name = axis.replace("_", "-")
-        flags.add_argument(f"--{name}", type=positive, nargs="+", help="its sizes")
-        flags.add_argument(f"--at-{name}", type=positive, help="its size while another grows")
+        flags.add_argument(f"--{name}", type=positive, nargs="+", help="sizes along this axis")
+        flags.add_argument(f"--at-{name}", type=positive, help="size while another axis grows")
     flags.add_argument("--memory", action="store_true", help="print the attentions' memory (MiB), and nothing else")
     args = flags.parse_args(argv)
     if args.memory:

@@ -2,10 +2,9 @@
 
     python -m benchmarks.loader [--help]
 
-The data are synthetic, in the true formats and of realistic size, and lie in the system's memory: no disk is measured.
-The loaders of the recipes are timed up to the batch of bytes in the training process, with one worker and with one on
-each core. A GPU that trains X samples a second needs X over the samples of a core. The same command goes on after an
-interruption.
+Times the recipes' loaders up to the batch of bytes in the training process, with one worker and with one on each core.
+The data are synthetic, in real formats and sizes, and lie in memory: no disk is measured. A GPU that trains X samples a
+second needs X over the samples of a core. The same command resumes an interrupted benchmark.
 """
 
 import functools
@@ -38,7 +37,7 @@ from engine.run import create_data
 from .common import RESULTS, Results, spread
 from .synthetic import events, fill, jpeg, write_cifar
 
-FILES = 64  # of different content; all others of a data set are links to them
+FILES = 64  # different files; the others of a data set are links to them
 CLASSES = 4  # of the folder of images
 FRAMES = 16
 WARM_UP, AHEAD = 2, 2  # batches of each worker before and after the timed ones
@@ -104,7 +103,7 @@ def measure(case: Case, root: Path, cores: int, repeats: int, batches: int | Non
     count = (WARM_UP + batches + AHEAD) * cores * batch_size
     case.write(root, *((count, batch_size) if case.part == "train" else (batch_size, count)))
     rates = defaultdict(list)
-    with (  # no warnings of data sets of another size, nor their md5 sums
+    with (  # without warnings about the size, and without md5 sums
         mock.patch.object(logger, "disabled", True),
         mock.patch("torchvision.datasets.cifar.check_integrity"),
     ):
@@ -125,8 +124,8 @@ def measure(case: Case, root: Path, cores: int, repeats: int, batches: int | Non
 def run(argv: Sequence[str]) -> None:
     flags = parser(__doc__)
     flags.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="pipelines to measure (all)")
-    flags.add_argument("--repeats", type=positive, default=5, help="passes over each, in turns (5)")
-    flags.add_argument("--batches", type=positive, help="of each worker in a pass (16 of ImageNet, 60 of the others)")
+    flags.add_argument("--repeats", type=positive, default=5, help="passes over each pipeline, in turns (5)")
+    flags.add_argument("--batches", type=positive, help="batches of a worker in a pass (16 for ImageNet, else 60)")
     flags.add_argument("--output", type=Path, default=RESULTS, help=f"folder to write to ({RESULTS})")
     args = flags.parse_args(argv)
     torch.set_num_threads(1)  # as the workers

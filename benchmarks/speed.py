@@ -1,14 +1,14 @@
 """Time of a step: the fused networks of this project, the same unfused and compiled, and spikingjelly 2.
 
-Training steps (forward, loss, backward, AdamW) and evaluation, on noise of the shape of a recipe's data. The sides take
-turns in every round, from the same weights. A ratio is the baseline's time over that of a side in the same round; its
-median counts. A side that cannot run is listed with its reason.
+Times training steps (forward, loss, backward, AdamW) and evaluation, on noise of the shape of a recipe's data. The
+sides take turns in every round, from the same weights. A ratio is the baseline's time over that of a side in the same
+round. The table lists sides that cannot run, with the reason.
 
     unfused-cupy          operation by operation, neurons of spikingjelly's CuPy kernels: the baseline on CUDA
     unfused-torch         operation by operation in torch: the baseline on a CPU
-    unfused-compiled      that under torch.compile, without the neurons whose membrane leaks over the batch
+    unfused-compiled      unfused-torch under torch.compile, without neurons whose membrane leaks over the batch
     spikingjelly2         qkformer_10_384 of spikingjelly 2.0.0 under plain autocast, in a process of its own
-    spikingjelly2-policy  that with neurons in half precision on Triton, under its precision policy
+    spikingjelly2-policy  spikingjelly2 with neurons in half precision on Triton, under its precision policy
     ours                  lif_backend triton; on a CPU auto
     ours-graphs, ours-packed, ours-checkpointing
                           the training step in a CUDA graph, with packed spikes, with checkpointing
@@ -16,11 +16,10 @@ median counts. A side that cannot run is listed with its reason.
     ours-rows64           1x1 convolutions in evaluation with 64 rows a program instead of 128
     ours-gemm             1x1 convolutions in evaluation by cuBLAS, the neurons in a kernel of their own
 
-unfused-compiled, which compiles for minutes, and the last three are measured only if --sides names them.
+unfused-compiled, which compiles for minutes, and the last three run only if --sides names them.
 
-Every round writes the figures so far to speed-DATE-DEVICE.json. After an interruption run the same command again. It
-skips networks and modes of which the file has all sides in all rounds, with the same commit, device and arguments.
-Another --output, or a change that is not committed, starts from scratch.
+Every round writes its figures to speed-DATE-DEVICE.json. The same command resumes an interrupted benchmark, if commit,
+device and arguments are the same and all changes are committed.
 """
 
 import argparse
@@ -59,12 +58,9 @@ def weights(case: Case) -> dict:
 
 
 def compare(case: Case, state: Mapping) -> dict:
-    """Return the largest difference of ours from the baseline over the range of the logits, and the equal classes.
+    """Compare ours with the baseline in float32; raises `UserError` if too few classes are equal.
 
-    Both compute in float32.
-
-    Raises:
-        UserError: too few classes are equal.
+    `deviation` is the largest difference over the range of the logits.
     """
     sides = all_sides(case.model, "eval", case.device)
     batch, logits = random_batch(case.cfg, case.device, CHECKED[case.device.type]), []
@@ -150,10 +146,10 @@ def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
 def flags_of(doc: str, modes: Sequence[str], rounds: int) -> argparse.ArgumentParser:
     """Return the flags of the benchmarks that time sides in turns."""
     flags = parser(doc)
-    flags.add_argument("--modes", nargs="+", choices=modes, default=list(modes), help="(all)")
-    flags.add_argument("--rounds", type=positive, default=rounds, help=f"in each every side has a turn ({rounds})")
-    flags.add_argument("--steps", type=positive, default=5, help="timed in a turn (5)")
-    flags.add_argument("--amp", choices=DTYPES, default="fp16", help="(fp16; on a CPU that means off)")
+    flags.add_argument("--modes", nargs="+", choices=modes, default=list(modes), help="what to time (all)")
+    flags.add_argument("--rounds", type=positive, default=rounds, help=f"turns of every side ({rounds})")
+    flags.add_argument("--steps", type=positive, default=5, help="timed steps in a turn (5)")
+    flags.add_argument("--amp", choices=DTYPES, default="fp16", help="precision (fp16; off on a CPU)")
     flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     flags.add_argument("--output", type=Path, default=RESULTS, help=f"folder to write to, and to resume ({RESULTS})")
     return flags
@@ -173,10 +169,10 @@ def run(argv: Sequence[str]) -> None:
     cuda = torch.device("cuda")
     sides = dict.fromkeys(name for mode in STEPS for name in list(all_sides("qkformer_10_384", mode, cuda))[1:])
     flags.add_argument("--sides", nargs="+", choices=sides, help=f"and the baseline (all but {', '.join(ON_REQUEST)})")
-    flags.add_argument("--batch-size", type=positive, help="(128 and 64 for ImageNet, 64 for CIFAR, 16)")
+    flags.add_argument("--batch-size", type=positive, help="samples (128 and 64 for ImageNet, 64 for CIFAR, else 16)")
     flags.add_argument("--input-size", type=positive, help="height and width (the recipe's)")
     flags.add_argument("--time-steps", type=positive, help="T (the recipe's)")
-    flags.add_argument("--ssa-membrane", choices=("per_sample", "released"), help="(the recipe's)")
+    flags.add_argument("--ssa-membrane", choices=("per_sample", "released"), help="kind of membrane (the recipe's)")
     flags.add_argument("--spikingjelly2", type=Path, metavar="FOLDER", help="see benchmarks/spikingjelly2.py")
     args = flags.parse_args(argv)
     device = start(args)

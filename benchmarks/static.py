@@ -9,10 +9,10 @@ A row of the table is a kernel with its optional arguments and switches:
 
     launches      in the step or the evaluation
     registers     a thread, the most of all compiled variants; warps: those that a multiprocessor can hold then
-    spill         bytes a thread keeps outside registers
+    spill         bytes that a thread keeps outside registers
     instructions  an element, in the innermost loop with loads, over time or tiles (else in the whole kernel); the
                   elements are those of the current, of the pooled map (forward), of the map before pooling (backward),
-                  of the query. Loops over few tiles are counted with many, because the compiler unrolls them.
+                  or of the query. Loops over few tiles count as long ones, because the compiler unrolls them
     once          instructions of a thread before and after that loop
     accesses      loads (L) and stores (S) of global memory in the loop, in the order of the machine code
 """

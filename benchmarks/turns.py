@@ -21,10 +21,7 @@ Step = Callable[..., object]  # of a batch: samples and labels
 
 
 def train_step(model: nn.Module, amp: str, device: torch.device) -> Step:
-    """Return forward, loss, backward and AdamW, with a GradScaler for "fp16" on CUDA.
-
-    The step never waits for the device and keeps no tensor, so a CUDA graph can capture it.
-    """
+    """Return a training step without synchronisation, so that a CUDA graph can capture it."""
     model.train()
     is_cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True, capturable=is_cuda)
@@ -112,10 +109,7 @@ class Timed:
 
 
 class Turns:
-    """Context in which sides are timed in turns. A side that fails leaves, with its reason in `not_run`.
-
-    A side has `turn`, `peak_bytes` and `close`, as `Timed`. The figures stay after the context.
-    """
+    """Context that times sides (such as `Timed`) in turns; `not_run` has the reasons of sides that failed."""
 
     def __init__(self, title: str, device: torch.device):
         self.title, self.device = title, device
@@ -145,11 +139,7 @@ class Turns:
         print(f"{self.title}: ms a step: {times}", flush=True)
 
     def figures(self, names: Iterable[str], baseline: str, samples: int) -> dict[str, dict]:
-        """Return the figures of each side, or the reason in `not_run`.
-
-        `ms` is the time of a step with all `rounds`; `ratio` the baseline's time over that of the same round (None if
-        the baseline did not run).
-        """
+        """Return the figures of each side, or its reason in `not_run`; `ratio` is the baseline's time over `ms`."""
         figures = {}
         first = None if baseline in self.not_run else self.milliseconds.get(baseline)
         for name in names:

@@ -12,7 +12,17 @@ import torch
 from scripts import ROOT, fail, here, named, refuses
 from test_models import lively
 
-from analysis import attention_masks, attention_statistics, common, curves, firing_rates, membrane, results, tables
+from analysis import (
+    attention_masks,
+    attention_statistics,
+    common,
+    curves,
+    firing_rates,
+    membrane,
+    results,
+    spikes,
+    tables,
+)
 from analysis.energy import estimate
 from engine import checkpoint, config
 from engine.config import read
@@ -97,9 +107,10 @@ def test_firing_rates_and_integers_are_what_the_layers_get(all_kinds, tmp_path, 
     assert [row["layer"] for row in rows] == list(rates.spikes)
     for row, values in zip(rows, rates.spikes.values(), strict=True):
         assert [float(row["t = 0"]), float(row["t = 1"])] == pytest.approx(values.tolist())
+    layers = common.published("firing_rates")["layers"]
     table = {(row["stage"], row["layer"]): row for row in rows_of(tmp_path / "out/firing_rates_table.csv")}
-    assert [layer for stage, layer in table if stage == "1"] == [name for name in firing_rates.TABLE if name != "V"]
-    assert [layer for stage, layer in table if stage == "3"] == [n for n in firing_rates.TABLE if n != "masked key"]
+    assert [layer for stage, layer in table if stage == "1"] == [name for name in layers if name != "V"]
+    assert [layer for stage, layer in table if stage == "3"] == [n for n in layers if n != "masked key"]
     rate = rates.masked["stages.1.blocks.0.attn.proj"].mean().item()
     assert float(table["2", "masked key"]["firing rate"]) == pytest.approx(rate)
     (paper,) = [name for name in table["1", "Q"] if "paper" in name]
@@ -113,6 +124,27 @@ def test_membrane_shortcuts_have_no_integers(trained):
     rates = firing_rates.measure(found)
     assert rates.integers == {}
     assert set(rates.spikes) == {name for name, module in found.model.named_modules() if isinstance(module, LIF)}
+
+
+def test_spikes_and_energy_of_a_sample(all_kinds, tmp_path, monkeypatch, capfd):
+    found = subject(all_kinds)
+    sample = found.samples(1)[0]
+    layers, answer = spikes.measure(found, sample)
+    report = estimate(found.model, sample)
+    assert [layer.shape for layer in layers.values()][:2] == [(2, 8, 8)] * 2
+    assert len(layers) == 6
+    for name, layer in layers.items():
+        assert math.isclose(layer.mean(), report.firing_rates[name], rel_tol=1e-6, abs_tol=1e-9)
+    assert answer == found.model(sample).argmax().item()
+    parts = spikes.energies(found, sample)
+    assert len(parts) == 3 * 3 + 1
+    assert math.isclose(sum(parts.values()), 1000 * report.energy_mj)
+    events = untrained(tmp_path / "events.pt", "digits-dvs/digits-dvs.yml", "--time-steps", "2")
+    for path in (all_kinds, events):
+        command = ["analysis.spikes", "--checkpoint", path, "--output-dir", tmp_path / path.stem]
+        here(monkeypatch, capfd, *command)
+        assert (tmp_path / path.stem / "spikes.png").exists()
+    named(fail(monkeypatch, capfd, *command, "--sample", 360), 360)
 
 
 @pytest.mark.parametrize("kind", ["Q-K token", "Q-K channel", "self"])
@@ -198,10 +230,9 @@ def test_masks_are_those_of_the_spikes():
 def test_masks_are_drawn_over_the_input(all_kinds, trained, tmp_path, monkeypatch, capfd):
     arguments = ["--checkpoint", all_kinds, "--output-dir", tmp_path, "--samples", 3]
     here(monkeypatch, capfd, "analysis.attention_masks", *arguments)
-    rows = rows_of(tmp_path / "attention_masks.csv")
-    assert [(row["kind"], row["sample"]) for row in rows] == list(itertools.product(("token", "channel"), "012"))
-    assert [len(row["mask"].split()) for row in rows] == [64] * 3 + [16] * 3
-    assert 0 < float(rows[0]["passing"]) < 1
+    masks = attention_masks.measure(subject(all_kinds), subject(all_kinds).samples(3)[0])
+    assert [(mask.kind, mask.over_image.shape) for mask in masks] == [("token", (3, 8, 8)), ("channel", (3, 4, 4))]
+    assert 0 < masks[0].passing[0] < 1
     assert (tmp_path / "attention_masks.png").exists()
     path = trained("self", "--attention", "self", "self", "self")
     line = fail(monkeypatch, capfd, "analysis.attention_masks", "--checkpoint", path, "--device", "cpu")
@@ -305,6 +336,21 @@ NO_RESULTS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("values", "others", "expected", "text"),
+    [
+        ([3.0, 3.2, 3.1], [1.0, 1.2, 1.1], 0.1, "+2.00 ± 0.16: holds"),
+        ([3.0, 3.2, 3.1], [1.0, 1.2, 1.1], -0.1, "+2.00 ± 0.16: reversed"),
+        ([3.0, 1.0, 2.0], [1.0, 3.0, 1.7], 0.1, "+0.10 ± 1.65: undecided"),
+        ([3.0], [1.0, 1.2], 0.1, "+1.90: undecided"),
+        ([3.0, 3.0], [], 0.1, ""),
+        ([3.0, 3.0], [1.0, 1.0], None, ""),
+    ],
+)
+def test_a_difference_decides_beyond_2_standard_errors(values, others, expected, text):
+    assert results.verdict(values, others, expected) == text
+
+
 def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monkeypatch, capfd):
     result(tmp_path / "a/best.test.json", 98.0, energy={"energy_mj": 0.00125}, time="2026-01-02")
     result(tmp_path / "a/last.test.json", 11.0)  # older
@@ -330,7 +376,7 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     named(told, "epochs is 2", "input_size is 16")  # with the reason
     found = {
         name: rows_of(tmp_path / f"out/{name}.csv")
-        for name in ("imagenet", "imagenet_others", "small", "small_others", "ablations", "ablations_digits")
+        for name in ("imagenet", "imagenet_others", "small", "small_others", "ablations", "ablations_here", "orders")
     }
     for name in ("imagenet", "small"):
         measured = [row["network"] for row in found[name] if row["top-1 (%) here"] or row["energy (mJ) here"]]
@@ -351,8 +397,13 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     assert [found["small_others"][-1][f"{name} paper"] for name in ("CIFAR-10", "CIFAR10-DVS")] == ["96.18", "84.00"]
     unverified = [row for row in found["small"] if "to be verified" in row["top-1 (%) paper"]]
     assert [(row["data set"], row["T"]) for row in unverified] == [("CIFAR10-DVS", "10")]
-    digits = {row["--variant"]: row["digits: top-1 (%) here"] for row in found["ablations_digits"]}
-    assert {variant: text for variant, text in digits.items() if text} == {"": "98.50 ± 0.71 (2 runs)", "self": "97.00"}
+    keys = ("recipe", "--variant", "runs here", "top-1 (%) here", "top-1 (%) paper")
+    assert [tuple(row[key] for key in keys) for row in found["ablations_here"]] == [
+        ("digits", "", "2", "98.50 ± 0.71", "81.15 (CIFAR-100)"),
+        ("digits", "self", "1", "97.00", "81.23 (CIFAR-100)"),
+    ]
+    (order,) = [row for row in found["orders"] if row["digits here"]]
+    assert (order["CIFAR-100 paper"], order["digits here"]) == ("+0.08", "-1.50: undecided")
     assert not any(row["CIFAR-100: top-1 (%) here"] for row in found["ablations"])
     variants = {cfg.variant or "" for cfg in read(ROOT / "cifar100/cifar100.yml").all() if cfg.variant != cfg.model}
     assert {row["--variant"] for row in found["ablations"]} == variants

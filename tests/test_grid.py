@@ -1,15 +1,21 @@
 """The grid of runs: what is done is skipped, what fails is named, and a signal reaches the run."""
 
 import csv
+import json
 import os
+import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from scripts import ROOT, Child, fail, here, named
 from test_analysis import result
 
 from analysis import grid
+from analysis.common import recipes
+from analysis.results import by_recipe, differences, read_result, results
+from engine import config
 
 TRAIN = """
 import pathlib, signal, sys, time
@@ -31,9 +37,9 @@ sys.path.insert(0, {str(ROOT)!r})
 from engine import config
 cfg = config.load("", sys.argv[1:])
 path = pathlib.Path(cfg.checkpoint)
-content = config.plain(cfg) | {{"top1": 90 + cfg.seed, "count": 360, "time": "1", "energy": {{"energy_mj": 0.002}}}}
+content = config.plain(cfg) | {{"top1": 90 + cfg.seed, "count": 360, "time": "1"}}
+content["energy"] = {{"energy_mj": 0.002, "firing_rate": 0.2}}
 path.with_suffix(".test.json").write_text(json.dumps(content))
-path.with_suffix(".energy.json").write_text('{{"firing_rates": {{"a": 0.1, "b": 0.3}}}}')
 """
 
 
@@ -95,6 +101,47 @@ def test_any_runs_side_by_side(tmp_path, monkeypatch, capfd):
         ("epochs: 2", "0", "97.00"),
     ]
     assert {row["seconds"] for row in rows} == {""}
+
+
+def test_a_record_keeps_the_small_files_of_a_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    result(Path("run/last.test.json"), 97.0, recipe="digits", variant="self", seed=1)
+    for name in (*grid.RECORDED, "learning_curve.png", "last.pt"):
+        (tmp_path / "run" / name).write_text(f"data: {tmp_path}/data")
+    Path("run/metrics.jsonl").write_text('{"seconds": 1}\n')
+    command = ["analysis.grid", "--compare", "run", "--record"]
+    here(monkeypatch, capfd, *command, "records")
+    folder = Path("records/digits-self-seed1")
+    assert {path.name for path in folder.iterdir()} == {"last.test.json", *grid.RECORDED}
+    assert (folder / "run.json").read_text() == "data: data"  # relative to the working directory
+    here(monkeypatch, capfd, *command, "records", "--curves")
+    assert (folder / "learning_curve.png").exists()
+    result(Path("run/last.test.json"), 90.0, recipe="digits", variant="self", seed=1, epochs=2)
+    named(fail(monkeypatch, capfd, *command, "records"), folder, "epochs")
+    assert read_result(folder / "last.test.json")["top1"] == 97.0
+
+
+def test_every_accuracy_in_the_tables_has_a_record():
+    """The tables come from docs/results (tests/test_readme.py), so that each run there is complete and counts."""
+    folders = sorted((ROOT / "docs/results").iterdir())
+    configs = [cfg for path, _ in recipes() for cfg in config.read(path).all() if cfg.num_classes]
+    groups = by_recipe(results(folders), configs)
+    names = [
+        "-".join(filter(None, (Path(cfg.config).stem, cfg.variant, f"seed{result['seed']}")))
+        for cfg, group in groups.items()
+        for result in group
+    ]
+    assert sorted(names) == [folder.name for folder in folders]
+    for folder in folders:
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        measured, start = read_result(folder / "last.test.json"), json.loads((folder / "run.json").read_text())[-1]
+        recorded = config.load(folder / "config.yml")
+        assert last["test_top1"] == pytest.approx(measured["top1"])
+        assert last["epoch"] + 1 == recorded.epochs + recorded.cooldown_epochs
+        assert start["command"][0].endswith("train.py")
+        assert re.fullmatch("[0-9a-f]{40}", start["git_commit"])
+        assert not differences(measured, recorded)
+        assert max(path.stat().st_size for path in folder.iterdir()) < 100_000
 
 
 @pytest.mark.parametrize("words", ["", "absent/digits.yml", "digits/digits.yml --variants selfish", "--compare absent"])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis import attentions
-from analysis.attentions import MODULES, PARTS, Attention, PeakMemory
+from analysis.attentions import MODULES, PARTS, Attention, peak_bytes
 from benchmarks.growth import exponent, exponents, fitted_sizes
 from benchmarks.turns import kept_bytes
 
@@ -70,18 +70,17 @@ def test_counted_bytes_are_those_of_the_results(kind):
     module = attention.module()
     module.attn_lif = nn.Identity()
     inputs = attention.spikes(attention.inputs)
-    with torch.no_grad(), PeakMemory() as memory:
-        module.attend(*inputs)
     scaled = 4 * TOKENS * CHANNELS if attention.inputs == 3 else 0
-    assert memory.peak == attention.counted_bytes() + scaled <= attention.measured_bytes()
+    assert peak_bytes(module.attend, *inputs) == attention.counted_bytes() + scaled <= attention.measured_bytes()
 
 
 def test_peak_memory_forgets_what_is_freed():
-    with PeakMemory() as memory:
+    def make():
         for _ in range(3):
             x = torch.zeros(100)
             x.add_(1).view(4, 25)  # no new storage
-    assert memory.peak == 2 * 400  # the next tensor is made before the last is freed
+
+    assert peak_bytes(make) == 2 * 400  # the next tensor is made before the last is freed
 
 
 def test_memory_decodes_the_papers_figures():

@@ -238,7 +238,8 @@ def test_the_results_of_the_readme_are_those_of_recipes_and_runs():
         assert parameters == f"{count / 1e6:.2f} M"
         assert (int(steps), int(size)) == (cfg.time_steps, cfg.input_size)
         runs = [
-            json.loads(path.read_text()) for path in (ROOT / "docs/results").glob(f"{Path(recipe).stem}-seed*/*.json")
+            json.loads(path.read_text())
+            for path in (ROOT / "docs/results").glob(f"{Path(recipe).stem}-seed*/*.test.json")
         ]
         here_top1 = round(statistics.mean(run["top1"] for run in runs), 2) if runs else None
         assert [float(figure) if figure else None for figure in figures] == [cfg.paper_top1, cfg.log_top1, here_top1]
