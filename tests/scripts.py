@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,9 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from engine import config, world
 from engine.cli import UserError
+from engine.run import create_data
 
 ROOT = Path(__file__).resolve().parents[1]
 PRELOAD = ["scripts", "engine.run", "analysis.energy", "sklearn.datasets", "sklearn.model_selection"]
@@ -35,17 +36,13 @@ FIXED = {
     "OMP_NUM_THREADS": "1",  # results are equal bit by bit
     "LOKY_MAX_CPU_COUNT": "1",  # recordings are prepared without further interpreters
 }
-CPU = {**os.environ, **FIXED}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 class Child:
     """A script, or a module after "-m", in a fork of the server with its own session.
 
-    Args:
-        log: file that gets stdout and stderr.
-        errors: file that gets stderr.
-        before: called in the process before the script; must be picklable.
+    The file `log` gets its output, but stderr goes to `errors` if given. It calls `before`, which must be picklable.
     """
 
     def __init__(
@@ -122,11 +119,6 @@ def _run(
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(words[0], run_name="__main__")
-    except SystemExit:
-        raise
-    except BaseException:
-        traceback.print_exc()
-        raise SystemExit(1) from None
     finally:
         atexit._run_exitfuncs()
 
@@ -231,14 +223,6 @@ def ranks(
     ]
 
 
-def refused(result, *values) -> str:
-    """Assert exit code 2 and one line on stderr with every value in it; return the line."""
-    assert result.returncode == 2, result.stdout + result.stderr
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    return named(lines[0], *values)
-
-
 def named(line, *values) -> str:
     """Assert that a line of an error has every value in it; return the line."""
     for value in values:
@@ -284,6 +268,12 @@ def fail(monkeypatch, capfd, script, *arguments):
     assert lines[-1].startswith("error: ")
     assert not [line for line in lines[:-1] if line.startswith(("error: ", "Traceback"))]
     return lines[-1]
+
+
+def load_data(recipe, *flags, train=True, rank=0, world_size=1):
+    """Return the data of a recipe as one of several ranks gets them, on the CPU."""
+    cfg = config.load(ROOT / recipe, list(map(str, flags)))
+    return create_data(cfg, world.World(rank, world_size, torch.device("cpu")), train)
 
 
 def result_in(folder):

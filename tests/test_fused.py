@@ -198,9 +198,8 @@ def test_token_attention(dtype, steps, heads, width, train):
     for name, parameter in m.named_parameters():
         if ".bn." in name and not name.startswith("proj"):
             close(ours.get_parameter(name).grad, parameter.grad, dtype)
-    for unit in ("q", "k"):
-        theirs_bn, ours_bn = getattr(m, unit).bn, getattr(ours, unit).bn
-        close(ours_bn.running_var, theirs_bn.running_var, SINGLE)
+    for name in ("q.bn.running_var", "k.bn.running_var"):
+        close(ours.get_buffer(name), m.get_buffer(name), SINGLE)
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])
@@ -281,20 +280,28 @@ def step(network, x, backend, ranks=None):
     return logits
 
 
+def gradients_of(network):
+    return {name: parameter.grad for name, parameter in network.named_parameters()}
+
+
+def assert_trained_alike(gradients, buffers, reference):
+    """Assert that gradients and buffers, by name, are those of a network in float64."""
+    largest = max(p.grad.abs().max() for p in reference.parameters())
+    for name, gradient in gradients_of(reference).items():
+        scale = max(gradient.abs().max(), 1e-3 * largest)
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-9 * scale, msg=name)
+    for name, buffer in reference.named_buffers():
+        torch.testing.assert_close(buffers[name], buffer, rtol=1e-12, atol=1e-12, msg=name)
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 def test_training_of_whole_networks(name):
-    """Logits, gradients and running statistics are those of the modules, in float64."""
     reference, x = network_of(name)
-    ours = copy.deepcopy(reference)
-    theirs, found = step(reference, x, "torch"), step(ours, x, "triton")
+    network = copy.deepcopy(reference)
+    theirs, found = step(reference, x, "torch"), step(network, x, "triton")
     assert theirs.std() > 1e-3
     torch.testing.assert_close(found, theirs, rtol=0, atol=1e-12)
-    largest = max(p.grad.abs().max() for p in reference.parameters())
-    for key, parameter in reference.named_parameters():
-        scale = max(parameter.grad.abs().max(), 1e-3 * largest)
-        torch.testing.assert_close(ours.get_parameter(key).grad, parameter.grad, rtol=0, atol=1e-9 * scale, msg=key)
-    for key, buffer in reference.named_buffers():
-        torch.testing.assert_close(ours.get_buffer(key), buffer, rtol=1e-12, atol=1e-12, msg=key)
+    assert_trained_alike(gradients_of(network), dict(network.named_buffers()), reference)
 
 
 def uneven_rank(rank, folder, network, x):
@@ -303,8 +310,7 @@ def uneven_rank(rank, folder, network, x):
     network = copy.deepcopy(network)  # its memory is shared by the ranks
     step(torch.nn.SyncBatchNorm.convert_sync_batchnorm(network), x[:1] if rank == 0 else x[1:], "triton")
     assert network.fast_path.coverage.of(network.stages).function is backends.triton_lif
-    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
-    torch.save({"gradients": gradients, "buffers": dict(network.named_buffers())}, folder / f"{rank}.pt")
+    torch.save((gradients_of(network), dict(network.named_buffers())), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -316,14 +322,9 @@ def test_ranks_with_different_numbers_of_samples_share_statistics(tmp_path):
     torch.multiprocessing.spawn(uneven_rank, (tmp_path, network, x), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     step(network, x, "torch", [1, 3])
-    largest = max(p.grad.abs().max() for p in network.parameters())
-    for name, parameter in network.named_parameters():
-        total = sum(rank["gradients"][name] for rank in ranks)
-        scale = max(parameter.grad.abs().max(), 1e-3 * largest)
-        torch.testing.assert_close(total, parameter.grad, rtol=0, atol=1e-9 * scale, msg=name)
-    for name, buffer in network.named_buffers():
-        for rank in ranks:
-            torch.testing.assert_close(rank["buffers"][name], buffer, rtol=1e-12, atol=1e-12, msg=name)
+    total = {name: sum(gradients[name] for gradients, _ in ranks) for name, _ in network.named_parameters()}
+    for _, buffers in ranks:
+        assert_trained_alike(total, buffers, network)
 
 
 @pytest.mark.parametrize(("name", "backend"), [(name, "auto") for name in NETWORKS] + [("released", "triton")])
@@ -358,16 +359,14 @@ def test_packing_and_checkpointing_change_nothing(monkeypatch):
     network, x = network_of("once", **TINY)
     sizes, results = [], []
     monkeypatch.setattr(packing, "pack", lambda spikes, pack=packing.pack: sizes.append(len(spikes)) or pack(spikes))
-    for packs, recomputes in ((False, False), (True, True)):
+    for enable in (False, True):
         trained = copy.deepcopy(network)
-        trained.set_spike_packing(packs)
-        trained.set_grad_checkpointing(recomputes)
-        sizes.clear()
+        trained.set_spike_packing(enable)
+        trained.set_grad_checkpointing(enable)
         step(trained, x, "triton")
         results.append([*(p.grad for p in trained.parameters()), *trained.buffers()])
-        assert bool(sizes) == packs
-    for result in results[1:]:
-        assert all(map(torch.equal, result, results[0]))
+        assert bool(sizes) == enable
+    assert all(map(torch.equal, *results))
 
 
 def test_the_fused_path_keeps_less():
@@ -467,30 +466,22 @@ COMPILED = """
 import json, sys, torch
 from benchmarks.static import KERNELS, compiled, figures, recipe, steps_of
 model, architecture, dtype, *kernels = sys.argv[1:]
-rows = []
-for step in steps_of(recipe(model), getattr(torch, dtype)).values():
-    rows += figures(compiled(step, int(architecture), kernels or KERNELS))
-print(json.dumps(rows))
+steps = steps_of(recipe(model), getattr(torch, dtype)).values()
+print(json.dumps(sum((figures(compiled(step, int(architecture), kernels or KERNELS)) for step in steps), [])))
 """
+SLOW = [
+    "qkformer_3_64 80 float16",
+    "qkformer_3_64 90 float64",  # which "auto" tries first
+    "qkformer_4_384 80 bfloat16",
+    "qkformer_10_384 90 float16",
+    "qkformer_10_768 90 float16",
+    "qkformer_4_384 90 float16",
+    "qkformer_2_256 90 float16",
+]
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        "qkformer_3_64 90 float16 bn_lif pool",
-        *(
-            pytest.param(arguments, marks=pytest.mark.slow)
-            for arguments in (
-                "qkformer_3_64 80 float16",
-                "qkformer_3_64 90 float64",  # which "auto" tries first
-                "qkformer_4_384 80 bfloat16",
-                "qkformer_10_384 90 float16",
-                "qkformer_10_768 90 float16",
-                "qkformer_4_384 90 float16",
-                "qkformer_2_256 90 float16",
-            )
-        ),
-    ],
+    "arguments", ["qkformer_3_64 90 float16 bn_lif pool", *(pytest.param(a, marks=pytest.mark.slow) for a in SLOW)]
 )
 def test_every_launch_compiles(arguments):
     """And in float16 for sm_90 keeps everything in registers, and takes few instructions backward."""

@@ -3,20 +3,20 @@
 import os
 import signal
 import threading
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import timm.utils
 import torch
-from scripts import ROOT, fail, here, named, refuses, rows_in, run, same, signal_at_step, succeed
+from scripts import fail, here, named, refuses, rows_in, run, same, signal_at_step, succeed
+from test_engine import configure
+from test_engine import trainer as engine_trainer
 from tiny_data import cifar10_dvs
 
-from engine import checkpoint, config, world
+from engine import checkpoint
 from engine import run as engine_run
 from engine.cli import Stopped, StopRequest, guard
 from engine.data.loaders import TrainLoader
-from engine.optim import create_optimizer
-from engine.trainer import Trainer
 from engine.weights import silent_layers
 
 IMAGES = (
@@ -56,14 +56,10 @@ def test_a_run_goes_on_at_the_step_where_it_was_stopped(arguments, steps, left, 
 
 
 def trainer(*flags):
-    cfg = config.load(ROOT / "digits/digits.yml", ["--batch-size", "240", "--time-steps", "1", *flags])
-    timm.utils.random_seed(0)
-    here = world.setup("cpu")
-    model = engine_run.build_model(cfg)
-    return Trainer(cfg, here, model, create_optimizer(cfg, model), engine_run.create_data(cfg, here))
+    return engine_trainer(configure("--batch-size", "240", "--time-steps", "1", *flags), batches=None)
 
 
-def test_an_epoch_of_another_order_begins_anew(capfd):
+def test_an_epoch_of_another_order_starts_again(capfd):
     first, other, saved = trainer("--epochs", "1"), trainer("--batch-size", "120"), []
     first.save = lambda: saved.append(first.state())
     first.stop_request.signal = signal.SIGTERM
@@ -108,13 +104,9 @@ def test_the_checkpoints_before_are_kept(tmp_path):
     path = tmp_path / "last.pt"
     for epoch in range(5):
         checkpoint.save(path, content(epoch), keep=2)
-    assert [(file.name, checkpoint.read(file)["epoch"]) for file in checkpoint.kept(path)] == [
-        ("last.pt", 4),
-        ("last-1.pt", 3),
-        ("last-2.pt", 2),
-    ]
     checkpoint.save(path, content(5), keep=0)
-    assert sorted(os.listdir(tmp_path)) == ["last-1.pt", "last-2.pt", "last.pt"]
+    epochs = {file.name: checkpoint.read(file)["epoch"] for file in checkpoint.kept(path)}
+    assert epochs == {"last.pt": 5, "last-1.pt": 3, "last-2.pt": 2}
 
 
 @pytest.mark.parametrize("call", range(1, 7))
@@ -187,7 +179,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 )
 def test_a_failure_of_the_machine_is_no_damage_to_a_checkpoint(place, error, tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "last.pt", content(1))
-    monkeypatch.setattr(place, lambda *args, **kwargs: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(place, Mock(side_effect=error))
     with pytest.raises(type(error)):  # no UserError, after which the file would be renamed
         checkpoint.read(tmp_path / "last.pt")
 
@@ -210,7 +202,7 @@ def test_a_collapsed_loss_scale_ends_the_run():
         (OSError(5, "Input/output error", "/data/a.jpg"), ["/data/a.jpg", "Input/output error"]),
     ],
 )
-def test_what_happens_to_the_machine_is_told_in_one_line(error, values, capfd):
+def test_a_failure_of_the_machine_ends_in_one_line(error, values, capfd):
     with pytest.raises(SystemExit) as end, guard():
         raise error
     assert end.value.code == 2
@@ -218,16 +210,16 @@ def test_what_happens_to_the_machine_is_told_in_one_line(error, values, capfd):
     named(line, *values)
 
 
-def test_a_thread_that_cannot_write_is_told_once(monkeypatch, capfd):
+def test_a_thread_that_cannot_write_prints_nothing_more(monkeypatch, capfd):
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     with guard():
         for error in (OSError(28, "No space left on device"), ValueError("ours")):
-            thread = threading.Thread(target=lambda error=error: (_ for _ in ()).throw(error))
+            thread = threading.Thread(target=Mock(side_effect=error))
             thread.start()
             thread.join()
-    told = capfd.readouterr().err
-    assert "ValueError: ours" in told
-    assert "No space" not in told
+    printed = capfd.readouterr().err
+    assert "ValueError: ours" in printed
+    assert "No space" not in printed
 
 
 def test_mistakes_of_ours_are_not_hidden():
@@ -235,7 +227,7 @@ def test_mistakes_of_ours_are_not_hidden():
         raise RuntimeError("a shape is wrong")
 
 
-def test_weights_of_another_network_are_told(tmp_path, monkeypatch, capfd):
+def test_weights_of_another_network_are_reported(tmp_path, monkeypatch, capfd):
     quick = "--batch-size 480 --epochs 1 --time-steps 1 --warmup-epochs 0".split()
     here(monkeypatch, capfd, "digits/train.py", *quick, "--ssa-membrane", "released", "--output-dir", tmp_path / "a")
     more = ["--time-steps", "2", "--finetune", tmp_path / "a/last.pt", "--output-dir", tmp_path / "b"]

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from scripts import ROOT, fail, here, named, ranks, refused, result_in, rows_in, run, same, signal_at_step, succeed
+from scripts import ROOT, fail, here, named, ranks, result_in, rows_in, run, same, signal_at_step, succeed
 
 from engine import checkpoint
 from models import backends, create_model
@@ -96,9 +96,7 @@ def test_two_ranks(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "value"),
     [
-        (["train.py", "--epochz", "3"], "--epochz"),
         (["train.py", "--model", "qkformer_3_65"], "qkformer_3_65"),
-        (["train.py", "--attention", "token", "self"], "attention"),
         (["train.py", "--num-classes", "11"], "11"),
         (["train.py", "--batch-size", "4000"], "batch_size"),
         (["train.py", "--opt", "adamx"], "adamx"),
@@ -106,7 +104,6 @@ def test_two_ranks(tmp_path):
         (["train.py", "--auto-augment", "foo"], "foo"),
         (["train.py", "--in-channels", "2", "--mean", "0,0", "--std", "1,1"], "in_channels"),
         (["train.py", "--resume", "auto"], "--output-dir"),
-        (["train.py", "--resume", 300 * "x"], 100 * "x"),
         (["train.py", "--output-dir", 300 * "x"], 100 * "x"),
         (["test.py", "--checkpoint", 300 * "x"], 100 * "x"),
         (["test.py", "--checkpoint", "no\nsuch.pt"], "such.pt"),
@@ -129,8 +126,8 @@ def test_mistakes_end_in_one_line_and_exit_code_2(arguments, value, monkeypatch,
 
 def test_a_mistake_in_a_process_of_its_own():
     result = run("digits/train.py", "--epochz", "3", fresh=True)
-    refused(result, "--epochz")
-    assert result.stdout == ""
+    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
+    named(result.stderr, "--epochz")
 
 
 def test_the_environment_of_a_launcher_is_checked(monkeypatch, capfd):
