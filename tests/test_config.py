@@ -99,9 +99,13 @@ def test_the_saved_configuration_reads_back(recipe, tmp_path):
         ("lr: 1\nlif_backend: cupy", "--compile", "cupy"),
         ("lr: 1", "--pack-spikes --lif-backend torch", "pack_spikes"),
         ("lr: 1", "--compile --cuda-graphs", "cuda_graphs"),
+        ("lr: 1", "--compile --energy", "energy"),
         ("lr: 1", "--cuda-graphs --lif-backend cupy", "cuda_graphs"),
         ("lr: 1", "--cuda-graphs --grad-checkpointing --drop-path 0.1", "drop_path"),
         ("lr: 1", "--config no/such.yml", "no/such.yml"),
+        ("lr: 1", "--config /", "/"),
+        ("lr: 1", "--config .", "."),
+        ("lr: 1", f"--config {5000 * 'x'}", "x"),
     ],
 )
 def test_mistakes_are_named_in_one_line(recipe, text, flags, value):

@@ -138,10 +138,12 @@ def test_attribution_by_hooks(model):
 @pytest.mark.parametrize("training", [False, True])
 def test_checkpointing_of_each_stage(model, training):
     model.train(training)
-    wrapped = copy.deepcopy(model)
+    wrapped, calls = copy.deepcopy(model), []
+    wrapped.stages[1].blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for i, stage in enumerate(wrapped.stages):
         wrapped.stages[i] = checkpoint_wrapper(stage)
     assert_alike(gradients(wrapped, inputs()), gradients(model, inputs()))
+    assert calls == [1, 1]  # again in the backward pass
 
 
 @pytest.mark.parametrize("of_stages", [True, False])
