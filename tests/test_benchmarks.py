@@ -68,7 +68,6 @@ def test_the_speed_of_a_step_and_going_on_after_an_interruption(tmp_path, monkey
 
 
 def test_earlier_runs_with_the_same_commit_and_arguments_count(tmp_path, monkeypatch):
-    """None while changes are not committed."""
 
     def results(commit, **arguments):
         monkeypatch.setattr("benchmarks.common.provenance", lambda: {"git_commit": commit})

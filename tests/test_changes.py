@@ -257,7 +257,6 @@ def answer(model):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU the interpreter runs the kernels")
 def test_the_kernels_follow_all_changes_that_leave_them_in_use(monkeypatch):
-    """A training step after all of these changes together: logits, gradients and running statistics."""
     launch = pytest.importorskip("models.fused.kernels.launch")
     for constant, value in (("PROGRAMS", 3), ("WARPS", 64)):  # the interpreter takes as long for a program of any size
         monkeypatch.setattr(launch, constant, value)

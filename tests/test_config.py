@@ -151,7 +151,6 @@ THEIRS = {  # key sets of other projects' YAMLs: file -> settings, keys without 
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_recipes_of_other_projects(name):
-    """Their names are taken, and what did nothing there does nothing here."""
     settings, ignored = THEIRS[name]
     sources = config.read(ROOT / "cifar10/cifar10.yml", ["--config", str(ROOT / "tests/recipes" / name)])
     cfg = sources.config()

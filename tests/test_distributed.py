@@ -13,7 +13,6 @@ QUICK = ["--batch-size", "64", "--lr", "1e-2", "--time-steps", "1"]  # 11 steps 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The update of one process, with and without accumulation."""
     folder = tmp_path_factory.mktemp("alone")
     results = {}
     for accumulated in (1, 2):
@@ -24,7 +23,6 @@ def alone(tmp_path_factory):
 
 
 def two_processes(path, *flags):
-    """The updates of two processes."""
     children = ranks(2, "tests/first_step.py", path, *flags, log=path.with_suffix(".log"))
     assert [child.wait() for child in children] == [0, 0], children[0].output + children[1].output
     return torch.load(path)

@@ -211,7 +211,6 @@ class Products(torch.nn.Module):
 
 
 def test_only_known_products_of_any_widths_are_counted():
-    """Query and key of 3 channels, the value of 5."""
     model = Products(lambda q, v: torch.nn.functional.scaled_dot_product_attention(q, key=q, value=v))
     report = estimate(model, torch.rand(2, 7, 5))
     assert [layer.macs for layer in report.layers] == [7 * 5 * 3, 7 * 7 * 3 + 7 * 7 * 5]
@@ -227,7 +226,6 @@ def test_membrane_shortcuts_have_binary_inputs():
 
 
 def test_the_script_measures_while_it_evaluates(tmp_path, monkeypatch, capfd):
-    """Over two processes the result is the same."""
     untrained(tmp_path / "best.pt", "digits/digits.yml", "--time-steps", "1")
     test = ["--checkpoint", tmp_path / "best.pt", "--energy", "--eval-batch-size", 40]
     here(monkeypatch, capfd, "digits/test.py", *test)

@@ -50,7 +50,6 @@ def test_a_checkpoint_of_other_data_is_evaluated_on_them(tmp_path, monkeypatch, 
 
 
 def test_two_processes_start_on_raw_recordings(tmp_path):
-    """One prepares while the other waits; what both evaluate together is what one evaluates alone."""
     dvs128_gesture(tmp_path / "data", train=1, test=1, count=100)
     flags = ["--data-path", tmp_path / "data", *TINY, "--epochs", "1"]
     train = ["dvs128-gesture/train.py", *flags, "--output-dir", tmp_path / "run", "--amp", "off"]

@@ -13,7 +13,6 @@ import sys
 
 import pytest
 import torch
-import triton
 from scripts import ROOT
 from torch import nn
 
@@ -111,7 +110,6 @@ def undecided_by_rounding(currents):
     ],
 )
 def test_unit(dtype, steps, static, pool, leak, train):
-    """BatchNorm, pooling, neurons and residual addition: values, gradients, running statistics."""
     batch, size, channels = 4, (5, 6), 35
     m = lively(SpikingConv(3, channels, kernel_size=3, bias=True, pool=pool, leak_across_batch=leak)).train(train)
     set_lif_backend(m, "torch")
@@ -316,7 +314,6 @@ def uneven_rank(rank, folder, network, x):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two ranks share no GPU")
 def test_ranks_with_different_numbers_of_samples_share_statistics(tmp_path):
-    """Under SyncBatchNorm the gradients add up to those of one process, and running statistics are the same."""
     network, _ = network_of("once", **TINY)
     x = random(4, 3, 8, 8, seed=9)
     torch.multiprocessing.spawn(uneven_rank, (tmp_path, network, x), nprocs=2)
@@ -434,15 +431,6 @@ def test_a_single_value_has_no_variance():
     unit = lively(SpikingConv(3, 4)).train()
     with pytest.raises(ValueError, match=re.escape("(1, 1, 1, 1, 4)")):
         autograd.norm_lif_of(random(1, 1, 1, 1, 4), Unit((Norm(unit.bn, None),), 1))
-
-
-def test_the_self_test_is_logged(monkeypatch, caplog):
-    """With the folder of the compiled kernels, because they take half a minute."""
-    monkeypatch.setattr(selftest, "_in_double", lambda device: None)
-    monkeypatch.setattr(selftest, "_in_half", lambda device: None)
-    with caplog.at_level("INFO", "models"):
-        selftest.problem(DEVICE)
-    assert str(triton.knobs.cache.dir) in caplog.text
 
 
 def test_the_self_test_passes_single_blocks():

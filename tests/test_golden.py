@@ -1,8 +1,15 @@
-"""The networks equal the released code: see golden_cases.py for the data."""
+"""The networks, and test.py with released checkpoints, equal the released code: see golden_cases.py for the data."""
+
+import argparse
 
 import pytest
-from golden_cases import MEMBRANES, MODELS, RIVALS, load_case
+import torch
+from golden_cases import MEMBRANES, MODELS, RIVALS, assert_close, load_case, make_weights
+from scripts import execute, result_in
 
+import engine.run
+from engine.data.loaders import Data
+from engine.evaluate import Gallery
 from models import attention, layers, neuron
 
 CASES = {name: load_case(name) for name in MODELS}
@@ -16,7 +23,7 @@ MEASURED = [
 
 
 def test_every_case_is_measured():
-    assert len(CASES) == 8
+    assert len(CASES) == len(SCRIPTS) == 8
     assert len(MEASURED) == 7 * 2 + 1 + 5 * 2 + 1  # two membranes, ms has one; two cases hold no training step
 
 
@@ -88,10 +95,67 @@ OVERRIDES = {
 
 @pytest.mark.parametrize("mutation", [*MUTATIONS, *OVERRIDES])
 def test_the_comparison_notices(mutation, monkeypatch):
-    """Each property of the networks, changed, breaks the comparison with the released code."""
     case = CASES["cifar100_T2_B2_32_s1"]
     if mutation in MUTATIONS:
         monkeypatch.setattr(*MUTATIONS[mutation])
     model = case.model("released", **OVERRIDES.get(mutation, {}))
     with pytest.raises(AssertionError):
         case.compare(model, "released", "train" if mutation in ONLY_TRAINING else "eval")
+
+
+SCRIPTS = {
+    "QKFormer_10_384_T4_B2_224_s0": "imagenet",
+    "QKFormer_10_512_T1_B2_224_s0": "imagenet",
+    "QKFormer_10_768_T1_B2_224_s0": "imagenet",
+    "ms_qkformer_10_384_T2_B2_224_s0": "imagenet",
+    "cifar10_T4_B3_32_s0": "cifar10",
+    "cifar100_T2_B2_32_s1": "cifar100",
+    "cifar10-dvs_T8_B2_128_s0": "cifar10-dvs",
+    "dvs128-gesture_T6_B2_128_s0": "dvs128-gesture",
+}
+QUICK = ["cifar10_T4_B3_32_s0", "cifar10-dvs_T8_B2_128_s0"]  # test_released_files.py has ImageNet's format
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def released_content(name, case):
+    """The weights in the file format of their training."""
+    weights, steps = make_weights(case.about["state_dict"], case.seed), case.about["T"]
+    if name.startswith("ms"):
+        return {"state_dict": weights}
+    if "dvs" in name:
+        best = {"max_test_acc1": 84.0, "test_acc5_at_max_test_acc1": 97.0}
+        args = argparse.Namespace(T=steps)
+        return {"model": weights, "optimizer": {}, "lr_scheduler": {}, "epoch": 105, "args": args, **best}
+    args = argparse.Namespace(time_step=steps, lr=1.0)
+    if name.startswith("cifar"):
+        return {"arch": "QKFormer", "state_dict": weights, "epoch": 409, "args": args, "version": 2, "metric": 96.2}
+    return {"model": weights, "optimizer": {}, "epoch": 199, "scaler": {}, "args": args}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS]
+)
+def test_a_released_checkpoint_gives_the_golden_logits(name, float64, tmp_path, monkeypatch):
+    case, logits = CASES[name], []
+    torch.save(released_content(name, case), tmp_path / "released.pth")
+    batch = case.input(), torch.arange(case.about["B"])
+    data = Data(None, [batch], ["x"] * 1000, None, None)
+    monkeypatch.setattr(engine.run, "create_data", lambda cfg, here, train: data)
+    monkeypatch.setattr(Gallery, "add", lambda self, x, y, z: logits.append(z))
+    monkeypatch.setattr(Gallery, "draw", lambda self, path: None)
+    for membrane in case.membranes:
+        flags = ["--device", "cpu", "--checkpoint", str(tmp_path / "released.pth")]
+        flags += ["--ssa-membrane", "per_sample"] if membrane == "corrected" else []  # "released" is the default
+        flags += ["--time-steps", "2"] if membrane == "ms" else []  # this format does not record it
+        execute(f"{SCRIPTS[name]}/test.py", *flags)
+        expected, result = case.arrays[f"{membrane}.eval.logits"], result_in(tmp_path)
+        assert_close(logits.pop().numpy(), expected, f"{name} {membrane}")
+        assert (result["count"], result["time_steps"]) == (case.about["B"], case.about["T"])
+        loss = torch.nn.functional.cross_entropy(torch.from_numpy(expected), batch[1])
+        assert result["loss"] == pytest.approx(loss.item(), rel=1e-5)

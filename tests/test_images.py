@@ -119,7 +119,6 @@ def test_a_broken_folder_is_refused(damage, flags, value, tmp_path):
 
 
 def test_an_altered_file_of_cifar_is_refused_and_not_unpickled(tmp_path, monkeypatch):
-    """A pickle can run code; torchvision compares the md5 of each first."""
     train = functools.partial(load_data, "cifar10/cifar10.yml", "--data-path", tmp_path)
     with refuses(tmp_path):
         train()
@@ -140,17 +139,6 @@ def test_an_altered_file_of_cifar_is_refused_and_not_unpickled(tmp_path, monkeyp
         with refuses(tmp_path, "--download") if altered else contextlib.nullcontext():
             assert len(train().train.dataset) == 150
         assert altered not in unpickled
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_file_alone_is_what_the_test_set_has(channels, data):
-    flags = ["--in-channels", channels, "--mean", *channels * [0.3], "--std", *channels * [0.2]]
-    flags = [*IMAGENET, "--data-path", data / "five", "--workers", 0, *flags]
-    test = load(*flags, train=False).test
-    cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", list(map(str, flags)))
-    images = torch.cat([images for images, _ in test])
-    alone = torch.stack([image.read_tensor(Path(path), cfg) for path, _ in test.loader.dataset.samples])
-    assert torch.equal(images, alone)
 
 
 def test_an_image_is_read_in_the_mode_of_the_network(tmp_path):
@@ -179,7 +167,6 @@ def test_images_without_a_range_are_refused(name, dtype, tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32])
 def test_images_of_other_libraries_are_scaled_too(dtype, tmp_path, monkeypatch):
-    """timm reads those of `hfds/` and `wds/`, and torchvision those of `torch/`."""
     file = io.BytesIO()
     Image.fromarray(RAMP.astype(dtype)).save(file, "TIFF")
     monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: [(file, 0)])
@@ -223,7 +210,6 @@ RECIPES = sorted(path for name in ("imagenet", "cifar10", "cifar100") for path i
     [pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow) for path in RECIPES],
 )
 def test_every_recipe_trains(path, data, monkeypatch):
-    """One update of the recipe's own network with its own optimizer and augmentation, on small images."""
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: True)
     name = path.parent.name
     flags = ["--input-size", "16" if name.startswith("cifar") else "32", "--time-steps", "1", "--workers", "0"]

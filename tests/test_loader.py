@@ -68,20 +68,7 @@ def test_workers_can_be_spawned(recipe, folder, flags, data, tmp_path, one_core)
         pickle.dumps((source.dataset, source.collate_fn, source.worker_init_fn))
 
 
-@pytest.mark.slow
-def test_spawned_workers_load_what_forked_ones_do(data):
-    flags = ["--data-path", data / "imagenet", "--num-classes", 4, "--input-size", 32, "--batch-size", 4]
-    batches = []
-    for method in ("fork", "spawn"):
-        loaded = load_data("imagenet/qkformer_10_384.yml", *flags, "--workers", 1)
-        loaded.train.source.multiprocessing_context = loaded.test.loader.multiprocessing_context = method
-        timm.utils.random_seed(0)
-        batches.append([*loaded.train.batches(0), *loaded.test])
-    assert same(*batches)
-
-
 def test_benchmark_of_the_input_pipelines(tmp_path, monkeypatch, one_core):
-    """The second start measures what the first has not."""
     monkeypatch.setattr(loader, "FILES", 3)
     monkeypatch.setattr("benchmarks.common.provenance", lambda: {"git_commit": "4d1f"})
     flags = "--repeats 1 --batches 1 --output".split()

@@ -218,7 +218,6 @@ def train(model, x):
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 def test_checkpointed_activations_change_nothing_but_memory(drop_path):
-    """Gradients and running statistics to the last bit, though every block is computed twice."""
     steps = []
     for enable in (False, True):
         torch.manual_seed(0)
@@ -235,7 +234,6 @@ def test_checkpointed_activations_change_nothing_but_memory(drop_path):
 
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_whole_network_is_one_graph_to_the_compiler(checkpointing):
-    """With its gradients and running statistics; checkpointed, it keeps little and gives the same."""
     steps = []
     for is_compiled in (False, True):
         torch.manual_seed(0)

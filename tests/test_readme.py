@@ -69,7 +69,6 @@ def workplace(tmp_path, data, monkeypatch, one_core):
 
 @pytest.mark.parametrize("block", [b for b in COMMANDS if not b[0].startswith("make")], ids=lambda block: block[-1])
 def test_the_commands_of_a_block_run_in_order(block, workplace, data, monkeypatch, capfd):
-    """Each as it stands, but short and on tiny data; torch.distributed.launch starts two processes."""
     folder = workplace
     every = [command for commands in COMMANDS for command in commands]
 

@@ -200,7 +200,6 @@ def test_ablations_are_the_paper_s(column, recipe):
     ("small", "full"), [("digits/digits.yml", "cifar100"), ("digits-dvs/digits-dvs.yml", "cifar10-dvs")]
 )
 def test_the_digits_have_the_same_ablations(small, full):
-    """With the same changes, but for the name of the network and what only published figures need."""
     of_full, of_small = ablations(f"{full}/{full}.yml"), ablations(small)
     assert list(of_small) == list(of_full)
     for name, cfg in of_small.items():

@@ -29,7 +29,6 @@ def test_weights_of_every_released_network_are_recognised_loaded_and_written(nam
 
 
 def test_any_spelling_is_accepted():
-    """The code bases name the same modules differently: fc1 or mlp1, attn or ssa."""
     model = create_model("qkformer_4_384")
     respelled = {
         key.replace(".mlp1_", ".fc1_").replace(".mlp2_", ".fc2_").replace(".ssa.", ".attn."): value + 1

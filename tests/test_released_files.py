@@ -1,14 +1,20 @@
-"""Released and foreign checkpoints in the scripts: evaluated, fine-tuned, resumed; and which recipe is meant."""
+"""Released files and those of other trainers in the scripts: evaluated, fine-tuned, resumed, and by which recipe."""
 
 import argparse
 import hashlib
 import json
+import math
 
+import pytest
 import torch
-from scripts import ROOT, fail, here, named, result_in, rows_in
+from safetensors.torch import save_file
+from scripts import ROOT, fail, here, named, refuses, result_in, rows_in
+from test_analysis import untrained
+from timm.models import adapt_input_conv
 
 from engine import checkpoint, config, weights
 from engine.evaluate import published
+from engine.weights import build_model, load_weights
 from models import create_model
 from models.registry import identify
 from models.released import to_released
@@ -48,7 +54,6 @@ def test_the_released_flags_and_the_default_checkpoint(data, tmp_path, monkeypat
 
 
 def test_a_known_file_is_evaluated_by_its_recipe(data, tmp_path, monkeypatch, capfd):
-    """Recognised by its md5: the recipe's resolution, membrane and batch, and its published figure."""
     path = released_file(tmp_path / "weights.pth", num_classes=4)
     digest = hashlib.md5(path.read_bytes()).hexdigest()
     assert weights.recipe_of(path, ROOT / "imagenet") is None
@@ -139,3 +144,70 @@ def test_a_recipe_named_on_the_command_line_is_not_ignored_by_a_resumed_run(tmp_
     line = fail(monkeypatch, capfd, *again)
     named(line, tmp_path / "run/last.pt", "clip_grad", 1.0, "--output-dir")
     here(monkeypatch, capfd, *again, "--output-dir", tmp_path / "branch")
+
+
+FIRST = "stages.0.embed.units.0.conv.weight"
+
+
+def prefixed(prefix, weights):
+    return {f"{prefix}{name}": value for name, value in weights.items()}
+
+
+def timm_file(weights):
+    args = argparse.Namespace(model="qkformer_3_64", aa=None)
+    return {"epoch": 3, "arch": args.model, "state_dict": prefixed("module.", weights), "args": args}
+
+
+def averaged_timm_file(weights):
+    zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
+    return {"arch": "qkformer_3_64", "state_dict": zeros, "state_dict_ema": weights}
+
+
+def lightning_file(weights):
+    content = {"epoch": 3, "global_step": 9, "pytorch-lightning_version": "2.5.0", "callbacks": {}, "loops": {}}
+    return content | {"state_dict": prefixed("model._orig_mod.", weights), "hyper_parameters": {"lr": 1}}
+
+
+FILES = {"timm.pth.tar": timm_file, "ema.pth.tar": averaged_timm_file, "lightning.ckpt": lightning_file}
+
+
+@pytest.mark.parametrize("name", [*FILES, "weights.safetensors"])
+def test_a_file_of_another_trainer_is_evaluated_and_fine_tuned(name, tmp_path, monkeypatch, capfd):
+    ours, quick = untrained(tmp_path / "best.pt", "digits/digits.yml"), ["--time-steps", 1]
+    weights = checkpoint.read(ours)["state_dict"]
+    path = tmp_path / "theirs" / name
+    path.parent.mkdir()
+    torch.save(FILES[name](weights), path) if name in FILES else save_file(weights, path)
+    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", ours, *quick)
+    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", path, *quick)
+    expected, found = result_in(tmp_path), result_in(path.parent)
+    assert found["top1"] == expected["top1"]
+    assert math.isclose(found["loss"], expected["loss"], rel_tol=1e-6)
+    cfg = config.load(ROOT / "digits/digits.yml", ["--finetune", str(path)])
+    model = build_model(cfg)
+    load_weights(cfg, model, checkpoint.read(cfg.finetune), cfg.finetune, adapt=True)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def model_of(channels, *flags):
+    cfg = config.load(ROOT / "cifar10/cifar10.yml", ["--in-channels", str(channels), *flags])
+    return cfg, build_model(cfg)
+
+
+@pytest.mark.parametrize("names", [lambda model: model.state_dict(), to_released])
+@pytest.mark.parametrize(("before", "after"), [(3, 1), (3, 2), (3, 5), (2, 1)])
+def test_fine_tuning_adapts_the_first_convolution_as_timm_does(before, after, names):
+    source, (cfg, model) = model_of(before)[1], model_of(after, "--num-classes", "7")
+    state = {"state_dict": {key: value.clone() for key, value in names(source).items()}}
+    load_weights(cfg, model, state, "theirs.pt", adapt=True)
+    expected = adapt_input_conv(after, source.state_dict()[FIRST])
+    assert torch.equal(model.state_dict()[FIRST], expected)
+    assert torch.equal(model.stages[0].blocks[0].attn.q.conv.weight, source.stages[0].blocks[0].attn.q.conv.weight)
+    with refuses("theirs.pt"):
+        load_weights(cfg, model, state, "theirs.pt")  # an evaluation takes no other network
+
+
+def test_channels_that_timm_does_not_adapt_are_refused():
+    source, (cfg, model) = model_of(2)[1], model_of(3)
+    with refuses("another shape"):
+        load_weights(cfg, model, {"state_dict": source.state_dict()}, "theirs.pt", adapt=True)

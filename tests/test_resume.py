@@ -37,7 +37,6 @@ def position(folder):
 
 @pytest.mark.parametrize(("arguments", "steps", "left"), [(IMAGES, 4, 1), (EVENTS, 2, 3)], ids=["images", "events"])
 def test_a_run_goes_on_at_the_step_where_it_was_stopped(arguments, steps, left, tmp_path):
-    """With all that is random, whatever number of workers, within an epoch and within its evaluation."""
     if arguments is EVENTS:
         arguments = [*EVENTS, "--data-path", cifar10_dvs(tmp_path / "data", per_class=3, count=50)]
     succeed(*arguments, "--workers", "0", "--output-dir", tmp_path / "whole")
@@ -75,7 +74,6 @@ def test_an_epoch_of_another_order_starts_again(capfd):
 
 
 def test_an_update_is_never_cut_in_two():
-    """What is saved every two updates is where no gradient is left over."""
     saved = []
     one = trainer("--save-steps", "1", "--accum-iter", "2", "--epochs", "1")
     one.save = lambda: saved.append(one.steps_done)

@@ -104,7 +104,6 @@ NOT_THESE_WORDS = {
 @pytest.mark.parametrize("of", [13, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["split.json", "run.json", "metrics.jsonl", "config.yml"])
 def test_records_of_a_run(name, of, finished, tmp_path):
-    """A run whose records are damaged is resumed and tested, or it is said which record is in the way."""
     weights = checkpoint.read(finished / "last.pt")
     for what, words in itertools.islice(NOT_THESE_WORDS.items(), 0, None, of):
         folder = tmp_path / what
@@ -120,7 +119,6 @@ def test_records_of_a_run(name, of, finished, tmp_path):
 
 
 def test_a_loss_that_is_no_number(finished, tmp_path):
-    """It ends the run, and what was saved before stays."""
     shutil.copytree(finished, tmp_path / "run")
     flags = ["--epochs", 3, "--weight-decay", 1e38, "--lr", 1000, "--resume", "auto", "--output-dir"]
     script("digits/train.py", *flags, tmp_path / "run", expected={2})

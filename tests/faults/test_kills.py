@@ -25,7 +25,6 @@ def after_a_step(rng, count):
 
 
 def one_after_a_step(rng, count):
-    """The other rank ends by itself."""
     return after_a_step(rng, count) | {"only": rng.randrange(count)}
 
 
@@ -66,7 +65,6 @@ def without_a_worker(rng, count):
     ],
 )
 def test_a_run_goes_on_after(end, count, workers, faults, tmp_path, whole):
-    """Repeat the fault in one run or, once that is done, in the next."""
     rng, left, number = random.Random(f"{count} {workers}"), faults, 0
     while left:
         number += 1
