@@ -6,6 +6,7 @@ from types import FunctionType
 
 import pytest
 import torch
+from test_models import images, lively
 from torch import nn
 
 from engine.weights import silent_layers
@@ -24,22 +25,12 @@ SETTINGS = {
 }
 
 
-def network(seed=0, time_steps=2):
+def network(time_steps=2):
     """A network of every kind of module, whose neurons fire; and images."""
-    torch.manual_seed(seed)
-    model = create_model("qkformer_4_384", time_steps=time_steps, num_classes=3, **SETTINGS).double()
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m in norms:
-        m.weight.data.fill_(1.5)
-        m.bias.data.fill_(0.6)
-        m.momentum = 1.0
-    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    model = lively(create_model("qkformer_4_384", time_steps=time_steps, num_classes=3, **SETTINGS))
+    x = images(2, 3, 8, 8)
     set_lif_backend(model, "torch")
-    with torch.no_grad():
-        model(x)  # running statistics that fit
-    for m in norms:
-        m.momentum = 0.1
-    assert not silent_layers(model.eval(), x)
+    assert not silent_layers(model, x)
     return model, x
 
 

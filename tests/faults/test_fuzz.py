@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import yaml
-from harness import QUICK, script, trial
+from harness import QUICK, repeated, script, trial
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripts import ROOT, refuses
@@ -95,17 +95,13 @@ def examples(count):
     )
 
 
-def full(short, full):
-    return pytest.mark.parametrize("count", [short, pytest.param(full, marks=pytest.mark.slow)])
-
-
 def check(cfg):
     """A network is built from the settings that were let in, without memory for its weights, or refused."""
     with torch.device("meta"):
         run.build_model(cfg)
 
 
-@full(10, 500)
+@repeated(10, 500)
 def test_recipes(count, tmp_path):
     path = tmp_path / "recipe.yml"
 
@@ -119,7 +115,7 @@ def test_recipes(count, tmp_path):
         load(fragment.encode(errors="surrogatepass"))
 
 
-@full(30, 500)
+@repeated(30, 500)
 def test_command_lines(count, finished, tmp_path, monkeypatch):
     """train.py and test.py in this process, up to the data; the network is built where its settings are let in."""
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from chains import TRAIN, UPDATES, Chain, require_equal
-from harness import Death, die_after, judge
+from harness import SLOW, Death, die_after, judge
 from scripts import AtStep, Child, Gate, signal_at_step
 
 SIZE = 1_300_000  # bytes of a checkpoint, about
-FULL = pytest.mark.slow
 
 
 def at_any_instruction(rng, count):
@@ -25,7 +24,7 @@ def after_a_step(rng, count):
 
 
 def one_after_a_step(rng, count):
-    return after_a_step(rng, count) | {"only": rng.randrange(count)}
+    return after_a_step(rng, count) | {"only": rng.randrange(count)}  # the other rank ends by itself
 
 
 def in_a_save(rng, count):
@@ -54,14 +53,14 @@ def without_a_worker(rng, count):
         (in_a_save, 1, 0, 1),
         (without_a_worker, 1, 1, 1),
         (one_after_a_step, 2, 0, 1),
-        pytest.param(at_any_instruction, 1, 1, 4, marks=FULL),
-        pytest.param(in_a_save, 1, 0, 8, marks=FULL),
-        pytest.param(in_a_save, 2, 0, 4, marks=FULL),
-        pytest.param(one_after_a_step, 2, 0, 4, marks=FULL),
-        pytest.param(after_a_step, 2, 0, 4, marks=FULL),
-        pytest.param(stopped, 1, 1, 6, marks=FULL),
-        pytest.param(stopped, 2, 0, 4, marks=FULL),
-        pytest.param(without_a_worker, 1, 1, 4, marks=FULL),
+        pytest.param(at_any_instruction, 1, 1, 4, marks=SLOW),
+        pytest.param(in_a_save, 1, 0, 8, marks=SLOW),
+        pytest.param(in_a_save, 2, 0, 4, marks=SLOW),
+        pytest.param(one_after_a_step, 2, 0, 4, marks=SLOW),
+        pytest.param(after_a_step, 2, 0, 4, marks=SLOW),
+        pytest.param(stopped, 1, 1, 6, marks=SLOW),
+        pytest.param(stopped, 2, 0, 4, marks=SLOW),
+        pytest.param(without_a_worker, 1, 1, 4, marks=SLOW),
     ],
 )
 def test_a_run_goes_on_after(end, count, workers, faults, tmp_path, whole):
@@ -75,7 +74,7 @@ def test_a_run_goes_on_after(end, count, workers, faults, tmp_path, whole):
         chain.finish()
 
 
-@pytest.mark.parametrize("runs", [2, pytest.param(4, marks=FULL)])
+@pytest.mark.parametrize("runs", [2, pytest.param(4, marks=SLOW)])
 def test_one_of_several_runs_that_start_at_once_is_let_in(runs, tmp_path, whole):
     words = [*TRAIN, "--output-dir", tmp_path / "run", "--resume", "auto"]
     gates = [Gate() for _ in range(runs)]
