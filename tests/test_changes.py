@@ -11,8 +11,9 @@ from torch import nn
 
 from engine.weights import silent_layers
 from models import create_model, set_lif_backend
+from models.fused.kernels import launch
 from models.layers import SpikingConv
-from models.neuron import LIF, torch_lif
+from models.neuron import LIF
 
 METHODS = ("forward", "attend", "_over_time", "_conv_forward", "_check_input_dim", "_call_impl")
 SETTINGS = {
@@ -165,16 +166,6 @@ def changed(model, place, steps):
     return model
 
 
-def by_modules(model):
-    """A copy of the network that its modules compute."""
-    model = copy.deepcopy(model)
-    model.fast_path = None
-    for m in model.modules():
-        if isinstance(m, LIF) and m.function.__name__ in ("auto_lif", "triton_lif"):
-            m.function = torch_lif
-    return model
-
-
 def outcome(model, x):
     """The logits, or the error that the network raises."""
     torch.manual_seed(0)
@@ -248,7 +239,6 @@ def answer(model):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU the interpreter runs the kernels")
 def test_the_kernels_follow_all_changes_that_leave_them_in_use(monkeypatch):
-    launch = pytest.importorskip("models.fused.kernels.launch")
     for constant, value in (("PROGRAMS", 3), ("WARPS", 64)):  # the interpreter takes as long for a program of any size
         monkeypatch.setattr(launch, constant, value)
     model, x = network(time_steps=1)
@@ -265,8 +255,9 @@ def test_the_kernels_follow_all_changes_that_leave_them_in_use(monkeypatch):
         names
     )
     assert answer(model) is not None
-    results = []
-    for trained in (by_modules(model), model):
+    reference, results = copy.deepcopy(model), []
+    set_lif_backend(reference, "torch")
+    for trained in (reference, model):
         torch.manual_seed(0)
         logits = trained.train()(x)
         logits.square().sum().backward()

@@ -17,7 +17,7 @@ import pytest
 import timm.data.dataset
 from PIL import EpsImagePlugin, Image
 from scripts import ROOT, load_data, named, refuses
-from tiny_data import Payload, cifar10_dvs, dvs128_gesture, image_folder, rewrite, shards
+from tiny_data import Payload, cifar10_dvs, dvs128_gesture, encoded, image_folder, rewrite, shards
 
 from engine import config
 from engine.data.image import create_dataset
@@ -28,12 +28,6 @@ def dataset(recipe, *flags, train=True):
 
 
 IMAGENET = ["imagenet/qkformer_10_384.yml", "--num-classes", "4", "--data-path"]
-
-
-def encoded(image, kind):
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
 
 
 def png(side):
@@ -50,7 +44,7 @@ def png(side):
 RED = Image.new("RGB", (8, 8), (255, 0, 0))
 
 
-def tested_images(root):
+def labels_of_all(root):
     """Labels of the test set's images, which are all read."""
     flags = ["--workers", 0, "--input-size", 32, *IMAGENET[1:], root]
     return [label for _, labels in load_data(IMAGENET[0], *flags, train=False).test for label in labels]
@@ -76,7 +70,7 @@ def test_what_is_no_image_is_named_and_not_run(content, tmp_path, monkeypatch, m
     path = image_folder(tmp_path / "data", train=1, test=1) / "val/n00000001/1_0.JPEG"
     path.write_bytes(content)
     with refuses(path):
-        tested_images(tmp_path / "data")
+        labels_of_all(tmp_path / "data")
     assert not mark.exists()
 
 
@@ -84,13 +78,12 @@ def test_the_formats_of_photographs_are_read(tmp_path):
     folder = image_folder(tmp_path / "data", train=1, test=1) / "val/n00000001"
     for kind in ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"):
         (folder / f"{kind}.jpg").write_bytes(encoded(RED, kind))
-    assert len(tested_images(tmp_path / "data")) == 13
+    assert len(labels_of_all(tmp_path / "data")) == 13
 
 
 def test_the_name_of_a_shard_is_no_command(tmp_path, mark):
     """The reader runs commands under addresses; a folder's files have none."""
-    root = shards(tmp_path / "data", train=8, test=8)
-    flags = ["--dataset", "wds/tiny", *IMAGENET[1:]]
+    root, flags = shards(tmp_path / "data", train=8, test=8), ["--dataset", "wds/tiny", *IMAGENET[1:]]
     info = json.loads((root / "_info.json").read_text())
     info["splits"]["train"]["filenames"] = [f"pipe:touch {mark}", f"a::pipe:touch {mark}", f"; touch {mark}"]
     (root / "_info.json").write_text(json.dumps(info))
@@ -108,12 +101,6 @@ def test_a_damaged_description_of_shards_is_refused(content, tmp_path):
         dataset(IMAGENET[0], "--dataset", "wds/tiny", *IMAGENET[1:], root)
 
 
-class Samples(list):
-    """Stands in for a reader of timm, of samples (image, label)."""
-
-    split = "train"
-
-
 @pytest.mark.parametrize(
     ("label", "value"),
     [
@@ -125,7 +112,7 @@ class Samples(list):
     ],
 )
 def test_a_label_without_an_output_is_named(label, value, monkeypatch):
-    reader = Samples([(io.BytesIO(encoded(RED, "PNG")), label)])
+    reader = [(io.BytesIO(encoded(RED, "PNG")), label)]
     monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: reader)
     samples = dataset(*IMAGENET[:3], "--dataset", "hfds/x")
     if value is None:

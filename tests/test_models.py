@@ -132,7 +132,6 @@ def test_speds_rounds_sizes_up_on_both_paths():
     [
         ("qkformer_10_385", {}, "qkformer_10_385"),
         ("qkformer_4_384", {"time_steps": 0}, "time_steps"),
-        ("qkformer_4_384", {"num_classes": -1}, "num_classes"),
         ("qkformer_4_384", {"global_pool": "max"}, "max"),
         ("qkformer_4_384", {"in_chans": 1, "in_channels": 3}, "in_channels"),
         ("qkformer_4_384", {"mlp_ratio": 0}, "mlp_ratio"),
@@ -148,7 +147,6 @@ def test_speds_rounds_sizes_up_on_both_paths():
         ("spikformer_4_384", {"embed": "rpe"}, "rpe"),
         ("sdt_2_512", {"embed": "speds"}, "speds"),
         ("spikformer_4_384", {"pools": "11"}, "pools"),
-        ("spikformer_4_384", {"heads": 7}, "heads"),
     ],
 )
 def test_bad_arguments_are_refused(name, kwargs, value):

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import json
 import math
 
 import pytest
@@ -92,21 +91,19 @@ def test_published_figures_stand_beside_their_own_network_only():
     assert all((ROOT / f"imagenet/{name}.yml").exists() for name in weights.RELEASED.values())
 
 
-def settings_in(path):
-    result = json.loads(path.read_text())
-    return tuple(result[key] for key in ("model", "time_steps", "input_size", "ssa_membrane", "residual"))
-
-
 def test_an_unknown_file_is_known_by_its_shapes(data, tmp_path, monkeypatch, capfd):
-    small = ["--data-path", data / "five", "--workers", "0"]
-    path = released_file(
-        tmp_path / "a.pth", extra={"args": argparse.Namespace(time_step=1, input_size=48)}, num_classes=4
-    )
-    here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *small)
-    assert settings_in(tmp_path / "a.test.json") == ("qkformer_10_384", 1, 48, "released", "sew")
-    path = released_file(tmp_path / "b.pth", residual="ms", num_classes=4)
-    here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *small, "--input-size", "32")
-    assert settings_in(tmp_path / "b.test.json") == ("qkformer_10_384", 4, 32, "per_sample", "ms")
+    extra = {"args": argparse.Namespace(time_step=1, input_size=48)}
+    for name, content, flags, expected in (
+        ("a", {"extra": extra}, [], ("qkformer_10_384", 1, 48, "released", "sew")),
+        ("b", {"residual": "ms"}, ["--input-size", "32"], ("qkformer_10_384", 4, 32, "per_sample", "ms")),
+    ):
+        (tmp_path / name).mkdir()
+        path = released_file(tmp_path / name / "file.pth", num_classes=4, **content)
+        test = ["imagenet/test.py", "--checkpoint", path, "--data-path", data / "five", "--workers", "0"]
+        here(monkeypatch, capfd, *test, *flags)
+        result = result_in(path.parent)
+        keys = ("model", "time_steps", "input_size", "ssa_membrane", "residual")
+        assert tuple(result[key] for key in keys) == expected
 
 
 def test_fine_tuning_and_resuming_from_released_weights(data, tmp_path, monkeypatch, capfd):

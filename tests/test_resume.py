@@ -58,16 +58,15 @@ def trainer(*flags):
     return engine_trainer(configure("--batch-size", "240", "--time-steps", "1", *flags), batches=None)
 
 
-def test_an_epoch_of_another_order_starts_again(capfd):
+def test_an_epoch_of_another_order_starts_again(warnings):
     first, other, saved = trainer("--epochs", "1"), trainer("--batch-size", "120"), []
     first.save = lambda: saved.append(first.state())
     first.stop_request.signal = signal.SIGTERM
     with pytest.raises(Stopped):
         first.train_epoch()
-    engine_run.log.setup_console(True)
     other.restore(saved[0])
     assert (first.steps_done, other.steps_done) == (1, 0)
-    named(capfd.readouterr().out, "batch_size", 240, 120)
+    named(warnings[0], "batch_size", 240, 120)
     first.steps_done = first.steps  # only to be evaluated, which other batches do as well
     other.restore(first.state())
     assert other.steps_done == other.steps == 11
@@ -135,13 +134,11 @@ def test_killed_between_any_two_steps_of_a_save_there_is_a_whole_checkpoint(call
     assert [checkpoint.read(file)["epoch"] for file in checkpoint.kept(path)][:2] == [4, epochs[0]]
 
 
-def test_a_layer_without_spikes_is_named(capfd):
-    engine_run.log.setup_console(True)
-    model = trainer().model.eval()
+def test_layers_without_spikes_are_named(warnings):
+    model, images = trainer().model.eval(), torch.rand(4, 1, 8, 8)
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             torch.nn.init.constant_(module.bias, 3)
-    images = torch.rand(4, 1, 8, 8)
     assert silent_layers(model, images) == []
     layers = ["stages.1.blocks.0.mlp.fc2.lif", "stages.2.blocks.0.mlp.fc1.lif"]
     for name in layers:
@@ -149,7 +146,7 @@ def test_a_layer_without_spikes_is_named(capfd):
         torch.nn.init.zeros_(bn.weight), torch.nn.init.zeros_(bn.bias)
     assert silent_layers(model, images) == layers
     engine_run.warn_of_silence(model, images)
-    named(capfd.readouterr().out, *layers)
+    named(warnings[0], *layers)
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -245,20 +242,18 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, monkeypatch, capfd):
 def test_skipped_samples_are_not_loaded():
     seen = []
 
-    class Noting(torch.utils.data.Dataset):
-        def __len__(self):
-            return 9
-
+    class Noting(list):
         def __getitem__(self, index):
             seen.append(index)
             return np.float32(index)
 
-    feed = torch.utils.data.DataLoader(Noting(), 2, shuffle=True, drop_last=True)
+    feed = torch.utils.data.DataLoader(Noting(range(9)), 2, shuffle=True, drop_last=True)
     loader = TrainLoader(type("Device", (list,), {"loader": feed, "__iter__": lambda _: iter(feed)})(range(4)))
-    torch.manual_seed(3)
-    whole = [batch.tolist() for batch in loader.batches(0)]
-    seen.clear()
-    torch.manual_seed(3)
-    assert [batch.tolist() for batch in loader.batches(0, 3)] == whole[3:]
+    epochs = []
+    for first in (0, 3):
+        torch.manual_seed(3)
+        seen.clear()
+        epochs.append([batch.tolist() for batch in loader.batches(0, first)])
+    assert epochs[1] == epochs[0][3:]
     assert len(seen) == 2
     assert len(loader) == 4

@@ -32,7 +32,6 @@ def test_three_epochs_learn_the_digits(trained):
 def test_a_run_leaves_its_records(trained):
     names = "config.yml run.json metrics.jsonl last.pt best.pt learning_curve.png tensorboard".split()
     assert {path.name for path in trained.iterdir()} >= set(names)
-    assert list((trained / "tensorboard").iterdir())
     (about,) = json.loads((trained / "run.json").read_text())
     assert about["versions"]["torch"] == torch.__version__.split("+")[0]
     assert re.fullmatch(r"([0-9a-f]{40}(\+changes)?)?", about["git_commit"])

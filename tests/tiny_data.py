@@ -72,7 +72,11 @@ def shards(root, classes=4, train=64, test=37, per_shard=8):
         for name, start, length in zip(names, starts, lengths, strict=True):
             with tarfile.open(Path(root, name), "w") as archive:
                 for i in range(start, start + length):
-                    add(archive, f"{i:06d}.jpg", _jpeg(pixels(i % classes, classes, 40, random)))
+                    add(
+                        archive,
+                        f"{i:06d}.jpg",
+                        encoded(Image.fromarray(pixels(i % classes, classes, 40, random)), "JPEG"),
+                    )
                     add(archive, f"{i:06d}.cls", str(i % classes).encode())
         info["splits"][split] = {
             "name": split,
@@ -84,9 +88,10 @@ def shards(root, classes=4, train=64, test=37, per_shard=8):
     return Path(root)
 
 
-def _jpeg(array):
+def encoded(image, kind):
+    """Bytes of an image in a format of Pillow."""
     file = io.BytesIO()
-    Image.fromarray(array).save(file, "JPEG")
+    image.save(file, kind)
     return file.getvalue()
 
 
