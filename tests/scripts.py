@@ -36,7 +36,6 @@ FIXED = {
     "OMP_NUM_THREADS": "1",  # results are equal bit by bit
     "LOKY_MAX_CPU_COUNT": "1",  # recordings are prepared without further interpreters
 }
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 class Child:
@@ -45,15 +44,7 @@ class Child:
     The file `log` gets its output, but stderr goes to `errors` if given. It calls `before`, which must be picklable.
     """
 
-    def __init__(
-        self,
-        *command: object,
-        log: Path,
-        errors: Path | None = None,
-        cwd: Path = ROOT,
-        before: Callable[[], None] | None = None,
-        **environment: str,
-    ):
+    def __init__(self, *command, log, errors=None, cwd=ROOT, before=None, **environment):
         self.log = Path(log)
         words = [str(word) for word in command]
         environment = {**os.environ, **FIXED, **environment}
@@ -88,14 +79,7 @@ def _server():
     return context
 
 
-def _run(
-    words: list[str],
-    log: Path,
-    errors: Path,
-    cwd: Path,
-    before: Callable[[], None] | None,
-    environment: dict[str, str],
-) -> None:
+def _run(words, log, errors, cwd, before, environment):
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     for number, path in ((1, log), (2, errors)):
@@ -104,21 +88,17 @@ def _run(
     os.environ.update(environment)
     os.chdir(cwd)
     multiprocessing.set_start_method("fork", force=True)  # the loaders' default without a server
-    is_module = words[0] == "-m"
-    script_folder = str(cwd) if is_module else os.path.dirname(os.path.abspath(words[0]))
-    sys.path[:] = [
-        script_folder,
-        *(path for path in sys.path if path and not Path(path).is_relative_to(ROOT / "tests")),
-    ]
+    paths = [path for path in sys.path if path and not Path(path).is_relative_to(ROOT / "tests")]
+    if words[0] == "-m":
+        sys.path[:] = [str(cwd), *paths]
+        words = words[1:]
+    else:
+        words[0] = str(Path(cwd, words[0]))
+        sys.path[:] = [os.path.dirname(words[0]), *paths]
     try:
         if before:
             before()
-        sys.argv = words[is_module:]
-        if is_module:
-            sys.modules.pop(words[1], None)  # runpy warns about a module that is imported already
-            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(words[0], run_name="__main__")
+        execute(*words)
     finally:
         atexit._run_exitfuncs()
 
@@ -197,13 +177,7 @@ def free_port():
         return server.getsockname()[1]
 
 
-def ranks(
-    count: int,
-    *words: object,
-    log: Path,
-    before: Callable[[], None] | None = None,
-    only: int | None = None,
-) -> list[Child]:
+def ranks(count, *words, log, before=None, only=None):
     """Start a script in `count` processes, as a launcher does; `before` is for all, or for the rank `only`."""
     if count == 1:
         return [Child(*words, log=log, before=before)]
@@ -247,7 +221,7 @@ def execute(script, *arguments):
             runpy.run_path(str(ROOT / script), run_name="__main__")
         else:
             patch.delitem(sys.modules, script, raising=False)  # runpy warns about a module that is imported already
-            runpy.run_module(script, run_name="__main__")
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
 def here(monkeypatch, capfd, script, *arguments):

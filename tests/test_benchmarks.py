@@ -12,7 +12,7 @@ from scripts import ROOT, fail, here, refuses
 
 from benchmarks import roofline, speed
 from benchmarks.common import Results
-from benchmarks.speed import cases, compare, missing, weights
+from benchmarks.speed import cases, compare, weights
 from benchmarks.spikingjelly2 import Remote
 from benchmarks.turns import Timed, Turns
 from engine.config import load
@@ -25,6 +25,10 @@ def small_case():
     sizes = {"time_steps": 1, "input_size": 8, "batch_size": 2, "ssa_membrane": None}
     (case,) = cases(argparse.Namespace(models=["qkformer_3_64"], amp="off", **sizes), CPU)
     return case
+
+
+def rounds(run):
+    return {result["mode"]: [len(s["ms"]["rounds"]) for s in result["sides"].values()] for result in run["results"]}
 
 
 def test_the_speed_of_a_step_and_going_on_after_an_interruption(tmp_path, monkeypatch, capfd):
@@ -44,9 +48,6 @@ def test_the_speed_of_a_step_and_going_on_after_an_interruption(tmp_path, monkey
         (path,) = tmp_path.glob("speed-*.json")
         return len(turns), json.loads(path.read_text())["runs"]
 
-    def rounds(run):
-        return {result["mode"]: [len(s["ms"]["rounds"]) for s in result["sides"].values()] for result in run["results"]}
-
     monkeypatch.setattr("benchmarks.common.provenance", lambda: {"git_commit": "4d1f"})
     _, runs = measure(stop_at=7)  # in the last round of the evaluation: 2 modes x 2 rounds x 2 sides
     assert [rounds(run) for run in runs] == [{"train": [2, 2], "eval": [1, 1]}]
@@ -54,11 +55,8 @@ def test_the_speed_of_a_step_and_going_on_after_an_interruption(tmp_path, monkey
     assert count == 4
     assert [rounds(run) for run in runs[1:]] == [{"eval": [2, 2]}]
     assert measure() == (0, runs)
-
     (result,) = runs[1]["results"]
-    assert runs[1]["versions"]["torch"] == torch.__version__.split("+")[0]
     assert result["agreement"]["deviation"] < 0.5
-    assert result["batch_size"] == 2
     assert list(result["sides"]) == ["unfused-torch", "ours"]  # the compiler runs on request
     ours = result["sides"]["ours"]
     assert ours["ms"] == {"min": 2, "median": 3, "max": 4, "rounds": [2, 4]}
@@ -81,16 +79,6 @@ def test_earlier_runs_with_the_same_commit_and_arguments_count(tmp_path, monkeyp
         assert (file.kept, file.all) == ([], [])
         file.write([{"x": 2}])
         assert bool(results(commit, rounds=2).kept) == (commit == "5c3a")
-
-
-def test_sides_that_are_missing():
-    whole, network = {"ms": {"rounds": [1.0]}}, {"model": "qkformer_3_64", "mode": "eval", "baseline": "unfused-torch"}
-    good, case = network | {"sides": {"unfused-torch": whole, "ours": whole}}, small_case()
-    assert missing(case, "eval", None, [good]) == []
-    assert missing(case, "train", None, [good]) == ["unfused-torch", "ours"]
-    assert missing(case, "eval", ["unfused-compiled"], [good]) == ["unfused-torch", "unfused-compiled"]
-    compiled = network | {"sides": {"unfused-torch": whole, "unfused-compiled": {"not_run": "no compiler"}}}
-    assert missing(case, "eval", ["unfused-compiled"], [good, compiled]) == []
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from scripts import TORCHRUN, Child, free_port, named, ranks, same, succeed
+from scripts import Child, free_port, named, ranks, same, succeed
 
 from engine import checkpoint
 
@@ -43,9 +43,10 @@ def test_two_processes_make_the_updates_of_one(alone, tmp_path, accumulated, fla
 
 @pytest.mark.slow
 def test_torchruns_restart_goes_on_from_the_last_checkpoint(tmp_path):
+    launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     train = ["digits/train.py", *QUICK, "--epochs", "3", "--resume", "auto", "--output-dir"]
-    succeed(*TORCHRUN, "--max-restarts=1", "tests/dies.py", 0, 15, *train, tmp_path / "cut")
-    succeed(*TORCHRUN, *train, tmp_path / "whole")
+    succeed(*launch, "--max-restarts=1", "tests/dies.py", 0, 15, *train, tmp_path / "cut")
+    succeed(*launch, *train, tmp_path / "whole")
     whole, cut = (checkpoint.read(tmp_path / name / "last.pt")["state_dict"] for name in ("whole", "cut"))
     assert same(whole, cut)
     starts = json.loads((tmp_path / "cut/run.json").read_text())

@@ -90,7 +90,7 @@ def test_the_commands_of_a_block_run_in_order(block, workplace, data, monkeypatc
         if "output/10-768-384" in flags:
             flags += ["--epochs", "2"]  # goes on after the one epoch of the run before
         if "torch.distributed.launch" in words:
-            start = ["-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2"]
+            start = "-m torch.distributed.launch --standalone --nproc_per_node=2".split()
             succeed(*start, ROOT / script, *flags, cwd=folder)
         else:
             here(monkeypatch, capfd, str(script), *flags)

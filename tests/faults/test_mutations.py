@@ -61,14 +61,6 @@ def truncate(content, rng):
     del content[rng.choice([rng.randrange(len(content)), len(content) - 1 - rng.randrange(200), rng.randrange(200)]) :]
 
 
-def append(content, rng):
-    content += rng.randbytes(rng.choice([1, 22, 512, 70_000]))
-
-
-def repeat(content, rng):
-    content += content[: rng.randrange(len(content))]
-
-
 def remove(content, rng):
     at = rng.randrange(len(content))
     del content[at : at + rng.choice([1, 64, 4096])]
@@ -82,8 +74,8 @@ MUTATIONS = {
     "zero": zero,
     "swap": swap,
     "truncate": truncate,
-    "append": append,
-    "repeat": repeat,
+    "append": lambda content, rng: content.extend(rng.randbytes(rng.choice([1, 22, 512, 70_000]))),
+    "repeat": lambda content, rng: content.extend(content[: rng.randrange(len(content))]),
     "remove": remove,
 }
 
