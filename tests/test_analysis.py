@@ -136,7 +136,7 @@ def test_the_statistics_of_independent_spikes(kind, module, rates):
 
 
 def test_the_papers_bound_of_the_variance():
-    """It holds for sums of independent terms; those of self-attention share spikes, and go beyond."""
+    """Sums of independent terms stay below the bound; terms of self-attention share spikes and exceed it."""
     independent, bound = attention_statistics.independent, attention_statistics.bound
     assert (bound("Q-K token", 64, 196), bound("Q-K channel", 64, 196), bound("self", 64, 196)) == (16, 49, 3136)
     for kind in ("Q-K token", "Q-K channel"):
@@ -292,7 +292,7 @@ def test_curves_of_logs_and_runs(tmp_path, monkeypatch, capfd):
 
 
 def result(path, top1, count=360, **changes):
-    """What test.py writes for the digits."""
+    """Write a record as test.py does for the digits."""
     path.parent.mkdir(exist_ok=True)
     settings = config.plain(config.load(ROOT / "digits/digits.yml"), without=["energy"])
     path.write_text(json.dumps({"top1": top1, "count": count, **settings, "time": "2026-01-01", **changes}))

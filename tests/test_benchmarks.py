@@ -131,7 +131,7 @@ def test_a_side_that_fails_is_out_and_the_others_go_on():
 
 
 def test_demand_counts_a_still_image_once():
-    """Of a network at two time steps all units count twice, but input and output of the first convolution."""
+    """At two time steps all units count twice, except input and output of the first convolution."""
     pixels = 8 * 8
     for recipe, mode, once in (
         ("digits/digits.yml", "eval", pixels),

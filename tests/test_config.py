@@ -1,4 +1,4 @@
-"""Defaults, then YAML, then what a checkpoint recorded, then flags; every mistake named in one line."""
+"""Settings from defaults, recipe, checkpoint and flags; mistakes are named in one line."""
 
 import pytest
 import yaml

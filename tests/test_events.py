@@ -319,7 +319,7 @@ def replace(what, by):
         (GESTURE, replace("01_led_labels.csv", b"class\n1,90000000,95000000\n"), "user01_led.aedat"),
     ],
 )
-def test_what_is_wrong_with_the_recordings_is_named(archive, change, value, tmp_path, one_core):
+def test_missing_and_damaged_recordings_are_named(archive, change, value, tmp_path, one_core):
     name, make = ("dvs128-gesture", dvs128_gesture) if archive == GESTURE else ("cifar10-dvs", cifar10_dvs)
     archive = make(tmp_path, 3, count=50) / "download" / archive
     rewrite(archive, change) if change else archive.unlink()
@@ -360,7 +360,7 @@ def test_members_may_be_named_as_they_like(tmp_path, one_core):
 
 
 def test_processes_that_prepare_import_little():
-    """Else each of many would hold torch and all that comes with it."""
+    """Many run at once, and torch takes hundreds of megabytes."""
     code = "import sys, engine.data.frames; print(sorted({'torch', 'timm', 'matplotlib'} & set(sys.modules)))"
     assert run("-c", code).stdout == "[]\n"
     for function in (recordings.read_member, convert):
@@ -449,7 +449,7 @@ def test_missing_files_and_their_place_are_named(name, values, tmp_path):
 
 
 def test_cifar10_dvs_can_be_fetched(tmp_path, one_core, monkeypatch):
-    """What is there already stays, and a wrong checksum is an error that keeps nothing."""
+    """Existing files stay; a file with a wrong checksum is an error and is removed."""
     source = cifar10_dvs(tmp_path / "source", per_class=2, count=50) / "download"
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=source)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)

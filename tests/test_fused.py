@@ -81,7 +81,7 @@ def test_neurons(steps, threshold, dtype):
 
 
 def margin(u, threshold=neuron.THRESHOLD):
-    """How close a membrane comes to the threshold: closer than rounding, and it would decide."""
+    """Return the smallest distance of a membrane to the threshold; rounding decides about smaller ones."""
     v, nearest = torch.zeros_like(u[0]), torch.inf
     for current in u.detach():
         h = v + (current - v) / 2
@@ -119,7 +119,7 @@ def test_unit(dtype, steps, static, pool, leak, train):
         return random(1 if static else steps, batch, channels, *size, dtype=dtype, seed=seed)
 
     def current(network, y):
-        """What the neurons read, from the output of a convolution that left out its bias."""
+        """Input of the neurons, from the output of a convolution without its bias."""
         shown = (y + m.conv.bias.detach().view(-1, 1, 1)).expand(steps, *y.shape[1:])
         u = network.pool(network.bn(shown.flatten(0, 1))).unflatten(0, shown.shape[:2])
         return u.flatten(0, 1) if leak else u
@@ -472,7 +472,7 @@ SLOW = [
     "arguments", ["qkformer_3_64 90 float16 bn_lif pool", *(pytest.param(a, marks=pytest.mark.slow) for a in SLOW)]
 )
 def test_every_launch_compiles(arguments):
-    """And in float16 for sm_90 keeps everything in registers, and takes few instructions backward."""
+    """In float16 for sm_90 everything stays in registers, and the backward pass takes few instructions."""
     command = [sys.executable, "-c", COMPILED, *arguments.split()]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)

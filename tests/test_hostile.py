@@ -166,14 +166,14 @@ def events(recipe, root):
 
 
 def header(name, size, kind=tarfile.REGTYPE):
-    """Of a file in a tar archive, without its content."""
+    """Header of a file in a tar archive, without its content."""
     member = tarfile.TarInfo(name)
     member.size, member.type, member.linkname = size, kind, "/etc/passwd"
     return bytearray(member.tobuf(tarfile.GNU_FORMAT))
 
 
 def sparse(name, size):
-    """The same of a file that is one hole."""
+    """Header of a sparse file that is one hole."""
     content = header(name, 0, tarfile.GNUTYPE_SPARSE)
     content[483:495] = b"%011o\0" % size
     content[148:156] = b" " * 8

@@ -21,7 +21,7 @@ def same(batches, others):
 
 
 def test_an_epoch_of_events_does_not_depend_on_who_serves_it(tmp_path, one_core):
-    """Not on whether its workers served one before, as they have not in a run that was resumed, nor on their number."""
+    """Workers of a resumed run have served no epoch before, and their number may differ."""
     flags = ["--data-path", cifar10_dvs(tmp_path, per_class=3, count=50), "--batch-size", 8]
 
     def epochs(workers, *seeds):
@@ -61,7 +61,7 @@ def test_a_kept_worker_starts_each_evaluation_from_its_first_image(data):
     ids=["digits", "imagenet", "events"],
 )
 def test_workers_can_be_spawned(recipe, folder, flags, data, tmp_path, one_core):
-    """As on macOS and Windows: all that they get pickles."""
+    """macOS and Windows pickle the arguments of workers."""
     root = cifar10_dvs(tmp_path, per_class=2, count=50) if folder == "events" else data / str(folder)
     loaded = load_data(recipe, *flags, "--batch-size", 4, "--data-path", root, "--workers", 1)
     for source in (loaded.train.source, loaded.test.loader):

@@ -1,4 +1,4 @@
-"""What the README tells people to type works."""
+"""Commands, code, tables and links of the README."""
 
 import re
 import shlex

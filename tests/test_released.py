@@ -69,7 +69,7 @@ def test_what_was_never_released_has_no_names():
         released_key_map(create_model("qkformer_4_384", residual="ms"))
 
 
-def test_foreign_weights_are_no_network_of_ours():
+def test_foreign_weights_are_not_recognised():
     weights = to_released(create_model("qkformer_3_64"))
     flat = {key: value.flatten() if "conv" in key else value for key, value in weights.items()}
     for state in (

@@ -30,7 +30,7 @@ def released_file(path, name="qkformer_10_384", extra=(), **arguments):
 
 
 def test_the_released_flags_and_the_default_checkpoint(data, tmp_path, monkeypatch, capfd):
-    """What users of the released scripts type; `--eval` evaluates what it loaded, and test.py finds the last run."""
+    """`--eval` evaluates the weights that it loaded, and test.py finds the last run."""
     monkeypatch.chdir(tmp_path)
     released = "--model QKFormer_10_384 --time_step 1 --input_size 32 --batch_size 8 --accum_iter 1 --blr 1e-3"
     released += " --dist_eval --start_epoch 0 --num_workers 0 --nb_classes 4 --warmup_epochs 0 --pin_mem --aa none"
@@ -68,7 +68,7 @@ def test_a_known_file_is_evaluated_by_its_recipe(data, tmp_path, monkeypatch, ca
     assert set(about["membranes"]) == {"released", "per_sample"}
 
 
-def test_published_figures_stand_beside_their_own_network_only():
+def test_published_figures_are_shown_with_their_own_network_only():
     for name, arguments in (("qkformer_10_384", {}), ("qkformer_4_384", {"num_classes": 100})):
         found, shown = identify(to_released(create_model(name, **arguments)))
         recipe = ROOT / ("cifar100/cifar100.yml" if arguments else "imagenet/qkformer_10_384.yml")
@@ -132,7 +132,7 @@ def test_fine_tuning_and_resuming_from_released_weights(data, tmp_path, monkeypa
 
 
 def test_a_recipe_named_on_the_command_line_is_not_ignored_by_a_resumed_run(tmp_path, monkeypatch, capfd):
-    """Else `--config ..._384 --resume last.pt` would go on at 224 without a word."""
+    """`--config ..._384 --resume last.pt` must not go on at 224."""
     quick = ["--batch-size", "480", "--epochs", "1", "--time-steps", "1"]
     here(monkeypatch, capfd, "digits/train.py", *quick, "--output-dir", tmp_path / "run")
     other = tmp_path / "other.yml"

@@ -217,7 +217,7 @@ def test_a_thread_that_cannot_write_prints_nothing_more(monkeypatch, capfd):
     assert "No space" not in printed
 
 
-def test_mistakes_of_ours_are_not_hidden():
+def test_bugs_are_not_hidden():
     with pytest.raises(RuntimeError, match="a shape is wrong"), guard():
         raise RuntimeError("a shape is wrong")
 

@@ -1,4 +1,4 @@
-"""What tools of torch and spikingjelly do with a network: each gives its answers and gradients, or refuses by name."""
+"""Tools of torch and spikingjelly: each gives the answers and gradients of the network, or an error."""
 
 import copy
 import io

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -176,14 +177,12 @@ def dvs128_gesture(root, train=4, test=1, count=500, extracted=False):
         rows = [f"{gesture},{start},{end}" for gesture, (start, end) in zip(gestures, spans, strict=True)]
         files[f"{name}_labels.csv"] = "\n".join(["class,startTime_usec,endTime_usec", *rows, ""]).encode()
     files |= {f"trials_to_{part}.txt": "\n".join([*names, ""]).encode() for part, names in lists.items()}
+    archive = Path(root, "download", "DvsGesture.tar.gz")
+    archive.parent.mkdir(parents=True)
+    with tarfile.open(archive, "w:gz") as file:
+        for name, content in files.items():
+            add(file, f"DvsGesture/{name}", content)
     if extracted:
-        folder = Path(root, "extract", "DvsGesture")
-        folder.mkdir(parents=True)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        return Path(root)
-    Path(root, "download").mkdir(parents=True)
-    with tarfile.open(Path(root, "download", "DvsGesture.tar.gz"), "w:gz") as archive:
-        for name, content in files.items():
-            add(archive, f"DvsGesture/{name}", content)
+        shutil.unpack_archive(archive, Path(root, "extract"), filter="data")
+        shutil.rmtree(archive.parent)
     return Path(root)
