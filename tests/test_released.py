@@ -19,7 +19,7 @@ def test_weights_of_every_released_network_are_recognised_loaded_and_written(nam
     assert (found, shown.get("residual", "sew")) == (variant, arguments.get("residual", "sew"))
     model = create_model(variant, **arguments).double()
     create_model(found, **shown).load_state_dict(model.state_dict())
-    assert identify(model.state_dict())[0] == variant  # under our names
+    assert identify(model.state_dict())[0] == variant or name in RIVALS  # under our names, which rivals share
     load_released(model, prefixed)
     written, read = to_released(model), released_key_map(model)
     assert {key: list(value.shape) for key, value in written.items()} == case.about["state_dict"]
