@@ -145,6 +145,9 @@ def test_an_image_is_read_in_the_mode_of_the_network(tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 128)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").mode == "RGB"
     assert read_image(tmp_path / "a.png", "L").mode == "L"
+    flags = "--in-channels 1 --mean 0.3 --std 0.2 --input-size 4".split()
+    cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", flags)
+    assert image.read_tensor(tmp_path / "a.png", cfg).shape == (1, 4, 4)
 
 
 RAMP = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tomllib
+import venv
 
 import pytest
 from scripts import ROOT, succeed
@@ -46,25 +47,40 @@ def other(tmp_path):
     return tmp_path / "other"
 
 
-def test_pip_installs_all_of_models_and_nothing_else(source, other, tmp_path):
+def test_the_package_holds_all_of_models_and_nothing_else(source, other, tmp_path):
     library = tmp_path / "library"
-    pip = "-m pip install --quiet --no-deps --no-build-isolation --target".split()
-    succeed(*pip, library, source, cwd=tmp_path, fresh=True)
+    setup = "from setuptools import setup; setup()"
+    succeed("-c", setup, "-q", "build", "--build-lib", library, cwd=source)
     files = {path.relative_to(library / "qkformer") for path in library.rglob("*.py")}
     assert files == {path.relative_to(ROOT / "models") for path in (ROOT / "models").rglob("*.py")}
-    assert [path.name for path in library.iterdir() if path.suffix != ".dist-info"] == ["qkformer"]
-    path = os.pathsep.join(map(str, (other, library)))
-    output = succeed("-c", USE, cwd=tmp_path, PYTHONPATH=path, PYTHONSAFEPATH="1")
+    assert [path.name for path in library.iterdir()] == ["qkformer"]
+    output = succeed("-c", USE, cwd=tmp_path, PYTHONPATH=os.pathsep.join(map(str, (other, library))))
+    assert output.split()[-1] == str(library / "qkformer")
+
+
+@pytest.mark.slow
+def test_pip_installs_it_into_an_empty_environment(source, other, tmp_path):
+    """The environment borrows torch and timm from this one."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv/bin/python"
+    succeed("-m", "pip", "--python", python, "install", "--quiet", "--no-deps", source, cwd=tmp_path)
+    (library,) = (tmp_path / "venv").glob("lib/*/site-packages")
+    assert not {"models", "engine", "tests"} & {path.name for path in library.iterdir()}
+    output = succeed(
+        "-c", USE, cwd=tmp_path, PYTHONPATH=os.pathsep.join(map(str, (other, library))), PYTHONSAFEPATH="1"
+    )
     assert output.split()[-1] == str(library / "qkformer")
 
 
 def test_what_pip_installs_is_what_the_tests_pin():
+    """All but the package itself; requirements.txt owns the versions."""
     pinned = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.M)
     wanted = itertools.chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     assert {re.match(r"[\w-]+", line)[0] for line in wanted} - {"qkformer"} == set(pinned)
 
 
 def test_torch_hub_finds_every_network(other, tmp_path):
+    """Also where another package `models` is imported."""
     code = f"""
 import models, torch
 assert models.other
