@@ -204,16 +204,15 @@ def test_a_step_can_be_replayed(accum_iter, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "benchmark", "tf32"), [([], True, False), (["--no-cudnn-benchmark", "--tf32"], False, True)]
 )
-def test_the_flags_decide_how_a_gpu_computes(flags, benchmark, tf32, monkeypatch):
+def test_the_flags_decide_how_a_gpu_computes(flags, benchmark, tf32):
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    for module, name, value in (
-        (cudnn, "benchmark", benchmark),
-        (cudnn, "allow_tf32", tf32),
-        (products, "allow_tf32", tf32),
-    ):
-        monkeypatch.setattr(module, name, not value)
-    setup(configure(*flags))
-    assert (cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32) == (benchmark, tf32, tf32)
+    before = cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32
+    try:
+        cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32 = not benchmark, not tf32, not tf32
+        setup(configure(*flags))
+        assert (cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32) == (benchmark, tf32, tf32)
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32 = before
 
 
 @pytest.mark.parametrize(
