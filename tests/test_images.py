@@ -199,6 +199,7 @@ def test_large_photographs_are_read_without_a_warning(data, tmp_path, monkeypatc
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
     Image.fromarray(RAMP.astype(np.uint8)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").size == (8, 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     loaded = load(*SHARDS, data / "shards", *IMAGENET[2:], "--workers", 0, train=False)
     assert sum(len(labels) for _, labels in loaded.test) == 37
     assert not [warning for warning in recwarn if warning.category is Image.DecompressionBombWarning]
