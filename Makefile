@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := output/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo tables test audit
+.PHONY: demo tables test audit help
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -17,6 +17,13 @@ demo: $(VENV)/ready
 	@echo "      python digits/train.py --help              every setting is a flag"
 	@echo "      python digits/train.py --attention channel channel self --time-steps 2"
 	@echo "      tensorboard --logdir output"
+
+help:
+	@echo "make demo     train and evaluate a small network on digits, in about 2 minutes (also plain make)"
+	@echo "make tables   the paper's tables, with your runs in output/"
+	@echo "make test     linter and tests; one file: make test PYTEST_ARGS=tests/test_models.py"
+	@echo "make audit    known vulnerabilities of the pinned packages"
+	@echo "The first call sets up $(VENV) with $(PYTHON); another interpreter: make PYTHON=python3.12"
 
 tables: $(VENV)/ready
 	$(RUN) -m analysis.tables

@@ -3,7 +3,7 @@
     python -m analysis.membrane --checkpoint output/released/best.pt output/first/best.pt
 
 In the released code the last membrane of the self-attention runs over the samples of a batch as if they were time steps
-(README, errata). Each checkpoint is evaluated with this membrane ("released") and with one for each sample
+(docs/errata.md). Each checkpoint is evaluated with this membrane ("released") and with one for each sample
 ("per_sample"), at several batch sizes, in the order of the test set, sorted by class, and in random orders. Between two
 random orders the script counts the answers that change, and the probability that moves from class to class (total
 variation of the softmax). Checkpoints trained with the same settings and other seeds are averaged. Writes membrane.csv,

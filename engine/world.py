@@ -54,7 +54,7 @@ def setup(device: str) -> World:
         store, rank, size = next(rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun's restarted ranks get the store of the dead ones, with their addresses in it; on several
-            # machines the numbers of restarts differ, see the README
+            # machines the numbers of restarts differ, see docs/recipes.md
             store = td.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend, device_id = ("cpu:gloo,cuda:nccl", where) if device == "cuda" else ("gloo", None)
         td.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)

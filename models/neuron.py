@@ -125,11 +125,13 @@ class LIF(nn.Module):
             the last LIF of the released self-attention does (`ssa_membrane="released"` of a network).
     """
 
-    def __init__(self, threshold: float = THRESHOLD, leak_across_batch: bool = False):
+    def __init__(self, threshold: float = THRESHOLD, leak_across_batch: bool = False, tau: float = TAU):
         super().__init__()
+        if not tau >= 1:  # NaN, too
+            raise ValueError(f"tau={tau} must be at least 1")
         self.threshold = threshold
         self.leak_across_batch = leak_across_batch
-        self.tau = TAU
+        self.tau = tau
         self.function: Callable[[Tensor, float], Tensor] = torch_lif  # `models.backends` sets others
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,7 +187,9 @@ class PLIF(LIF):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.w = nn.Parameter(torch.tensor(-math.log(TAU - 1)))
+        if self.tau == 1:
+            raise ValueError("tau=1 must be above 1 with neuron='plif'")
+        self.w = nn.Parameter(torch.tensor(-math.log(self.tau - 1)))
 
     def charge(self, x: Tensor, v: Tensor | float) -> Tensor:
         return v + (x - v) * self.w.sigmoid()
@@ -201,6 +205,6 @@ def set_neurons(model: nn.Module, kind: str, tau: float = TAU) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, LIF):
-                neuron = NEURONS[kind](child.threshold, child.leak_across_batch)
-                neuron.tau, neuron.function = tau, child.function
+                neuron = NEURONS[kind](child.threshold, child.leak_across_batch, tau)
+                neuron.function = child.function
                 setattr(module, name, neuron)

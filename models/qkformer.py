@@ -53,7 +53,7 @@ class HierarchicalSpikingTransformer(Backbone):
         residual: "sew" adds spikes (the paper); "ms" adds membrane currents (MaxFormer's MS-QKFormer).
         ssa_scale: factor of the product in the self-attention; 1 is the paper's ablation "w/o scaling".
         ssa_membrane: "per_sample", or "released" to reproduce the leak across the batch in the released
-            self-attention, on which the published accuracies and checkpoints depend (README, errata).
+            self-attention, on which the published accuracies and checkpoints depend (docs/errata.md).
         drop_path_rate: stochastic depth, the rate of the last block; it rises linearly from 0 in the first.
         **kwargs: see `Backbone`, for input, time, head and neurons.
 

@@ -1,6 +1,7 @@
 """Table of the variants, `create_model`, and the registration with timm."""
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 
 import timm
@@ -112,6 +113,18 @@ def _network(lif_backend: str = "auto", **kwargs) -> Backbone:
     return model
 
 
+def _stage_weights(state_dict: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
+    """Return `translated` entries; refuse a file that fits no stage, because timm loads feature maps non-strictly."""
+    weights = translated(state_dict, model)
+    wanted = [name for name in model.state_dict() if name.startswith("stages.") and not name.endswith("lif.w")]
+    missing = [name for name in wanted if name not in weights]
+    if len(missing) == len(wanted):
+        raise ValueError(f"weights: none is named as in the network, such as {wanted[0]}; check file and prefixes")
+    if missing:
+        warnings.warn(f"weights: {len(missing)} of {len(wanted)} are missing, such as {missing[0]}", stacklevel=2)
+    return weights
+
+
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
     """Return timm's builder of a variant."""
 
@@ -130,7 +143,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
             raise ValueError(f"feature_cls={arguments['feature_cls']!r}: modules keep the time axis; use 'getter'")
         features = {"feature_cls": "getter", "out_indices": tuple(range(len(arguments.get("depths", (0,)))))}
         return build_model_with_cfg(
-            _network, name, pretrained, feature_cfg=features, pretrained_filter_fn=translated, **arguments
+            _network, name, pretrained, feature_cfg=features, pretrained_filter_fn=_stage_weights, **arguments
         )
 
     build.__name__ = build.__qualname__ = name

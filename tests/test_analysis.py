@@ -321,7 +321,7 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     (tmp_path / "untested/metrics.jsonl").touch()
     for name, text in NO_RESULTS.items():
         (tmp_path / f"{name}.test.json").write_text(text)
-    monkeypatch.setattr(tables, "size", lambda *_: {"parameters": "1", "MACs a step": "1.00 M"})  # README's test counts
+    monkeypatch.setattr(tables, "size", lambda *_: {"parameters": "1", "MACs a step": "1.00 M"})  # test_readme counts
     tables.run(["--results", str(tmp_path), "--output-dir", str(tmp_path / "out")])
     told = capfd.readouterr().out
     left_out = [line.split(": left out")[0] for line in told.splitlines() if ": left out" in line]

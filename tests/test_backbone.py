@@ -17,6 +17,7 @@ from models.released import to_released
 PAGE = (ROOT / "docs/backbone.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 CHECKS = [  # of what each snippet computes
+    "logits.shape == (2, 100)",
     "[boxes.shape for _, boxes in answers] == [(2, 4, 24, 32), (2, 4, 12, 16), (2, 4, 6, 8)]",
     "logits.shape == (2, 100) and [next(s.parameters()).requires_grad for s in model.stages] == [False, False, True]",
     "top.values.shape == (1, 5) and image.shape == (1, 3, 224, 224)",

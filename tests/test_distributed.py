@@ -76,7 +76,7 @@ def test_ranks_that_cannot_train_together_all_end_in_one_line(tmp_path, flags, v
 
 @pytest.mark.slow
 def test_two_machines_under_torchrun(tmp_path):
-    """One launcher each, both on this machine, as the README says."""
+    """One launcher each, both on this machine, as docs/recipes.md says."""
     rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_id=1", "--rdzv_backend=c10d"]
     rendezvous += [f"--rdzv_endpoint=localhost:{free_port()}"]
     train = ["digits/train.py", *QUICK, "--epochs", "1", "--output-dir", tmp_path]

@@ -1,8 +1,6 @@
 """Folders of one's own recordings and frames, in files that spikingjelly's and tonic's code writes and reads."""
 
 import itertools
-import re
-import shlex
 import shutil
 import sys
 import types
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_data
 import torch
-from scripts import ROOT, here, load_data, named, refuses
+from scripts import ROOT, load_data, named, refuses
 from spikingjelly import datasets as sj
 from spikingjelly.datasets.n_mnist import NMNIST
 
@@ -237,18 +235,9 @@ def test_an_unreadable_file_is_named(name, tmp_path):
         read_recording(tmp_path / name, settings(tmp_path))
 
 
-PAGE = (ROOT / "docs/data.md").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
-SMALL = "--epochs 1 --warmup-epochs 0 --cooldown-epochs 0 --workers 0 --batch-size 4 --num-classes 2".split()
-SMALL = {
-    name: [*SMALL, "--time-steps", "1", "--model", "qkformer_2_64"] for name in ("cifar10-dvs", "dvs128-gesture")
-} | {"imagenet": [*SMALL, "--model", "qkformer_3_64", "--input-size", "16"]}
-
-
-def make(root):
-    """The data that the page describes, of two classes each."""
-    tiny_data.image_folder(root / "shapes", classes=2, train=4, test=2)
-    two = {"classes": ("0", "1")}
+def recordings_of_the_page(root):
+    """Make the recordings that docs/data.md describes, of two classes each; test_readme.py runs its commands."""
+    two = {"classes": ("left", "right")}
     for name, how in {
         "hands": {"side": 240, "height": 180},
         "unsplit": {"parts": [""], "per_class": 4},
@@ -257,22 +246,10 @@ def make(root):
         "events_np": {"side": 128},
     }.items():
         folder(root / name, **two, **how)
+    save(root / "hands/test/left/9", events(240, height=180))
     for path in (root / "events_np").rglob("*.npz"):
         place = root / "frames_number_16_split_by_number" / path.parent.relative_to(root / "events_np")
         place.mkdir(parents=True, exist_ok=True)
         sj.integrate_events_file_to_frames_file_by_fixed_frames_number(
             np.load, str(path), str(place), "number", 16, 128, 128
         )
-
-
-def test_the_commands_of_the_page_run_in_order(tmp_path, monkeypatch, capfd):
-    make(tmp_path / "data")
-    monkeypatch.chdir(tmp_path)
-    for command in COMMANDS:
-        script, *flags = shlex.split(re.sub("^python (-m )?", "", command))
-        small = SMALL[Path(script).parent.name] if script.endswith("train.py") else []
-        small = [*small, "--time-steps", "16"] if "--time-steps" in flags else small
-        (recording, *_) = sorted(Path("data/hands/test").rglob("*.npz"))
-        flags = [str(recording) if flag.endswith("9.npz") else flag for flag in flags]
-        here(monkeypatch, capfd, script, *flags, *small)
-    assert len(COMMANDS) == 11

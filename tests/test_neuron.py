@@ -16,7 +16,7 @@ from models.neuron import lif_step, set_neurons, torch_lif
 SPIKINGJELLY = {  # kind -> its class and arguments
     "lif": (sj_neuron.LIFNode, {"tau": 1.5}),
     "if": (sj_neuron.IFNode, {}),
-    "plif": (sj_neuron.ParametricLIFNode, {"init_tau": 2.0}),
+    "plif": (sj_neuron.ParametricLIFNode, {"init_tau": 3.0}),
 }
 DETACHED = {"detach_reset": True, "step_mode": "m", "surrogate_function": sj_surrogate.Sigmoid(4.0)}
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the error of a machine without CUDA")
@@ -56,16 +56,22 @@ def test_other_neurons_equal_spikingjelly(kind):
     node, arguments = SPIKINGJELLY[kind]
     theirs = node(**arguments, **DETACHED).double()
     model = torch.nn.Sequential(LIF())
-    set_neurons(model, kind, tau=arguments.get("tau", 2.0))
+    set_neurons(model, kind, *arguments.values())
     ours = model.double()[0]
     x, grad = currents(5, torch.float64)
     runs = [run(lambda x, _, neuron=neuron: neuron(x), x, None, grad) for neuron in (ours, theirs)]
     assert runs[0][0].mean() > 0.1
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
-    assert not torch.equal(runs[0][0], torch_lif(x, 1.0)) or kind == "plif"  # which begins as a LIF
+    assert not torch.equal(runs[0][0], torch_lif(x, 1.0))
     learned = [[p.grad for p in neuron.parameters()] for neuron in (ours, theirs)]
     assert len(learned[0]) == (kind == "plif")
     assert learned[0] == learned[1]
+
+
+@pytest.mark.parametrize(("kind", "tau"), [("lif", 0.5), ("lif", float("nan")), ("plif", 1.0)])
+def test_a_tau_out_of_range_is_refused(kind, tau):
+    with refuses("tau"):
+        set_neurons(torch.nn.Sequential(LIF()), kind, tau)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,8 @@
 """The networks through timm: its builders, feature maps, heads and checkpoint loading."""
 
+import re
+import warnings
+
 import pytest
 import timm
 import torch
@@ -196,6 +199,22 @@ def test_head_and_first_convolution_adapt_as_timm_does(saved):
     torch.testing.assert_close(loaded[first], weights[first].sum(1, keepdim=True))
     assert loaded["head.weight"].shape[0] == 2
     assert all(torch.equal(loaded[key], weights[key]) for key in weights if key != first and "head" not in key)
+
+
+@pytest.mark.parametrize("more", [{"features_only": True}, {"pretrained_strict": False}])
+def test_files_that_lack_the_stages_are_noticed(more, tmp_path):
+    """timm loads these non-strictly and logs missing weights below its default level."""
+    weights, path = timm.create_model("qkformer_3_64").state_dict(), tmp_path / "weights.pth"
+    arguments = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}, **more}
+    torch.save({f"backbone.{key}": value for key, value in weights.items()}, path)
+    with refuses("stages.0.embed.units.0.conv.weight"):
+        timm.create_model("qkformer_3_64", **arguments)
+    torch.save({key: value for key, value in weights.items() if "stages.2" not in key}, path)
+    with pytest.warns(UserWarning, match=re.escape("stages.2.embed.units.0.conv.weight")):
+        timm.create_model("qkformer_3_64", **arguments)
+    torch.save(weights, path)
+    with warnings.catch_warnings(action="error"):
+        timm.create_model("qkformer_3_64", neuron="plif", **arguments | {"pretrained_strict": False})
 
 
 def test_mismatches_are_told_in_the_naming_of_the_file():
