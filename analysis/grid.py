@@ -10,7 +10,6 @@ grid.csv: means over seeds. `--record` copies each run's small files to FOLDER/R
 
 import contextlib
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from engine.log import logger, setup_console
 from engine.run import build_model
 
 from .common import main, parser, write_csv
+from .curves import draw, run_curve
 from .results import SETTINGS, averages, differences, read_result, results, settings
 
 ITSELF = "recipe"  # name of the variant without changes
@@ -141,7 +141,7 @@ def record(found: Sequence[dict], target: Path, has_curves: bool) -> None:
         for path in (result["path"], *(source / name for name in RECORDED)):
             (folder / path.name).write_text(path.read_text().replace(f"{Path.cwd()}/", ""))
         if has_curves:
-            shutil.copy(source / "learning_curve.png", folder)
+            draw([run_curve(source, name)], folder / "curves.png")
     logger.info(f"recorded: {len(found)} runs in {target}")
 
 

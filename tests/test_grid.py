@@ -106,16 +106,18 @@ def test_any_runs_side_by_side(tmp_path, monkeypatch, capfd):
 def test_a_record_keeps_the_small_files_of_a_run(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     result(Path("run/last.test.json"), 97.0, recipe="digits", variant="self", seed=1)
-    for name in (*grid.RECORDED, "learning_curve.png", "last.pt"):
+    for name in (*grid.RECORDED, "last.pt"):
         (tmp_path / "run" / name).write_text(f"data: {tmp_path}/data")
-    Path("run/metrics.jsonl").write_text('{"seconds": 1}\n')
+    Path("run/metrics.jsonl").write_text(
+        '{"epoch": 0, "test_top1": 97, "train_loss": 1, "test_loss": 1, "seconds": 1}\n'
+    )
     command = ["analysis.grid", "--compare", "run", "--record"]
     here(monkeypatch, capfd, *command, "records")
     folder = Path("records/digits-self-seed1")
     assert {path.name for path in folder.iterdir()} == {"last.test.json", *grid.RECORDED}
     assert (folder / "run.json").read_text() == "data: data"  # relative to the working directory
     here(monkeypatch, capfd, *command, "records", "--curves")
-    assert (folder / "learning_curve.png").exists()
+    assert (folder / "curves.png").exists()
     result(Path("run/last.test.json"), 90.0, recipe="digits", variant="self", seed=1, epochs=2)
     named(fail(monkeypatch, capfd, *command, "records"), folder, "epochs")
     assert read_result(folder / "last.test.json")["top1"] == 97.0
