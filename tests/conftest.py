@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny_data import cifar, image_folder, shards
 
+from engine.log import logger
+
 torch.set_num_threads(1)  # several wait for each other where a core is busy
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
@@ -33,3 +35,24 @@ def data(tmp_path_factory):
 def one_core(monkeypatch):
     """Prepare event recordings in this process, which saves the start of others."""
     monkeypatch.setattr("joblib.cpu_count", lambda: 1)
+
+
+@pytest.fixture(autouse=True)
+def no_lines():
+    """Remove the handlers of scripts that ran in this process."""
+    logger.handlers.clear()
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """List of what the engine warns of."""
+    messages = []
+    monkeypatch.setattr(logger, "warning", messages.append)
+    return messages
+
+
+@pytest.fixture
+def mark(tmp_path, monkeypatch):
+    """File that a `Payload` leaves where its pickle runs."""
+    monkeypatch.setenv("PAYLOAD_MARK", str(tmp_path / "ran"))
+    return tmp_path / "ran"

@@ -56,13 +56,10 @@ def main(result, *flags):
         ]
     model = calibrated(build_model(cfg))
     trainer = Trainer(cfg, here, model, create_optimizer(cfg, model), Data(Batches(steps), [], [], None, None))
-    gradients, step = [], trainer.optimizer.step
-
-    def record():
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-        step()
-
-    trainer.optimizer.step = record
+    gradients = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    )
     loss = trainer.train_epoch()
     if here.is_main:
         torch.save({"gradients": gradients, "state": model.state_dict(), "loss": loss}, result)

@@ -124,15 +124,10 @@ def measure_eval(model: nn.Module, case: Golden) -> dict[str, np.ndarray]:
             module.register_forward_hook(lambda module, args, spikes: rates.append(spikes.mean().item()))
     with torch.no_grad():
         logits = model.eval()(case.input())
-    if any("shortcut_lif" in name for name in names):  # named behind the others of its block, and called before them
-        order = sorted(range(len(names)), key=lambda i: _call(names, i))
+    if any("shortcut_lif" in name for name in names):  # named after the others of its block, and called before them
+        order = sorted(range(len(names)), key=lambda i: i - 4.5 if "shortcut_lif" in names[i] else i)
         rates = [rates[order.index(i)] for i in range(len(names))]
     return {"logits": logits.numpy(), "firing_rates": np.array(rates)}
-
-
-def _call(names: list[str], i: int) -> float:
-    """Return a number that rises with the order of the calls."""
-    return i - 4.5 if "shortcut_lif" in names[i] else i
 
 
 def measure_train(model: nn.Module, case: Golden) -> dict[str, np.ndarray]:

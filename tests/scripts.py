@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +25,10 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from engine import config, world
 from engine.cli import UserError
 from engine.optim import base_lr, create_schedule
+from engine.run import create_data
 
 ROOT = Path(__file__).resolve().parents[1]
 PRELOAD = ["scripts", "engine.run", "analysis.energy", "sklearn.datasets", "sklearn.model_selection"]
@@ -36,28 +37,15 @@ FIXED = {
     "OMP_NUM_THREADS": "1",  # results are equal bit by bit
     "LOKY_MAX_CPU_COUNT": "1",  # recordings are prepared without further interpreters
 }
-CPU = {**os.environ, **FIXED}
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 class Child:
     """A script, or a module after "-m", in a fork of the server with its own session.
 
-    Args:
-        log: file that gets stdout and stderr.
-        errors: file that gets stderr.
-        before: called in the process before the script; must be picklable.
+    The file `log` gets its output, but stderr goes to `errors` if given. It calls `before`, which must be picklable.
     """
 
-    def __init__(
-        self,
-        *command: object,
-        log: Path,
-        errors: Path | None = None,
-        cwd: Path = ROOT,
-        before: Callable[[], None] | None = None,
-        **environment: str,
-    ):
+    def __init__(self, *command, log, errors=None, cwd=ROOT, before=None, **environment):
         self.log = Path(log)
         words = [str(word) for word in command]
         environment = {**os.environ, **FIXED, **environment}
@@ -92,14 +80,7 @@ def _server():
     return context
 
 
-def _run(
-    words: list[str],
-    log: Path,
-    errors: Path,
-    cwd: Path,
-    before: Callable[[], None] | None,
-    environment: dict[str, str],
-) -> None:
+def _run(words, log, errors, cwd, before, environment):
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     for number, path in ((1, log), (2, errors)):
@@ -108,26 +89,17 @@ def _run(
     os.environ.update(environment)
     os.chdir(cwd)
     multiprocessing.set_start_method("fork", force=True)  # the loaders' default without a server
-    is_module = words[0] == "-m"
-    script_folder = str(cwd) if is_module else os.path.dirname(os.path.abspath(words[0]))
-    sys.path[:] = [
-        script_folder,
-        *(path for path in sys.path if path and not Path(path).is_relative_to(ROOT / "tests")),
-    ]
+    paths = [path for path in sys.path if path and not Path(path).is_relative_to(ROOT / "tests")]
+    if words[0] == "-m":
+        sys.path[:] = [str(cwd), *paths]
+        words = words[1:]
+    else:
+        words[0] = str(Path(cwd, words[0]))
+        sys.path[:] = [os.path.dirname(words[0]), *paths]
     try:
         if before:
             before()
-        sys.argv = words[is_module:]
-        if is_module:
-            sys.modules.pop(words[1], None)  # runpy warns about a module that is imported already
-            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(words[0], run_name="__main__")
-    except SystemExit:
-        raise
-    except BaseException:
-        traceback.print_exc()
-        raise SystemExit(1) from None
+        execute(*words)
     finally:
         atexit._run_exitfuncs()
 
@@ -206,13 +178,7 @@ def free_port():
         return server.getsockname()[1]
 
 
-def ranks(
-    count: int,
-    *words: object,
-    log: Path,
-    before: Callable[[], None] | None = None,
-    only: int | None = None,
-) -> list[Child]:
+def ranks(count, *words, log, before=None, only=None):
     """Start a script in `count` processes, as a launcher does; `before` is for all, or for the rank `only`."""
     if count == 1:
         return [Child(*words, log=log, before=before)]
@@ -230,14 +196,6 @@ def ranks(
         )
         for rank in range(count)
     ]
-
-
-def refused(result, *values) -> str:
-    """Assert exit code 2 and one line on stderr with every value in it; return the line."""
-    assert result.returncode == 2, result.stdout + result.stderr
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    return named(lines[0], *values)
 
 
 def named(line, *values) -> str:
@@ -264,7 +222,7 @@ def execute(script, *arguments):
             runpy.run_path(str(ROOT / script), run_name="__main__")
         else:
             patch.delitem(sys.modules, script, raising=False)  # runpy warns about a module that is imported already
-            runpy.run_module(script, run_name="__main__")
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
 def here(monkeypatch, capfd, script, *arguments):
@@ -285,6 +243,12 @@ def fail(monkeypatch, capfd, script, *arguments):
     assert lines[-1].startswith("error: ")
     assert not [line for line in lines[:-1] if line.startswith(("error: ", "Traceback"))]
     return lines[-1]
+
+
+def load_data(recipe, *flags, train=True, rank=0, world_size=1):
+    """Return the data of a recipe as one of several ranks gets them, on the CPU."""
+    cfg = config.load(ROOT / recipe, list(map(str, flags)))
+    return create_data(cfg, world.World(rank, world_size, torch.device("cpu")), train)
 
 
 def result_in(folder):

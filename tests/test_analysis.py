@@ -75,16 +75,15 @@ def test_samples_may_come_from_all_over_the_test_set(all_kinds):
     assert torch.equal(some, labels[::8][:50])
 
 
-def test_analyses_compute_the_neurons_with_torch_unless_told_otherwise(all_kinds):
-    for flags, backend in [([], "torch"), (["--lif-backend", "auto"], "auto")]:
-        neurons = [module for module in subject(all_kinds, *flags).model.modules() if isinstance(module, LIF)]
-        assert {neuron.function for neuron in neurons} == {BACKENDS[backend]}
+@pytest.mark.parametrize(("flags", "backend"), [([], "torch"), (["--lif-backend", "auto"], "auto")])
+def test_analyses_compute_the_neurons_with_torch_unless_a_flag_says_otherwise(all_kinds, flags, backend):
+    neurons = [module for module in subject(all_kinds, *flags).model.modules() if isinstance(module, LIF)]
+    assert {neuron.function for neuron in neurons} == {BACKENDS[backend]}
 
 
-def test_firing_rates_and_integers_are_what_the_layers_get(all_kinds, tmp_path, monkeypatch, capfd):
+def test_firing_rates_and_integers_are_those_of_the_layers_inputs(all_kinds):
     found = subject(all_kinds)
-    report = estimate(found.model, found.data.test)
-    rates = firing_rates.measure(found)
+    report, rates = estimate(found.model, found.data.test), firing_rates.measure(found)
     assert list(rates.spikes) == list(report.firing_rates)
     for name, values in rates.spikes.items():
         assert values.shape == (2,)
@@ -92,31 +91,32 @@ def test_firing_rates_and_integers_are_what_the_layers_get(all_kinds, tmp_path, 
         assert values.max() > 0
     inputs = {layer.name: layer for layer in report.layers}
     pairs = {"embed": "blocks.0.attn.q.conv", "blocks.0.attn": "blocks.0.mlp.fc1.conv"}
-    for stage, (behind, into) in itertools.product(range(3), pairs.items()):
-        shares = rates.integers[f"stages.{stage}.{behind}"]
+    for stage, (before, after) in itertools.product(range(3), pairs.items()):
+        shares, layer = rates.integers[f"stages.{stage}.{before}"], inputs[f"stages.{stage}.{after}"]
         assert math.isclose(shares.sum(), 1, rel_tol=1e-6)
-        mean = (shares * torch.arange(len(shares))).sum()
-        assert math.isclose(mean, inputs[f"stages.{stage}.{into}"].mean_input, rel_tol=1e-6)
-        assert math.isclose(1 - shares[0], inputs[f"stages.{stage}.{into}"].density, rel_tol=1e-6)
+        assert math.isclose((shares * torch.arange(len(shares))).sum(), layer.mean_input, rel_tol=1e-6)
+        assert math.isclose(1 - shares[0], layer.density, rel_tol=1e-6)
+    assert len(rates.masked) == 2
     for name, values in rates.masked.items():
         assert math.isclose(values.mean(), inputs[f"{name}.conv"].mean_input, rel_tol=1e-6)
-    assert len(rates.masked) == 2
-    arguments = ["--checkpoint", all_kinds, "--output-dir", tmp_path / "out", "--table"]
-    here(monkeypatch, capfd, "analysis.firing_rates", *arguments)
-    rows = rows_of(tmp_path / "out/firing_rates.csv")
-    assert [row["layer"] for row in rows] == list(rates.spikes)
-    for row, values in zip(rows, rates.spikes.values(), strict=True):
+
+
+def test_the_tables_of_firing_rates(all_kinds, tmp_path, monkeypatch, capfd):
+    rates = firing_rates.measure(subject(all_kinds))
+    here(monkeypatch, capfd, "analysis.firing_rates", "--checkpoint", all_kinds, "--output-dir", tmp_path, "--table")
+    for row, (name, values) in zip(rows_of(tmp_path / "firing_rates.csv"), rates.spikes.items(), strict=True):
+        assert row["layer"] == name
         assert [float(row["t = 0"]), float(row["t = 1"])] == pytest.approx(values.tolist())
     layers = common.published("firing_rates")["layers"]
-    table = {(row["stage"], row["layer"]): row for row in rows_of(tmp_path / "out/firing_rates_table.csv")}
+    table = {(row["stage"], row["layer"]): row for row in rows_of(tmp_path / "firing_rates_table.csv")}
     assert [layer for stage, layer in table if stage == "1"] == [name for name in layers if name != "V"]
-    assert [layer for stage, layer in table if stage == "3"] == [n for n in layers if n != "masked key"]
+    assert [layer for stage, layer in table if stage == "3"] == [name for name in layers if name != "masked key"]
     rate = rates.masked["stages.1.blocks.0.attn.proj"].mean().item()
     assert float(table["2", "masked key"]["firing rate"]) == pytest.approx(rate)
     (paper,) = [name for name in table["1", "Q"] if "paper" in name]
     assert [table[key][paper] for key in (("1", "Q"), ("2", "MLP 2"), ("3", "Q"))] == ["0.0432", "0.1869", ""]
-    assert len(rows_of(tmp_path / "out/integers.csv")) == 9
-    assert (tmp_path / "out/firing_rates.png").exists()
+    assert len(rows_of(tmp_path / "integers.csv")) == 9
+    assert (tmp_path / "firing_rates.png").exists()
 
 
 def test_membrane_shortcuts_have_no_integers(trained):
@@ -147,17 +147,20 @@ def test_spikes_and_energy_of_a_sample(all_kinds, tmp_path, monkeypatch, capfd):
     named(fail(monkeypatch, capfd, *command, "--sample", 360), 360)
 
 
-@pytest.mark.parametrize("kind", ["Q-K token", "Q-K channel", "self"])
-def test_independent_spikes(kind):
-    """The formulas against spikes drawn at random and the networks' own sums."""
-    generator = torch.Generator().manual_seed(0)
-    rates, width, tokens, heads = [0.3, 0.2, 0.4], 6, 5, 2
-    rates = rates[: 3 if kind == "self" else 2]
-    q, *others = ((torch.rand(1, 20_000, heads, width, tokens, generator=generator) < rate).float() for rate in rates)
-    modules = {"Q-K token": TokenQKAttention, "Q-K channel": ChannelQKAttention, "self": SpikingSelfAttention}
-    module, sums = modules[kind](heads * width, heads), []
+@pytest.mark.parametrize(
+    ("kind", "module", "rates"),
+    [
+        ("Q-K token", TokenQKAttention, [0.3, 0.2]),
+        ("Q-K channel", ChannelQKAttention, [0.3, 0.2]),
+        ("self", SpikingSelfAttention, [0.3, 0.2, 0.4]),
+    ],
+)
+def test_the_statistics_of_independent_spikes(kind, module, rates):
+    generator, width, tokens, heads = torch.Generator().manual_seed(0), 6, 5, 2
+    drawn = ((torch.rand(1, 20_000, heads, width, tokens, generator=generator) < rate).float() for rate in rates)
+    module, sums = module(heads * width, heads), []
     module.attn_lif.register_forward_pre_hook(lambda _, args: sums.append(args[0].double()))
-    module.attend(q, *others)
+    module.attend(*drawn)
     mean, variance = attention_statistics.independent(kind, rates, width, tokens)
     scale = 0.125 if kind == "self" else 1
     assert math.isclose(sums[0].mean() / scale, mean, rel_tol=0.01)
@@ -165,7 +168,7 @@ def test_independent_spikes(kind):
 
 
 def test_the_papers_bound_of_the_variance():
-    """It holds for sums of independent terms; those of self-attention share spikes, and go beyond."""
+    """Sums of independent terms stay below the bound; terms of self-attention share spikes and exceed it."""
     independent, bound = attention_statistics.independent, attention_statistics.bound
     assert (bound("Q-K token", 64, 196), bound("Q-K channel", 64, 196), bound("self", 64, 196)) == (16, 49, 3136)
     for kind in ("Q-K token", "Q-K channel"):
@@ -302,7 +305,6 @@ def test_a_checkpoint_without_recipe_or_weights_is_refused(tmp_path, monkeypatch
 
 
 def test_curves_of_logs_and_runs(tmp_path, monkeypatch, capfd):
-    """Each log ends with the epochs of its recipe; a run's figures are those of its metrics."""
     lengths = {name: (curve.epochs[0], curve.epochs[-1]) for name in curves.LOGS for curve in [curves.published(name)]}
     assert lengths.pop("imagenet_768_384") == (202, 210)
     assert lengths == {"imagenet_768_224": (1, 200), "cifar10": (1, 410), "cifar100": (1, 408), "cifar10-dvs": (1, 106)}
@@ -321,7 +323,7 @@ def test_curves_of_logs_and_runs(tmp_path, monkeypatch, capfd):
 
 
 def result(path, top1, count=360, **changes):
-    """What test.py writes for the digits."""
+    """Write a record as test.py does for the digits."""
     path.parent.mkdir(exist_ok=True)
     settings = config.plain(config.load(ROOT / "digits/digits.yml"), without=["energy"])
     path.write_text(json.dumps({"top1": top1, "count": count, **settings, "time": "2026-01-01", **changes}))

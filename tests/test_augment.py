@@ -42,36 +42,29 @@ def test_operations_are_those_of_torchvision(operation, shape):
             assert differing <= (0.002 if operation in ("shear_x", "rotate") else 0)
 
 
-def is_uniform(values, choices):
-    """Whether each choice was drawn as often as chance lets expect; fails once in a million times."""
-    counts = Counter(values)
-    expected = len(values) / len(choices)
+def assert_uniform(values, choices):
+    """Assert that each choice was drawn as often as chance lets expect; fails once in a million times."""
+    counts, expected, freedom = Counter(values), len(values) / len(choices), len(choices) - 1
     assert set(counts) <= set(choices)
     chi2 = sum((counts[choice] - expected) ** 2 / expected for choice in choices)
-    freedom = len(choices) - 1
-    return chi2 < freedom + 4.9 * math.sqrt(2 * freedom) + 16
+    assert chi2 < freedom + 4.9 * math.sqrt(2 * freedom) + 16
 
 
 def test_every_operation_magnitude_sign_and_flip_is_drawn_as_often_as_it_should(monkeypatch):
     drawn = []
-
-    def record(*arguments):
-        drawn.append(arguments[:3])
-        return sampling(*arguments)
-
-    monkeypatch.setattr(augment, "sampling", record)
+    monkeypatch.setattr(augment, "sampling", lambda *arguments: drawn.append(arguments[:3]) or sampling(*arguments))
     monkeypatch.setattr(augment, "_move", lambda frames, matrices: frames)
     torch.manual_seed(0)
     for _ in range(10):
         SNNWideAugment(0.5, wide=True)(torch.ones(1000, 1, 1, 4, 4))
     operations, _, flips = zip(*drawn, strict=True)
-    assert is_uniform(operations, OPERATIONS)
-    assert is_uniform(flips, [False, True])
+    assert_uniform(operations, OPERATIONS)
+    assert_uniform(flips, [False, True])
     for operation, most in (("shear_x", 0.3), ("translate_x", 5), ("translate_y", 5), ("rotate", 30)):
         magnitudes = [magnitude for name, magnitude, _ in drawn if name == operation]
-        assert is_uniform([round(magnitude / most * 15, 3) for magnitude in magnitudes], range(-15, 16))
-        assert is_uniform([magnitude > 0 for magnitude in magnitudes if magnitude], [False, True])
-        assert is_uniform([flip for name, _, flip in drawn if name == operation], [False, True])
+        assert_uniform([round(magnitude / most * 15, 3) for magnitude in magnitudes], range(-15, 16))
+        assert_uniform([magnitude > 0 for magnitude in magnitudes if magnitude], [False, True])
+        assert_uniform([flip for name, _, flip in drawn if name == operation], [False, True])
 
 
 def test_shifts_are_whole_pixels_towards_zero():
@@ -105,22 +98,15 @@ def test_cutout_erases_a_square_of_all_frames(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_as_on_a_cpu():
+def test_on_a_gpu_as_on_a_cpu_and_nobody_waits_for_it():
     frames = torch.poisson(torch.rand(64, 4, 2, 128, 128) * 5)
+    SNNWideAugment(0.5, wide=True)(frames.cuda())  # the first call waits
     results = []
-    for device in ("cpu", "cuda"):
-        torch.manual_seed(0)
-        results.append(SNNWideAugment(0.5, wide=True)(frames.clone().to(device)).cpu())
-    assert (results[0] != results[1]).float().mean() < 0.002
-
-
-@pytest.mark.gpu
-def test_nobody_waits_for_the_gpu():
-    augmented = SNNWideAugment(0.5, wide=True)
-    frames = torch.ones(64, 2, 2, 32, 32, device="cuda")
-    augmented(frames)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        augmented(frames)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    for x in (frames.clone(), frames.cuda()):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            torch.manual_seed(0)
+            results.append(SNNWideAugment(0.5, wide=True)(x))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert (results[0] != results[1].cpu()).float().mean() < 0.002

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from scripts import ROOT, fail, here, refuses
 
 from benchmarks import roofline, speed
 from benchmarks.common import Results
-from benchmarks.speed import cases, compare, missing, weights
+from benchmarks.speed import cases, compare, weights
 from benchmarks.spikingjelly2 import Remote
 from benchmarks.turns import Timed, Turns
 from engine.config import load
@@ -24,6 +25,10 @@ def small_case():
     sizes = {"time_steps": 1, "input_size": 8, "batch_size": 2, "ssa_membrane": None}
     (case,) = cases(argparse.Namespace(models=["qkformer_3_64"], amp="off", **sizes), CPU)
     return case
+
+
+def rounds(run):
+    return {result["mode"]: [len(s["ms"]["rounds"]) for s in result["sides"].values()] for result in run["results"]}
 
 
 def test_the_speed_of_a_step_and_going_on_after_an_interruption(tmp_path, monkeypatch, capfd):
@@ -43,9 +48,6 @@ def test_the_speed_of_a_step_and_going_on_after_an_interruption(tmp_path, monkey
         (path,) = tmp_path.glob("speed-*.json")
         return len(turns), json.loads(path.read_text())["runs"]
 
-    def rounds(run):
-        return {result["mode"]: [len(s["ms"]["rounds"]) for s in result["sides"].values()] for result in run["results"]}
-
     monkeypatch.setattr("benchmarks.common.provenance", lambda: {"git_commit": "4d1f"})
     _, runs = measure(stop_at=7)  # in the last round of the evaluation: 2 modes x 2 rounds x 2 sides
     assert [rounds(run) for run in runs] == [{"train": [2, 2], "eval": [1, 1]}]
@@ -53,11 +55,8 @@ def test_the_speed_of_a_step_and_going_on_after_an_interruption(tmp_path, monkey
     assert count == 4
     assert [rounds(run) for run in runs[1:]] == [{"eval": [2, 2]}]
     assert measure() == (0, runs)
-
     (result,) = runs[1]["results"]
-    assert runs[1]["versions"]["torch"] == torch.__version__.split("+")[0]
     assert result["agreement"]["deviation"] < 0.5
-    assert result["batch_size"] == 2
     assert list(result["sides"]) == ["unfused-torch", "ours"]  # the compiler runs on request
     ours = result["sides"]["ours"]
     assert ours["ms"] == {"min": 2, "median": 3, "max": 4, "rounds": [2, 4]}
@@ -66,32 +65,20 @@ def test_the_speed_of_a_step_and_going_on_after_an_interruption(tmp_path, monkey
     assert math.isclose(ours["times_floor"], 3 / result["floor_ms"])
 
 
-def test_what_counts_from_earlier_runs(tmp_path, monkeypatch):
-    """Results with the same commit, device and decisive arguments; nothing while changes are not committed."""
+def test_earlier_runs_with_the_same_commit_and_arguments_count(tmp_path, monkeypatch):
 
-    def results(**arguments):
+    def results(commit, **arguments):
+        monkeypatch.setattr("benchmarks.common.provenance", lambda: {"git_commit": commit})
         return Results("speed", argparse.Namespace(output=tmp_path, **arguments), CPU, ["rounds"])
 
-    monkeypatch.setattr("benchmarks.common.provenance", lambda: {"git_commit": "4d1f"})
-    results(rounds=2, models=["a"]).write([{"x": 1}])
-    assert results(rounds=2, models=["b"]).kept == [{"x": 1}]
-    assert results(rounds=3, models=["a"]).kept == []
+    results("4d1f", rounds=2, models=["a"]).write([{"x": 1}])
+    assert results("4d1f", rounds=2, models=["b"]).kept == [{"x": 1}]
+    assert results("4d1f", rounds=3, models=["a"]).kept == []
     for commit in ("5c3a", "4d1f+changes"):
-        monkeypatch.setattr("benchmarks.common.provenance", lambda commit=commit: {"git_commit": commit})
-        file = results(rounds=2)
+        file = results(commit, rounds=2)
         assert (file.kept, file.all) == ([], [])
         file.write([{"x": 2}])
-        assert bool(results(rounds=2).kept) == (commit == "5c3a")
-
-
-def test_sides_that_are_missing():
-    whole, network = {"ms": {"rounds": [1.0]}}, {"model": "qkformer_3_64", "mode": "eval", "baseline": "unfused-torch"}
-    good, case = network | {"sides": {"unfused-torch": whole, "ours": whole}}, small_case()
-    assert missing(case, "eval", None, [good]) == []
-    assert missing(case, "train", None, [good]) == ["unfused-torch", "ours"]
-    assert missing(case, "eval", ["unfused-compiled"], [good]) == ["unfused-torch", "unfused-compiled"]
-    compiled = network | {"sides": {"unfused-torch": whole, "unfused-compiled": {"not_run": "no compiler"}}}
-    assert missing(case, "eval", ["unfused-compiled"], [good, compiled]) == []
+        assert bool(results(commit, rounds=2).kept) == (commit == "5c3a")
 
 
 @pytest.mark.gpu
@@ -111,35 +98,32 @@ def test_speed_of_a_step_on_cuda(tmp_path, monkeypatch, capfd):
             assert figures["ratio"]["min"] > 0
 
 
+class Side:
+    peak_bytes, is_closed = None, False
+
+    def __init__(self, *times):
+        self.times = iter(times)
+
+    def turn(self, steps):
+        return next(self.times)
+
+    def close(self):
+        self.is_closed = True
+
+
 def test_a_side_that_fails_is_out_and_the_others_go_on():
-    class Side:
-        peak_bytes, closed = None, False
-
-        def __init__(self, times):
-            self.times = iter(times)
-
-        def turn(self, steps):
-            return next(self.times)
-
-        def close(self):
-            self.closed = True
-
-    def missing():
-        raise ImportError("No module named 'cupy'")
-
-    good, bad = Side([4.0, 6.0]), Side([1.0])
+    good, bad = Side(4.0, 6.0), Side(1.0)
     with Turns("some network", CPU) as turns:
-        turns.start("cupy", missing)
-        for name, side in (("torch", Side([8.0, 9.0])), ("bad", bad), ("good", good)):
-            turns.start(name, lambda side=side: side)
+        turns.start("cupy", Mock(side_effect=ImportError("No module named 'cupy'")))
+        for name, side in (("torch", Side(8.0, 9.0)), ("bad", bad), ("good", good)):
+            turns.start(name, Mock(return_value=side))
         for _ in range(2):
             turns.round(1)
-        assert bad.closed
-        assert not good.closed
-    assert good.closed
+        assert (bad.is_closed, good.is_closed) == (True, False)
+    assert good.is_closed
     figures = turns.figures(("cupy", "torch", "bad", "good", "not asked for"), "torch", samples=10)
     assert figures["cupy"] == {"not_run": "No module named 'cupy'"}
-    assert figures["bad"] == {"not_run": "StopIteration: "}
+    assert "not_run" in figures["bad"]
     assert figures["good"]["ratio"] == {"min": 1.5, "median": 1.75, "max": 2.0}
     assert figures["good"]["samples_per_s"] == 2000
     assert "not asked for" not in figures
@@ -147,14 +131,15 @@ def test_a_side_that_fails_is_out_and_the_others_go_on():
 
 
 def test_demand_counts_a_still_image_once():
-    """Of a network at two time steps all units count twice, but input and output of the first convolution."""
+    """At two time steps all units count twice, except input and output of the first convolution."""
     pixels = 8 * 8
-    for mode, once in (("eval", pixels), ("train", 3 * pixels + 8 * 8 * pixels)):  # 1 channel in, 8 out
-        one, two = (roofline.demand(load(ROOT / "digits/digits.yml", [f"--time-steps={t}"]), mode) for t in (1, 2))
-        assert two.elements == 2 * one.elements - once
-    dvs = (roofline.demand(load(ROOT / "digits-dvs/digits-dvs.yml", [f"--time-steps={t}"]), "eval") for t in (1, 2))
-    one, two = dvs
-    assert two.elements == 2 * one.elements
+    for recipe, mode, once in (
+        ("digits/digits.yml", "eval", pixels),
+        ("digits/digits.yml", "train", 3 * pixels + 8 * 8 * pixels),  # 1 channel in, 8 out
+        ("digits-dvs/digits-dvs.yml", "eval", 0),
+    ):
+        one, two = (roofline.demand(load(ROOT / recipe, [f"--time-steps={t}"]), mode).elements for t in (1, 2))
+        assert two == 2 * one - once
 
 
 def test_demand_of_the_published_network():
@@ -205,7 +190,7 @@ def test_spikingjelly_2_takes_its_turns_in_a_process_of_its_own(tmp_path):
         ("growth", "--axes channels --channels 8 16", "--heads"),
     ],
 )
-def test_mistakes_end_in_one_line(monkeypatch, capfd, tmp_path, script, flags, value):
+def test_mistakes_are_named(monkeypatch, capfd, tmp_path, script, flags, value):
     assert value in fail(monkeypatch, capfd, f"benchmarks.{script}", *flags.split(), "--output", tmp_path)
 
 

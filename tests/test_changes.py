@@ -6,13 +6,14 @@ from types import FunctionType
 
 import pytest
 import torch
+from test_models import images, lively
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from engine.weights import silent_layers
 from models import create_model, set_lif_backend
+from models.fused.kernels import launch
 from models.layers import SpikingConv
-from models.neuron import LIF, torch_lif
+from models.neuron import LIF
 
 METHODS = ("forward", "attend", "_over_time", "_conv_forward", "_check_input_dim", "_call_impl")
 SETTINGS = {
@@ -25,22 +26,12 @@ SETTINGS = {
 }
 
 
-def network(seed=0, time_steps=2):
+def network(time_steps=2):
     """A network of every kind of module, whose neurons fire; and images."""
-    torch.manual_seed(seed)
-    model = create_model("qkformer_4_384", time_steps=time_steps, num_classes=3, **SETTINGS).double()
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m in norms:
-        m.weight.data.fill_(1.5)
-        m.bias.data.fill_(0.6)
-        m.momentum = 1.0
-    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    model = lively(create_model("qkformer_4_384", time_steps=time_steps, num_classes=3, **SETTINGS))
+    x = images(2, 3, 8, 8)
     set_lif_backend(model, "torch")
-    with torch.no_grad():
-        model(x)  # running statistics that fit
-    for m in norms:
-        m.momentum = 0.1
-    assert not silent_layers(model.eval(), x)
+    assert not silent_layers(model, x)
     return model, x
 
 
@@ -58,6 +49,8 @@ class Doubled(nn.Module):
 
 
 def patched(name, instead_of=None):
+    """Change for a module: a method doubled, or failing, as an attribute; `instead_of` another attribute."""
+
     def patch(m):
         if instead_of:
             delattr(m, instead_of)
@@ -82,18 +75,19 @@ DATA = {
 
 def other(value):
     """Another value of the type; None for what has no other."""
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int):
-        return value + 1
-    if isinstance(value, float):
-        return 0.5 * value + 0.1
-    if isinstance(value, str):
-        return "circular" if value == "zeros" else value + "x"
-    if isinstance(value, FunctionType):
-        return doubled(value)
-    if isinstance(value, tuple | list) and value and isinstance(value[0], int):
-        return type(value)(part + 1 for part in value)
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case float():
+            return 0.5 * value + 0.1
+        case str():
+            return "circular" if value == "zeros" else value + "x"
+        case FunctionType():
+            return doubled(value)
+        case (int(), *_):
+            return type(value)(part + 1 for part in value)
     return None
 
 
@@ -110,12 +104,14 @@ def replacer(name, change):
     return replace
 
 
-def doubler(name):
-    return lambda m: m._modules.update({name: Doubled(m._modules[name])})
+def doubler(name, copied=False):
+    """Replace the child `name` by its double, in the module's own dictionary or a copy."""
 
+    def replace(m):
+        m.__dict__["_modules"] = dict(m._modules) if copied else m._modules
+        m._modules[name] = Doubled(m._modules[name])
 
-def copy_children(m):
-    m.__dict__["_modules"] = dict(m._modules)
+    return replace
 
 
 def changes_of(m):
@@ -137,7 +133,7 @@ def changes_of(m):
     for name, child in m._modules.items():
         if child is not None:
             found[f"{name} replaced"] = [doubler(name)]
-            found[f"{name} replaced in a copy"] = [copy_children, doubler(name)]
+            found[f"{name} replaced in a copy"] = [doubler(name, copied=True)]
     for name, tensor in (m._parameters | m._buffers).items():
         if tensor is not None and tensor.dim():
             found |= {f"{name} {label}": [replacer(name, change)] for label, change in DATA.items()}
@@ -170,16 +166,6 @@ def changed(model, place, steps):
     return model
 
 
-def by_modules(model):
-    """A copy of the network that its modules compute."""
-    model = copy.deepcopy(model)
-    model.fast_path = None
-    for m in model.modules():
-        if isinstance(m, LIF) and m.function.__name__ in ("auto_lif", "triton_lif"):
-            m.function = torch_lif
-    return model
-
-
 def outcome(model, x):
     """The logits, or the error that the network raises."""
     torch.manual_seed(0)
@@ -189,12 +175,14 @@ def outcome(model, x):
         return error
 
 
-def assert_equal(found, expected):
-    if isinstance(expected, Exception):
-        assert isinstance(found, Exception), expected
+def assert_equal(found, expected, what):
+    if isinstance(found, Exception) or isinstance(expected, Exception):
+        assert isinstance(found, Exception), f"{what}: {expected}"
+        assert isinstance(expected, Exception), f"{what}: {found}"
     else:
-        assert not isinstance(found, Exception), found
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=1e-12, equal_nan=True, msg=lambda line: f"{what}: {line}"
+        )
 
 
 @pytest.mark.parametrize("kind", PLACES)
@@ -207,10 +195,7 @@ def test_evaluation_without_gradients_is_that_with_gradients(kind):
         with torch.no_grad():
             found = outcome(trial, x)
         expected = outcome(trial, x)
-        try:
-            assert_equal(found, expected)
-        except AssertionError as error:
-            raise AssertionError(f"{kind}: {label}: {error}") from None
+        assert_equal(found, expected, label)
         effects += isinstance(expected, Exception) or not torch.allclose(before, expected, equal_nan=True)
     assert effects or kind == "ModuleList"  # which nothing calls
 
@@ -242,7 +227,7 @@ def test_replaced_parts_count(name):
     assert answer(copy.deepcopy(model)) is None
     with torch.no_grad():
         found = outcome(model, x)
-    assert_equal(found, outcome(model, x))
+    assert_equal(found, outcome(model, x), name)
 
 
 def answer(model):
@@ -251,8 +236,6 @@ def answer(model):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU the interpreter runs the kernels")
 def test_the_kernels_follow_all_changes_that_leave_them_in_use(monkeypatch):
-    """A training step after all of these changes together: logits, gradients and running statistics."""
-    launch = pytest.importorskip("models.fused.kernels.launch")
     for constant, value in (("PROGRAMS", 3), ("WARPS", 64)):  # the interpreter takes as long for a program of any size
         monkeypatch.setattr(launch, constant, value)
     model, x = network(time_steps=1)
@@ -267,8 +250,9 @@ def test_the_kernels_follow_all_changes_that_leave_them_in_use(monkeypatch):
                 names.append(label)
     assert {"eps", "momentum", "scale", "rate", "weight halved", "running_var halved"} <= set(names)
     assert answer(model) is not None
-    results = []
-    for trained in (by_modules(model), model):
+    reference, results = copy.deepcopy(model), []
+    set_lif_backend(reference, "torch")
+    for trained in (reference, model):
         torch.manual_seed(0)
         logits = trained.train()(x)
         logits.square().sum().backward()
@@ -290,28 +274,16 @@ def test_stages_and_their_blocks_are_called(learns):
     assert called == ["blocks", "stage"] * 3
 
 
-@pytest.mark.parametrize("wrap", [checkpoint_wrapper, nn.DataParallel, Doubled])
-def test_wrapped_stages_compute(wrap):
+def test_a_wrapped_stage_is_called():
+    """test_tools.py wraps stages and networks with what torch has."""
     model, x = network()
     set_lif_backend(model, "auto")
     expected = model(x)
-    model.stages[1] = wrap(model.stages[1])
-    calls = []
-    model.stages[1].register_forward_hook(lambda *_: calls.append(1))
+    model.stages[1] = Doubled(model.stages[1])
     found = model(x)
-    assert calls == [1]
-    assert torch.equal(found, expected) == (wrap is not Doubled)
+    assert not torch.equal(found, expected)
     with torch.no_grad():
         assert torch.equal(model(x), found)
-
-
-def test_a_wrapped_stage_is_computed_again_in_the_backward_pass():
-    model, x = network()
-    calls = []
-    model.stages[1].blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    model.stages[1] = checkpoint_wrapper(model.stages[1])
-    model(x).sum().backward()
-    assert calls == [1, 1]
 
 
 def test_changed_classes_and_global_hooks_count(monkeypatch):

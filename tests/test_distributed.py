@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from scripts import TORCHRUN, Child, free_port, named, ranks, same, succeed
+from scripts import Child, free_port, named, ranks, same, succeed
 
 from engine import checkpoint
 
@@ -13,21 +13,11 @@ QUICK = ["--batch-size", "64", "--lr", "1e-2", "--time-steps", "1"]  # 11 steps 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The update of one process, with and without accumulation."""
+    """The updates of one process, by the number of accumulated steps."""
     folder = tmp_path_factory.mktemp("alone")
-    results = {}
     for accumulated in (1, 2):
-        path = folder / f"{accumulated}.pt"
-        succeed("tests/first_step.py", path, "--accum-iter", accumulated)
-        results[accumulated] = torch.load(path)
-    return results
-
-
-def two_processes(path, *flags):
-    """The updates of two processes."""
-    children = ranks(2, "tests/first_step.py", path, *flags, log=path.with_suffix(".log"))
-    assert [child.wait() for child in children] == [0, 0], children[0].output + children[1].output
-    return torch.load(path)
+        succeed("tests/first_step.py", folder / f"{accumulated}.pt", "--accum-iter", accumulated)
+    return {accumulated: torch.load(folder / f"{accumulated}.pt") for accumulated in (1, 2)}
 
 
 @pytest.mark.parametrize(
@@ -35,8 +25,10 @@ def two_processes(path, *flags):
     [(1, ["--channels-last", "--ema-decay", "0.5"]), (2, ["--grad-checkpointing"])],
 )
 def test_two_processes_make_the_updates_of_one(alone, tmp_path, accumulated, flags):
-    two = two_processes(tmp_path / "two.pt", "--accum-iter", accumulated, *flags)
-    one = alone[accumulated]
+    words = ["tests/first_step.py", tmp_path / "two.pt", "--accum-iter", accumulated, *flags]
+    children = ranks(2, *words, log=tmp_path / "log")
+    assert [child.wait() for child in children] == [0, 0], children[0].output + children[1].output
+    one, two = alone[accumulated], torch.load(tmp_path / "two.pt")
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
     assert len(two["gradients"]) == 2
     for ours, expected in zip(two["gradients"], one["gradients"], strict=True):
@@ -51,9 +43,10 @@ def test_two_processes_make_the_updates_of_one(alone, tmp_path, accumulated, fla
 
 @pytest.mark.slow
 def test_torchruns_restart_goes_on_from_the_last_checkpoint(tmp_path):
+    launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     train = ["digits/train.py", *QUICK, "--epochs", "3", "--resume", "auto", "--output-dir"]
-    succeed(*TORCHRUN, "--max-restarts=1", "tests/dies.py", 0, 15, *train, tmp_path / "cut")
-    succeed(*TORCHRUN, *train, tmp_path / "whole")
+    succeed(*launch, "--max-restarts=1", "tests/dies.py", 0, 15, *train, tmp_path / "cut")
+    succeed(*launch, *train, tmp_path / "whole")
     whole, cut = (checkpoint.read(tmp_path / name / "last.pt")["state_dict"] for name in ("whole", "cut"))
     assert same(whole, cut)
     starts = json.loads((tmp_path / "cut/run.json").read_text())

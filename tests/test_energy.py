@@ -10,7 +10,7 @@ import timm
 import torch
 import yaml
 from golden_cases import assert_close, load_case
-from scripts import ROOT, fail, here, named, ranks, refuses, result_in
+from scripts import ROOT, here, ranks, refuses, result_in
 from test_analysis import untrained
 from test_models import lively
 from torch.utils.flop_counter import FlopCounterMode
@@ -65,8 +65,6 @@ def test_rows_of_qkformer(recipe, macs, first, mean):
     # a figure of 3 decimals, from an energy of 2: within half a unit of both
     others = cfg.time_steps * (report.flops - own)
     assert abs(implied - mean) <= 0.0005 + 0.005 / (AC_PJ * others * MJ)
-    energy = energy_mj(own, mean * others, cfg.time_steps)
-    assert abs(energy - cfg.paper_energy_mj) <= 0.005 + 0.0005 * AC_PJ * others * MJ
 
 
 @pytest.mark.parametrize(
@@ -80,9 +78,6 @@ def test_rows_of_anns(row):
     assert report.flops == counted(model, size)
     assert report.time_steps == 1
     assert math.isclose(report.energy_mj, MAC_PJ * report.flops * MJ)
-    measured = {"vit_base_patch16_384": 55.484, "deit_base_patch16_224": 17.564, "deit_base_patch16_384": 55.484}
-    measured |= {"swin_base_patch4_window7_224": 15.431, "swin_base_patch4_window12_384": 47.083}
-    assert round(report.flops / 1e9, 3) == measured[row["timm"]]
     assert round(MAC_PJ * math.floor(report.flops / 1e8) / 10, 2) == row["energy (mJ)"]
 
 
@@ -210,14 +205,10 @@ class Products(torch.nn.Module):
         return self.attend(torch.nn.functional.linear(x, weight=self.weight), x)
 
 
-def test_keywords_and_unequal_widths_are_counted():
-    """Query and key of 3 channels, the value of 5."""
+def test_only_known_products_of_any_widths_are_counted():
     model = Products(lambda q, v: torch.nn.functional.scaled_dot_product_attention(q, key=q, value=v))
     report = estimate(model, torch.rand(2, 7, 5))
     assert [layer.macs for layer in report.layers] == [7 * 5 * 3, 7 * 7 * 3 + 7 * 7 * 5]
-
-
-def test_what_is_not_counted_is_refused():
     with refuses("torch.einsum"):
         estimate(Products(lambda q, v: torch.einsum("bnc,bnd->bcd", q, v)), torch.rand(2, 7, 5))
 
@@ -230,7 +221,6 @@ def test_membrane_shortcuts_have_binary_inputs():
 
 
 def test_the_script_measures_while_it_evaluates(tmp_path, monkeypatch, capfd):
-    """Over two processes the result is the same."""
     untrained(tmp_path / "best.pt", "digits/digits.yml", "--time-steps", "1")
     test = ["--checkpoint", tmp_path / "best.pt", "--energy", "--eval-batch-size", 40]
     here(monkeypatch, capfd, "digits/test.py", *test)
@@ -248,13 +238,3 @@ def test_the_script_measures_while_it_evaluates(tmp_path, monkeypatch, capfd):
     two = result_in(tmp_path / "two")["energy"]
     assert two["samples"] == alone["samples"] == 360
     assert math.isclose(two["energy_mj"], alone["energy_mj"], rel_tol=1e-9)
-
-
-@pytest.mark.parametrize("flags", ["--eval --resume x.pt", ""])
-def test_training_does_not_measure(flags, monkeypatch, capfd):
-    named(fail(monkeypatch, capfd, "digits/train.py", "--energy", *flags.split()), "--energy")
-
-
-def test_a_compiled_network_is_not_measured():
-    with refuses("energy"):
-        config.load(ROOT / "digits/digits.yml", ["--energy", "--compile"])

@@ -10,33 +10,29 @@ import numpy as np
 import pytest
 import tiny_data
 import torch
-from scripts import ROOT, refuses
+from scripts import ROOT, load_data, named, refuses
 from spikingjelly import datasets as sj
 from spikingjelly.datasets.n_mnist import NMNIST
 
 from engine import config
 from engine.data.aedat import Events
-from engine.data.event import create_data, read_recording
+from engine.data.event import read_recording
 from engine.data.frames import integrate
-from engine.log import logger
-from engine.world import World
 
 RANDOM = np.random.default_rng(0)
 CLASSES = ["0", "1", "2"]
 
 
-@pytest.fixture(autouse=True)
-def no_lines(one_core):
-    logger.handlers.clear()  # a script that ran in this process has left its own
+pytestmark = pytest.mark.usefixtures("one_core")
+FLAGS = "--dataset eventfolder --num-classes 3 --batch-size 2 --workers 0 --time-steps 4 --data-path".split()
 
 
 def settings(root, *flags):
-    own = "--dataset eventfolder --num-classes 3 --batch-size 2 --workers 0 --time-steps 4 --data-path".split()
-    return config.load(ROOT / "cifar10-dvs/cifar10-dvs.yml", [*own, str(root), *map(str, flags)])
+    return config.load(ROOT / "cifar10-dvs/cifar10-dvs.yml", [*FLAGS, str(root), *map(str, flags)])
 
 
 def load(root, *flags):
-    return create_data(settings(root, *flags), World(0, 1, torch.device("cpu")))
+    return load_data("cifar10-dvs/cifar10-dvs.yml", *FLAGS, root, *flags)
 
 
 def stored(loader):
@@ -88,11 +84,10 @@ def test_n_mnist_as_published_as_events_and_as_frames_is_that_of_spikingjelly(tm
         theirs[path.relative_to(arrays).with_suffix("").as_posix()] = sj.load_npz_frames(str(place / path.name))
     for root in (published, arrays, frames):
         data = load(root, "--input-size", 34)
-        ours = stored(data.train) | stored(data.test)
+        ours = {name.split(".")[0]: frames for name, frames in (stored(data.train) | stored(data.test)).items()}
         assert len(data.train.dataset) == len(data.test.dataset) == 6
-        assert {name.split(".")[0]: f.tolist() for name, f in ours.items()} == {
-            n: f.tolist() for n, f in theirs.items()
-        }
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(frames, theirs[name]) for name, frames in ours.items())
         assert data.classes == CLASSES
         (path, *_) = sorted(root.glob("*est/1/*"))
         alone = read_recording(path, settings(root, "--input-size", 34))
@@ -135,11 +130,8 @@ def test_other_sensors_are_added_up_or_repeated(side, tmp_path):
     whole = integrate(Events(*(recording[name] for name in "txyp")), 4, 180, 240)
     expected = whole
     for axis, size in ((2, 180), (3, 240)):
-        parts = np.moveaxis(expected, axis, 0)
-        if side > size:
-            parts = [parts[i * size // side] for i in range(side)]
-        else:
-            parts = [sum(parts[k] for k in range(size) if k * side // size == i) for i in range(side)]
+        rows, places = np.moveaxis(expected, axis, 0), np.arange(size) * side // size
+        parts = rows[np.arange(side) * size // side] if side > size else [rows[places == i].sum(0) for i in range(side)]
         expected = np.moveaxis(np.array(parts), 0, axis)
     assert np.array_equal(frames, expected)
     assert side != 48 or frames.sum() == 300  # nothing is lost
@@ -161,11 +153,10 @@ def test_one_tree_is_split_by_a_seed(tmp_path):
 
 
 def test_other_event_sets_are_resized_too(tmp_path):
-    from test_events import load as load_recordings
-
-    root = tiny_data.cifar10_dvs(tmp_path, per_class=2, count=50)
+    root, flags = tiny_data.cifar10_dvs(tmp_path, per_class=2, count=50), ["--batch-size", 2, "--workers", 0]
     whole, small = (
-        load_recordings("cifar10-dvs", root, "--batch-size", "2", "--input-size", str(s)) for s in (128, 64)
+        load_data("cifar10-dvs/cifar10-dvs.yml", "--data-path", root, *flags, "--input-size", side)
+        for side in (128, 64)
     )
     for (a, _), (b, _) in zip(whole.test.dataset, small.test.dataset, strict=True):
         assert np.array_equal(a.reshape(16, 2, 64, 2, 64, 2).sum((3, 5)), b)
@@ -222,7 +213,7 @@ PLAIN = {"t": np.arange(9), "x": np.arange(9), "y": np.arange(9), "p": np.arange
         (lambda root: [path.unlink() for path in (root / "test/1").iterdir()], [], ["test/1"]),
     ],
 )
-def test_what_cannot_be_used_is_named(damage, flags, values, tmp_path, monkeypatch):
+def test_unusable_folders_and_files_are_refused(damage, flags, values, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "aedat", None)
     root = folder(tmp_path / "data")
     if damage:
@@ -231,12 +222,20 @@ def test_what_cannot_be_used_is_named(damage, flags, values, tmp_path, monkeypat
         load(root, "--input-size", 34, *flags)
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "x.npz").write_bytes(b"PK")
-    with refuses(tmp_path / "x.npz"):
-        read_recording(tmp_path / "x.npz", settings(tmp_path))
-    with refuses(tmp_path / "x.txt"):
-        read_recording(tmp_path / "x.txt", settings(tmp_path))
+def test_invalid_events_of_a_file_are_counted(tmp_path, warnings):
+    content = bytearray(tiny_data.aedat31(*events(side=128)[:4]))
+    content[-8] &= 0xFE  # of the last event
+    (tmp_path / "x.aedat").write_bytes(content)
+    frames = read_recording(tmp_path / "x.aedat", settings(tmp_path))
+    assert frames.sum() == 299
+    named(warnings[0], tmp_path / "x.aedat", ": 1 ")
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.txt"])
+def test_an_unreadable_file_is_named(name, tmp_path):
+    (tmp_path / name).write_bytes(b"PK")
+    with refuses(tmp_path / name):
+        read_recording(tmp_path / name, settings(tmp_path))
 
 
 def recordings_of_the_page(root):

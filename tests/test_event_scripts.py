@@ -50,7 +50,6 @@ def test_a_checkpoint_of_other_data_is_evaluated_on_them(tmp_path, monkeypatch, 
 
 
 def test_two_processes_start_on_raw_recordings(tmp_path):
-    """One prepares while the other waits; what both evaluate together is what one evaluates alone."""
     dvs128_gesture(tmp_path / "data", train=1, test=1, count=100)
     flags = ["--data-path", tmp_path / "data", *TINY, "--epochs", "1"]
     train = ["dvs128-gesture/train.py", *flags, "--output-dir", tmp_path / "run", "--amp", "off"]
@@ -71,9 +70,8 @@ def test_the_recipe_learns_the_digits_before_an_event_camera(tmp_path, seed):
 
 
 def test_the_simulated_camera_sees_changes_alone():
-    dark = digits.record(np.zeros((1, 8, 8), np.uint8), seed=0)[0]
-    assert len(dark.t) == 0
     dot = np.zeros((1, 8, 8), np.uint8)
+    assert len(digits.record(dot, seed=0)[0].t) == 0
     dot[0, 4, 4] = 255
     events = digits.record(dot, seed=0)[0]
     assert (np.diff(events.t) >= 0).all()
@@ -81,10 +79,13 @@ def test_the_simulated_camera_sees_changes_alone():
     np.add.at(on, (events.y, events.x), 2 * events.p - 1)
     assert np.abs(on).max() <= 1  # a full turn ends where it began, but for less than one threshold
     assert np.hypot(events.x - 16, events.y - 16).max() < 12
+
+
+def test_the_digits_of_the_simulated_camera():
     data, again = (DigitsDVS(train=False, layout=Layout(8, (32, 32), 32)) for _ in range(2))
     assert pickle.loads(pickle.dumps(data)).labels == data.labels  # as workers get it under spawn
-    counts = np.stack([frames.sum((1, 2, 3)) for frames, _ in data[:20]])
     assert data[0][0].shape == (8, 2, 32, 32)
+    counts = np.stack([frames.sum((1, 2, 3)) for frames, _ in data[:20]])
     assert (counts[:, :1] == counts[:, :7]).all()  # parts of equal number
     assert 5_000 < counts.sum(1).mean() < 20_000
     assert np.array_equal(data[7][0], again[7][0])

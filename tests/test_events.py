@@ -10,31 +10,29 @@ import os
 import shutil
 import signal
 import struct
-import tarfile
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import tiny_data
 import torch
-from scripts import ROOT, fail, named, refuses, run
+from scripts import ROOT, load_data, named, refuses, run
 from spikingjelly import datasets as sj
 from spikingjelly.datasets.cifar10_dvs import CIFAR10DVS
 from spikingjelly.datasets.dvs128_gesture import DVS128Gesture
-from tiny_data import CIFAR10_CLASSES, aedat2, aedat31, cifar10_dvs, dvs128_gesture, events
+from tiny_data import CIFAR10_CLASSES, aedat2, aedat31, cifar10_dvs, dvs128_gesture, events, rewrite
 
 from engine import config
 from engine.data import augment, event, recordings
 from engine.data.aedat import DamagedRecording, Events, read_aedat, read_aedat2, read_aedat31
 from engine.data.augment import sampling
-from engine.data.event import create_data, split_by_class
+from engine.data.event import split_by_class
 from engine.data.frames import WHOLE, Layout, convert, integrate, to_frames
 from engine.data.prepare import contents, prepare
-from engine.log import logger
 from engine.world import World
 
 RANDOM = np.random.default_rng(0)
@@ -43,20 +41,22 @@ GESTURE = "DvsGesture.tar.gz"
 FOUR = Layout(4, (128, 128), 128)
 
 
-@pytest.fixture(autouse=True)
-def no_lines():
-    logger.handlers.clear()  # a script that ran in this process has left its own
-
-
 @pytest.fixture
-def old_numpy(monkeypatch):
-    """What spikingjelly's reader of AEDAT 2.0 needs, which numpy no longer has."""
+def spikingjelly(monkeypatch):
+    """Let spikingjelly prepare tiny data in this thread: it drops the exceptions of others, and numpy has changed."""
+
+    class SameThread(ThreadPoolExecutor):
+        def submit(self, function, *arguments):
+            function(*arguments)
+
+    for module in (sj, sj.dvs128_gesture, sj.cifar10_dvs):
+        monkeypatch.setattr(module, "ThreadPoolExecutor", SameThread)
+    monkeypatch.setattr(sj.utils, "check_integrity", lambda fpath, md5: True)
     monkeypatch.setattr(np, "fromstring", lambda data, dtype: np.frombuffer(data, dtype))
 
 
-def load(name, root, *flags, rank=0, world_size=1):
-    cfg = config.load(ROOT / name / f"{name}.yml", ["--data-path", str(root), "--workers", "0", *flags])
-    return create_data(cfg, World(rank, world_size, torch.device("cpu")))
+def load(name, root, *flags, **rank):
+    return load_data(f"{name}/{name}.yml", "--data-path", root, "--workers", 0, *flags, **rank)
 
 
 def test_aedat31_is_read_as_by_spikingjelly(tmp_path):
@@ -85,10 +85,9 @@ def test_counts_above_a_byte():
 
 
 def test_a_recording_is_cut_by_time_in_order_or_not():
-    events_in_order, spans = Events(*FEW), [(0, 400_000), (300_000, 700_000), WHOLE]
     shuffled = Events(*(values[RANDOM.permutation(1003)] for values in FEW))
-    for recording in (events_in_order, shuffled):
-        for start, end in spans:
+    for recording in (Events(*FEW), shuffled):
+        for start, end in ((0, 400_000), (300_000, 700_000), WHOLE, (900_000, 900_000)):
             chosen = (recording.t >= start) & (recording.t < end)
             part = Events(*(values[chosen] for values in recording))
             assert np.array_equal(to_frames(recording, FOUR, (start, end)), integrate(part, 4))
@@ -108,7 +107,7 @@ def test_a_recording_is_cut_by_time_in_order_or_not():
         (read_aedat31, b"#!AER-DAT3.1\r\n#!END-HEADER\r\n"),
     ],
 )
-def test_damaged_recordings_are_told_from_good_ones(read, content):
+def test_damaged_recordings_are_refused(read, content):
     with pytest.raises(DamagedRecording):
         read(content)
 
@@ -129,12 +128,19 @@ def test_recordings_of_another_kind_are_refused(content, value):
         read_aedat(content)
 
 
-def test_invalid_events_are_left_out():
-    words = np.frombuffer(aedat31(*FEW, per_packet=10_000)[-8 * 1003 :], "<u4").reshape(-1, 2).copy()
+def test_invalid_events_are_left_out_and_counted(tmp_path, one_core, warnings):
+    content = bytearray(aedat31(*FEW, per_packet=10_000))
+    words = np.frombuffer(content, "<u4", offset=len(content) - 8 * 1003).reshape(-1, 2)
     words[::10, 0] &= ~np.uint32(1)
-    events = read_aedat31(aedat31(*FEW, per_packet=10_000)[: -8 * 1003] + words.tobytes())
+    events = read_aedat31(bytes(content))
+    assert (len(events.t), events.invalid) == (902, 101)
     assert np.array_equal(events.x, np.delete(FEW[1], np.arange(0, 1003, 10)))
-    assert events.invalid == 101
+    root = dvs128_gesture(tmp_path, train=1, test=1, count=50)
+    labels = b"class\n1,0,500000\n1,500000,1000000\n"
+    changes = {"DvsGesture/user01_led.aedat": bytes(content), "DvsGesture/user01_led_labels.csv": labels}
+    rewrite(root / "download" / GESTURE, lambda files: files | changes)
+    load("dvs128-gesture", root, "--batch-size", "2")
+    named(warnings[0], 101, "user01_led.aedat")
 
 
 def test_recordings_in_another_format_are_named(tmp_path):
@@ -150,19 +156,14 @@ def test_recordings_in_another_format_are_named(tmp_path):
 def test_files_of_systems_are_no_recordings(tmp_path):
     zipped, folder = cifar10_dvs(tmp_path / "zip", per_class=1, count=50), tmp_path / "folder"
     for archive in (zipped / "download").iterdir():
-        with zipfile.ZipFile(archive, "a") as file:
-            for name in (f"{archive.stem}/._x.aedat", "__MACOSX/x.aedat", ".ipynb_checkpoints/x.aedat"):
-                file.writestr(name, b"junk")
-            file.extractall(folder)
+        names = (f"{archive.stem}/._x.aedat", "__MACOSX/x.aedat", ".ipynb_checkpoints/x.aedat")
+        rewrite(archive, lambda files, names=names: files | dict.fromkeys(names, b"junk"))
+        shutil.unpack_archive(archive, folder)
     for root in (zipped, folder):
         assert len(recordings.cifar10_dvs(root, False)) == 10
-    gesture = dvs128_gesture(tmp_path / "tar", train=1, test=1, count=50) / "download" / GESTURE
-    with tarfile.open(gesture) as old:
-        files = {member.name: old.extractfile(member).read() for member in old}
-    with tarfile.open(gesture, "w:gz") as new:
-        for name, content in (files | {f"DvsGesture/._{Path(name).name}": b"junk" for name in files}).items():
-            tiny_data.add(new, name, content)
-    assert len(recordings.dvs128_gesture(gesture.parents[1], False)) == 2
+    root = dvs128_gesture(tmp_path / "tar", train=1, test=1, count=50)
+    rewrite(root / "download" / GESTURE, lambda files: files | {f"DvsGesture/._{Path(n).name}": b"junk" for n in files})
+    assert len(recordings.dvs128_gesture(root, False)) == 2
 
 
 def test_events_that_do_not_fill_the_frames_or_leave_the_sensor():
@@ -173,53 +174,36 @@ def test_events_that_do_not_fill_the_frames_or_leave_the_sensor():
             integrate(Events(*(np.full(5, value) for value in (0, x, y, 0))), 1)
 
 
-@pytest.fixture
-def one_thread(monkeypatch):
-    """spikingjelly drops what is raised in the threads that prepare its data; here nothing can go missing unseen."""
+def assert_equal_samples(loader, theirs):
+    dataset = getattr(loader.dataset, "dataset", loader.dataset)
+    assert len(dataset) == len(theirs)
+    for (frames, label), (their_frames, their_label) in zip(dataset, theirs, strict=True):
+        assert label == their_label
+        assert np.array_equal(frames, their_frames)
 
-    class SameThread(ThreadPoolExecutor):
-        def submit(self, function, *arguments):
-            function(*arguments)
 
-    monkeypatch.setattr(sj.dvs128_gesture, "ThreadPoolExecutor", SameThread)
-    monkeypatch.setattr(sj.cifar10_dvs, "ThreadPoolExecutor", SameThread)
-    monkeypatch.setattr(sj, "ThreadPoolExecutor", SameThread)
+BY_NUMBER = {"data_type": "frame", "frames_number": 4, "split_by": "number"}
 
 
 @pytest.mark.parametrize("extracted", [False, True])
-def test_dvs128_gesture_is_that_of_spikingjelly(extracted, tmp_path, one_core, one_thread, monkeypatch):
-    monkeypatch.setattr(sj.utils, "check_integrity", lambda fpath, md5: True)
-    ours = load(
-        "dvs128-gesture",
-        dvs128_gesture(tmp_path / "ours", extracted=extracted),
-        *"--batch-size 4 --time-steps 4".split(),
-    )
+def test_dvs128_gesture_is_that_of_spikingjelly(extracted, tmp_path, one_core, spikingjelly):
+    root = dvs128_gesture(tmp_path / "ours", extracted=extracted)
+    ours = load("dvs128-gesture", root, *"--batch-size 4 --time-steps 4".split())
     root = dvs128_gesture(tmp_path / "theirs")
-    arguments = {"data_type": "frame", "frames_number": 4, "split_by": "number"}
-    for part, loader in (("train", ours.train), ("test", ours.test)):
-        theirs = DVS128Gesture(str(root), train=part == "train", **arguments)
-        dataset = getattr(loader.dataset, "dataset", loader.dataset)
-        assert len(dataset) == len(theirs) == {"train": 48, "test": 12}[part]
-        for (frames, label), (their_frames, their_label) in zip(dataset, theirs, strict=True):
-            assert label == their_label
-            assert np.array_equal(frames, their_frames)
+    for is_train, loader, count in ((True, ours.train, 48), (False, ours.test, 12)):
+        theirs = DVS128Gesture(str(root), train=is_train, **BY_NUMBER)
+        assert len(theirs) == count
+        assert_equal_samples(loader, theirs)
     assert ours.classes[2] == "other gestures"  # the folders 0, 1, 10, 2, ...: label 2 is gesture 11
     names = [Path(file).name for file in ours.split["test"] if "/10/" in file]
     assert names == ["user05_led_0.npy", "user05_led_1.npy"]
 
 
-def test_cifar10_dvs_is_that_of_spikingjelly(tmp_path, one_core, one_thread, old_numpy, monkeypatch):
-    monkeypatch.setattr(sj.utils, "check_integrity", lambda fpath, md5: True)
+def test_cifar10_dvs_is_that_of_spikingjelly(tmp_path, one_core, spikingjelly):
     ours = load("cifar10-dvs", cifar10_dvs(tmp_path / "ours", per_class=11), "--time-steps", "4")
-    root = cifar10_dvs(tmp_path / "theirs", per_class=11)
-    theirs = CIFAR10DVS(str(root), data_type="frame", frames_number=4, split_by="number")
-    parts = sj.split_to_train_test_set(0.9, theirs, 10)
-    for loader, part in zip((ours.train, ours.test), parts, strict=True):
-        dataset = getattr(loader.dataset, "dataset", loader.dataset)
-        assert len(dataset) == len(part)
-        for (frames, label), (their_frames, their_label) in zip(dataset, part, strict=True):
-            assert label == their_label
-            assert np.array_equal(frames, their_frames)
+    theirs = CIFAR10DVS(str(cifar10_dvs(tmp_path / "theirs", per_class=11)), **BY_NUMBER)
+    for loader, part in zip((ours.train, ours.test), sj.split_to_train_test_set(0.9, theirs, 10), strict=True):
+        assert_equal_samples(loader, part)
     assert "cat/cifar10_cat_9.npy" in ours.split["test"]  # in the order of text, 10 comes before 9
 
 
@@ -243,12 +227,12 @@ def test_each_process_trains_on_its_share_and_all_test_every_sample_once(tmp_pat
     for epoch in range(2):
         for share in shares:
             share.train.sampler.set_epoch(epoch)
-        orders.append([list(share.train.sampler) for share in shares])
-        assert sorted(orders[-1][0] + orders[-1][1]) == list(range(180))
+        orders.append([index for share in shares for index in share.train.sampler])
+        assert sorted(orders[-1]) == list(range(180))
     assert orders[0] != orders[1]
-    tested = [share.test.sampler for share in shares]
-    assert sorted(tested[0] + tested[1]) == list(range(20))
-    assert tested[0] == [*range(8), *range(16, 20)]  # whole batches in turn
+    first, second = (list(share.test.sampler) for share in shares)
+    assert sorted(first + second) == list(range(20))
+    assert first == [*range(8), *range(16, 20)]  # whole batches, round-robin
 
 
 def find(root):
@@ -293,39 +277,25 @@ def test_killed_while_preparing_it_goes_on_to_the_same_frames(tmp_path, one_core
     assert {path: path.read_bytes() for path in (root / "download").iterdir()} == before
 
 
-def test_several_at_once(tmp_path, one_core):
-    root, calls = cifar10_dvs(tmp_path, per_class=2, count=50), []
-
-    def counted():
-        calls.append(1)
-        return recordings.cifar10_dvs(root, False)
-
-    threads = [threading.Thread(target=prepare, args=(root, FOUR, counted, False)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(calls) == 1
+def test_of_several_at_once_the_first_prepares(tmp_path, one_core):
+    root = cifar10_dvs(tmp_path, per_class=2, count=50)
+    found = Mock(side_effect=find(root))
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda _: prepare(root, FOUR, found, False), range(3)))
+    assert found.call_count == 1
     assert len(contents(root / "frames_4", CIFAR10_CLASSES)) == 20
 
 
-def rewrite(path, change):
-    """Write a zip or tar archive again with `change(name, content)`; None leaves the file out."""
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as old:
-            files = {name: old.read(name) for name in old.namelist()}
-    else:
-        with tarfile.open(path) as old:
-            files = {member.name: old.extractfile(member).read() for member in old}
-    changed = ((name, change(name, content)) for name, content in files.items())
-    with zipfile.ZipFile(path, "w") if path.suffix == ".zip" else tarfile.open(path, "w:gz") as new:
-        for name, content in ((name, content) for name, content in changed if content is not None):
-            new.writestr(name, content) if path.suffix == ".zip" else tiny_data.add(new, name, content)
-
-
 def replace(what, by):
-    """A change for `rewrite`."""
-    return lambda name, content: (by(content) if callable(by) else by) if name.endswith(what) else content
+    """Change for `rewrite`: other content of a file, or None to remove it."""
+
+    def change(files):
+        (name,) = [name for name in files if name.endswith(what)]
+        old = files.pop(name)
+        content = by(old) if callable(by) else by
+        return files if content is None else files | {name: content}
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -333,9 +303,10 @@ def replace(what, by):
     [
         ("cat.zip", replace("cat_1.aedat", lambda c: c[:-3]), "cifar10_cat_1.aedat"),
         ("cat.zip", replace("cat_1.aedat", aedat2(*FEW)[: 27 + 40]), "cifar10_cat_1.aedat"),
-        ("cat.zip", lambda name, content: None, "cat.zip"),
+        ("cat.zip", lambda files: {}, "cat.zip"),
+        ("frog.zip", None, "frog.zip"),
         (GESTURE, replace("01_led.aedat", lambda c: c[:-9]), "user01_led.aedat"),
-        (GESTURE, replace("01_led.aedat", None), "user01_led.aedat"),
+        (GESTURE, replace("user01_led.aedat", None), "user01_led.aedat"),
         (GESTURE, replace("01_led_labels.csv", None), "user01_led_labels.csv"),
         (GESTURE, replace("to_test.txt", None), "trials_to_test.txt"),
         (GESTURE, replace("01_led_labels.csv", b"class\n12,0,9\n"), "'12,0,9'"),
@@ -345,18 +316,14 @@ def replace(what, by):
         (GESTURE, replace("01_led_labels.csv", b"class\n1,90000000,95000000\n"), "user01_led.aedat"),
     ],
 )
-def test_what_is_wrong_with_the_recordings_is_named(archive, change, value, tmp_path, one_core):
-    name = "cifar10-dvs" if archive.endswith(".zip") else "dvs128-gesture"
-    if name == "cifar10-dvs":
-        cifar10_dvs(tmp_path, per_class=3, count=50)
-    else:
-        dvs128_gesture(tmp_path, train=1, test=1, count=50)
-    archive = tmp_path / "download" / archive
-    rewrite(archive, change)
-    broken = archive.read_bytes()
+def test_missing_and_damaged_recordings_are_named(archive, change, value, tmp_path, one_core):
+    name, make = ("dvs128-gesture", dvs128_gesture) if archive == GESTURE else ("cifar10-dvs", cifar10_dvs)
+    archive = make(tmp_path, 3, count=50) / "download" / archive
+    rewrite(archive, change) if change else archive.unlink()
+    before = {path: path.read_bytes() for path in archive.parent.iterdir()}
     with refuses(value):
         load(name, tmp_path, "--batch-size", "2")
-    assert archive.read_bytes() == broken  # nobody deletes it
+    assert {path: path.read_bytes() for path in archive.parent.iterdir()} == before
     assert not (tmp_path / "frames_16").exists()
 
 
@@ -384,18 +351,13 @@ def test_no_flipped_bit_in_a_tar_goes_unnoticed(tmp_path):
 
 def test_members_may_be_named_as_they_like(tmp_path, one_core):
     root = cifar10_dvs(tmp_path, per_class=2, count=50)
-    path = root / "download/cat.zip"
-    with zipfile.ZipFile(path) as old:
-        files = {f"./a//{name}": old.read(name) for name in old.namelist()} | {"__MACOSX/cat/._x.aedat": b"?"}
-    with zipfile.ZipFile(path, "w") as new:
-        for name, content in files.items():
-            new.writestr(name, content)
+    rewrite(root / "download/cat.zip", lambda files: {f"./a//{name}": content for name, content in files.items()})
     data = load("cifar10-dvs", root, "--batch-size", "2")
     assert [name for name in data.split["test"] if "cat" in name] == ["cat/cifar10_cat_1.npy"]
 
 
 def test_processes_that_prepare_import_little():
-    """Else each of many would hold torch and all that comes with it."""
+    """Many run at once, and torch takes hundreds of megabytes."""
     code = "import sys, engine.data.frames; print(sorted({'torch', 'timm', 'matplotlib'} & set(sys.modules)))"
     assert run("-c", code).stdout == "[]\n"
     for function in (recordings.read_member, convert):
@@ -406,13 +368,9 @@ def test_the_page_of_the_gestures_is_that_of_spikingjelly():
     assert DVS128Gesture.resource_url_md5()[0][1] == recordings.GESTURE_PAGE
 
 
-def test_a_killed_worker_is_told(tmp_path, monkeypatch):
+def test_a_killed_worker_is_an_error(tmp_path, monkeypatch):
     root = cifar10_dvs(tmp_path, per_class=2, count=50)
-
-    def broken(*arguments, **kwargs):
-        raise BrokenProcessPool
-
-    monkeypatch.setattr("joblib.Parallel.__call__", broken)
+    monkeypatch.setattr("joblib.Parallel.__call__", Mock(side_effect=BrokenProcessPool))
     with refuses(root / "frames_4"):
         prepare(root, FOUR, find(root), False)
 
@@ -420,32 +378,27 @@ def test_a_killed_worker_is_told(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "make", "size"), [("cifar10-dvs", cifar10_dvs, "9,000"), ("dvs128-gesture", dvs128_gesture, "1,176")]
 )
-def test_an_incomplete_data_set_is_told_every_time(name, make, size, tmp_path, one_core, monkeypatch):
+def test_an_incomplete_data_set_is_reported_every_time(name, make, size, tmp_path, one_core, warnings):
     make(tmp_path, 2, count=50)
-    for _ in range(2):
-        told = []
-        monkeypatch.setattr(logger, "warning", told.append)
+    for count in (2, 4):
         load(name, tmp_path, "--batch-size", "2")
-        assert len(told) == 2
-        named(told[0], name, size)
+        assert len(warnings) == count
+        named(warnings[count - 2], name, size)
 
 
-def augmented(data):
-    """The batches of the first epoch, as the network sees them."""
-    return [(data.augment(x) if data.augment else x, labels) for x, labels in data.train.batches(0)]
-
-
-def test_what_training_sees_is_augmented_and_mixed_as_the_recipe_says(tmp_path, one_core, monkeypatch):
+def test_training_frames_are_augmented_and_mixed_as_the_recipe_says(tmp_path, one_core, monkeypatch):
     root = cifar10_dvs(tmp_path, per_class=3, count=50)
     plain = ["--hflip", "0", "--auto-augment", "none", "--batch-size", "8"]
     stored = load("cifar10-dvs", root, *plain).train.dataset
     known = {np.asarray(frames, np.float32).tobytes(): label for frames, label in stored}
 
     def epoch(*flags):
+        """The data and the training samples of an epoch as the network gets them."""
         torch.manual_seed(0)
         data = load("cifar10-dvs", root, *plain, *flags)
-        assert len(data.train) == 2  # of 20, the rest is dropped
-        return data, [sample for batch in augmented(data) for sample in zip(*batch, strict=True)]
+        batches = [(data.augment(x) if data.augment else x, labels) for x, labels in data.train.batches(0)]
+        assert len(batches) == 2  # of 20, the rest is dropped
+        return data, [sample for batch in batches for sample in zip(*batch, strict=True)]
 
     _, samples = epoch()
     assert all(known[frames.numpy().tobytes()] == label for frames, label in samples)
@@ -476,18 +429,20 @@ def test_batches_are_counts_on_the_device(dtype, device):
     assert np.array_equal(torch.cat([batch[0] for batch in batches]).cpu(), np.stack(frames))
 
 
-def test_what_to_place_where_is_said_first(tmp_path, monkeypatch, capfd):
-    line = fail(monkeypatch, capfd, "dvs128-gesture/train.py", "--data-path", tmp_path / "no")
-    named(line, tmp_path / "no/download", "DvsGesture.tar.gz", "https://ibm.ent.box.com/")
-    line = fail(monkeypatch, capfd, "cifar10-dvs/train.py", "--data-path", tmp_path / "no")
-    named(line, tmp_path / "no/download", "airplane.zip", "automobile.zip", "--download")
-    cifar10_dvs(tmp_path, per_class=1, count=50)
-    (tmp_path / "download/frog.zip").unlink()
-    named(fail(monkeypatch, capfd, "cifar10-dvs/train.py", "--data-path", tmp_path), "frog.zip")
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("dvs128-gesture", ["DvsGesture.tar.gz", "https://ibm.ent.box.com/"]),
+        ("cifar10-dvs", ["airplane.zip", "automobile.zip", "--download"]),
+    ],
+)
+def test_missing_files_and_their_place_are_named(name, values, tmp_path):
+    with refuses(tmp_path / "download", *values):
+        load(name, tmp_path)
 
 
 def test_cifar10_dvs_can_be_fetched(tmp_path, one_core, monkeypatch):
-    """What is there already stays, and a wrong checksum is an error that keeps nothing."""
+    """Existing files stay; a file with a wrong checksum is an error and is removed."""
     source = cifar10_dvs(tmp_path / "source", per_class=2, count=50) / "download"
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=source)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -514,43 +469,39 @@ def test_cifar10_dvs_can_be_fetched(tmp_path, one_core, monkeypatch):
     server.shutdown()
 
 
-def test_a_frames_folder_is_not_trusted(tmp_path, one_core, monkeypatch):
-    told = []
+def test_a_frames_folder_is_not_trusted(tmp_path, one_core, warnings):
     again = functools.partial(load, "cifar10-dvs", cifar10_dvs(tmp_path, 2, count=50), "--batch-size", "2")
     again()
-    folder = tmp_path / "frames_16"
-    damaged = folder / "cat/cifar10_cat_0.npy"
+    damaged = tmp_path / "frames_16/cat/cifar10_cat_0.npy"
     data, whole = again(), damaged.read_bytes()
-    others = [np.zeros((3, 2, 128, 128), np.uint8), np.zeros((16, 2, 128, 128)), np.array(["x"])]
-    files = [io.BytesIO() for _ in range(5)]
-    for file, array in zip(files, others, strict=False):
-        np.save(file, array)
-    np.savez(files[3], others[0])
-    np.save(files[4], np.array([Path()]), allow_pickle=True)
-    for content in (whole[:-5], b"", b"PK\x03\x04garbage", *(file.getvalue() for file in files)):
+    contents = [whole[:-5], b"", b"PK\x03\x04garbage"]
+    for array in (np.zeros((3, 2, 128, 128), np.uint8), np.zeros((16, 2, 128, 128)), np.array(["x"])):
+        np.save(file := io.BytesIO(), array)
+        contents.append(file.getvalue())
+    np.savez(file := io.BytesIO(), np.zeros(3))
+    for content in (*contents, file.getvalue()):
         damaged.write_bytes(content)
         with refuses(damaged):
             list(data.train.batches(0))
     damaged.unlink()
-    monkeypatch.setattr(logger, "warning", told.append)
+    warnings.clear()
     assert len(again().train.dataset) == 9
-    named(told[0], 9, "9,000")
+    named(warnings[0], 9, "9,000")
 
 
 def test_a_disk_that_fills_up(tmp_path, one_core, monkeypatch):
-    root, save, written = cifar10_dvs(tmp_path, per_class=2, count=50), np.save, []
+    root, written = cifar10_dvs(tmp_path, per_class=2, count=50), []
 
-    def fill(file, *arguments, **kwargs):
+    def fill(file, *arguments, save=np.save, **kwargs):
         if len(written) == 5:
             file.write(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         written.append(file)
         save(file, *arguments, **kwargs)
 
-    monkeypatch.setattr(np, "save", fill)
-    with refuses("No space left on device"):
+    with monkeypatch.context() as full, refuses("No space left on device"):
+        full.setattr(np, "save", fill)
         prepare(root, FOUR, find(root), False)
-    monkeypatch.setattr(np, "save", save)
     assert len(list((root / "frames_4.partial").rglob("*.*"))) == 5
     assert len(contents(prepare(root, FOUR, find(root), False), CIFAR10_CLASSES)) == 20
 

@@ -13,7 +13,6 @@ import sys
 
 import pytest
 import torch
-import triton
 from scripts import ROOT
 from torch import nn
 
@@ -82,7 +81,7 @@ def test_neurons(steps, threshold, dtype):
 
 
 def margin(u, threshold=neuron.THRESHOLD):
-    """How close a membrane comes to the threshold: closer than rounding, and it would decide."""
+    """Return the smallest distance of a membrane to the threshold; rounding decides about smaller ones."""
     v, nearest = torch.zeros_like(u[0]), torch.inf
     for current in u.detach():
         h = v + (current - v) / 2
@@ -111,7 +110,6 @@ def undecided_by_rounding(currents):
     ],
 )
 def test_unit(dtype, steps, static, pool, leak, train):
-    """BatchNorm, pooling, neurons and residual addition: values, gradients, running statistics."""
     batch, size, channels = 4, (5, 6), 35
     m = lively(SpikingConv(3, channels, kernel_size=3, bias=True, pool=pool, leak_across_batch=leak)).train(train)
     set_lif_backend(m, "torch")
@@ -121,7 +119,7 @@ def test_unit(dtype, steps, static, pool, leak, train):
         return random(1 if static else steps, batch, channels, *size, dtype=dtype, seed=seed)
 
     def current(network, y):
-        """What the neurons read, from the output of a convolution that left out its bias."""
+        """Input of the neurons, from the output of a convolution without its bias."""
         shown = (y + m.conv.bias.detach().view(-1, 1, 1)).expand(steps, *y.shape[1:])
         u = network.pool(network.bn(shown.flatten(0, 1))).unflatten(0, shown.shape[:2])
         return u.flatten(0, 1) if leak else u
@@ -198,9 +196,8 @@ def test_token_attention(dtype, steps, heads, width, train):
     for name, parameter in m.named_parameters():
         if ".bn." in name and not name.startswith("proj"):
             close(ours.get_parameter(name).grad, parameter.grad, dtype)
-    for unit in ("q", "k"):
-        theirs_bn, ours_bn = getattr(m, unit).bn, getattr(ours, unit).bn
-        close(ours_bn.running_var, theirs_bn.running_var, SINGLE)
+    for name in ("q.bn.running_var", "k.bn.running_var"):
+        close(ours.get_buffer(name), m.get_buffer(name), SINGLE)
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])
@@ -281,20 +278,28 @@ def step(network, x, backend, ranks=None):
     return logits
 
 
+def gradients_of(network):
+    return {name: parameter.grad for name, parameter in network.named_parameters()}
+
+
+def assert_trained_alike(gradients, buffers, reference):
+    """Assert that gradients and buffers, by name, are those of a network in float64."""
+    largest = max(p.grad.abs().max() for p in reference.parameters())
+    for name, gradient in gradients_of(reference).items():
+        scale = max(gradient.abs().max(), 1e-3 * largest)
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-9 * scale, msg=name)
+    for name, buffer in reference.named_buffers():
+        torch.testing.assert_close(buffers[name], buffer, rtol=1e-12, atol=1e-12, msg=name)
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 def test_training_of_whole_networks(name):
-    """Logits, gradients and running statistics are those of the modules, in float64."""
     reference, x = network_of(name)
-    ours = copy.deepcopy(reference)
-    theirs, found = step(reference, x, "torch"), step(ours, x, "triton")
+    network = copy.deepcopy(reference)
+    theirs, found = step(reference, x, "torch"), step(network, x, "triton")
     assert theirs.std() > 1e-3
     torch.testing.assert_close(found, theirs, rtol=0, atol=1e-12)
-    largest = max(p.grad.abs().max() for p in reference.parameters())
-    for key, parameter in reference.named_parameters():
-        scale = max(parameter.grad.abs().max(), 1e-3 * largest)
-        torch.testing.assert_close(ours.get_parameter(key).grad, parameter.grad, rtol=0, atol=1e-9 * scale, msg=key)
-    for key, buffer in reference.named_buffers():
-        torch.testing.assert_close(ours.get_buffer(key), buffer, rtol=1e-12, atol=1e-12, msg=key)
+    assert_trained_alike(gradients_of(network), dict(network.named_buffers()), reference)
 
 
 def uneven_rank(rank, folder, network, x):
@@ -303,27 +308,20 @@ def uneven_rank(rank, folder, network, x):
     network = copy.deepcopy(network)  # its memory is shared by the ranks
     step(torch.nn.SyncBatchNorm.convert_sync_batchnorm(network), x[:1] if rank == 0 else x[1:], "triton")
     assert network.fast_path.covered(network).function is backends.triton_lif
-    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
-    torch.save({"gradients": gradients, "buffers": dict(network.named_buffers())}, folder / f"{rank}.pt")
+    torch.save((gradients_of(network), dict(network.named_buffers())), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two ranks share no GPU")
 def test_ranks_with_different_numbers_of_samples_share_statistics(tmp_path):
-    """Under SyncBatchNorm the gradients add up to those of one process, and running statistics are the same."""
     network, _ = network_of("once", **TINY)
     x = random(4, 3, 8, 8, seed=9)
     torch.multiprocessing.spawn(uneven_rank, (tmp_path, network, x), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     step(network, x, "torch", [1, 3])
-    largest = max(p.grad.abs().max() for p in network.parameters())
-    for name, parameter in network.named_parameters():
-        total = sum(rank["gradients"][name] for rank in ranks)
-        scale = max(parameter.grad.abs().max(), 1e-3 * largest)
-        torch.testing.assert_close(total, parameter.grad, rtol=0, atol=1e-9 * scale, msg=name)
-    for name, buffer in network.named_buffers():
-        for rank in ranks:
-            torch.testing.assert_close(rank["buffers"][name], buffer, rtol=1e-12, atol=1e-12, msg=name)
+    total = {name: sum(gradients[name] for gradients, _ in ranks) for name, _ in network.named_parameters()}
+    for _, buffers in ranks:
+        assert_trained_alike(total, buffers, network)
 
 
 @pytest.mark.parametrize(("name", "backend"), [(name, "auto") for name in NETWORKS] + [("released", "triton")])
@@ -358,16 +356,14 @@ def test_packing_and_checkpointing_change_nothing(monkeypatch):
     network, x = network_of("once", **TINY)
     sizes, results = [], []
     monkeypatch.setattr(packing, "pack", lambda spikes, pack=packing.pack: sizes.append(len(spikes)) or pack(spikes))
-    for packs, recomputes in ((False, False), (True, True)):
+    for enable in (False, True):
         trained = copy.deepcopy(network)
-        trained.set_spike_packing(packs)
-        trained.set_grad_checkpointing(recomputes)
-        sizes.clear()
+        trained.set_spike_packing(enable)
+        trained.set_grad_checkpointing(enable)
         step(trained, x, "triton")
         results.append([*(p.grad for p in trained.parameters()), *trained.buffers()])
-        assert bool(sizes) == packs
-    for result in results[1:]:
-        assert all(map(torch.equal, result, results[0]))
+        assert bool(sizes) == enable
+    assert all(map(torch.equal, *results))
 
 
 def test_the_fused_path_keeps_less():
@@ -437,15 +433,6 @@ def test_a_single_value_has_no_variance():
         autograd.norm_lif_of(random(1, 1, 1, 1, 4), Unit((Norm(unit.bn, None),), 1))
 
 
-def test_the_self_test_is_logged(monkeypatch, caplog):
-    """With the folder of the compiled kernels, because they take half a minute."""
-    monkeypatch.setattr(selftest, "_in_double", lambda device: None)
-    monkeypatch.setattr(selftest, "_in_half", lambda device: None)
-    with caplog.at_level("INFO", "models"):
-        selftest.problem(DEVICE)
-    assert str(triton.knobs.cache.dir) in caplog.text
-
-
 def test_the_self_test_passes_single_blocks():
     assert selftest._in_half(DEVICE) is None
 
@@ -467,33 +454,25 @@ COMPILED = """
 import json, sys, torch
 from benchmarks.static import KERNELS, compiled, figures, recipe, steps_of
 model, architecture, dtype, *kernels = sys.argv[1:]
-rows = []
-for step in steps_of(recipe(model), getattr(torch, dtype)).values():
-    rows += figures(compiled(step, int(architecture), kernels or KERNELS))
-print(json.dumps(rows))
+steps = steps_of(recipe(model), getattr(torch, dtype)).values()
+print(json.dumps(sum((figures(compiled(step, int(architecture), kernels or KERNELS)) for step in steps), [])))
 """
+SLOW = [
+    "qkformer_3_64 80 float16",
+    "qkformer_3_64 90 float64",  # which "auto" tries first
+    "qkformer_4_384 80 bfloat16",
+    "qkformer_10_384 90 float16",
+    "qkformer_10_768 90 float16",
+    "qkformer_4_384 90 float16",
+    "qkformer_2_256 90 float16",
+]
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        "qkformer_3_64 90 float16 bn_lif pool",
-        *(
-            pytest.param(arguments, marks=pytest.mark.slow)
-            for arguments in (
-                "qkformer_3_64 80 float16",
-                "qkformer_3_64 90 float64",  # which "auto" tries first
-                "qkformer_4_384 80 bfloat16",
-                "qkformer_10_384 90 float16",
-                "qkformer_10_768 90 float16",
-                "qkformer_4_384 90 float16",
-                "qkformer_2_256 90 float16",
-            )
-        ),
-    ],
+    "arguments", ["qkformer_3_64 90 float16 bn_lif pool", *(pytest.param(a, marks=pytest.mark.slow) for a in SLOW)]
 )
 def test_every_launch_compiles(arguments):
-    """And in float16 for sm_90 keeps everything in registers, and takes few instructions backward."""
+    """In float16 for sm_90 everything stays in registers, and the backward pass takes few instructions."""
     command = [sys.executable, "-c", COMPILED, *arguments.split()]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)

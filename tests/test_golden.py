@@ -1,12 +1,16 @@
-"""The networks equal the released code: see golden_cases.py for the data."""
+"""The networks, and test.py with released checkpoints, equal the released code: see golden_cases.py for the data."""
+
+import argparse
 
 import pytest
 import torch
-from golden_cases import MEMBRANES, MODELS, RIVALS, load_case, make_weights
+from golden_cases import MEMBRANES, MODELS, RIVALS, assert_close, load_case, make_weights
+from scripts import execute, result_in
 
-from models import attention, create_model, layers, neuron
-from models.registry import identify
-from models.released import load_released, released_key_map, to_released
+import engine.run
+from engine.data.loaders import Data
+from engine.evaluate import Gallery
+from models import attention, layers, neuron
 
 CASES = {name: load_case(name) for name in MODELS}
 MEASURED = [
@@ -19,7 +23,7 @@ MEASURED = [
 
 
 def test_every_case_is_measured():
-    assert len(CASES) == 8
+    assert len(CASES) == len(SCRIPTS) == 8
     assert len(MEASURED) == 7 * 2 + 1 + 5 * 2 + 1  # two membranes, ms has one; two cases hold no training step
 
 
@@ -54,35 +58,11 @@ def test_rival_equals_released_code(name, what):
         case.compare(case.model("ref"), "ref", what)
 
 
-@pytest.mark.parametrize("name", RIVALS)
-def test_a_rival_is_recognised_and_writes_its_released_file(name):
-    case, (variant, arguments) = load_case(name), RIVALS[name]
-    weights = make_weights(case.about["state_dict"], case.seed)
-    found, shown = identify(weights)
-    assert (found, shown["num_classes"]) == (variant, case.about["classes"])
-    model = create_model(variant, **arguments)
-    load_released(model, weights)
-    written = to_released(model)
-    assert {key: list(value.shape) for key, value in written.items()} == case.about["state_dict"]
-    read = released_key_map(model)
-    assert all(torch.equal(written[key].double(), weights[key].float().double()) for key in read)
-    assert sum(p.numel() for p in model.parameters()) == case.about["params_used"]
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_state_dict_names_and_shapes(name):
-    variant, kwargs = MODELS[name]
-    with torch.device("meta"):
-        model = create_model(variant, **kwargs)
-    assert {key: list(value.shape) for key, value in to_released(model).items()} == CASES[name].about["state_dict"]
-    assert sum(p.numel() for p in model.parameters()) == CASES[name].about["params"]
-
-
 def _pool_before_bn(self, x):
     return self.bn(self.pool(self.conv(x.flatten(0, 1)))).unflatten(0, x.shape[:2])
 
 
-def _pool_behind_lif(self, x):
+def _pool_after_lif(self, x):
     spikes = self.lif(self.bn(self.conv(x.flatten(0, 1))).unflatten(0, x.shape[:2]))
     return self.pool(spikes.flatten(0, 1)).unflatten(0, x.shape[:2])
 
@@ -99,25 +79,83 @@ MUTATIONS = {
     "threshold": (neuron.LIF.__init__, "__defaults__", (0.9, False, neuron.TAU)),
     "attention threshold": (attention, "ATTN_THRESHOLD", 1.0),
     "pooling before BatchNorm": (layers.ConvBN, "forward", _pool_before_bn),
-    "pooling behind the neurons": (layers.SpikingConv, "forward", _pool_behind_lif),
+    "pooling after the neurons": (layers.SpikingConv, "forward", _pool_after_lif),
     "membrane order": (neuron.LIF, "forward", _leak_batch_major),
 }
 ONLY_TRAINING = ("surrogate slope", "pooling before BatchNorm")
 
 
-@pytest.mark.parametrize("mutation", [*MUTATIONS, "tau", "attention scale", "heads", "membrane"])
+OVERRIDES = {
+    "tau": {"tau": 1.9},
+    "attention scale": {"ssa_scale": 0.2},
+    "heads": {"heads": 4},
+    "membrane": {"ssa_membrane": "per_sample"},
+}
+
+
+@pytest.mark.parametrize("mutation", [*MUTATIONS, *OVERRIDES])
 def test_the_comparison_notices(mutation, monkeypatch):
-    """Each property of the networks, changed, breaks the comparison with the released code."""
-    case, overrides = CASES["cifar100_T2_B2_32_s1"], {}
+    case = CASES["cifar100_T2_B2_32_s1"]
     if mutation in MUTATIONS:
         monkeypatch.setattr(*MUTATIONS[mutation])
-    else:
-        overrides = {
-            "tau": {"tau": 1.9},
-            "attention scale": {"ssa_scale": 0.2},
-            "heads": {"heads": 4},
-            "membrane": {"ssa_membrane": "per_sample"},
-        }[mutation]
-    model = case.model("released", **overrides)
+    model = case.model("released", **OVERRIDES.get(mutation, {}))
     with pytest.raises(AssertionError):
         case.compare(model, "released", "train" if mutation in ONLY_TRAINING else "eval")
+
+
+SCRIPTS = {
+    "QKFormer_10_384_T4_B2_224_s0": "imagenet",
+    "QKFormer_10_512_T1_B2_224_s0": "imagenet",
+    "QKFormer_10_768_T1_B2_224_s0": "imagenet",
+    "ms_qkformer_10_384_T2_B2_224_s0": "imagenet",
+    "cifar10_T4_B3_32_s0": "cifar10",
+    "cifar100_T2_B2_32_s1": "cifar100",
+    "cifar10-dvs_T8_B2_128_s0": "cifar10-dvs",
+    "dvs128-gesture_T6_B2_128_s0": "dvs128-gesture",
+}
+QUICK = ["cifar10_T4_B3_32_s0", "cifar10-dvs_T8_B2_128_s0"]  # test_released_files.py has ImageNet's format
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def released_content(name, case):
+    """The weights in the file format of their training."""
+    weights, steps = make_weights(case.about["state_dict"], case.seed), case.about["T"]
+    if name.startswith("ms"):
+        return {"state_dict": weights}
+    if "dvs" in name:
+        best = {"max_test_acc1": 84.0, "test_acc5_at_max_test_acc1": 97.0}
+        args = argparse.Namespace(T=steps)
+        return {"model": weights, "optimizer": {}, "lr_scheduler": {}, "epoch": 105, "args": args, **best}
+    args = argparse.Namespace(time_step=steps, lr=1.0)
+    if name.startswith("cifar"):
+        return {"arch": "QKFormer", "state_dict": weights, "epoch": 409, "args": args, "version": 2, "metric": 96.2}
+    return {"model": weights, "optimizer": {}, "epoch": 199, "scaler": {}, "args": args}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS]
+)
+def test_a_released_checkpoint_gives_the_golden_logits(name, float64, tmp_path, monkeypatch):
+    case, logits = CASES[name], []
+    torch.save(released_content(name, case), tmp_path / "released.pth")
+    batch = case.input(), torch.arange(case.about["B"])
+    data = Data(None, [batch], ["x"] * 1000, None, None)
+    monkeypatch.setattr(engine.run, "create_data", lambda cfg, here, train: data)
+    monkeypatch.setattr(Gallery, "add", lambda self, x, y, z: logits.append(z))
+    monkeypatch.setattr(Gallery, "draw", lambda self, path: None)
+    for membrane in case.membranes:
+        flags = ["--device", "cpu", "--checkpoint", str(tmp_path / "released.pth")]
+        flags += ["--ssa-membrane", "per_sample"] if membrane == "corrected" else []  # "released" is the default
+        flags += ["--time-steps", "2"] if membrane == "ms" else []  # this format does not record it
+        execute(f"{SCRIPTS[name]}/test.py", *flags)
+        expected, result = case.arrays[f"{membrane}.eval.logits"], result_in(tmp_path)
+        assert_close(logits.pop().numpy(), expected, f"{name} {membrane}")
+        assert (result["count"], result["time_steps"]) == (case.about["B"], case.about["T"])
+        loss = torch.nn.functional.cross_entropy(torch.from_numpy(expected), batch[1])
+        assert result["loss"] == pytest.approx(loss.item(), rel=1e-5)

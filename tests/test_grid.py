@@ -90,7 +90,6 @@ def test_a_signal_lets_the_run_save(recipe, tmp_path):
 
 
 def test_any_runs_side_by_side(tmp_path, monkeypatch, capfd):
-    """Seeds are averaged, and what differs is named."""
     for seed, top1 in enumerate((98.0, 99.0)):
         result(tmp_path / f"a{seed}/best.test.json", top1, seed=seed)
     result(tmp_path / "b/best.test.json", 97.0, epochs=2)

@@ -50,10 +50,9 @@ def test_operations_are_those_that_torch_counts(kind):
     [("token", 1, 1), ("channel", 1, 1), ("self", 1, 2), ("quadratic", 2, 1)],
 )
 def test_exponents_of_the_counted_operations(kind, of_tokens, of_channels):
-    by_tokens = [{"size": n, "x": Attention(kind, "core", n, 96, 6).operations()} for n in (16, 64, 256, 1024)]
-    by_channels = [{"size": d, "x": Attention(kind, "core", 64, d, 6).operations()} for d in (96, 192, 384, 768)]
-    assert exponent(by_tokens, "x") == of_tokens
-    assert exponent(by_channels, "x") == of_channels
+    tokens = [{"size": n, "x": Attention(kind, "core", n, 96, 6).operations()} for n in (16, 64, 256)]
+    channels = [{"size": d, "x": Attention(kind, "core", 64, d, 6).operations()} for d in (96, 192, 384)]
+    assert (exponent(tokens, "x"), exponent(channels, "x")) == (of_tokens, of_channels)
 
 
 def test_both_orders_of_self_attention_give_the_same_spikes():
@@ -115,9 +114,7 @@ def test_the_script(tmp_path, monkeypatch, capfd):
     lines = exponents(run["results"])
     assert {(line["mode"], line["side"]) for line in lines} == series | networks
     assert len(run["results"]) == (2 + 2) * len(series) + 2 * len(networks)
-    for row in run["results"]:
-        assert row["ms"] > 0
-        assert row["mode"] == "eval" or row["memory_bytes"] > 0
+    assert all(row["ms"] > 0 for row in run["results"])
     for line in (line for line in lines if line["mode"] == "train"):
         assert line["fitted"] == [2, 4]
         assert 0.8 < line["memory_bytes"] < 1.2

@@ -16,77 +16,38 @@ import numpy as np
 import pytest
 import timm.data.dataset
 from PIL import EpsImagePlugin, Image
-from scripts import ROOT, named, refuses
-from tiny_data import cifar10_dvs, dvs128_gesture, image_folder, shards
+from scripts import ROOT, load_data, refuses
+from tiny_data import Payload, cifar10_dvs, dvs128_gesture, encoded, image_folder, rewrite, shards
 
-from engine import config, world
-from engine.cli import UserError
+from engine import config
 from engine.data.image import create_dataset
-from engine.log import logger
-from engine.run import create_data
-
-
-@pytest.fixture(autouse=True)
-def no_lines():
-    logger.handlers.clear()  # a script that ran in this process has left its own
-
-
-@pytest.fixture
-def mark(tmp_path, monkeypatch):
-    """What a payload leaves behind where it runs."""
-    monkeypatch.setenv("PAYLOAD_MARK", str(tmp_path / "ran"))
-    return tmp_path / "ran"
-
-
-class Payload:
-    def __reduce__(self):
-        return os.system, ("touch " + os.environ["PAYLOAD_MARK"],)
 
 
 def dataset(recipe, *flags, train=True):
     return create_dataset(config.load(ROOT / recipe, list(map(str, flags))), train)
 
 
-def refusal(recipe, *flags, train=True):
-    """The line in which the data set is refused, as it is made."""
-    with pytest.raises(UserError) as error:
-        dataset(recipe, *flags, train=train)
-    return str(error.value)
-
-
 IMAGENET = ["imagenet/qkformer_10_384.yml", "--num-classes", "4", "--data-path"]
-
-
-def encoded(image, kind):
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
-
-
-def tar(path, files, mode="w"):
-    """Write an archive of files, name -> content."""
-    with tarfile.open(path, mode) as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-
-
-def chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def png(side):
     """A picture of `side` x `side` pixels, most of which are missing."""
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(9)))
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, part in (
+        (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(9))),
+    ):
+        content += struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part))
+    return content
 
 
 RED = Image.new("RGB", (8, 8), (255, 0, 0))
 
 
-def loader_of_tests(flags):
-    return create_data(config.load(ROOT / IMAGENET[0], list(map(str, flags))), world.setup("cpu"), train=False).test
+def labels_of_all(root):
+    """Labels of the test set's images, which are all read."""
+    flags = ["--workers", 0, "--input-size", 32, *IMAGENET[1:], root]
+    return [label for _, labels in load_data(IMAGENET[0], *flags, train=False).test for label in labels]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +70,7 @@ def test_what_is_no_image_is_named_and_not_run(content, tmp_path, monkeypatch, m
     path = image_folder(tmp_path / "data", train=1, test=1) / "val/n00000001/1_0.JPEG"
     path.write_bytes(content)
     with refuses(path):
-        list(loader_of_tests(["--workers", "0", "--input-size", "32", *IMAGENET[1:], tmp_path / "data"]))
+        labels_of_all(tmp_path / "data")
     assert not mark.exists()
 
 
@@ -117,18 +78,17 @@ def test_the_formats_of_photographs_are_read(tmp_path):
     folder = image_folder(tmp_path / "data", train=1, test=1) / "val/n00000001"
     for kind in ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"):
         (folder / f"{kind}.jpg").write_bytes(encoded(RED, kind))
-    loader = loader_of_tests(["--workers", "0", "--input-size", "32", *IMAGENET[1:], tmp_path / "data"])
-    assert sum(len(labels) for _, labels in loader) == 13
+    assert len(labels_of_all(tmp_path / "data")) == 13
 
 
 def test_the_name_of_a_shard_is_no_command(tmp_path, mark):
     """The reader runs commands under addresses; a folder's files have none."""
-    root = shards(tmp_path / "data", train=8, test=8)
-    flags = ["--dataset", "wds/tiny", *IMAGENET[1:]]
+    root, flags = shards(tmp_path / "data", train=8, test=8), ["--dataset", "wds/tiny", *IMAGENET[1:]]
     info = json.loads((root / "_info.json").read_text())
     info["splits"]["train"]["filenames"] = [f"pipe:touch {mark}", f"a::pipe:touch {mark}", f"; touch {mark}"]
     (root / "_info.json").write_text(json.dumps(info))
-    named(refusal(IMAGENET[0], *flags, f"pipe:cat {root}"), "pipe:cat")
+    with refuses("pipe:cat"):
+        dataset(IMAGENET[0], *flags, f"pipe:cat {root}")
     next(iter(dataset(IMAGENET[0], *flags, root).reader), None)
     assert not mark.exists()
 
@@ -137,13 +97,8 @@ def test_the_name_of_a_shard_is_no_command(tmp_path, mark):
 def test_a_damaged_description_of_shards_is_refused(content, tmp_path):
     root = shards(tmp_path / "data", train=8, test=8)
     (root / "_info.json").write_text(content)
-    named(refusal(IMAGENET[0], "--dataset", "wds/tiny", *IMAGENET[1:], root), "wds/tiny")
-
-
-class Samples(list):
-    """Stands in for a reader of timm, of samples (image, label)."""
-
-    split = "train"
+    with refuses("wds/tiny"):
+        dataset(IMAGENET[0], "--dataset", "wds/tiny", *IMAGENET[1:], root)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +112,7 @@ class Samples(list):
     ],
 )
 def test_a_label_without_an_output_is_named(label, value, monkeypatch):
-    reader = Samples([(io.BytesIO(encoded(RED, "PNG")), label)])
+    reader = [(io.BytesIO(encoded(RED, "PNG")), label)]
     monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: reader)
     samples = dataset(*IMAGENET[:3], "--dataset", "hfds/x")
     if value is None:
@@ -180,36 +135,33 @@ def test_training_and_testing_share_no_folder(inner, outer, tmp_path):
     shutil.rmtree(root / inner)
     (root / inner).symlink_to(root / outer)
     for train in (True, False):
-        named(refusal(*IMAGENET, root, train=train), root / "train", root / "val")
+        with refuses(root / "train", root / "val"):
+            dataset(*IMAGENET, root, train=train)
 
 
 def test_timm_does_not_train_on_the_whole(tmp_path):
     root = image_folder(tmp_path / "data", train=2, test=1) / "train"
-    line = refusal(*IMAGENET, root, "--dataset", "torch/folder")
-    named(line, root, "train")
+    with refuses(root, "train"):
+        dataset(*IMAGENET, root, "--dataset", "torch/folder")
 
 
 GESTURE, CIFAR = "dvs128-gesture/dvs128-gesture.yml", "cifar10-dvs/cifar10-dvs.yml"
 
 
 def events(recipe, root):
-    """The training set of event frames in `root`; or the line in which it is refused."""
-    cfg = config.load(ROOT / recipe, ["--data-path", str(root), "--workers", "0", "--batch-size", "2"])
-    try:
-        return create_data(cfg, world.setup("cpu")).train.dataset
-    except UserError as error:
-        return str(error)
+    """The training set of event frames in `root`."""
+    return load_data(recipe, "--data-path", root, "--workers", 0, "--batch-size", 2).train.dataset
 
 
 def header(name, size, kind=tarfile.REGTYPE):
-    """Of a file in a tar archive, without its content."""
+    """Header of a file in a tar archive, without its content."""
     member = tarfile.TarInfo(name)
     member.size, member.type, member.linkname = size, kind, "/etc/passwd"
     return bytearray(member.tobuf(tarfile.GNU_FORMAT))
 
 
 def sparse(name, size):
-    """The same of a file that is one hole."""
+    """Header of a sparse file that is one hole."""
     content = header(name, 0, tarfile.GNUTYPE_SPARSE)
     content[483:495] = b"%011o\0" % size
     content[148:156] = b" " * 8
@@ -217,66 +169,64 @@ def sparse(name, size):
     return content
 
 
-@pytest.mark.parametrize(
-    ("member", "value"),
-    [
-        (header("x.aedat", 2**40), ""),
-        (sparse("x.aedat", 2**40), ""),
-        (header("x", 2**40, tarfile.XHDTYPE), ""),
-        (header("x", 2**40, tarfile.GNUTYPE_LONGNAME), ""),
-        (header("x", 0) + header("x", -512), ""),  # older Pythons read the second for ever
-        (20_000 * header("x", 0), ""),
-        (header("user01_led.aedat", 0, tarfile.SYMTYPE), None),
-        (header("user01_led.aedat", 0, tarfile.LNKTYPE), None),
-        (header("user01_led.aedat", 0, tarfile.FIFOTYPE), None),
-    ],
-    ids="giant sparse pax longname backwards many symlink hardlink pipe".split(),
-)
-def test_a_hostile_tar(member, value, tmp_path, one_core):
+GIANTS = {
+    "plain": header("x.aedat", 2**40),
+    "sparse": sparse("x.aedat", 2**40),
+    "pax": header("x", 2**40, tarfile.XHDTYPE),
+    "longname": header("x", 2**40, tarfile.GNUTYPE_LONGNAME),
+    "backwards": header("x", 0) + header("x", -512),  # older Pythons read the second for ever
+    "many": 20_000 * header("x", 0),
+}
+LINKS = {kind: header("user01_led.aedat", 0, kind) for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)}
+
+
+@pytest.mark.parametrize("name", [*GIANTS, *LINKS])
+def test_a_hostile_tar(name, tmp_path, one_core):
+    """Links and pipes are passed over, next to the true file of their name."""
     path = dvs128_gesture(tmp_path, train=1, test=1, count=50) / "download/DvsGesture.tar.gz"
-    path.write_bytes(gzip.compress(member + gzip.decompress(path.read_bytes())))
-    found = events(GESTURE, tmp_path)
-    if value is None:
-        assert len(found) == 12  # the true file of that name
+    path.write_bytes(gzip.compress((GIANTS | LINKS)[name] + gzip.decompress(path.read_bytes())))
+    if name in LINKS:
+        assert len(events(GESTURE, tmp_path)) == 12
     else:
-        named(found, path, value)
+        with refuses(path):
+            events(GESTURE, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("content", "how"),
+    ("content", "size", "method"),
     [
-        (b"", {"file_size": 2**31}),
-        (bytes(2**26), {"file_size": 100}),
-        (bytes(2**26), {"file_size": 100, "method": zipfile.ZIP_BZIP2}),
-        (bytes(2**26), {"file_size": 100, "method": zipfile.ZIP_LZMA}),
+        (b"", 2**31, zipfile.ZIP_DEFLATED),
+        (bytes(2**26), 100, zipfile.ZIP_DEFLATED),
+        (bytes(2**26), 100, zipfile.ZIP_BZIP2),
+        (bytes(2**26), 100, zipfile.ZIP_LZMA),
     ],
     ids=["giant", "deflate", "bzip2", "lzma"],
 )
-def test_a_zip_bomb(content, how, tmp_path, one_core):
+def test_a_zip_bomb(content, size, method, tmp_path, one_core):
     path = cifar10_dvs(tmp_path, per_class=2, count=50) / "download/cat.zip"
-    with zipfile.ZipFile(path, "a", how.get("method", zipfile.ZIP_DEFLATED)) as archive:
+    with zipfile.ZipFile(path, "a", method) as archive:
         archive.writestr("cat/x.aedat", content)
-        archive.filelist[-1].file_size = how["file_size"]
-    del content
+        archive.filelist[-1].file_size = size
     tracemalloc.start()
-    found, (_, most) = events(CIFAR, tmp_path), tracemalloc.get_traced_memory()
-    named(found, path, "x.aedat")
-    assert most < 2**25
+    with refuses(path, "x.aedat"):
+        events(CIFAR, tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**25
     tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["../../x", "/x", "\x1b[2J", "{0.__class__}"])
 def test_names_of_recordings_lead_nowhere_else(name, tmp_path, one_core):
     zipped = cifar10_dvs(tmp_path / "a", per_class=2, count=50)
-    with zipfile.ZipFile(zipped / "download/cat.zip", "a") as archive:
-        archive.writestr(f"{name}.aedat", archive.read("cat/cifar10_cat_0.aedat"))
-    folder = dvs128_gesture(tmp_path / "b", train=1, test=1, count=50, extracted=True) / "extract/DvsGesture"
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    files |= {f"{name}{end}": files[f"user01_led{end}"] for end in (".aedat", "_labels.csv")}
-    files["trials_to_train.txt"] += f"{Path(name).name}.aedat\n".encode()
-    shutil.rmtree(folder)
-    (tmp_path / "b/download").mkdir()
-    tar(tmp_path / "b/download/DvsGesture.tar.gz", files, "w:gz")
+    again = f"{name}.aedat"
+    rewrite(zipped / "download/cat.zip", lambda files: files | {again: files["cat/cifar10_cat_0.aedat"]})
+
+    def change(files):
+        files = {Path(old).name: content for old, content in files.items()}
+        files |= {f"{name}{end}": files[f"user01_led{end}"] for end in (".aedat", "_labels.csv")}
+        files["trials_to_train.txt"] += f"{Path(name).name}.aedat\n".encode()
+        return files
+
+    rewrite(dvs128_gesture(tmp_path / "b", train=1, test=1, count=50) / "download/DvsGesture.tar.gz", change)
     before = set(tmp_path.rglob("*"))
     for recipe, root, count in ((CIFAR, tmp_path / "a", 11), (GESTURE, tmp_path / "b", 24)):
         assert len(events(recipe, root)) == count
@@ -299,16 +249,16 @@ def test_a_hostile_table_of_labels(rows, line, tmp_path, one_core):
     root = dvs128_gesture(tmp_path, train=1, test=1, count=50, extracted=True)
     path = root / "extract/DvsGesture/user01_led_labels.csv"
     path.write_bytes(b"class\n" + rows)
-    found = events(GESTURE, root)
-    named(found, path.parent, path.name, line)
-    assert len(found) < 400
+    with refuses(path.parent, path.name, line) as error:
+        events(GESTURE, root)
+    assert len(str(error.value)) < 400
 
 
 def test_giant_files_of_a_folder(tmp_path, one_core):
     root = dvs128_gesture(tmp_path, train=1, test=1, count=50, extracted=True)
-    folder = root / "extract/DvsGesture"
-    os.truncate(folder / "user01_led.aedat", 2**40)  # a hole
-    named(events(GESTURE, root), "user01_led.aedat")
+    os.truncate(root / "extract/DvsGesture/user01_led.aedat", 2**40)  # a hole
+    with refuses("user01_led.aedat"):
+        events(GESTURE, root)
 
 
 def npy(shape, dtype="|u1"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -17,7 +18,7 @@ import timm.utils
 import torch
 import torchvision.datasets.cifar
 from PIL import Image
-from scripts import ROOT, fail, named, refuses
+from scripts import ROOT, load_data, named, refuses
 from timm.data.transforms import MaybePILToTensor, ToNumpy
 from tiny_data import cifar, image_folder, shards
 
@@ -25,7 +26,6 @@ from engine import config, run, world
 from engine.data import image, loaders
 from engine.data.image import create_data, create_dataset, read_image
 from engine.evaluate import warn_of_other_classes
-from engine.log import logger
 from engine.optim import create_optimizer
 from engine.run import build_model
 from engine.trainer import Trainer
@@ -34,14 +34,17 @@ IMAGENET = "--num-classes 4 --input-size 32".split()
 SHARDS = "--dataset wds/tiny --num-classes 4 --data-path".split()
 
 
-def load(recipe, *flags, train=True):
-    return create_data(config.load(ROOT / recipe, list(map(str, flags))), world.setup("cpu"), train)
+def load(*flags, **how):
+    return load_data("imagenet/qkformer_10_384.yml", *flags, **how)
+
+
+def training_set(*flags):
+    return create_dataset(config.load(ROOT / "imagenet/qkformer_10_384.yml", list(map(str, flags))), True)
 
 
 def test_workers_and_ranks_share_shards(data):
     """A worker without a shard would wait for ever."""
-    cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", [*SHARDS, str(data / "shards")])
-    stream = create_dataset(cfg, True)
+    stream = training_set(*SHARDS, data / "shards")
     stream.reader.dist_num_replicas = 2
     assert loaders._shards_per_rank(stream) == 4  # of 8
     stream.reader.dist_num_replicas = 9
@@ -54,17 +57,15 @@ def test_a_damaged_shard_is_not_left_out_silently(copy, count, tmp_path):
     root = shards(tmp_path / "shards", test=9)
     shard, last = (root / f"tiny-validation-{number}.tar" for number in ("0000", "0001"))
     last.write_bytes(shard.read_bytes() if copy else b"no archive")
-    data = load("imagenet/qkformer_10_384.yml", *SHARDS, root, "--workers", 0, *IMAGENET[2:], train=False)
+    data = load(*SHARDS, root, "--workers", 0, *IMAGENET[2:], train=False)
     with refuses(count, 9):
         list(data.test)
 
 
 def test_ranks_share_the_batches_of_a_stream(data):
-    flags = [*SHARDS, str(data / "shards"), *IMAGENET[2:], "--workers", "1", "--eval-batch-size", "4"]
-    cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", flags)
+    flags = [*SHARDS, data / "shards", *IMAGENET[2:], "--workers", 1, "--eval-batch-size", 4]
     alone, *shares = (
-        list(create_data(cfg, world.World(rank, count, torch.device("cpu")), train=False).test)
-        for rank, count in ((0, 1), (0, 2), (1, 2))
+        list(load(*flags, train=False, rank=rank, world_size=count).test) for rank, count in ((0, 1), (0, 2), (1, 2))
     )
     assert sum(len(labels) for _, labels in alone) == 37
     assert sum(map(len, shares)) == len(alone)
@@ -96,14 +97,12 @@ def test_one_class_is_refused(tmp_path):
         run.create_data(config.load(ROOT / "imagenet/qkformer_10_384.yml", flags), world.setup("cpu"))
 
 
-def test_other_names_of_classes_are_named(monkeypatch):
-    told = []
-    monkeypatch.setattr(logger, "warning", told.append)
+def test_other_names_of_classes_are_named(warnings):
     warn_of_other_classes(["a", "b"], {"classes": ["a", "b"]}, "best.pt")
     warn_of_other_classes(["a", "b"], {}, "best.pt")
-    assert not told
+    assert not warnings
     warn_of_other_classes(["b", "zebra"], {"classes": ["b", "horse"]}, "best.pt")
-    named(*told, "best.pt", "'horse'", "'zebra'")
+    named(*warnings, "best.pt", "'horse'", "'zebra'")
 
 
 @pytest.mark.parametrize(
@@ -127,21 +126,21 @@ def test_other_names_of_classes_are_named(monkeypatch):
         (move("val/n00000002", "val/n00000009"), [], "n00000002"),
     ],
 )
-def test_a_broken_folder_is_named_in_one_line(damage, flags, value, tmp_path):
+def test_a_broken_folder_is_refused(damage, flags, value, tmp_path):
     root = image_folder(tmp_path / "data", train=2, test=2)
     if damage:
         damage(root)
     with refuses(value):
-        load("imagenet/qkformer_10_384.yml", *IMAGENET, "--batch-size", 2, "--data-path", root, *flags)
+        load(*IMAGENET, "--batch-size", 2, "--data-path", root, *flags)
 
 
-def test_an_altered_file_of_cifar_is_refused_and_not_unpickled(tmp_path, monkeypatch, capfd):
-    """A pickle can run code; torchvision compares the md5 of each first."""
-    where = ["--data-path", tmp_path]
-    assert str(tmp_path) in fail(monkeypatch, capfd, "cifar10/train.py", *where)
+def test_an_altered_file_of_cifar_is_refused_and_not_unpickled(tmp_path, monkeypatch):
+    train = functools.partial(load_data, "cifar10/cifar10.yml", "--data-path", tmp_path)
+    with refuses(tmp_path):
+        train()
     with monkeypatch.context() as offline, refuses("division by zero"):  # why it cannot be fetched
         offline.setattr(urllib.request, "urlopen", lambda *args, **kwargs: 1 / 0)
-        load("cifar10/cifar10.yml", *where, "--download")
+        train("--download")
     cifar(tmp_path, 10)
     unpickled, read = [], pickle.load
     monkeypatch.setattr(pickle, "load", lambda file, **how: unpickled.append(Path(file.name).name) or read(file, **how))
@@ -153,29 +152,18 @@ def test_an_altered_file_of_cifar_is_refused_and_not_unpickled(tmp_path, monkeyp
             monkeypatch.setattr(kind, name, [[file, known[file]] for file, _ in getattr(kind, name)])
         monkeypatch.setattr(kind, "meta", kind.meta | {"md5": known["batches.meta"]})
         unpickled.clear()
-        if altered:
-            with refuses(tmp_path, "--download"):
-                load("cifar10/cifar10.yml", *where)
-            assert altered not in unpickled
-        else:
-            assert len(load("cifar10/cifar10.yml", *where).train.dataset) == 150
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_file_alone_is_what_the_test_set_has(channels, data):
-    flags = ["--in-channels", channels, "--mean", *channels * [0.3], "--std", *channels * [0.2]]
-    flags = [*IMAGENET, "--data-path", data / "five", "--workers", 0, *flags]
-    test = load("imagenet/qkformer_10_384.yml", *flags, train=False).test
-    cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", list(map(str, flags)))
-    images = torch.cat([images for images, _ in test])
-    alone = torch.stack([image.read_tensor(Path(path), cfg) for path, _ in test.loader.dataset.samples])
-    assert torch.equal(images, alone)
+        with refuses(tmp_path, "--download") if altered else contextlib.nullcontext():
+            assert len(train().train.dataset) == 150
+        assert altered not in unpickled
 
 
 def test_an_image_is_read_in_the_mode_of_the_network(tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 128)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").mode == "RGB"
     assert read_image(tmp_path / "a.png", "L").mode == "L"
+    flags = "--in-channels 1 --mean 0.3 --std 0.2 --input-size 4".split()
+    cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", flags)
+    assert image.read_tensor(tmp_path / "a.png", cfg).shape == (1, 4, 4)
 
 
 RAMP = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
@@ -198,21 +186,18 @@ def test_images_without_a_range_are_refused(name, dtype, tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32])
 def test_images_of_other_libraries_are_scaled_too(dtype, tmp_path, monkeypatch):
-    """timm reads those of `hfds/` and `wds/`, and torchvision those of `torch/`."""
     file = io.BytesIO()
     Image.fromarray(RAMP.astype(dtype)).save(file, "TIFF")
     monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: [(file, 0)])
     flags = "--dataset hfds/x --in-channels 1 --mean 0 --std 1 --input-size 8 --workers 0 --eval-batch-size 1"
     with contextlib.nullcontext() if dtype == np.uint16 else refuses("hfds/x"):
-        (images, _), *_ = load("imagenet/qkformer_10_384.yml", *flags.split(), "--crop-pct", 1, train=False).test
+        (images, _), *_ = load(*flags.split(), "--crop-pct", 1, train=False).test
         assert torch.equal((images[0, 0] * 255).round(), torch.from_numpy(RAMP // 256).float())
 
 
-def test_files_of_systems_are_passed_over_and_images_of_other_formats_counted(tmp_path, monkeypatch):
-    told, root = [], image_folder(tmp_path / "data", train=4, test=4)
-    before = create_dataset(
-        config.load(ROOT / "imagenet/qkformer_10_384.yml", [*IMAGENET[:2], "--data-path", str(root)]), True
-    )
+def test_files_of_systems_are_passed_over_and_images_of_other_formats_counted(tmp_path, warnings):
+    root = image_folder(tmp_path / "data", train=4, test=4)
+    before = training_set(*IMAGENET[:2], "--data-path", root)
     for junk in ("._x.png", ".ipynb_checkpoints/x.png", "__MACOSX/x.png", "n00000001/._1_0.JPEG",
                  "n00000001/.ipynb_checkpoints/1_0.JPEG", ".DS_Store"):  # fmt: skip
         path = root / "train" / junk
@@ -220,25 +205,18 @@ def test_files_of_systems_are_passed_over_and_images_of_other_formats_counted(tm
         path.write_bytes(b"junk")
     for other in ("n00000000/a.gif", "n00000001/b.AVIF", "n00000001/c.heic"):
         (root / "train" / other).write_bytes(b"")
-    monkeypatch.setattr(logger, "warning", told.append)
-    after = create_dataset(
-        config.load(ROOT / "imagenet/qkformer_10_384.yml", [*IMAGENET[:2], "--data-path", str(root)]), True
-    )
+    after = training_set(*IMAGENET[:2], "--data-path", root)
     assert (after.samples, after.classes) == (before.samples, before.classes)
-    (line,) = told
+    (line,) = warnings
     named(line, root / "train", 3)
 
 
-def test_a_large_photograph_is_read_without_a_warning(tmp_path, monkeypatch, recwarn):
+def test_large_photographs_are_read_without_a_warning(data, tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
     Image.fromarray(RAMP.astype(np.uint8)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").size == (8, 8)
-    assert not recwarn.list
-
-
-def test_a_large_photograph_in_shards_is_read_without_a_warning(data, monkeypatch, recwarn):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    loaded = load("imagenet/qkformer_10_384.yml", *SHARDS, data / "shards", *IMAGENET[2:], "--workers", 0, train=False)
+    loaded = load(*SHARDS, data / "shards", *IMAGENET[2:], "--workers", 0, train=False)
     assert sum(len(labels) for _, labels in loaded.test) == 37
     assert not [warning for warning in recwarn if warning.category is Image.DecompressionBombWarning]
 
@@ -252,7 +230,6 @@ RECIPES = sorted(path for name in ("imagenet", "cifar10", "cifar100") for path i
     [pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow) for path in RECIPES],
 )
 def test_every_recipe_trains(path, data, monkeypatch):
-    """One update of the recipe's own network with its own optimizer and augmentation, on small images."""
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: True)
     name = path.parent.name
     flags = ["--input-size", "16" if name.startswith("cifar") else "32", "--time-steps", "1", "--workers", "0"]

@@ -6,18 +6,12 @@ import pickle
 import pytest
 import timm.utils
 import torch
-from scripts import ROOT
+from scripts import load_data
 from tiny_data import cifar10_dvs
 from torch.utils.data import DataLoader
 
 from benchmarks import loader
-from engine import config, world
 from engine.data.event import collate
-from engine.run import create_data
-
-
-def load(recipe, *flags):
-    return create_data(config.load(ROOT / recipe, list(map(str, flags))), world.setup("cpu"))
 
 
 def same(batches, others):
@@ -27,11 +21,11 @@ def same(batches, others):
 
 
 def test_an_epoch_of_events_does_not_depend_on_who_serves_it(tmp_path, one_core):
-    """Not on whether its workers served one before, as they have not in a run that was resumed, nor on their number."""
+    """Workers of a resumed run have served no epoch before, and their number may differ."""
     flags = ["--data-path", cifar10_dvs(tmp_path, per_class=3, count=50), "--batch-size", 8]
 
     def epochs(workers, *seeds):
-        data, found = load("cifar10-dvs/cifar10-dvs.yml", *flags, "--workers", workers), []
+        data, found = load_data("cifar10-dvs/cifar10-dvs.yml", *flags, "--workers", workers), []
         for seed in seeds:
             timm.utils.random_seed(seed)
             found.append(list(data.train.batches(0)))
@@ -46,49 +40,35 @@ def test_an_epoch_of_events_does_not_depend_on_who_serves_it(tmp_path, one_core)
     assert [labels.tolist() for _, labels in plain] == [labels.tolist() for _, labels in uninterrupted]
 
 
-def test_a_kept_worker_starts_each_evaluation_anew(data):
+def test_a_kept_worker_starts_each_evaluation_from_its_first_image(data):
     flags = ["--data-path", data / "imagenet", "--num-classes", 4, "--input-size", 32, "--eval-batch-size", 8]
-    loaded = load("imagenet/qkformer_10_384.yml", *flags, "--workers", 1)
+    loaded = load_data("imagenet/qkformer_10_384.yml", *flags, "--workers", 1)
     assert loaded.test.loader.persistent_workers
     assert not loaded.train.source.persistent_workers  # it has to hear of the epoch's seed
     next(iter(loaded.test))  # and no further, as analyses do
-    expected = list(load("imagenet/qkformer_10_384.yml", *flags, "--workers", 0).test)
+    expected = list(load_data("imagenet/qkformer_10_384.yml", *flags, "--workers", 0).test)
     for _ in range(2):
         assert same(list(loaded.test), expected)
 
 
-CASES = [
-    ("digits/digits.yml", None, ["--mixup", 0.5]),
-    ("imagenet/qkformer_10_384.yml", "imagenet", ["--num-classes", 4]),
-    ("cifar10-dvs/cifar10-dvs.yml", "events", []),
-]
-
-
 @pytest.mark.parametrize(
-    ("recipe", "folder", "flags"), CASES, ids=[folder or recipe.split("/")[0] for recipe, folder, _ in CASES]
+    ("recipe", "folder", "flags"),
+    [
+        ("digits/digits.yml", None, ["--mixup", 0.5]),
+        ("imagenet/qkformer_10_384.yml", "imagenet", ["--num-classes", 4]),
+        ("cifar10-dvs/cifar10-dvs.yml", "events", []),
+    ],
+    ids=["digits", "imagenet", "events"],
 )
 def test_workers_can_be_spawned(recipe, folder, flags, data, tmp_path, one_core):
-    """As on macOS and Windows: all that they get pickles."""
+    """macOS and Windows pickle the arguments of workers."""
     root = cifar10_dvs(tmp_path, per_class=2, count=50) if folder == "events" else data / str(folder)
-    loaded = load(recipe, *flags, "--batch-size", 4, "--data-path", root, "--workers", 1)
+    loaded = load_data(recipe, *flags, "--batch-size", 4, "--data-path", root, "--workers", 1)
     for source in (loaded.train.source, loaded.test.loader):
         pickle.dumps((source.dataset, source.collate_fn, source.worker_init_fn))
 
 
-@pytest.mark.slow
-def test_spawned_workers_load_what_forked_ones_do(data):
-    flags = ["--data-path", data / "imagenet", "--num-classes", 4, "--input-size", 32, "--batch-size", 4]
-    batches = []
-    for method in ("fork", "spawn"):
-        loaded = load("imagenet/qkformer_10_384.yml", *flags, "--workers", 1)
-        loaded.train.source.multiprocessing_context = loaded.test.loader.multiprocessing_context = method
-        timm.utils.random_seed(0)
-        batches.append([*loaded.train.batches(0), *loaded.test])
-    assert same(*batches)
-
-
 def test_benchmark_of_the_input_pipelines(tmp_path, monkeypatch, one_core):
-    """The second start measures what the first has not."""
     monkeypatch.setattr(loader, "FILES", 3)
     monkeypatch.setattr("benchmarks.common.provenance", lambda: {"git_commit": "4d1f"})
     flags = "--repeats 1 --batches 1 --output".split()

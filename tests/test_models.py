@@ -13,22 +13,6 @@ from models.layers import DropPath
 from models.neuron import torch_lif
 from models.registry import VARIANTS
 
-COUNTS = [  # exact counts, and the paper's ablations in millions
-    ("QKFormer_10_384", {}, 16_473_688),  # as the released code spells it
-    ("qkformer_10_512", {}, 29_079_336),
-    ("qkformer_10_768", {}, 64_962_760),
-    ("qkformer_4_384", {}, 6_706_234),
-    ("qkformer_4_384", {"num_classes": 100}, 6_740_884),
-    ("qkformer_2_256", {}, 1_504_138),
-    ("qkformer_2_256", {"num_classes": 11}, 1_504_395),
-    ("qkformer_2_256", {"num_classes": 11, "mlp_ratio": 4}, 1_999_371),
-    ("qkformer_10_384", {"residual": "ms"}, 16_473_688),
-    ("qkformer_4_384", {"num_classes": 100, "attention": ("token", "channel", "token")}, 6.44),
-    ("spikformer_4_384", {}, 9_324_730),
-    ("spikformer_2_256", {}, 2_566_666),
-    ("spikformer_4_384", {"embed": "speds"}, 9_324_730 + 192 * 384 + 2 * 384),  # and a shortcut: 1x1, BatchNorm
-]
-
 
 def lively(module: nn.Module, seed: int = 0) -> nn.Module:
     """float64, with statistics under which neurons fire."""
@@ -47,16 +31,17 @@ def images(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("name", "kwargs", "count"), COUNTS)
-def test_parameter_counts(name, kwargs, count):
-    with torch.device("meta"):
-        total = sum(p.numel() for p in create_model(name, **kwargs).parameters())
-    assert total == count if isinstance(count, int) else round(total / 1e6, 2) == count
-
-
 def test_shortcut_false_leaves_out_only_the_shortcut():
     with_shortcut, without = (create_model("qkformer_4_384", shortcut=s).state_dict() for s in (True, False))
-    assert {key for key in with_shortcut if key not in without} == {k for k in with_shortcut if ".embed.shortcut." in k}
+    assert with_shortcut.keys() - without.keys() == {key for key in with_shortcut if ".embed.shortcut." in key}
+
+
+def test_spikformer_with_speds_adds_only_its_shortcut():
+    plain, speds = (
+        sum(p.numel() for p in create_model("spikformer_4_384", **more).parameters())
+        for more in ({}, {"embed": "speds"})
+    )
+    assert speds == plain + 192 * 384 + 2 * 384  # 1x1 convolution, BatchNorm
 
 
 @pytest.mark.parametrize(("ssa_membrane", "independent"), [("per_sample", True), ("released", False)])
@@ -102,10 +87,6 @@ def keeps_no_state(model, size):
         assert model(x[:1, None]).shape == (1, 3)
 
 
-def lif(x, threshold=1.0):
-    return torch_lif(x, threshold)
-
-
 def unit(conv_bn, x):
     """Convolution 1x1 and BatchNorm (eval mode) as an einsum. [T,B,C,N] -> [T,B,C',N]."""
     conv, bn = conv_bn.conv, conv_bn.bn
@@ -123,16 +104,19 @@ def test_attention_equals_einsum(kind):
         attention.k.bn.bias.data.add_(1)  # enough coincidences of the spikes to pass the threshold
     x = (images(4, 2, 12, 5, 9) > 0.3).double()  # non-square: the order of H and W counts
     tokens = x.reshape(4, 2, 12, 45)
-    q, k = (lif(unit(part, tokens)).reshape(4, 2, 3, 4, 45) for part in (attention.q, attention.k))
+
+    def spikes(name):
+        return torch_lif(unit(attention.get_submodule(name), tokens), 1.0).reshape(4, 2, 3, 4, 45)
+
+    q, k = spikes("q"), spikes("k")
     if kind is TokenQKAttention:
-        y = torch.einsum("tbhn,tbhdn->tbhdn", lif(torch.einsum("tbhdn->tbhn", q), 0.5), k)
+        y = torch.einsum("tbhn,tbhdn->tbhdn", torch_lif(torch.einsum("tbhdn->tbhn", q), 0.5), k)
     elif kind is ChannelQKAttention:
-        y = torch.einsum("tbhd,tbhdn->tbhdn", lif(torch.einsum("tbhdn->tbhd", q), 0.5), k)
+        y = torch.einsum("tbhd,tbhdn->tbhdn", torch_lif(torch.einsum("tbhdn->tbhd", q), 0.5), k)
     else:
-        v = lif(unit(attention.v, tokens)).reshape(4, 2, 3, 4, 45)
-        y = lif(torch.einsum("tbhdn,tbhdm,tbhem->tbhen", q, k, v) * 0.125, 0.5)
+        y = torch_lif(torch.einsum("tbhdn,tbhdm,tbhem->tbhen", q, k, spikes("v")) * 0.125, 0.5)
     assert 0.02 < y.mean() < 0.98
-    expected = lif(unit(attention.proj, y.reshape(4, 2, 12, 45))).reshape(x.shape)
+    expected = torch_lif(unit(attention.proj, y.reshape(4, 2, 12, 45)), 1.0).reshape(x.shape)
     assert 0.02 < expected.mean() < 0.98
     with torch.no_grad():
         assert torch.equal(attention(x), expected)
@@ -143,19 +127,11 @@ def test_speds_rounds_sizes_up_on_both_paths():
     assert embed(images(1, 2, 2, 33, 50)).shape == (1, 2, 8, 5, 7)
 
 
-def test_timm_creates_the_same_networks():
-    model = timm.create_model("qkformer_10_384", num_classes=7, in_chans=1)
-    assert (model.head.out_features, model.stages[0].embed.units[0].conv.in_channels) == (7, 1)
-    with refuses():
-        timm.create_model("qkformer_10_384", pretrained=True)
-
-
 @pytest.mark.parametrize(
     ("name", "kwargs", "value"),
     [
         ("qkformer_10_385", {}, "qkformer_10_385"),
         ("qkformer_4_384", {"time_steps": 0}, "time_steps"),
-        ("qkformer_4_384", {"num_classes": -1}, "num_classes"),
         ("qkformer_4_384", {"global_pool": "max"}, "max"),
         ("qkformer_4_384", {"in_chans": 1, "in_channels": 3}, "in_channels"),
         ("qkformer_4_384", {"mlp_ratio": 0}, "mlp_ratio"),
@@ -171,10 +147,9 @@ def test_timm_creates_the_same_networks():
         ("spikformer_4_384", {"embed": "rpe"}, "rpe"),
         ("sdt_2_512", {"embed": "speds"}, "speds"),
         ("spikformer_4_384", {"pools": "11"}, "pools"),
-        ("spikformer_4_384", {"heads": 7}, "heads"),
     ],
 )
-def test_bad_arguments_are_named(name, kwargs, value):
+def test_bad_arguments_are_refused(name, kwargs, value):
     with refuses(value):
         create_model(name, **kwargs)
 
@@ -230,32 +205,34 @@ def test_drop_path_rises_from_block_to_block_and_works_in_training_only():
         create_model("qkformer_3_64", drop_path=1)
 
 
+def train(model, x):
+    """Loss, gradients and running statistics of one step, and how many numbers autograd kept."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss = model(x).square().mean()
+    loss.backward()
+    return [loss, *(p.grad for p in model.parameters()), *model.buffers()], sum(kept)
+
+
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 def test_checkpointed_activations_change_nothing_but_memory(drop_path):
-    """Gradients and running statistics to the last bit, though every block is computed twice."""
-    results = []
+    steps = []
     for enable in (False, True):
         torch.manual_seed(0)
         model = lively(create_model("qkformer_3_64", in_channels=3, drop_path=drop_path)).train()
         model.set_grad_checkpointing(enable)
-        kept, calls = [], []
+        calls = []
         model.stages[2].blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
-            loss = model(images(4, 3, 8, 8)).square().mean()
-        loss.backward()
-        results.append([loss, *(p.grad for p in model.parameters()), *model.buffers()])
+        steps.append(train(model, images(4, 3, 8, 8)))
         assert len(calls) == 1 + enable
-        results[-1].append(sum(kept))
-    *plain, memory = results[0]
-    *checkpointed, less = results[1]
+    (plain, memory), (checkpointed, less) = steps
     assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
     assert less < memory / 5
 
 
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_whole_network_is_one_graph_to_the_compiler(checkpointing):
-    """With its gradients and running statistics; checkpointed, it keeps little and gives the same."""
-    results, memory = [], []
+    steps = []
     for is_compiled in (False, True):
         torch.manual_seed(0)
         settings = {"depths": (1,), "attention": ("self",), "in_channels": 3, "time_steps": 2, "width": 16}
@@ -263,12 +240,8 @@ def test_the_whole_network_is_one_graph_to_the_compiler(checkpointing):
         if is_compiled:
             model.set_grad_checkpointing(checkpointing)
             model.compile(backend="aot_eager", fullgraph=True)  # without minutes of C++ compilation
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
-            loss = model(images(8, 3, 8, 8)).square().mean()
-        loss.backward()
-        results.append([loss, *(p.grad for p in model.parameters()), *model.buffers()])
-        memory.append(sum(kept))
-    for expected, actual in zip(*results, strict=True):
+        steps.append(train(model, images(8, 3, 8, 8)))
+    (plain, memory), (compiled, less) = steps
+    for expected, actual in zip(plain, compiled, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
-    assert (memory[1] < memory[0] / 5) == checkpointing
+    assert (less < memory / 5) == checkpointing

@@ -1,5 +1,7 @@
 """The LIF neuron, by hand and against spikingjelly, and the choice of its backend."""
 
+import sys
+
 import pytest
 import torch
 from scripts import refuses
@@ -16,19 +18,13 @@ SPIKINGJELLY = {  # kind -> its class and arguments
     "if": (sj_neuron.IFNode, {}),
     "plif": (sj_neuron.ParametricLIFNode, {"init_tau": 3.0}),
 }
+DETACHED = {"detach_reset": True, "step_mode": "m", "surrogate_function": sj_surrogate.Sigmoid(4.0)}
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the error of a machine without CUDA")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 #          charge h:  .625    .9375   1.46875  .25    1.0     -.5    .5
 CURRENT = [1.25, 1.25, 2.0, 0.5, 1.75, -1.0, 1.5]
-MEMBRANE = [0.625, 0.9375, 0.0, 0.25, 0.0, -0.5, 0.5]  # behind the reset
+MEMBRANE = [0.625, 0.9375, 0.0, 0.25, 0.0, -0.5, 0.5]  # after the reset
 SPIKES = [0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0]  # the second spike: h equals the threshold exactly
-
-
-def spikingjelly(x, threshold):
-    node = sj_neuron.LIFNode(
-        tau=2.0, v_threshold=threshold, detach_reset=True, step_mode="m", surrogate_function=sj_surrogate.Sigmoid(4.0)
-    )
-    return node(x)
 
 
 def run(lif, x, threshold, grad):
@@ -58,8 +54,7 @@ def test_membrane_trace_by_hand(dtype):
 @pytest.mark.parametrize("kind", SPIKINGJELLY)
 def test_other_neurons_equal_spikingjelly(kind):
     node, arguments = SPIKINGJELLY[kind]
-    surrogate = sj_surrogate.Sigmoid(4.0)
-    theirs = node(**arguments, detach_reset=True, step_mode="m", surrogate_function=surrogate).double()
+    theirs = node(**arguments, **DETACHED).double()
     model = torch.nn.Sequential(LIF())
     set_neurons(model, kind, *arguments.values())
     ours = model.double()[0]
@@ -84,7 +79,8 @@ def test_a_tau_out_of_range_is_refused(kind, tau):
 @pytest.mark.parametrize("steps", [1, 4, 16])
 def test_torch_backend_is_bit_equal_to_spikingjelly(steps, threshold, dtype):
     x, grad = currents(steps, dtype)
-    ours, theirs = run(torch_lif, x, threshold, grad), run(spikingjelly, x, threshold, grad)
+    node = sj_neuron.LIFNode(tau=2.0, v_threshold=threshold, **DETACHED)
+    ours, theirs = (run(lif, x, threshold, grad) for lif in (torch_lif, lambda x, _: node(x)))
     assert ours[0].mean() > 0.1
     assert ours[0].dtype == ours[1].dtype == dtype
     assert all(map(torch.equal, ours, theirs))
@@ -143,15 +139,12 @@ def test_the_cupy_kernels_compile(dtype, architecture):
         assert kernel.kernel_name.encode() in nvrtc.getCUBIN(program)
 
 
-def test_cupy_missing_says_what_to_install(monkeypatch):
+def test_missing_cupy_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(__import__("sys").modules, "cupy", None)
-    backends.cupy_problem.cache_clear()
-    try:
-        with refuses("cupy-cuda13x==14.2.0"):
-            set_lif_backend(LIF(), "cupy")
-    finally:
-        backends.cupy_problem.cache_clear()
+    monkeypatch.setattr(backends, "cupy_problem", backends.cupy_problem.__wrapped__)  # without its cache
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with refuses("cupy-cuda13x==14.2.0"):
+        set_lif_backend(LIF(), "cupy")
 
 
 @pytest.mark.gpu

@@ -4,19 +4,19 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny_data
 import torch
 from first_step import calibrated
-from PIL import Image
 from scripts import ROOT, fail, here, named, refuses
+from test_event_folder import folder
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from engine import checkpoint, config, log, predict, world
 from engine.config import LOCAL_FIELDS, plain
-from engine.log import logger
 from engine.run import build_model, create_data
 from engine.weights import warn_of_silence
 
@@ -26,15 +26,14 @@ EVENTS += ["--time-steps", "4"]
 
 
 def make(path, recipe, flags, root, **entries):
-    """Write the checkpoint of a spiking network, and the record of its data; return settings and test set."""
+    """Write the checkpoint of a spiking network, and the record of its data; return network and test set."""
     cfg = config.load(ROOT / recipe, [*flags, "--data-path", str(root), "--eval-batch-size", "3"])
     data = create_data(cfg, world.setup("cpu"), train=False)
     torch.manual_seed(0)
     model = calibrated(build_model(cfg), torch.cat([x for x, _ in data.test])).eval()
-    state = {key: {} for key in ("optimizer", "scaler", "position", "best")} | {"epoch": 1}
-    state |= {"state_dict": model.state_dict(), "config": plain(cfg, without=LOCAL_FIELDS), **entries}
-    checkpoint.save(path, state)
-    return cfg, model, data
+    state = {key: {} for key in checkpoint.ENTRIES} | {"epoch": 1, "state_dict": model.state_dict()}
+    checkpoint.save(path, state | {"config": plain(cfg, without=LOCAL_FIELDS), **entries})
+    return model, data
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +46,15 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
-    from test_event_folder import folder
-
     root = tmp_path_factory.mktemp("recordings")
+    folder(root / "data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("joblib.cpu_count", lambda: 1)
-        folder(root / "data")
         return root, *make(root / "best.pt", "cifar10-dvs/cifar10-dvs.yml", EVENTS, root / "data")
 
 
 def expected(model, data):
-    """{class index: probability} of each test sample, in the loader's batches."""
+    """Probabilities of each test sample, in the loader's batches."""
     with torch.inference_mode():
         return torch.cat([model(x).softmax(1) for x, _ in data.test])
 
@@ -72,8 +69,8 @@ def assert_answers(answers, probabilities, classes):
 
 
 def test_answers_are_those_of_the_test_set(images, recordings):
-    for (root, _, model, data), classes, files in (
-        (images, ["a", "b", "c"], images[3].test.loader.dataset.samples),
+    for (root, model, data), classes, files in (
+        (images, ["a", "b", "c"], images[2].test.loader.dataset.samples),
         (recordings, ["0", "1", "2"], None),  # of a checkpoint that records no names
     ):
         assert expected(model, data).std(0).max() > 0.001
@@ -83,32 +80,30 @@ def test_answers_are_those_of_the_test_set(images, recordings):
         assert_answers(predictor(torch.cat([x for x, _ in data.test])), expected(model, data), classes)
 
 
-def test_a_folder_is_answered_but_for_what_cannot_be_read(images, tmp_path, monkeypatch, capfd):
-    root, _, model, data = images
-    folder = tmp_path / "files"
-    names = [Path(path).name for path, _ in data.test.loader.dataset.samples]
-    for i, (path, _) in enumerate(data.test.loader.dataset.samples):
-        (folder / f"{i}").mkdir(parents=True)
-        (folder / f"{i}" / Path(path).name).write_bytes(Path(path).read_bytes())
-    for name in ("._0.png", "note.txt"):
-        (folder / name).write_bytes(b"no image")
-    (folder / "zz.png").write_bytes(b"no image")
-    outputs = {kind: tmp_path / f"out/answers.{kind}" for kind in ("csv", "json")} | {"picture": tmp_path / "out/a.png"}
-    flags = [word for kind, path in outputs.items() for word in (f"--{kind}", path)]
-    command = ["engine.predict", folder, *flags, "--device", "cpu", "--workers", "2", "--checkpoint", root / "best.pt"]
-    line = fail(monkeypatch, capfd, *command)
+def test_a_folder_is_answered_but_for_unreadable_files(images, tmp_path, monkeypatch, capfd):
+    root, model, data = images
+    files = tmp_path / "files"
+    paths = [Path(path) for path, _ in data.test.loader.dataset.samples]
+    for i, path in enumerate(paths):
+        (files / f"{i}").mkdir(parents=True)
+        shutil.copy(path, files / f"{i}")
+    for name in ("._0.png", "note.txt", "zz.png"):
+        (files / name).write_bytes(b"no image")
+    table, answers, picture = (tmp_path / f"out/answers.{kind}" for kind in ("csv", "json", "png"))
+    flags = ["--csv", table, "--json", answers, "--picture", picture, "--device", "cpu", "--workers", "2"]
+    line = fail(monkeypatch, capfd, "engine.predict", files, *flags, "--checkpoint", root / "best.pt")
     named(line, "1 of 11")
-    rows = json.loads(outputs["json"].read_text())
-    with outputs["csv"].open() as file:
+    rows = json.loads(answers.read_text())
+    with table.open() as file:
         assert [{k: str(v) for k, v in row.items()} for row in rows] == list(csv.DictReader(file))
-    answers = [[(row["class"], row["probability"]) for row in rows[i : i + 3]] for i in range(0, len(rows), 3)]
-    assert_answers(answers, expected(model, data), ["a", "b", "c"])
-    assert [Path(row["file"]).name for row in rows[::3]] == names
-    assert min(Image.open(outputs["picture"]).size) > 100
+    found = [[(row["class"], row["probability"]) for row in rows[i : i + 3]] for i in range(0, len(rows), 3)]
+    assert_answers(found, expected(model, data), ["a", "b", "c"])
+    assert [Path(row["file"]).name for row in rows[::3]] == [path.name for path in paths]
+    assert picture.exists()
 
 
 def test_a_recording_is_answered_frame_by_frame(recordings, monkeypatch, capfd):
-    root, _, model, data = recordings
+    root, model, data = recordings
     (path, *_) = sorted((root / "data/test").rglob("*.npz"))
     out = here(monkeypatch, capfd, "engine.predict", "--checkpoint", root / "best.pt", "--stream", path).splitlines()
     out = [line for line in out if not line.startswith("warning")]
@@ -119,7 +114,7 @@ def test_a_recording_is_answered_frame_by_frame(recordings, monkeypatch, capfd):
 
 
 def test_what_cannot_be_answered_is_refused(images, tmp_path, monkeypatch, capfd):
-    root, _, model, data = images
+    root, model, data = images
     common = ["engine.predict", "--device", "cpu", "--checkpoint"]
     named(fail(monkeypatch, capfd, *common, root / "best.pt", "--stream", "x.png"), "--stream")
     named(fail(monkeypatch, capfd, *common, root / "best.pt", tmp_path), tmp_path)
@@ -137,7 +132,6 @@ def test_what_cannot_be_answered_is_refused(images, tmp_path, monkeypatch, capfd
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     with refuses(tmp_path / "weights.pt", "--config"):
         predict.load(tmp_path / "weights.pt")
-    logger.handlers.clear()
     flags = {"input_size": 16, "crop_pct": 0.8, "eval_batch_size": 3}
     other = predict.load(tmp_path / "weights.pt", "cpu", config=str(ROOT / "imagenet/own_images.yml"), **flags)
     paths = [path for path, _ in data.test.loader.dataset.samples]
@@ -170,23 +164,20 @@ def test_a_reader_that_stops_reading_leaves_no_traceback(monkeypatch, capfd):
     with open(writing, "w", buffering=1) as pipe, monkeypatch.context() as patch:
         patch.setattr("sys.stdout", pipe)
         log.setup_console(is_main=True)
-        with logging_redirect_tqdm([logger]):
-            logger.info("unread")
+        with logging_redirect_tqdm([log.logger]):
+            log.logger.info("unread")
         with contextlib.suppress(BrokenPipeError):
             pipe.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), writing)
-    logger.handlers.clear()
     assert capfd.readouterr().err == ""
 
 
-def test_silence_of_few_updates_is_explained(monkeypatch):
-    told = []
-    monkeypatch.setattr(logger, "warning", told.append)
-    model, x = build_model(config.load(ROOT / "digits/digits.yml")), torch.rand(4, 1, 8, 8)
-    for updates, value in ((25, "25"), (1000, "lower lr")):
-        for name, buffer in model.named_buffers():
-            if name.endswith("num_batches_tracked"):
-                buffer.fill_(updates)
-        warn_of_silence(model, x)
-        named(told[-1], value)
-        assert ("BatchNorm" in told[-1]) == (updates == 25)
+@pytest.mark.parametrize(("updates", "value"), [(25, "25"), (1000, "lower lr")])
+def test_silence_of_few_updates_is_explained(updates, value, warnings):
+    model = build_model(config.load(ROOT / "digits/digits.yml"))
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.fill_(updates)
+    warn_of_silence(model, torch.rand(4, 1, 8, 8))
+    named(warnings[-1], value)
+    assert ("BatchNorm" in warnings[-1]) == (updates == 25)

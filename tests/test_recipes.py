@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
-from scripts import lr_at
+from scripts import ROOT, lr_at
 
 from engine import config, world
 from engine.evaluate import published
@@ -15,9 +13,8 @@ from engine.optim import base_lr, create_optimizer, create_schedule, effective_b
 from engine.run import build_model
 from models import create_model
 
-ROOT = Path(__file__).resolve().parents[1]
 FACTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "analysis/logs").glob("*.json")}
-RECIPES = sorted(path for path in ROOT.glob("*/*.yml") if (path.parent / "train.py").exists())
+RECIPES = [path for path in ROOT.glob("*/*.yml") if (path.parent / "train.py").exists()]
 EIGHT_GPUS = {"imagenet": 8}
 
 
@@ -54,41 +51,39 @@ def test_imagenet_rates_are_those_of_the_log(processes, name, steps, epochs, lr)
     assert total_epochs(cfg) == epochs[-1] + 1
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_rates_are_those_of_the_log(name):
-    cfg = config.load(ROOT / f"{name}/{name}.yml")
-    logged = FACTS[name]["lr"]
-    assert len(logged) == total_epochs(cfg) == 410
-    for epoch, rate in enumerate(logged):
-        assert float(f"{lr_at(cfg, epoch):.4g}") == rate, f"epoch {epoch}"
-    assert cfg.mixup_off_epoch is None
-
-
-@pytest.mark.parametrize("recipe", ["cifar10-dvs.yml", "cifar10-dvs_t10.yml"])
-def test_cifar10_dvs_rates_are_those_of_the_log(recipe):
-    cfg = config.load(ROOT / "cifar10-dvs" / recipe)
-    logged = FACTS["cifar10-dvs"]["lr"]
-    assert len(logged) == total_epochs(cfg) == 106
-    assert [lr_at(cfg, epoch) for epoch in range(106)] == pytest.approx(logged, rel=1e-12)
-    assert (cfg.mixup_off_epoch, cfg.mixup_in) == (75, "step")
+@pytest.mark.parametrize(
+    ("recipe", "mixup", "digits"),
+    [
+        ("cifar10/cifar10.yml", (None, "loader"), 4),
+        ("cifar100/cifar100.yml", (None, "loader"), 4),
+        ("cifar10-dvs/cifar10-dvs.yml", (75, "step"), 17),
+        ("cifar10-dvs/cifar10-dvs_t10.yml", (75, "step"), 17),
+    ],
+)
+def test_other_rates_are_those_of_the_log(recipe, mixup, digits):
+    cfg = config.load(ROOT / recipe)
+    logged = FACTS[recipe.split("/")[0]]["lr"]
+    assert len(logged) == total_epochs(cfg)
+    rates = [float(f"{lr_at(cfg, epoch):.{digits}g}") for epoch in range(len(logged))]
+    assert rates == pytest.approx(logged, rel=1e-12)
+    assert (cfg.mixup_off_epoch, cfg.mixup_in) == mixup
 
 
 @pytest.mark.parametrize(
-    ("recipe", "parameters", "told"),
+    ("recipe", "parameters"),
     [
-        ("cifar10-dvs/cifar10-dvs.yml", 1_504_138, None),
-        ("cifar10-dvs/cifar10-dvs_t10.yml", 1_504_138, None),
-        ("dvs128-gesture/dvs128-gesture.yml", 1_504_395, "1.50 M"),
-        ("dvs128-gesture/dvs128-gesture_t10.yml", 1_504_395, "1.50 M"),
-        ("dvs128-gesture/dvs128-gesture_mlp4.yml", 1_999_371, "2.00 M"),
+        ("cifar10-dvs/cifar10-dvs.yml", 1_504_138),
+        ("cifar10-dvs/cifar10-dvs_t10.yml", 1_504_138),
+        ("dvs128-gesture/dvs128-gesture.yml", 1_504_395),
+        ("dvs128-gesture/dvs128-gesture_t10.yml", 1_504_395),
+        ("dvs128-gesture/dvs128-gesture_mlp4.yml", 1_999_371),
     ],
 )
-def test_event_recipes_build_the_networks_that_they_tell(recipe, parameters, told):
+def test_event_recipes_build_the_released_networks_and_optimizers(recipe, parameters):
     cfg = config.load(ROOT / recipe)
-    assert sum(p.numel() for p in build_model(cfg).parameters()) == parameters
-    assert told is None or told in (ROOT / recipe).read_text().splitlines()[0]
-    optimizer = create_optimizer(cfg, build_model(cfg))
-    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.06}
+    model = build_model(cfg)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert {group["weight_decay"] for group in create_optimizer(cfg, model).param_groups} == {0.06}
     assert (cfg.amp, cfg.eval_amp, cfg.seed, cfg.batch_size) == ("fp16", "off", 2021, 16)
     assert (cfg.mixup, cfg.mixup_prob, cfg.smoothing) == (0.5, 0.5, 0.1)
 
@@ -110,18 +105,8 @@ def test_a_figure_to_be_verified_is_named_so():
     assert published(dataclasses.replace(cfg, time_steps=11)).paper_top1 is None
 
 
-def logged_hours(header):
-    """Return the hours in a header: "D d H:M", "H:M:S" or "about H h", each of the log."""
-    if days := re.search(r"(\d+) d (\d+):(\d+) on", header):
-        return 24 * int(days[1]) + int(days[2]) + int(days[3]) / 60
-    if clock := re.search(r"(\d+):(\d+):(\d+) on", header):
-        return int(clock[1]) + int(clock[2]) / 60 + int(clock[3]) / 3600
-    hours = re.search(r"about ([\d.]+) h on", header)
-    return float(hours[1]) if hours else None
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipes_header_says_what_its_settings_do(processes, path):
+def test_the_figures_in_a_recipes_header_are_those_of_its_settings(processes, path):
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     cfg = config.load(path)
     processes(EIGHT_GPUS.get(path.parent.name, 1))
@@ -131,14 +116,11 @@ def test_a_recipes_header_says_what_its_settings_do(processes, path):
     assert effective_batch(cfg) == cfg.effective_batch
     if path.parent.name.startswith("digits"):
         return
-    assert re.search(rf"batch {cfg.effective_batch}\b", header)
-    assert cfg.paper_top1 is None or f"{cfg.paper_top1:.2f} %" in header
-    assert ("(paper, to be verified" in header) == cfg.paper_unverified
-    assert cfg.log_top1 is None or re.search(rf"{cfg.log_top1}0* %", header)
-    assert logged_hours(header) == pytest.approx(cfg.log_hours, abs=0.05)
-    assert cfg.log_memory_gb is None or f" {cfg.log_memory_gb} GB" in header
-    assert f"{path.parent.name}/train.py" in header
-    assert f"T = {cfg.time_steps}" in header.splitlines()[0]
+    shown = [f"batch {cfg.effective_batch}", f"{path.parent.name}/train.py", f"T = {cfg.time_steps}"]
+    shown += [f"{cfg.paper_top1:.2f} %"] if cfg.paper_top1 else []
+    shown += [f"{cfg.log_top1}"] if cfg.log_top1 else []
+    shown += [f" {cfg.log_memory_gb} GB"] if cfg.log_memory_gb else []
+    assert [text for text in shown if text not in header] == []
     assert cfg.ssa_membrane == "released"
 
 
@@ -189,24 +171,6 @@ PAPER_MILLIONS = {  # of the ablations, CIFAR-100 and CIFAR10-DVS
     "spikformer": (9.32, 2.57),
     "spikformer_no_scaling": (9.32, 2.57),
 }
-PAPER_TOP1 = {
-    None: (81.15, 84.00),
-    "no_speds": (80.08, 83.40),
-    "spikformer": (78.21, 80.90),
-    "spikformer_no_scaling": (76.95, 79.30),
-    "spikformer_speds": (80.26, 82.20),
-    "channel_self": (81.07, 84.30),
-    "token_channel": (81.04, 83.10),
-    "self": (81.23, 84.10),
-    "channel": (81.00, 80.70),
-    "token": (79.09, 80.70),
-    "ms": (81.18, None),
-    "if": (80.95,),
-    "plif": (81.12,),
-    "t1": (78.51,),
-    "t2": (80.08,),
-    "t6": (81.30,),
-}
 
 
 def ablations(recipe: str) -> dict[str | None, config.Config]:
@@ -218,12 +182,11 @@ def ablations(recipe: str) -> dict[str | None, config.Config]:
 @pytest.mark.parametrize(("column", "recipe"), [(0, "cifar100/cifar100.yml"), (1, "cifar10-dvs/cifar10-dvs.yml")])
 def test_ablations_are_the_paper_s(column, recipe):
     recipes = ablations(recipe)
-    top1 = {name: values[column] for name, values in PAPER_TOP1.items() if column < len(values)}
-    assert {name: cfg.paper_top1 for name, cfg in recipes.items()} == top1
     assert [name for name, cfg in recipes.items() if cfg.log_top1] == [None]
     for name, cfg in recipes.items():
         assert cfg.drop_path == 0
         assert (cfg.ssa_membrane == "released") == ("spikformer" not in str(name) and name != "ms")
+        assert cfg.paper_top1 or (column, name) == (1, "ms")  # measured by others on CIFAR-100 alone
         if name in PAPER_MILLIONS:
             # the paper has one figure for Spikformer on CIFAR, and it is that of CIFAR-10's ten classes
             cfg = dataclasses.replace(cfg, num_classes=10) if str(name).startswith("spikformer") else cfg
@@ -237,7 +200,6 @@ def test_ablations_are_the_paper_s(column, recipe):
     ("small", "full"), [("digits/digits.yml", "cifar100"), ("digits-dvs/digits-dvs.yml", "cifar10-dvs")]
 )
 def test_the_digits_have_the_same_ablations(small, full):
-    """With the same changes, but for the name of the network and what only published figures need."""
     of_full, of_small = ablations(f"{full}/{full}.yml"), ablations(small)
     assert list(of_small) == list(of_full)
     for name, cfg in of_small.items():

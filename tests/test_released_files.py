@@ -1,14 +1,19 @@
-"""Released and foreign checkpoints in the scripts: evaluated, fine-tuned, resumed; and which recipe is meant."""
+"""Released files and those of other trainers in the scripts: evaluated, fine-tuned, resumed, and by which recipe."""
 
 import argparse
 import hashlib
-import json
+import math
 
+import pytest
 import torch
-from scripts import ROOT, fail, here, named, result_in, rows_in
+from safetensors.torch import save_file
+from scripts import ROOT, fail, here, named, refuses, result_in, rows_in
+from test_analysis import untrained
+from timm.models import adapt_input_conv
 
 from engine import checkpoint, config, weights
 from engine.evaluate import published
+from engine.weights import build_model, load_weights
 from models import create_model
 from models.registry import identify
 from models.released import to_released
@@ -25,7 +30,7 @@ def released_file(path, name="qkformer_10_384", extra=(), **arguments):
 
 
 def test_the_released_flags_and_the_default_checkpoint(data, tmp_path, monkeypatch, capfd):
-    """What users of the released scripts type; `--eval` evaluates what it loaded, and test.py finds the last run."""
+    """`--eval` evaluates the weights that it loaded, and test.py finds the last run."""
     monkeypatch.chdir(tmp_path)
     released = "--model QKFormer_10_384 --time_step 1 --input_size 32 --batch_size 8 --accum_iter 1 --blr 1e-3"
     released += " --dist_eval --start_epoch 0 --num_workers 0 --nb_classes 4 --warmup_epochs 0 --pin_mem --aa none"
@@ -48,7 +53,6 @@ def test_the_released_flags_and_the_default_checkpoint(data, tmp_path, monkeypat
 
 
 def test_a_known_file_is_evaluated_by_its_recipe(data, tmp_path, monkeypatch, capfd):
-    """Recognised by its md5: the recipe's resolution, membrane and batch, and its published figure."""
     path = released_file(tmp_path / "weights.pth", num_classes=4)
     digest = hashlib.md5(path.read_bytes()).hexdigest()
     assert weights.recipe_of(path, ROOT / "imagenet") is None
@@ -62,7 +66,7 @@ def test_a_known_file_is_evaluated_by_its_recipe(data, tmp_path, monkeypatch, ca
     assert (about["ssa_membrane"], about["count"]) == ("released", 5)
 
 
-def test_published_figures_stand_beside_their_own_network_only():
+def test_published_figures_are_shown_with_their_own_network_only():
     for name, arguments in (("qkformer_10_384", {}), ("qkformer_4_384", {"num_classes": 100})):
         found, shown = identify(to_released(create_model(name, **arguments)))
         recipe = ROOT / ("cifar100/cifar100.yml" if arguments else "imagenet/qkformer_10_384.yml")
@@ -85,21 +89,19 @@ def test_published_figures_stand_beside_their_own_network_only():
     assert all((ROOT / f"imagenet/{name}.yml").exists() for name in weights.RELEASED.values())
 
 
-def settings_in(path):
-    result = json.loads(path.read_text())
-    return tuple(result[key] for key in ("model", "time_steps", "input_size", "ssa_membrane", "residual"))
-
-
 def test_an_unknown_file_is_known_by_its_shapes(data, tmp_path, monkeypatch, capfd):
-    small = ["--data-path", data / "five", "--workers", "0"]
-    path = released_file(
-        tmp_path / "a.pth", extra={"args": argparse.Namespace(time_step=1, input_size=48)}, num_classes=4
-    )
-    here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *small)
-    assert settings_in(tmp_path / "a.test.json") == ("qkformer_10_384", 1, 48, "released", "sew")
-    path = released_file(tmp_path / "b.pth", residual="ms", num_classes=4)
-    here(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", path, *small, "--input-size", "32")
-    assert settings_in(tmp_path / "b.test.json") == ("qkformer_10_384", 4, 32, "per_sample", "ms")
+    extra = {"args": argparse.Namespace(time_step=1, input_size=48)}
+    for name, content, flags, expected in (
+        ("a", {"extra": extra}, [], ("qkformer_10_384", 1, 48, "released", "sew")),
+        ("b", {"residual": "ms"}, ["--input-size", "32"], ("qkformer_10_384", 4, 32, "per_sample", "ms")),
+    ):
+        (tmp_path / name).mkdir()
+        path = released_file(tmp_path / name / "file.pth", num_classes=4, **content)
+        test = ["imagenet/test.py", "--checkpoint", path, "--data-path", data / "five", "--workers", "0"]
+        here(monkeypatch, capfd, *test, *flags)
+        result = result_in(path.parent)
+        keys = ("model", "time_steps", "input_size", "ssa_membrane", "residual")
+        assert tuple(result[key] for key in keys) == expected
 
 
 def test_fine_tuning_and_resuming_from_released_weights(data, tmp_path, monkeypatch, capfd):
@@ -128,7 +130,7 @@ def test_fine_tuning_and_resuming_from_released_weights(data, tmp_path, monkeypa
 
 
 def test_a_recipe_named_on_the_command_line_is_not_ignored_by_a_resumed_run(tmp_path, monkeypatch, capfd):
-    """Else `--config ..._384 --resume last.pt` would go on at 224 without a word."""
+    """`--config ..._384 --resume last.pt` must not go on at 224."""
     quick = ["--batch-size", "480", "--epochs", "1", "--time-steps", "1"]
     here(monkeypatch, capfd, "digits/train.py", *quick, "--output-dir", tmp_path / "run")
     other = tmp_path / "other.yml"
@@ -137,3 +139,73 @@ def test_a_recipe_named_on_the_command_line_is_not_ignored_by_a_resumed_run(tmp_
     line = fail(monkeypatch, capfd, *again)
     named(line, tmp_path / "run/last.pt", "clip_grad", 1.0, "--output-dir")
     here(monkeypatch, capfd, *again, "--output-dir", tmp_path / "branch")
+
+
+FIRST = "stages.0.embed.units.0.conv.weight"
+
+
+def prefixed(prefix, weights):
+    return {f"{prefix}{name}": value for name, value in weights.items()}
+
+
+def timm_file(weights):
+    args = argparse.Namespace(model="qkformer_3_64", aa=None)
+    return {"epoch": 3, "arch": args.model, "state_dict": prefixed("module.", weights), "args": args}
+
+
+def averaged_timm_file(weights):
+    zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
+    return {"arch": "qkformer_3_64", "state_dict": zeros, "state_dict_ema": weights}
+
+
+def lightning_file(weights):
+    content = {"epoch": 3, "global_step": 9, "pytorch-lightning_version": "2.5.0", "callbacks": {}, "loops": {}}
+    return content | {"state_dict": prefixed("model._orig_mod.", weights), "hyper_parameters": {"lr": 1}}
+
+
+FILES = {"timm.pth.tar": timm_file, "ema.pth.tar": averaged_timm_file, "lightning.ckpt": lightning_file}
+
+
+@pytest.mark.parametrize("name", [*FILES, "weights.safetensors"])
+def test_a_file_of_another_trainer_is_evaluated_and_fine_tuned(name, tmp_path, monkeypatch, capfd):
+    ours, quick = untrained(tmp_path / "best.pt", "digits/digits.yml"), ["--time-steps", 1]
+    weights = checkpoint.read(ours)["state_dict"]
+    path = tmp_path / "theirs" / name
+    path.parent.mkdir()
+    torch.save(FILES[name](weights), path) if name in FILES else save_file(weights, path)
+    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", ours, *quick)
+    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", path, *quick)
+    expected, found = result_in(tmp_path), result_in(path.parent)
+    assert found["top1"] == expected["top1"]
+    assert math.isclose(found["loss"], expected["loss"], rel_tol=1e-6)
+    cfg = config.load(ROOT / "digits/digits.yml", ["--finetune", str(path)])
+    model = build_model(cfg)
+    load_weights(cfg, model, checkpoint.read(cfg.finetune), cfg.finetune, adapt=True)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def model_of(channels, *flags):
+    cfg = config.load(ROOT / "cifar10/cifar10.yml", ["--in-channels", str(channels), *flags])
+    return cfg, build_model(cfg)
+
+
+@pytest.mark.parametrize("names", [lambda model: model.state_dict(), to_released])
+@pytest.mark.parametrize(("before", "after"), [(3, 1), (3, 2), (3, 5), (2, 1)])
+def test_fine_tuning_adapts_the_first_convolution_as_timm_does(before, after, names):
+    source, (cfg, model) = model_of(before)[1], model_of(after, "--num-classes", "7")
+    state = {"state_dict": {key: value.clone() for key, value in names(source).items()}}
+    load_weights(cfg, model, state, "theirs.pt", adapt=True)
+    expected = adapt_input_conv(after, source.state_dict()[FIRST])
+    assert torch.equal(model.state_dict()[FIRST], expected)
+    assert torch.equal(model.stages[0].blocks[0].attn.q.conv.weight, source.stages[0].blocks[0].attn.q.conv.weight)
+    with refuses("theirs.pt"):
+        load_weights(cfg, model, state, "theirs.pt")  # an evaluation takes no other network
+
+
+def test_grey_weights_answer_alike_on_grey_images_in_three_channels():
+    """timm adapts no other number of channels to 3."""
+    source, (cfg, model) = model_of(1)[1], model_of(3)
+    load_weights(cfg, model, {"state_dict": source.state_dict()}, "theirs.pt", adapt=True)
+    images, first = torch.rand(2, 1, 32, 32), "stages.0.embed.units.0.conv"
+    found = model.get_submodule(first)(images.expand(-1, 3, -1, -1))
+    assert torch.allclose(found, source.get_submodule(first)(images), atol=1e-6)

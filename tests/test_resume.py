@@ -3,20 +3,19 @@
 import os
 import signal
 import threading
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import timm.utils
 import torch
-from scripts import ROOT, fail, here, named, refuses, rows_in, run, same, signal_at_step, succeed
+from scripts import fail, here, named, refuses, rows_in, run, same, signal_at_step, succeed
+from test_engine import configure
+from test_engine import trainer as engine_trainer
 from tiny_data import cifar10_dvs
 
-from engine import checkpoint, config, world
-from engine import run as engine_run
+from engine import checkpoint
 from engine.cli import Stopped, StopRequest, guard
 from engine.data.loaders import TrainLoader
-from engine.optim import create_optimizer
-from engine.trainer import Trainer
 from engine.weights import silent_layers, warn_of_silence
 
 IMAGES = (
@@ -37,7 +36,6 @@ def position(folder):
 
 @pytest.mark.parametrize(("arguments", "steps", "left"), [(IMAGES, 4, 1), (EVENTS, 2, 3)], ids=["images", "events"])
 def test_a_run_goes_on_at_the_step_where_it_was_stopped(arguments, steps, left, tmp_path):
-    """With all that is random, whatever number of workers, within an epoch and within its evaluation."""
     if arguments is EVENTS:
         arguments = [*EVENTS, "--data-path", cifar10_dvs(tmp_path / "data", per_class=3, count=50)]
     succeed(*arguments, "--workers", "0", "--output-dir", tmp_path / "whole")
@@ -56,30 +54,24 @@ def test_a_run_goes_on_at_the_step_where_it_was_stopped(arguments, steps, left, 
 
 
 def trainer(*flags):
-    cfg = config.load(ROOT / "digits/digits.yml", ["--batch-size", "240", "--time-steps", "1", *flags])
-    timm.utils.random_seed(0)
-    here = world.setup("cpu")
-    model = engine_run.build_model(cfg)
-    return Trainer(cfg, here, model, create_optimizer(cfg, model), engine_run.create_data(cfg, here))
+    return engine_trainer(configure("--batch-size", "240", "--time-steps", "1", *flags), batches=None)
 
 
-def test_an_epoch_of_another_order_begins_anew(capfd):
+def test_an_epoch_of_another_order_starts_again(warnings):
     first, other, saved = trainer("--epochs", "1"), trainer("--batch-size", "120"), []
     first.save = lambda: saved.append(first.state())
     first.stop_request.signal = signal.SIGTERM
     with pytest.raises(Stopped):
         first.train_epoch()
-    engine_run.log.setup_console(True)
     other.restore(saved[0])
     assert (first.steps_done, other.steps_done) == (1, 0)
-    named(capfd.readouterr().out, "batch_size", 240, 120)
+    named(warnings[0], "batch_size", 240, 120)
     first.steps_done = first.steps  # only to be evaluated, which other batches do as well
     other.restore(first.state())
     assert other.steps_done == other.steps == 11
 
 
 def test_an_update_is_never_cut_in_two():
-    """What is saved every two updates is where no gradient is left over."""
     saved = []
     one = trainer("--save-steps", "1", "--accum-iter", "2", "--epochs", "1")
     one.save = lambda: saved.append(one.steps_done)
@@ -108,13 +100,9 @@ def test_the_checkpoints_before_are_kept(tmp_path):
     path = tmp_path / "last.pt"
     for epoch in range(5):
         checkpoint.save(path, content(epoch), keep=2)
-    assert [(file.name, checkpoint.read(file)["epoch"]) for file in checkpoint.kept(path)] == [
-        ("last.pt", 4),
-        ("last-1.pt", 3),
-        ("last-2.pt", 2),
-    ]
     checkpoint.save(path, content(5), keep=0)
-    assert sorted(os.listdir(tmp_path)) == ["last-1.pt", "last-2.pt", "last.pt"]
+    epochs = {file.name: checkpoint.read(file)["epoch"] for file in checkpoint.kept(path)}
+    assert epochs == {"last.pt": 5, "last-1.pt": 3, "last-2.pt": 2}
 
 
 @pytest.mark.parametrize("call", range(1, 7))
@@ -145,13 +133,11 @@ def test_killed_between_any_two_steps_of_a_save_there_is_a_whole_checkpoint(call
     assert [checkpoint.read(file)["epoch"] for file in checkpoint.kept(path)][:2] == [4, epochs[0]]
 
 
-def test_a_layer_without_spikes_is_named(capfd):
-    engine_run.log.setup_console(True)
-    model = trainer().model.eval()
+def test_layers_without_spikes_are_named(warnings):
+    model, images = trainer().model.eval(), torch.rand(4, 1, 8, 8)
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             torch.nn.init.constant_(module.bias, 3)
-    images = torch.rand(4, 1, 8, 8)
     assert silent_layers(model, images) == []
     layers = ["stages.1.blocks.0.mlp.fc2.lif", "stages.2.blocks.0.mlp.fc1.lif"]
     for name in layers:
@@ -159,7 +145,7 @@ def test_a_layer_without_spikes_is_named(capfd):
         torch.nn.init.zeros_(bn.weight), torch.nn.init.zeros_(bn.bias)
     assert silent_layers(model, images) == layers
     warn_of_silence(model, images)
-    named(capfd.readouterr().out, *layers)
+    named(warnings[0], *layers)
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -187,7 +173,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 )
 def test_a_failure_of_the_machine_is_no_damage_to_a_checkpoint(place, error, tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "last.pt", content(1))
-    monkeypatch.setattr(place, lambda *args, **kwargs: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(place, Mock(side_effect=error))
     with pytest.raises(type(error)):  # no UserError, after which the file would be renamed
         checkpoint.read(tmp_path / "last.pt")
 
@@ -210,7 +196,7 @@ def test_a_collapsed_loss_scale_ends_the_run():
         (OSError(5, "Input/output error", "/data/a.jpg"), ["/data/a.jpg", "Input/output error"]),
     ],
 )
-def test_what_happens_to_the_machine_is_told_in_one_line(error, values, capfd):
+def test_a_failure_of_the_machine_ends_in_one_line(error, values, capfd):
     with pytest.raises(SystemExit) as end, guard():
         raise error
     assert end.value.code == 2
@@ -218,24 +204,24 @@ def test_what_happens_to_the_machine_is_told_in_one_line(error, values, capfd):
     named(line, *values)
 
 
-def test_a_thread_that_cannot_write_is_told_once(monkeypatch, capfd):
+def test_a_thread_that_cannot_write_prints_nothing_more(monkeypatch, capfd):
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     with guard():
         for error in (OSError(28, "No space left on device"), ValueError("ours")):
-            thread = threading.Thread(target=lambda error=error: (_ for _ in ()).throw(error))
+            thread = threading.Thread(target=Mock(side_effect=error))
             thread.start()
             thread.join()
-    told = capfd.readouterr().err
-    assert "ValueError: ours" in told
-    assert "No space" not in told
+    printed = capfd.readouterr().err
+    assert "ValueError: ours" in printed
+    assert "No space" not in printed
 
 
-def test_mistakes_of_ours_are_not_hidden():
+def test_bugs_are_not_hidden():
     with pytest.raises(RuntimeError, match="a shape is wrong"), guard():
         raise RuntimeError("a shape is wrong")
 
 
-def test_weights_of_another_network_are_told(tmp_path, monkeypatch, capfd):
+def test_weights_of_another_network_are_reported(tmp_path, monkeypatch, capfd):
     quick = "--batch-size 480 --epochs 1 --time-steps 1 --warmup-epochs 0".split()
     here(monkeypatch, capfd, "digits/train.py", *quick, "--ssa-membrane", "released", "--output-dir", tmp_path / "a")
     more = ["--time-steps", "2", "--finetune", tmp_path / "a/last.pt", "--output-dir", tmp_path / "b"]
@@ -255,20 +241,18 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, monkeypatch, capfd):
 def test_skipped_samples_are_not_loaded():
     seen = []
 
-    class Noting(torch.utils.data.Dataset):
-        def __len__(self):
-            return 9
-
+    class Noting(list):
         def __getitem__(self, index):
             seen.append(index)
             return np.float32(index)
 
-    feed = torch.utils.data.DataLoader(Noting(), 2, shuffle=True, drop_last=True)
+    feed = torch.utils.data.DataLoader(Noting(range(9)), 2, shuffle=True, drop_last=True)
     loader = TrainLoader(type("Device", (list,), {"loader": feed, "__iter__": lambda _: iter(feed)})(range(4)))
-    torch.manual_seed(3)
-    whole = [batch.tolist() for batch in loader.batches(0)]
-    seen.clear()
-    torch.manual_seed(3)
-    assert [batch.tolist() for batch in loader.batches(0, 3)] == whole[3:]
+    epochs = []
+    for first in (0, 3):
+        torch.manual_seed(3)
+        seen.clear()
+        epochs.append([batch.tolist() for batch in loader.batches(0, first)])
+    assert epochs[1] == epochs[0][3:]
     assert len(seen) == 2
     assert len(loader) == 4

@@ -1,22 +1,19 @@
 """A recording classified frame by frame as it arrives."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from golden_cases import assert_close, load_case
 from scripts import refuses
+from test_models import lively
 
 from models import LIF, create_model
 
 
 def make(**kwargs):
     torch.manual_seed(0)
-    model = create_model("qkformer_2_64", **kwargs).double().eval()
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_var"):
-            buffer.mul_(0.05)  # so that neurons fire
-    return model
+    return lively(create_model("qkformer_2_64", **kwargs))
 
 
 def frames(batch=3, steps=6, size=32, seed=0):
@@ -83,21 +80,15 @@ def test_in_half_precision_the_answer_still_follows():
 
 def test_threads_share_a_network():
     model, inputs = make(), [frames(batch=1, steps=8, seed=seed) for seed in range(4)]
-    results = {}
-
-    def work(i):
-        results[i] = stream(model, inputs[i])[0][-1] if i % 2 else model(inputs[i])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i, x in enumerate(inputs):
-        assert torch.equal(results[i], model(x))
+    expected = [model(x) for x in inputs]
+    with ThreadPoolExecutor() as threads:
+        steps = [threads.submit(stream, model, x) for x in inputs]
+        whole = [threads.submit(model, x) for x in inputs]
+    assert all(torch.equal(future.result()[0][-1], y) for future, y in zip(steps, expected, strict=True))
+    assert all(torch.equal(future.result(), y) for future, y in zip(whole, expected, strict=True))
 
 
-def test_what_a_step_cannot_do_is_said():
+def test_a_step_refuses_other_shapes_and_training():
     model, x = make(), frames()
     _, state = model.step(x[:, 0])
     with refuses(2, 3):

@@ -1,4 +1,4 @@
-"""What torch's own tools do with a network: each gives the network's answers and gradients, or refuses by name."""
+"""Tools of torch and spikingjelly: each gives the answers and gradients of the network, or an error."""
 
 import copy
 import io
@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from spikingjelly.activation_based import functional, monitor
 from test_models import images, lively
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -53,7 +54,6 @@ def assert_alike(actual, expected):
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_export(model, strict):
-    """With any batch size, and gradients that go on through the spikes."""
     batch = {0: torch.export.Dim.DYNAMIC}
     program = torch.export.export(model, (inputs(),), dynamic_shapes=(batch,), strict=strict)
     with torch.no_grad():
@@ -118,30 +118,15 @@ def test_forward_and_reverse_derivatives_agree(model):
     torch.testing.assert_close((change * weight).sum(), (pull(weight)[0] * direction).sum())
 
 
-def test_attribution_by_hooks(model):
-    """As captum's layer attributions: keep a layer's output and its gradient, or put another output in its place."""
-    layer, seen = model.stages[1].blocks[0].attn, []
-    expected = model(inputs())
-    handle = layer.register_forward_hook(lambda _, __, output: seen.append(output))
-    logits = model(inputs())
-    handle.remove()
-    assert torch.equal(logits, expected)
-    (slope,) = torch.autograd.grad(logits[:, 3].sum(), seen)
-    assert seen[0].shape == slope.shape == (3, 4, 32, 4, 4)  # [T,B,C,H,W]
-    assert slope.any()
-    handle = layer.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
-    with torch.no_grad():  # where the fused path would not call the layer
-        assert not torch.equal(model(inputs()), expected)
-    handle.remove()
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_checkpointing_of_each_stage(model, training):
     model.train(training)
-    wrapped = copy.deepcopy(model)
+    wrapped, calls = copy.deepcopy(model), []
+    wrapped.stages[1].blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for i, stage in enumerate(wrapped.stages):
         wrapped.stages[i] = checkpoint_wrapper(stage)
     assert_alike(gradients(wrapped, inputs()), gradients(model, inputs()))
+    assert calls == [1, 1]  # again in the backward pass
 
 
 @pytest.mark.parametrize("of_stages", [True, False])
@@ -179,3 +164,38 @@ def test_copies(model, copied):
     with torch.no_grad():
         assert torch.equal(other(inputs()), model(inputs()))
     assert any(isinstance(module, LIF) for module in other.modules())
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        functional.reset_net,
+        functional.detach_net,
+        lambda model: functional.set_step_mode(model, "s"),
+        lambda model: functional.set_backend(model, "cupy"),
+    ],
+    ids=["reset_net", "detach_net", "set_step_mode", "set_backend"],
+)
+def test_functions_of_spikingjelly_are_harmless(model, prepare, caplog):
+    x = inputs()
+    with torch.no_grad():
+        expected = model(x)
+        prepare(model)
+        assert torch.equal(model(x), expected)
+    assert not caplog.records
+
+
+def test_monitors_of_spikingjelly_record_spikes_and_currents(model):
+    spikes, currents = monitor.OutputMonitor(model, LIF), monitor.InputMonitor(model, LIF)
+    with torch.no_grad():
+        model(inputs())
+    neurons = [name for name, module in model.named_modules() if isinstance(module, LIF)]
+    assert spikes.monitored_layers == neurons
+    for name in neurons:
+        (spike_seq,), (current_seq,), neuron = spikes[name], currents[name], model.get_submodule(name)
+        v = 0.0
+        for spike, current in zip(spike_seq, current_seq, strict=True):
+            h = neuron.charge(current, v)  # the membrane before the reset
+            v = h * (h < neuron.threshold)
+            assert torch.equal(spike, (h >= neuron.threshold).to(h.dtype))
+    assert sum(spike_seq.any() for (spike_seq,) in map(spikes.__getitem__, neurons)) > len(neurons) / 2

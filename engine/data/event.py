@@ -96,7 +96,9 @@ def layout(cfg: Config) -> Layout:
 
 def read_recording(path: Path, cfg: Config) -> Tensor:
     """Return the frames [T,2,S,S] float32 of one file of events or frames."""
-    samples, _ = frames_of(str(path), path.read_bytes, {"": WHOLE}, layout(cfg))
+    samples, invalid = frames_of(str(path), path.read_bytes, {"": WHOLE}, layout(cfg))
+    if invalid:
+        logger.warning(f"warning: {path}: {invalid:,} invalid events are left out")
     return torch.from_numpy(samples[""].astype(np.float32))
 
 

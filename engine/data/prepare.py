@@ -43,8 +43,9 @@ def _make(folder: Path, layout: Layout, recordings: list[Recording], show: bool)
         results = list(progress(results, "preparing", max(1, len(left) // 20), show, total=len(left)))
     except BrokenProcessPool:
         raise UserError(f"{folder}: a process was killed, perhaps out of memory; start again to continue") from None
-    if invalid := sum(count for _, count in results):
-        logger.warning(f"warning: {invalid:,} events marked as invalid by the camera are left out")
+    if invalid := {recording.name: count for recording, (_, count) in zip(left, results, strict=True) if count}:
+        some = f"{len(invalid):,} recordings, such as {next(iter(invalid))}"
+        logger.warning(f"warning: {sum(invalid.values()):,} invalid events in {some}, are left out")
     if problems := [error for error, _ in results if error]:
         raise UserError(f"{len(problems)} of {len(recordings)} recordings cannot be read: {problems[0]}")
     for path in partial.rglob("*.*"):

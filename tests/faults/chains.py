@@ -5,7 +5,6 @@ Augmentation, stochastic depth, an average of the weights and accumulated gradie
 
 import dataclasses
 import signal
-from collections.abc import Callable, Collection
 from pathlib import Path
 
 from harness import judge
@@ -52,13 +51,7 @@ class Chain:
     done: bool = False
     saved: tuple[int, int] = (-1, -1)  # epochs, and steps of the next
 
-    def life(
-        self,
-        before: Callable[[], None] | None = None,
-        only: int | None = None,
-        end: Callable[[], None] = lambda: None,
-        expected: Collection[int] = (0,),
-    ) -> None:
+    def life(self, before=None, only=None, end=lambda: None, expected=(0,)) -> None:
         """Start the processes, `end` them, and check what they leave.
 
         Processes that are not killed must end with one of the `expected` codes; with 2, or 0 if they were done, where

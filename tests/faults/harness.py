@@ -10,12 +10,19 @@ import sys
 import traceback
 from collections.abc import Collection, Iterator
 
+import pytest
 from scripts import execute
 
 from engine.cli import UserError
 
 QUICK = "--batch-size 359 --time-steps 1 --mlp-ratio 1 --device cpu".split()  # 4 steps an epoch on the digits
 LONGEST_LINE = 2000  # characters of an error message
+SLOW = pytest.mark.slow
+
+
+def repeated(short, full):
+    """Run a test with the argument `count` on few examples, and on all where slow tests run."""
+    return pytest.mark.parametrize("count", [short, pytest.param(full, marks=SLOW)])
 
 
 def script(name: str, *arguments: object, expected: Collection[int]) -> str:

@@ -33,7 +33,6 @@ def disk(folder, kilobytes):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [4, 12, 100, 300, *range(600, 8000, 600)])
 def test_a_disk_of_any_size(size, tmp_path, whole):
-    """From too small for the first file of a run to almost large enough."""
     chain = Chain(tmp_path / "run", whole(1))
     with disk(chain.folder, size):
         chain.life(expected=(0, 2))  # 0 where it was enough

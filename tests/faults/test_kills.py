@@ -9,34 +9,10 @@ from pathlib import Path
 
 import pytest
 from chains import TRAIN, UPDATES, Chain, require_equal
-from harness import Death, die_after, judge
+from harness import SLOW, Death, die_after, judge
 from scripts import AtStep, Child, Gate, signal_at_step
 
 SIZE = 1_300_000  # bytes of a checkpoint, about
-FULL = pytest.mark.slow
-
-
-def at_any_instruction(rng, count):
-    return {"before": partial(die_after, rng.uniform(0.2, 2))}
-
-
-def after_a_step(rng, count):
-    return {"before": signal_at_step(signal.SIGKILL, rng.randint(1, UPDATES[count]))}
-
-
-def one_after_a_step(rng, count):
-    """The other rank ends by itself."""
-    return after_a_step(rng, count) | {"only": rng.randrange(count)}
-
-
-def in_a_save(rng, count):
-    size = rng.choice([None, rng.randrange(SIZE)])
-    return {"before": Death(rng.randint(1, 4), size=size), "only": 0}
-
-
-def stopped(rng, count):
-    sent = rng.choice([signal.SIGTERM, signal.SIGINT])
-    return {"before": signal_at_step(sent, rng.randint(1, UPDATES[count])), "expected": (0, 128 + sent)}
 
 
 def kill_a_worker():
@@ -44,40 +20,57 @@ def kill_a_worker():
         os.kill(worker.pid, signal.SIGKILL)
 
 
-def without_a_worker(rng, count):
-    return {"before": AtStep(kill_a_worker, rng.randint(1, 3)), "expected": (0, 2)}
+def killed(rng, count):
+    return {"before": signal_at_step(signal.SIGKILL, rng.randint(1, UPDATES[count]))}
+
+
+def stopped(rng, count):
+    sent = rng.choice([signal.SIGTERM, signal.SIGINT])
+    return {"before": signal_at_step(sent, rng.randint(1, UPDATES[count])), "expected": (0, 128 + sent)}
+
+
+FAULTS = {  # random generator, number of processes -> how a life ends
+    "at any instruction": lambda rng, count: {"before": partial(die_after, rng.uniform(0.2, 2))},
+    "after a step": killed,
+    "one after a step": lambda rng, count: killed(rng, count) | {"only": rng.randrange(count)},
+    "in a save": lambda rng, count: {
+        "before": Death(rng.randint(1, 4), size=rng.choice([None, rng.randrange(SIZE)])),
+        "only": 0,
+    },
+    "stopped": stopped,
+    "without a worker": lambda rng, count: {"before": AtStep(kill_a_worker, rng.randint(1, 3)), "expected": (0, 2)},
+}
 
 
 @pytest.mark.parametrize(
-    ("end", "count", "workers", "faults"),
+    ("fault", "count", "workers", "times"),
     [
-        (at_any_instruction, 1, 1, 1),
-        (in_a_save, 1, 0, 1),
-        (without_a_worker, 1, 1, 1),
-        (one_after_a_step, 2, 0, 1),
-        pytest.param(at_any_instruction, 1, 1, 4, marks=FULL),
-        pytest.param(in_a_save, 1, 0, 8, marks=FULL),
-        pytest.param(in_a_save, 2, 0, 4, marks=FULL),
-        pytest.param(one_after_a_step, 2, 0, 4, marks=FULL),
-        pytest.param(after_a_step, 2, 0, 4, marks=FULL),
-        pytest.param(stopped, 1, 1, 6, marks=FULL),
-        pytest.param(stopped, 2, 0, 4, marks=FULL),
-        pytest.param(without_a_worker, 1, 1, 4, marks=FULL),
+        ("at any instruction", 1, 1, 1),
+        ("in a save", 1, 0, 1),
+        ("without a worker", 1, 1, 1),
+        ("one after a step", 2, 0, 1),
+        pytest.param("at any instruction", 1, 1, 4, marks=SLOW),
+        pytest.param("in a save", 1, 0, 8, marks=SLOW),
+        pytest.param("in a save", 2, 0, 4, marks=SLOW),
+        pytest.param("one after a step", 2, 0, 4, marks=SLOW),
+        pytest.param("after a step", 2, 0, 4, marks=SLOW),
+        pytest.param("stopped", 1, 1, 6, marks=SLOW),
+        pytest.param("stopped", 2, 0, 4, marks=SLOW),
+        pytest.param("without a worker", 1, 1, 4, marks=SLOW),
     ],
 )
-def test_a_run_goes_on_after(end, count, workers, faults, tmp_path, whole):
-    """Repeat the fault in one run or, once that is done, in the next."""
-    rng, left, number = random.Random(f"{count} {workers}"), faults, 0
+def test_a_run_goes_on_after(fault, count, workers, times, tmp_path, whole):
+    rng, left, number = random.Random(f"{count} {workers}"), times, 0
     while left:
         number += 1
         chain = Chain(tmp_path / f"chain{number}", whole(count), count, workers)
         while left and not chain.done:
-            chain.life(**end(rng, count))
+            chain.life(**FAULTS[fault](rng, count))
             left -= not chain.done
         chain.finish()
 
 
-@pytest.mark.parametrize("runs", [2, pytest.param(4, marks=FULL)])
+@pytest.mark.parametrize("runs", [2, pytest.param(4, marks=SLOW)])
 def test_one_of_several_runs_that_start_at_once_is_let_in(runs, tmp_path, whole):
     words = [*TRAIN, "--output-dir", tmp_path / "run", "--resume", "auto"]
     gates = [Gate() for _ in range(runs)]

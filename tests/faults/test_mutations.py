@@ -1,12 +1,14 @@
 """Checkpoints with bits flipped, blocks lost and tails cut: what is read is what was written, or nothing."""
 
 import argparse
+import itertools
 import random
 import shutil
+from functools import partial
 
 import pytest
 import torch
-from harness import script, trial
+from harness import repeated, script, trial
 from scripts import same
 
 from engine import checkpoint
@@ -15,14 +17,14 @@ from models import create_model
 from models.released import to_released
 
 
-def released(kind):
-    """Return the content of a file in the format of a released training, with the smallest of its networks."""
+def released_training():
+    """Return the content of a file of a released training, with the smallest network."""
     torch.manual_seed(0)
-    weights = to_released(create_model("qkformer_3_64", in_channels=1, mlp_ratio=1))
     args = argparse.Namespace(model="qkformer", lr=1e-3, mean=(0.1, 0.2), resume=None, amp=True)
     state = {0: {"step": torch.tensor(3.0), "exp_avg": torch.rand(64)}}
     optimizer = {"state": state, "param_groups": [{"params": [0]}]}
-    return weights if kind == "weights" else {"model": weights, "optimizer": optimizer, "epoch": 199, "args": args}
+    weights = to_released(create_model("qkformer_3_64", in_channels=1, mlp_ratio=1))
+    return {"model": weights, "optimizer": optimizer, "epoch": 199, "args": args}
 
 
 @pytest.fixture(scope="module")
@@ -32,29 +34,16 @@ def files(finished, tmp_path_factory):
     paths = {"ours": finished / "last.pt", "safetensors": folder / "ours.safetensors"}
     flags = ["--checkpoint", finished / "last.pt", "--format", "safetensors", "--output", paths["safetensors"]]
     script("analysis.export", *flags, expected={0})
-    for kind in ("imagenet", "weights"):
+    content = released_training()
+    for kind, part in (("imagenet", content), ("weights", content["model"])):
         paths[kind] = folder / f"{kind}.pth"
-        torch.save(released(kind), paths[kind])
+        torch.save(part, paths[kind])
     return paths
 
 
-def flip(content, rng):
-    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-
-
-def flip_many(content, rng):
-    for _ in range(20):
-        flip(content, rng)
-
-
-def flip_in_directory(content, rng):
-    """Where a zip file says what it holds: its last part."""
-    at = len(content) - 1 - rng.randrange(min(20_000, len(content)))
-    content[at] ^= 1 << rng.randrange(8)
-
-
-def flip_in_header(content, rng):
-    content[rng.randrange(4000)] ^= 1 << rng.randrange(8)
+def flip(content, rng, count=1, part=slice(None)):
+    for _ in range(count):
+        content[rng.choice(range(len(content))[part])] ^= 1 << rng.randrange(8)
 
 
 def zero(content, rng, size=512):
@@ -72,36 +61,34 @@ def truncate(content, rng):
     del content[rng.choice([rng.randrange(len(content)), len(content) - 1 - rng.randrange(200), rng.randrange(200)]) :]
 
 
-def append(content, rng):
-    content += rng.randbytes(rng.choice([1, 22, 512, 70_000]))
-
-
-def repeat(content, rng):
-    """A second copy behind the first, cut: its directory is another."""
-    content += content[: rng.randrange(len(content))]
-
-
 def remove(content, rng):
     at = rng.randrange(len(content))
     del content[at : at + rng.choice([1, 64, 4096])]
 
 
-MUTATIONS = [flip, flip_many, flip_in_directory, flip_in_header, zero, swap, truncate, append, repeat, remove]
+MUTATIONS = {
+    "flip": flip,
+    "flip many": partial(flip, count=20),
+    "flip in the directory": partial(flip, part=slice(-20_000, None)),  # of a zip file, its last part
+    "flip in the header": partial(flip, part=slice(4000)),
+    "zero": zero,
+    "swap": swap,
+    "truncate": truncate,
+    "append": lambda content, rng: content.extend(rng.randbytes(rng.choice([1, 22, 512, 70_000]))),
+    "repeat": lambda content, rng: content.extend(content[: rng.randrange(len(content))]),
+    "remove": remove,
+}
 
 
 def mutated(content, rng, count):
-    """(what was done, the content after it) of `count` mutations of all kinds."""
-    for i in range(count):
-        result, mutate = bytearray(content), MUTATIONS[i % len(MUTATIONS)]
+    """(mutation, content after it) of `count` mutations of all kinds."""
+    for number, (name, mutate) in zip(range(count), itertools.cycle(MUTATIONS.items()), strict=False):
+        result = bytearray(content)
         mutate(result, rng)
-        yield f"mutation {i} ({mutate.__name__})", result
+        yield f"{name} {number}", result
 
 
-def full(short, full):
-    return pytest.mark.parametrize("count", [short, pytest.param(full, marks=pytest.mark.slow)])
-
-
-@full(20, 100)
+@repeated(20, 100)
 @pytest.mark.parametrize("kind", ["ours", "safetensors", "imagenet", "weights"])
 def test_reading(files, kind, count, tmp_path):
     sound, path = checkpoint.read(files[kind]), tmp_path / files[kind].name
@@ -118,7 +105,7 @@ def is_readable(path):
         return False
 
 
-@full(2, 10)
+@repeated(2, 10)
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, count, tmp_path):
     whole = checkpoint.read(finished / "last.pt")
     for what, content in mutated((finished / "last.pt").read_bytes(), random.Random(1), count):
