@@ -29,10 +29,6 @@ def read(path: str | Path) -> dict:
     Returns:
         The file's entries, plus `state_dict` (name -> tensor, as named in the file) and `format`: "qkformer",
         "imagenet", "cifar", "dvs", or "weights" for weights alone.
-
-    Raises:
-        UserError: the file is missing, truncated or altered, holds no weights, or holds objects other than
-            `argparse.Namespace`, because unpickling them can run code.
     """
     path = Path(path)
     if not path.is_file():

@@ -205,8 +205,7 @@ def _require_gpu(cfg: Config, world: World) -> None:
 def _test_kernels(cfg: Config, world: World) -> None:
     """Test the Triton kernels on one rank of each machine, which fills the cache, then on all.
 
-    Raises:
-        UserError: they fail, and a flag needs them; or they fail on some ranks, which would use other collectives.
+    Raise `UserError` if a flag needs them and they fail, or on some ranks, which would use other collectives.
     """
     if world.device.type == "cpu" or cfg.compile or cfg.lif_backend not in ("auto", "triton"):
         return

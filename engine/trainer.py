@@ -123,17 +123,13 @@ class Trainer:
         logger.info(f"resumed {path} after epoch {self.epoch}{step}")
 
     def save(self, is_best: bool = False) -> None:
-        """Write `last.pt`, and `best.pt` if it is the best, from the main rank; all ranks call it.
-
-        Raises:
-            UserError: weights are not finite, which the loss may hide (a membrane that is NaN never fires).
-        """
+        """Write `last.pt`, and `best.pt` if it is the best, from the main rank; all ranks call it."""
         config = plain(self.cfg, without=LOCAL_FIELDS)
         content = self.state() | {"config": config, "classes": list(self.data.classes)}
         if not self.world.is_main:
             return
         weights = [*content["state_dict"].values(), *(content["state_dict_ema"] or {}).values()]
-        is_sound = torch.stack([value.isfinite().all() for value in weights]).all()
+        is_sound = torch.stack([value.isfinite().all() for value in weights]).all()  # the loss may hide NaN
         self._require(is_sound, "weights are not finite; lower lr, or use --clip-grad 1 or --amp bf16")
         if is_best:  # first: after a kill in between, the epoch is evaluated again
             checkpoint.save(self.folder / "best.pt", content)

@@ -132,11 +132,7 @@ def _resizing(size: int, side: int) -> np.ndarray:
 def frames_of(
     name: str, read: Callable[[], bytes], samples: Spans, layout: Layout
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Return each sample's frames from a file of events or frames, and the number of its invalid events.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Return each sample's frames from a file of events or frames, and the number of its invalid events."""
     frames, sample = {}, ""
     try:
         if (suffix := Path(name).suffix.lower()) not in DECODERS:
