@@ -26,17 +26,16 @@ def evaluate(
     name: str = "test",
     on_batch: Callable[[Tensor, Tensor, Tensor], object] | None = None,
     stop_request: StopRequest | None = None,
-) -> dict:
-    """Return the accuracy over the whole test set, each sample counted once, for any number of ranks.
+) -> tuple[dict, Tensor | None]:
+    """Return the accuracy over the whole test set, for any number of ranks, and up to 32 images of this rank.
 
     `on_batch` gets the images, labels and logits of each batch of this rank. A signal ends the evaluation early.
-
-    Returns:
-        `loss` (mean cross-entropy), `top1` and `top5` (percent), `count` (samples).
+    The accuracy is `loss` (mean cross-entropy), `top1` and `top5` (percent) and `count` (samples, each once).
     """
     model.eval()
-    batches = []  # of each: loss, top-1, top-5, count
+    batches, sample = [], None  # of each batch: loss, top-1, top-5, count
     for images, labels in progress(loader, name, cfg.log_interval, world.is_main):
+        sample = images[:32] if sample is None else sample
         with autocast(cfg.eval_amp or cfg.amp, world.device):
             logits = model(images)
         losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
@@ -52,7 +51,7 @@ def evaluate(
         raise UserError("test set: empty; check --data-path")
     # fsum rounds once: the result does not depend on which rank had which batch
     loss, top1, top5, count = map(math.fsum, zip(*rows, strict=True))
-    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": int(count)}
+    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": int(count)}, sample
 
 
 def published(cfg: Config) -> Config:
@@ -99,10 +98,8 @@ class Gallery:
 
     def __init__(self, classes: Sequence[str], show: Callable[[Tensor], Tensor]):
         self.classes, self.show, self.wrong, self.right = classes, show, [], []
-        self.first: Tensor | None = None  # samples of the first batch, on the device
 
     def add(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
-        self.first = images[:32] if self.first is None else self.first
         answers = logits.argmax(1)
         for kept, chosen, limit in ((self.wrong, answers != labels, 20), (self.right, answers == labels, 40)):
             for i in chosen.nonzero()[: limit - len(kept), 0].tolist():

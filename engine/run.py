@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 
 import timm.utils
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.backends import triton_problem
 
@@ -64,13 +64,8 @@ def train(recipe: Path) -> None:
 
 def _train_one_epoch(trainer: Trainer, record: Callable[[dict], None] | None) -> None:
     cfg, world, name, epoch = trainer.cfg, trainer.world, trainer.name, trainer.epoch
-    began, first = time.monotonic(), []
-
-    def keep(images: Tensor, *_) -> None:
-        first[:] = first or [images[:32]]
-
-    train_loss = trainer.train_epoch()
-    result = evaluate(cfg, world, trainer.evaluated, trainer.data.test, f"{name} test", keep, trainer.stop_request)
+    began, train_loss, stop = time.monotonic(), trainer.train_epoch(), trainer.stop_request
+    result, images = evaluate(cfg, world, trainer.evaluated, trainer.data.test, f"{name} test", stop_request=stop)
     trainer.stop_if_asked("in the evaluation")
     is_best = trainer.end_epoch(result)
     row = {"epoch": epoch, "lr": trainer.optimizer.param_groups[0]["lr"], "train_loss": train_loss}
@@ -78,8 +73,7 @@ def _train_one_epoch(trainer: Trainer, record: Callable[[dict], None] | None) ->
     row["seconds"] = round(time.monotonic() - began, 2)
     if record:
         record(row)
-        if not cfg.compile:  # the hooks would compile the network once more
-            weights.warn_of_silence(trainer.evaluated, *first)
+        weights.warn_of_silence(cfg, trainer.evaluated, images)
     trainer.save(is_best)
     best = f"best {trainer.best['test_top1']:.2f} % (epoch {trainer.best['epoch'] + 1})"
     logger.info(
@@ -118,14 +112,13 @@ def test(recipe: Path, meter: str | None) -> None:
         model.compile()
     gallery = Gallery(data.classes, data.show)
     with resolve_name(meter)(model) if cfg.energy else contextlib.nullcontext() as measured:
-        result = evaluate(cfg, world, model, data.test, on_batch=gallery.add)
+        result, images = evaluate(cfg, world, model, data.test, on_batch=gallery.add)
     if not math.isfinite(result["loss"]):
         raise UserError(f"{path}: gives a loss that is not finite; use --eval-amp off, or another checkpoint")
     energy = measured.report(distributed.gather) if measured else None
     report(result, about, energy)
-    if gallery.first is not None and not cfg.compile:
-        weights.warn_of_silence(model, gallery.first)
     if world.is_main:
+        weights.warn_of_silence(cfg, model, images)
         write(cfg, folder, result, about, gallery, energy)
 
 

@@ -144,7 +144,7 @@ def test_layers_without_spikes_are_named(warnings):
         bn = model.get_submodule(name.removesuffix(".lif")).bn
         torch.nn.init.zeros_(bn.weight), torch.nn.init.zeros_(bn.bias)
     assert silent_layers(model, images) == layers
-    warn_of_silence(model, images)
+    warn_of_silence(configure(), model, images)
     named(warnings[0], *layers)
     assert not any(module._forward_hooks for module in model.modules())
 
