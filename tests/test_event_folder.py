@@ -51,12 +51,12 @@ def save(path, recording, kind=".npz"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path = path.with_suffix(kind)
     if kind == ".npz":
-        np.savez(path, **dict(zip("txyp", recording, strict=True)))
+        np.savez(path, **dict(zip("txyp", recording[:4], strict=True)))
     elif kind == ".npy":  # tonic's array
         columns = [recording.x, recording.y, recording.t, recording.p]
         np.save(path, np.array(list(zip(*columns, strict=True)), [(name, int) for name in "xytp"]))
     else:
-        path.write_bytes(tiny_data.atis(*recording))
+        path.write_bytes(tiny_data.atis(*recording[:4]))
 
 
 def folder(root, parts=("train", "test"), classes=CLASSES, per_class=2, kind=".npz", **how):
@@ -97,7 +97,7 @@ def test_n_mnist_as_published_as_events_and_as_frames_is_that_of_spikingjelly(tm
 
 def test_every_format_gives_the_same_frames(tmp_path, monkeypatch):
     recording = events(side=128)
-    t, x, y, p = recording
+    t, x, y, p, _ = recording
     root = folder(tmp_path / "data", side=128)
     place = root / "train/0"
     for kind in (".npz", ".npy", ".bin"):
