@@ -191,23 +191,13 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
     root = cfg.data_path if kind == "hfds" else str(data_path(cfg, must_exist=not cfg.download))
     split = cfg.train_split if train else cfg.val_split
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of readers that open images
-
-    def make() -> Dataset:
-        try:
-            return timm.data.create_dataset(
-                cfg.dataset,
-                root,
-                split,
-                is_training=train,
-                download=cfg.download,
-                batch_size=cfg.batch_size,
-                seed=cfg.seed,
-                input_img_mode="",  # as they are
-            )
-        except Exception as error:  # each library fails in its own way
-            raise UserError(f"{cfg.dataset} in {root}: {error!r}; use --data-path, or --download") from None
-
-    dataset = distributed.in_turns(make) if cfg.download else make()
+    # batch_size and seed are for shards; `input_img_mode` "" leaves images as they are
+    settings = {"is_training": train, "batch_size": cfg.batch_size, "seed": cfg.seed, "input_img_mode": ""}
+    make = functools.partial(timm.data.create_dataset, cfg.dataset, root, split, download=cfg.download, **settings)
+    try:
+        dataset = distributed.in_turns(make) if cfg.download else make()
+    except Exception as error:  # each library fails in its own way
+        raise UserError(f"{cfg.dataset} in {root}: {error!r}; use --data-path, or --download") from None
     if train and type(dataset) is ImageFolder and dataset.root == root:  # timm's fallback
         raise UserError(f"{root}: no folder {split}; make one for training and one for testing")
     if hasattr(dataset, "loader"):
