@@ -103,7 +103,7 @@ def checkpoint_to_test(cfg: Config) -> Path:
 
 
 def _split(text: str) -> dict[str, list[str]]:
-    return {part: [*map(str, json.loads(text)[part])] for part in ("train", "test")}
+    return {part: [*map(os.fspath, json.loads(text)[part])] for part in ("train", "test")}
 
 
 def _rows(first_epoch: int, text: str) -> list[str]:
@@ -132,8 +132,6 @@ def records(cfg: Config, world: World, folder: Path, data: Data, first_epoch: in
         raise UserError(f"{folder / SPLIT}: the data are split otherwise now; use the same --split-seed and data")
     if data.split:
         log.write_whole(folder / SPLIT, json.dumps(data.split, indent=0) + "\n")
-    if data.preview:
-        data.preview(folder / "samples.png")
     starts = log.read_record(folder / "run.json", [], lambda text: [dict(start) for start in json.loads(text)])
     starts.append({**log.provenance(), "first_epoch": first_epoch, "config": plain(cfg)})
     log.write_whole(folder / "run.json", json.dumps(starts, indent=2) + "\n")

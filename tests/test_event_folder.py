@@ -104,7 +104,7 @@ def test_every_format_gives_the_same_frames(tmp_path, monkeypatch):
         save(place / f"x{kind[1:]}", recording, kind)
     save(place / "signed", recording._replace(p=2 * p - 1))
     (place / "jaer.AEDAT").write_bytes(tiny_data.aedat2(t, 127 - y, 127 - x, 1 - p))
-    (place / "caer.aedat").write_bytes(tiny_data.aedat31(*recording))
+    (place / "caer.aedat").write_bytes(tiny_data.aedat31(t, x, y, p))
     np.save(place / "frames.npy", integrate(recording, 4))
     np.savez(place / "frames.npz", frames=integrate(recording, 4).astype(float))
     (place / "dv.aedat4").write_bytes(b"#!AER-DAT4.0")

@@ -10,7 +10,6 @@ import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import timm.data
@@ -35,7 +34,6 @@ class Data:
     show: Callable[[Tensor], Tensor]  # makes a picture [H,W,C] of a sample as the network sees it
     augment: Callable[[Tensor], Tensor] | None = None  # changes the samples of a training batch on the device
     split: dict[str, list[str]] | None = None  # files of the training and test set, if they are parts of one set
-    preview: Callable[[Path], None] | None = None  # draws some training samples to a file
 
 
 class TrainLoader:
