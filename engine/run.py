@@ -41,9 +41,6 @@ def train(recipe: Path) -> None:
     cfg = sources.config(validate=False)  # the rest may come from a checkpoint
     if cfg.checkpoint or cfg.energy:
         raise UserError("--checkpoint, --energy: are for test.py; to continue a run use --resume")
-    if cfg.eval:
-        test(recipe, None)
-        return
     world = setup(cfg, sources.ignored)
     start = find_run(cfg, world)
     cfg = _settings_to_train(sources, start)
@@ -83,7 +80,7 @@ def _train_one_epoch(trainer: Trainer, record: Callable[[dict], None] | None) ->
 
 
 @distributed.membership()
-def test(recipe: Path, meter: str | None) -> None:
+def test(recipe: Path, meter: str) -> None:
     """Evaluate `--checkpoint` as the recipe and the command line say.
 
     `meter` names what `--energy` measures with ("module:name"), because analyses import the engine.

@@ -42,14 +42,18 @@ def training_set(*flags):
     return create_dataset(config.load(ROOT / "imagenet/qkformer_10_384.yml", list(map(str, flags))), True)
 
 
-def test_workers_and_ranks_share_shards(data):
+def test_workers_and_ranks_share_shards(data, monkeypatch):
     """A worker without a shard would wait for ever."""
-    stream = training_set(*SHARDS, data / "shards")
+    monkeypatch.setattr("os.cpu_count", lambda: 9)
+    flags = [*SHARDS, data / "shards", "--workers", 9, "--batch-size", 1]
+    cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", list(map(str, flags)))
+    stream, alone = create_dataset(cfg, True), world.setup("cpu")
+    create = functools.partial(loaders.create_loader, cfg, alone, stream, True, None, (0, 0, 0), (1, 1, 1))
     stream.reader.dist_num_replicas = 2
-    assert loaders._shards_per_rank(stream) == 4  # of 8
+    assert create().workers == 4  # of 8
     stream.reader.dist_num_replicas = 9
     with refuses(9, 8):
-        loaders._shards_per_rank(stream)
+        create()
 
 
 @pytest.mark.parametrize(("copy", "count"), [(True, 16), (False, 8)], ids=["too many", "too few"])

@@ -124,7 +124,10 @@ def create_loader(
         raise UserError(f"batch_size = {batch_size}: {ranks} ranks share {len(dataset)} samples; use a smaller one")
     sampler = None
     if is_stream:
-        workers = min(workers, _shards_per_rank(dataset))
+        shards, readers = len(dataset.reader.split_info.filenames), dataset.reader.dist_num_replicas
+        if shards < readers:  # a worker without a shard would wait for ever
+            raise UserError(f"{dataset.reader.root}: {readers} ranks cannot share {shards} shards; start fewer ranks")
+        workers = min(workers, shards // readers)
         dataset.set_loader_cfg(workers)  # its length depends on them
     elif not train:
         sampler = [i for i in range(len(dataset)) if i // batch_size % ranks == world.rank]
@@ -152,13 +155,6 @@ def create_loader(
 def _ignore_interrupts(worker: int) -> None:
     """Ignore Ctrl-C in a worker, because the main process saves and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _shards_per_rank(dataset: IterableDataset) -> int:
-    shards, ranks = len(dataset.reader.split_info.filenames), dataset.reader.dist_num_replicas
-    if shards < ranks:
-        raise UserError(f"{dataset.reader.root}: {ranks} ranks cannot share {shards} shards; start fewer ranks")
-    return shards // ranks
 
 
 def create_mixup(cfg: Config) -> object | None:
