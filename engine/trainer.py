@@ -64,11 +64,11 @@ class Trainer:
 
     def state(self) -> dict:
         """Return plain data from which `restore` continues bit for bit; within an epoch all ranks call it."""
-        own = {"loss_sum": self.loss_sum.item(), "seen": self.seen}
+        process = {"loss_sum": self.loss_sum.item(), "seen": self.seen}
         is_within = 0 < self.steps_done < self.steps
         if is_within and self.world.world_size > 1:  # then each rank has its own running statistics
-            own["buffers"] = [{k: v.cpu() for k, v in model.named_buffers()} for model in self.models]
-        processes = distributed.gather([own]) if is_within else [own]
+            process["buffers"] = [{k: v.cpu() for k, v in model.named_buffers()} for model in self.models]
+        processes = distributed.gather([process]) if is_within else [process]
         return {
             "state_dict": self.model.state_dict(),
             "state_dict_ema": self.ema.module.state_dict() if self.ema else None,
@@ -92,9 +92,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.best = state["best"]
         self.begin_epoch(state["epoch"])
-        self._restore_position(**state["position"])
-
-    def _restore_position(self, steps_done: int, order: dict, processes: list[dict]) -> None:
+        steps_done, order, processes = (state["position"][key] for key in ("steps_done", "order", "processes"))
         is_trained = steps_done == order.get("steps")  # and only the evaluation is left
         if steps_done and not is_trained and order != self.order:
             changes = [f"{k} {order.get(k)} -> {v}" for k, v in self.order.items() if order.get(k) != v]

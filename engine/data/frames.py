@@ -105,10 +105,7 @@ def integrate(events: Events, frames: int, height: int = SIDE, width: int = SIDE
 
 
 def to_frames(recording: Events | np.ndarray, layout: Layout, span: tuple[float, float] = WHOLE) -> np.ndarray:
-    """Return the frames [T,2,S,S] of the events in a time span, or of other frames [T,2,H,W].
-
-    Pixels are added up if S is smaller than the sensor, and repeated if it is larger.
-    """
+    """Return the frames [T,2,S,S] of the events in a time span, or of other frames [T,2,H,W]."""
     frames = recording
     if isinstance(recording, Events):
         is_inside = (recording.t >= span[0]) & (recording.t < span[1])
@@ -123,7 +120,7 @@ def to_frames(recording: Events | np.ndarray, layout: Layout, span: tuple[float,
 
 
 def _resizing(size: int, side: int) -> np.ndarray:
-    """Return the matrix [side,size] of zeros and ones that adds up or repeats pixels."""
+    """Return the matrix [side,size] of zeros and ones that adds up pixels, or repeats them if `side` is larger."""
     if side > size:
         return np.eye(size)[np.arange(side) * size // side]
     return np.eye(side)[np.arange(size) * side // size].T
