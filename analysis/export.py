@@ -14,7 +14,6 @@ from pathlib import Path
 import timm.data
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from engine.checkpoint import fingerprint
 from engine.cli import UserError
 from engine.config import LOCAL_FIELDS, MODEL_FIELDS, Config, plain
 from engine.data.recordings import EVENT_DATASETS
@@ -76,11 +75,11 @@ def _write_safetensors(subject: common.Subject, output: Path) -> None:
     if card.exists() and LIBRARY not in card.read_text(errors="replace"):
         raise UserError(f"{card}: not a model card, and the new card would replace it; use another --output")
     weights = {name: value.contiguous() for name, value in subject.model.state_dict().items()}
-    about = {
+    metadata = {
+        "format": "pt",  # Hugging Face's name of torch
         "config": json.dumps(plain(subject.cfg, without=LOCAL_FIELDS)),
         "classes": json.dumps(list(subject.classes)),
     }
-    metadata = {"format": "pt", "sha256": fingerprint(weights, "".join(about.values())), **about}  # Hugging Face: "pt"
     _write(output, save(weights, metadata))
     _write(card, _model_card(subject, output.name))
 
