@@ -17,7 +17,7 @@ demo: $(VENV)/ready
 	@echo "The accuracy above is that of the last epoch, last.pt. best.pt is the epoch with the best accuracy on the test"
 	@echo "set; it was chosen on that set, so its accuracy is a little too high. Pictures of this run:"
 	@echo "      $(DEMO)/curves.png               loss and accuracy of each epoch"
-	@echo "      $(DEMO)/last.predictions.png     test images with the model's answers"
+	@echo "      $(DEMO)/last.predictions.png     test images with wrong answers"
 	@echo "      $(DEMO)/attention_masks.png      tokens of a digit that pass the Q-K attention"
 	@echo "      $(DEMO)/firing_rates.png         firing rate of each neuron layer"
 	@echo "      $(DEMO)/last.energy.png          energy of each layer"

@@ -52,11 +52,11 @@ class Predictor:
         batches = torch.stack(samples).split(self.batch_size) if samples else ()
         return [answer for batch in batches for answer in self._answers(self._compute(self.model, batch))]
 
-    def draw(self, sample: Tensor, caption: str) -> list[tuple[Tensor, str, str]]:
-        """Return pictures of an input with their captions and colours, for `pictures.gallery`."""
+    def draw(self, sample: Tensor, caption: str) -> list[tuple[Tensor, str]]:
+        """Return pictures of an input with their captions, for `pictures.gallery`."""
         if self.is_of_events:
             return pictures.row(sample, caption, self.columns)
-        return [(pictures.of_image(*image.statistics(self.cfg), sample), caption, "black")]
+        return [(pictures.of_image(*image.statistics(self.cfg), sample), caption)]
 
     def stream(self, frames: Tensor) -> Iterator[Answer]:
         """Yield the answer after each of a recording's frames [T,2,H,W]."""

@@ -25,7 +25,7 @@ from .data import event, image
 from .data.folders import data_path, find_classes, split_folders
 from .data.loaders import Data
 from .data.recordings import EVENT_DATASETS, event_folder
-from .evaluate import Gallery, evaluate, published, report, warn_of_other_classes, write
+from .evaluate import evaluate, published, report, warn_of_other_classes, write
 from .log import logger
 from .optim import base_lr, create_optimizer, effective_batch, total_epochs
 from .run_dir import Start, checkpoint_to_test, find_run, records, warn_of_seen
@@ -62,7 +62,7 @@ def train(recipe: Path) -> None:
 def _train_one_epoch(trainer: Trainer, record: Callable[[dict], None] | None) -> None:
     cfg, world, name, epoch = trainer.cfg, trainer.world, trainer.name, trainer.epoch
     began, train_loss, stop = time.monotonic(), trainer.train_epoch(), trainer.stop_request
-    result, images = evaluate(cfg, world, trainer.evaluated, trainer.data.test, f"{name} test", stop_request=stop)
+    result, images, _ = evaluate(cfg, world, trainer.evaluated, trainer.data.test, f"{name} test", stop)
     trainer.stop_if_asked("in the evaluation")
     is_best = trainer.end_epoch(result)
     row = {"epoch": epoch, "lr": trainer.optimizer.param_groups[0]["lr"], "train_loss": train_loss}
@@ -107,16 +107,15 @@ def test(recipe: Path, meter: str) -> None:
     load_weights(cfg, model, state, path)
     if cfg.compile:
         model.compile()
-    gallery = Gallery(data.classes, data.show)
     with resolve_name(meter)(model) if cfg.energy else contextlib.nullcontext() as measured:
-        result, images = evaluate(cfg, world, model, data.test, on_batch=gallery.add)
+        result, images, mistakes = evaluate(cfg, world, model, data.test)
     if not math.isfinite(result["loss"]):
         raise UserError(f"{path}: gives a loss that is not finite; use --eval-amp off, or another checkpoint")
     energy = measured.report(distributed.gather) if measured else None
     report(result, about, energy)
     if world.is_main:
         weights.warn_of_silence(cfg, model, images)
-        write(cfg, folder, result, about, gallery, energy)
+        write(cfg, folder, result, about, data, mistakes, energy)
 
 
 def setup(cfg: Config, ignored: Iterable[str] = ()) -> World:

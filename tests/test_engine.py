@@ -106,7 +106,7 @@ def test_loss_sequence_of_a_fixed_seed():
 def test_a_test_loss_that_is_not_finite_or_of_nothing_is_refused():
     run = trainer(configure("--lr", "1", "--epochs", "1"), batches=1)
     run.model.head.bias.data[0] = float("inf")
-    result, _ = evaluate(run.cfg, run.world, run.model, run.data.test)
+    result, *_ = evaluate(run.cfg, run.world, run.model, run.data.test)
     with refuses("epoch 1"):
         run.end_epoch(result)
     with refuses():
