@@ -81,10 +81,7 @@ def _train_one_epoch(trainer: Trainer, record: Callable[[dict], None] | None) ->
 
 @distributed.membership()
 def test(recipe: Path, meter: str) -> None:
-    """Evaluate `--checkpoint` as the recipe and the command line say.
-
-    `meter` names what `--energy` measures with ("module:name"), because analyses import the engine.
-    """
+    """Evaluate `--checkpoint`; `meter` ("module:name") measures `--energy`, because analyses import the engine."""
     sources = read(recipe, sys.argv[1:])
     cfg = sources.config(validate=False)
     world = setup(cfg, sources.ignored)
@@ -149,8 +146,7 @@ def _settings_to_train(sources: Sources, start: Start) -> Config:
     if start.continues and "config" in sources.flags:
         recipe = _counted(sources.config(validate=False))
         for key, value, recorded in differences(recipe, plain(cfg), plain(cfg, without=LOCAL_FIELDS)):
-            change = f"{start.path} was trained with {key} = {recorded!r}, not {value!r}"
-            raise UserError(f"--config {sources.path}: {change}; omit the flag, or branch off with --output-dir NEW")
+            raise UserError(f"--config {sources.path}: {key} = {value!r}, {start.path} has {recorded!r}; omit --config")
     recorded = start.state["config"] if start.is_ours else plain(cfg)
     for key, value, trained in differences(cfg, recorded, ("variant", *MODEL_FIELDS, "opt")):
         raise UserError(f"--resume {start.path}: trained with {key}={short(trained)}, not {value!r}; use --finetune")

@@ -152,17 +152,14 @@ class Trainer:
         return is_best
 
     def train_epoch(self) -> float:
-        """Train on the rest of an epoch; return its mean loss over all ranks.
-
-        Each rank has its own running statistics until the end, when all get their mean.
-        """
+        """Train on the rest of an epoch; return its mean loss over all ranks."""
         if self.steps_done < self.steps:
             self._train_steps()
             if self.world.world_size > 1:
                 totals = torch.stack([self.loss_sum, self.loss_sum.new_tensor(self.seen)])
                 torch.distributed.all_reduce(totals)
                 self.loss_sum, self.seen = totals[0], int(totals[1])
-                for model in self.models:
+                for model in self.models:  # each rank has its own running statistics until now
                     timm.utils.distribute_bn(model, self.world.world_size, reduce=True)
             self._require_finite(self.loss_sum.item())
         return self.loss_sum.item() / self.seen

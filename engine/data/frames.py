@@ -20,6 +20,7 @@ from .aedat import SIDE, DamagedRecording, Events, read_aedat
 LARGEST = 2**30  # bytes; no real recording has as many
 WHOLE = (-math.inf, math.inf)
 Spans = Mapping[str, tuple[float, float]]  # name of a sample -> its time span in microseconds
+Reader = Callable[[], bytes]  # returns the content of a file
 
 
 class Layout(NamedTuple):
@@ -126,9 +127,7 @@ def _resizing(size: int, side: int) -> np.ndarray:
     return np.eye(side)[np.arange(size) * side // size].T
 
 
-def frames_of(
-    name: str, read: Callable[[], bytes], samples: Spans, layout: Layout
-) -> tuple[dict[str, np.ndarray], int]:
+def frames_of(name: str, read: Reader, samples: Spans, layout: Layout) -> tuple[dict[str, np.ndarray], int]:
     """Return each sample's frames from a file of events or frames, and the number of its invalid events."""
     frames, sample = {}, ""
     try:
@@ -143,9 +142,7 @@ def frames_of(
     return frames, getattr(recording, "invalid", 0)
 
 
-def convert(
-    name: str, read: Callable[[], bytes], samples: Spans, layout: Layout, folder: Path
-) -> tuple[str | None, int]:
+def convert(name: str, read: Reader, samples: Spans, layout: Layout, folder: Path) -> tuple[str | None, int]:
     """Write frames to files of `folder`, each atomically; return the error and the number of invalid events."""
     try:
         frames, invalid = frames_of(name, read, samples, layout)

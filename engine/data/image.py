@@ -114,16 +114,13 @@ def imagenet_classes() -> dict[str, str]:
 
 
 def read_image(source: object, mode: str = "RGB", name: str | None = None) -> Image.Image:
-    """Return an image, of a path or of Pillow, in the mode "L" or "RGB"; `name` is for errors of Pillow's images.
-
-    Values of 16 bits are divided by 256, because Pillow would clip them.
-    """
+    """Return an image, of a path or of Pillow, in the mode "L" or "RGB"; `name` is for errors of Pillow's images."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about EXIF data, palettes, and sizes that Pillow still reads
             image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))  # Pillow would clip 16 bits
             if image.mode in ("I", "F"):
                 raise ValueError(f"mode {image.mode} has no largest value; save it with 8 or 16 bits")
             image.load()  # here, because its errors get a name
