@@ -147,7 +147,7 @@ def _settings_to_train(sources: Sources, start: Start) -> Config:
         recipe = _counted(sources.config(validate=False))
         for key, value, recorded in differences(recipe, plain(cfg), plain(cfg, without=LOCAL_FIELDS)):
             raise UserError(f"--config {sources.path}: {key} = {value!r}, {start.path} has {recorded!r}; omit --config")
-    recorded = start.state["config"] if start.is_ours else plain(cfg)
+    recorded = start.state["config"] if start.is_native else plain(cfg)
     for key, value, trained in differences(cfg, recorded, ("variant", *MODEL_FIELDS, "opt")):
         raise UserError(f"--resume {start.path}: trained with {key}={short(trained)}, not {value!r}; use --finetune")
     return cfg
@@ -212,7 +212,7 @@ def _model_to_train(cfg: Config, world: World, start: Start, data: Data) -> nn.M
         warn_of_seen(data, Path(path))
     _test_kernels(cfg, world)
     model = build_model(cfg).to(world.device)
-    if path and not start.is_ours:
+    if path and not start.is_native:
         state = start.state or checkpoint.read(path)
         load_weights(cfg, model, state, path, adapt=not start.state)
         weights.warn_of_other_network(cfg, state, path)

@@ -30,7 +30,7 @@ class Start(NamedTuple):
     folder: Path
     path: Path | None
     state: dict  # empty without a checkpoint
-    is_ours: bool  # a checkpoint of this project
+    is_native: bool  # a checkpoint of this project
     continues: bool  # in the folder of the checkpoint
 
 
@@ -45,17 +45,17 @@ def find_run(cfg: Config, world: World) -> Start:
         path, state = newest_checkpoint(folder) if cfg.resume == "auto" else (path, None)
     folder, path = distributed.gather([(folder, path)])[0]
     state = state or (checkpoint.read(path) if path else {})
-    is_ours, is_released = (state.get("format") == kind for kind in ("qkformer", "imagenet"))
-    if path and not (is_ours and "optimizer" in state) and not (is_released and isinstance(state.get("epoch"), int)):
+    is_native, is_released = (state.get("format") == kind for kind in ("qkformer", "imagenet"))
+    if path and not (is_native and "optimizer" in state) and not (is_released and isinstance(state.get("epoch"), int)):
         raise UserError(f"--resume {path}: holds no state of a training; use --finetune to start from its weights")
-    if is_ours and not cfg.output_dir:
+    if is_native and not cfg.output_dir:
         folder = path.parent
     if world.is_main:
         claim(folder)
     newest = next(iter(checkpoint.kept(folder / "last.pt")), None)
     if newest and not (path and path.samefile(newest)):
         raise UserError(f"{folder}: holds a run; use --resume auto, or another --output-dir")
-    return Start(folder, path, state, is_ours, is_ours and folder.resolve() == path.parent.resolve())
+    return Start(folder, path, state, is_native, is_native and folder.resolve() == path.parent.resolve())
 
 
 def claim(folder: Path) -> None:
