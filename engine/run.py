@@ -146,7 +146,8 @@ def _settings_to_train(sources: Sources, start: Start) -> Config:
     if start.continues and "config" in sources.flags:
         recipe = _counted(sources.config(validate=False))
         for key, value, recorded in differences(recipe, plain(cfg), plain(cfg, without=LOCAL_FIELDS)):
-            raise UserError(f"--config {sources.path}: {key} = {value!r}, {start.path} has {recorded!r}; omit --config")
+            change = f"{key} = {value!r}, {start.path} was trained with {recorded!r}"
+            raise UserError(f"--config {sources.path}: {change}; omit the flag, or branch off with --output-dir NEW")
     recorded = start.state["config"] if start.is_native else plain(cfg)
     for key, value, trained in differences(cfg, recorded, ("variant", *MODEL_FIELDS, "opt")):
         raise UserError(f"--resume {start.path}: trained with {key}={short(trained)}, not {value!r}; use --finetune")
