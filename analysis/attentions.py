@@ -33,7 +33,7 @@ PARTS = {"core": tuple(MODULES), "module": ("self", "token", "channel")}  # atte
 
 
 class Attention(NamedTuple):
-    """An attention at n tokens and d channels, for one sample at one time step."""
+    """Attention at n tokens and d channels, for one sample at one time step."""
 
     kind: str
     part: str  # "core": from the spikes of q, k and v to those before the projection; "module": all

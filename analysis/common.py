@@ -33,7 +33,7 @@ Callback = Callable[[Tensor, Tensor], Tensor | None]  # gets a module's input an
 
 @dataclass
 class Subject:
-    """A trained network in evaluation mode, with its data set."""
+    """Trained network in evaluation mode, with its data set."""
 
     path: Path  # of the checkpoint
     cfg: Config

@@ -1,4 +1,4 @@
-"""The paper's tables, with published figures next to computed and measured ones.
+"""Tables of the paper, with published figures next to computed and measured ones.
 
     python -m analysis.tables [--results FOLDER ...] [--output-dir FOLDER]
 

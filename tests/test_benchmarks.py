@@ -1,4 +1,4 @@
-"""Benchmarks run at a small size, and compute their figures from the measured times."""
+"""Benchmarks at a small size, and their figures from measured times."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""The scripts of ImageNet and CIFAR as a user runs them, on tiny data in the true formats."""
+"""Scripts of ImageNet and CIFAR on tiny data in the real formats."""
 
 import contextlib
 import dataclasses
@@ -43,7 +43,7 @@ def training_set(*flags):
 
 
 def test_workers_and_ranks_share_shards(data):
-    """A worker without a shard would wait for ever."""
+    """Give each worker a shard, because one without would wait forever."""
     stream = training_set(*SHARDS, data / "shards")
     stream.reader.dist_num_replicas = 2
     assert loaders._shards_per_rank(stream) == 4  # of 8
@@ -74,7 +74,7 @@ def test_ranks_share_the_batches_of_a_stream(data):
 
 
 def move(source, target):
-    """Damage: move a folder or a file."""
+    """Return a damage that moves a folder or a file."""
     return lambda root: (root / source).rename(root / target)
 
 
@@ -246,7 +246,7 @@ def test_every_recipe_trains(path, data, monkeypatch):
     assert sum(changed) > 0.9 * len(changed)
 
 
-@pytest.mark.parametrize("name", ["digits", "imagenet", "cifar10"])  # of one channel, unmixed, mixed by the loader
+@pytest.mark.parametrize("name", ["digits", "imagenet", "cifar10"])  # one channel, without mixup, mixup in the loader
 def test_batches_equal_those_of_timms_own_tensors(name, data, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: True)
     flags = ["--num-classes", "4"] if name == "imagenet" else []
