@@ -2,10 +2,10 @@
 
     python -m analysis.attention_statistics --checkpoint output/first/best.pt output/self/best.pt
 
-The attention's neuron reads a sum of the query's spikes over n = d channels of a head (token) or n = N tokens
-(channel), or the product q (k^T v) times 0.125 (self-attention). The table compares each with independent spikes of
-the same firing rates f (Q-K: mean n f, variance n f (1 - f); self-attention: `independent`) and with the paper's bound
-(`bound`). Writes attention_statistics.csv and .png.
+In Q-K attention the neuron reads a sum of query spikes over n = d channels of a head (token) or n = N tokens (channel).
+In self-attention it reads q (k^T v) times 0.125. The table compares each with independent spikes of the same firing
+rates f (Q-K: mean n f, variance n f (1 - f); self-attention: `independent`) and with the paper's bound (`bound`).
+Writes attention_statistics.csv and .png.
 """
 
 import itertools

@@ -5,8 +5,8 @@ pooling, and neurons with spikes S, all in elements. Even a fully fused implemen
 
 - in evaluation I + S: BatchNorm folds into the convolution, and the neurons run before anything is written;
 - in the forward pass of training I + 3 O + S: O is written, read for the batch statistics, and read for the spikes;
-- in the backward pass 2 I + 5 O + 2 S: O and the gradient of S are read for the sums of BatchNorm's gradient and again
-  for the gradient of O, which is written and read for the gradients of weights (with I) and input (written).
+- in the backward pass 2 I + 5 O + 2 S: O and S's gradient are read twice, for BatchNorm's sums and for O's gradient.
+  O's gradient is written, then read for the gradients of weights (with I) and input (written).
 
 A static image is the same at every time step, so I and O of the first unit count once; its operations count T times
 (1 % of all). The demand omits attention products, residual sums, head, weights and optimizer, a few percent of bytes.

@@ -121,8 +121,8 @@ def is_transformed() -> bool:
 class LIF(nn.Module):
     """Multi-step LIF neurons: currents [T, ...] to spikes [T, ...]. The membrane starts at zero, except in `continued`.
 
-    With `leak_across_batch` the membrane runs over the samples of a batch as if they were time steps (order t*B + b),
-    as in the last LIF of the released self-attention (`ssa_membrane="released"` of a network).
+    With `leak_across_batch` the samples of a batch act as more time steps (order t*B + b). The last LIF of the released
+    self-attention does so (`ssa_membrane="released"` of a network).
     """
 
     def __init__(self, threshold: float = THRESHOLD, leak_across_batch: bool = False, tau: float = TAU):

@@ -133,7 +133,7 @@ def cut(path):
         ),
     ],
 )
-def test_bad_files_are_named_in_one_line(tmp_path, write, values):
+def test_bad_files_are_reported_in_one_line(tmp_path, write, values):
     write(tmp_path / "file.pth")
     with refuses(tmp_path / "file.pth", *values):
         checkpoint.read(tmp_path / "file.pth")

@@ -99,7 +99,7 @@ def test_the_saved_configuration_reads_back(recipe, tmp_path):
         ("lr: 1", f"--config {5000 * 'x'}", "x"),
     ],
 )
-def test_mistakes_are_named(recipe, text, flags, value):
+def test_mistakes_are_reported(recipe, text, flags, value):
     with refuses(value):
         config.load(recipe(text), flags.split())
 

@@ -232,7 +232,7 @@ def test_invalid_events_of_a_file_are_counted(tmp_path, warnings):
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x.txt"])
-def test_an_unreadable_file_is_named(name, tmp_path):
+def test_an_unreadable_file_is_reported(name, tmp_path):
     (tmp_path / name).write_bytes(b"PK")
     with refuses(tmp_path / name):
         read_recording(tmp_path / name, settings(tmp_path))

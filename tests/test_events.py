@@ -144,7 +144,7 @@ def test_invalid_events_are_left_out_and_counted(tmp_path, one_core, warnings):
     named(warnings[0], 101, "user01_led.aedat")
 
 
-def test_recordings_in_another_format_are_named(tmp_path):
+def test_recordings_in_another_format_are_reported(tmp_path):
     root = cifar10_dvs(tmp_path, per_class=2, count=50)
     (root / "download/cat.zip").unlink()
     (root / "cat").mkdir()
@@ -317,7 +317,7 @@ def replace(what, by):
         (GESTURE, replace("01_led_labels.csv", b"class\n1,90000000,95000000\n"), "user01_led.aedat"),
     ],
 )
-def test_missing_and_damaged_recordings_are_named(archive, change, value, tmp_path, one_core):
+def test_missing_and_damaged_recordings_are_reported(archive, change, value, tmp_path, one_core):
     name, make = ("dvs128-gesture", dvs128_gesture) if archive == GESTURE else ("cifar10-dvs", cifar10_dvs)
     archive = make(tmp_path, 3, count=50) / "download" / archive
     rewrite(archive, change) if change else archive.unlink()
@@ -437,7 +437,7 @@ def test_batches_are_counts_on_the_device(dtype, device):
         ("cifar10-dvs", ["airplane.zip", "automobile.zip", "--download"]),
     ],
 )
-def test_missing_files_and_their_place_are_named(name, values, tmp_path):
+def test_missing_files_and_their_place_are_reported(name, values, tmp_path):
     with refuses(tmp_path / "download", *values):
         load(name, tmp_path)
 

@@ -209,7 +209,7 @@ def test_damaged_and_foreign_safetensors_are_refused(tmp_path, monkeypatch, capf
         (["--format", "safetensors", "--checkpoint", "x.safetensors"], "safetensors"),
     ],
 )
-def test_mistakes_are_named(monkeypatch, capfd, flags, value):
+def test_mistakes_are_reported(monkeypatch, capfd, flags, value):
     named(fail(monkeypatch, capfd, "analysis.export", *flags), value)
 
 
@@ -221,7 +221,7 @@ def test_a_file_that_is_no_card_is_kept(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["best.md", "best.pt"]
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_a_missing_package_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with refuses("onnxscript"):
         export.run(["--checkpoint", "no.pt", "--format", "onnx"])

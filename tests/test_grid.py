@@ -58,7 +58,7 @@ def starts(folder):
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
 
 
-def test_a_grid_goes_on_and_skips_what_is_done(recipe, tmp_path, monkeypatch, capfd):
+def test_a_grid_resumes_and_skips_finished_runs(recipe, tmp_path, monkeypatch, capfd):
     out = tmp_path / "out"
     command = ["analysis.grid", recipe, "--variants", "recipe", "self", "--out", out, "--seeds"]
     here(monkeypatch, capfd, *command, 0, 2)

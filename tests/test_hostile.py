@@ -61,7 +61,7 @@ def labels_of_all(root):
     ],
     ids=["empty", "cut", "svg", "bomb", "eps"],
 )
-def test_what_is_no_image_is_named_and_not_run(content, tmp_path, monkeypatch, mark):
+def test_what_is_no_image_is_reported_and_not_run(content, tmp_path, monkeypatch, mark):
     """Use a program gs that leaves a mark, because Pillow passes PostScript to it."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {mark}\n")
     (tmp_path / "gs").chmod(0o755)
@@ -111,7 +111,7 @@ def test_a_damaged_description_of_shards_is_refused(content, tmp_path):
         ("cat", "'cat'"),
     ],
 )
-def test_a_label_without_an_output_is_named(label, value, monkeypatch):
+def test_a_label_without_an_output_is_reported(label, value, monkeypatch):
     reader = [(io.BytesIO(encoded(RED, "PNG")), label)]
     monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: reader)
     samples = dataset(*IMAGENET[:3], "--dataset", "hfds/x")

@@ -97,7 +97,7 @@ def test_one_class_is_refused(tmp_path):
         run.create_data(config.load(ROOT / "imagenet/qkformer_10_384.yml", flags), world.setup("cpu"))
 
 
-def test_other_names_of_classes_are_named(warnings):
+def test_other_names_of_classes_are_reported(warnings):
     warn_of_other_classes(["a", "b"], {"classes": ["a", "b"]}, "best.pt")
     warn_of_other_classes(["a", "b"], {}, "best.pt")
     assert not warnings

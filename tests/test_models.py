@@ -155,13 +155,13 @@ def test_bad_arguments_are_refused(name, kwargs, value):
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (2, 4, 1, 32, 32)])
-def test_bad_input_is_named(shape):
+def test_bad_input_is_reported(shape):
     with refuses("[B,3,H,W]"):
         create_model("qkformer_4_384")(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
-def test_input_of_integers_is_named(dtype):
+def test_input_of_integers_is_reported(dtype):
     with torch.no_grad(), pytest.raises(TypeError, match=rf"^[^\n]*{dtype}.*x\.float\(\)[^\n]*$"):
         create_model("qkformer_3_64")(torch.ones(2, 1, 8, 8).to(dtype))
 

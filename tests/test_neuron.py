@@ -101,7 +101,7 @@ def test_leak_across_batch_runs_time_major():
 
 
 @pytest.mark.parametrize("backend", ["cuda", pytest.param("cupy", marks=NO_GPU)])
-def test_a_backend_that_cannot_run_is_named(backend):
+def test_a_backend_that_cannot_run_is_reported(backend):
     with refuses(repr(backend)):
         set_lif_backend(LIF(), backend)
 
@@ -139,7 +139,7 @@ def test_the_cupy_kernels_compile(dtype, architecture):
         assert kernel.kernel_name.encode() in nvrtc.getCUBIN(program)
 
 
-def test_missing_cupy_is_named(monkeypatch):
+def test_missing_cupy_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backends, "cupy_problem", backends.cupy_problem.__wrapped__)  # without its cache
     monkeypatch.setitem(sys.modules, "cupy", None)

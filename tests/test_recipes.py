@@ -99,7 +99,7 @@ def test_the_published_accuracies_are_those_of_the_logs():
         assert config.load(ROOT / path).log_top1 == pytest.approx(max(FACTS[name]["test_acc1"]), abs=0.005)
 
 
-def test_a_figure_to_be_verified_is_named_so():
+def test_a_figure_to_be_verified_is_marked():
     cfg = config.load(ROOT / "cifar10-dvs/cifar10-dvs_t10.yml")
     assert (published(cfg).paper_top1, published(cfg).paper_unverified) == (83.8, True)
     assert published(dataclasses.replace(cfg, time_steps=11)).paper_top1 is None

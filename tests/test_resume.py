@@ -35,7 +35,7 @@ def position(folder):
 
 
 @pytest.mark.parametrize(("arguments", "steps", "left"), [(IMAGES, 4, 1), (EVENTS, 2, 3)], ids=["images", "events"])
-def test_a_run_goes_on_at_the_step_where_it_was_stopped(arguments, steps, left, tmp_path):
+def test_a_run_resumes_at_the_step_where_it_was_stopped(arguments, steps, left, tmp_path):
     if arguments is EVENTS:
         arguments = [*EVENTS, "--data-path", cifar10_dvs(tmp_path / "data", per_class=3, count=50)]
     succeed(*arguments, "--workers", "0", "--output-dir", tmp_path / "whole")
@@ -133,7 +133,7 @@ def test_killed_between_any_two_steps_of_a_save_there_is_a_whole_checkpoint(call
     assert [checkpoint.read(file)["epoch"] for file in checkpoint.kept(path)][:2] == [4, epochs[0]]
 
 
-def test_layers_without_spikes_are_named(warnings):
+def test_layers_without_spikes_are_reported(warnings):
     model, images = trainer().model.eval(), torch.rand(4, 1, 8, 8)
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):

@@ -97,7 +97,6 @@ def encoded(image, kind):
 
 
 def add(archive, name, content):
-    """Add a file to a tar archive."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))

@@ -59,7 +59,7 @@ FAULTS = {  # random generator, number of ranks -> end of a life
         pytest.param("without a worker", 1, 1, 4, marks=SLOW),
     ],
 )
-def test_a_run_goes_on_after(fault, count, workers, times, tmp_path, whole):
+def test_a_run_resumes_after(fault, count, workers, times, tmp_path, whole):
     rng, left, number = random.Random(f"{count} {workers}"), times, 0
     while left:
         number += 1

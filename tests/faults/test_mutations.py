@@ -106,7 +106,7 @@ def is_readable(path):
 
 
 @repeated(2, 10)
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, count, tmp_path):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(finished, count, tmp_path):
     whole = checkpoint.read(finished / "last.pt")
     for what, content in mutated((finished / "last.pt").read_bytes(), random.Random(1), count):
         folder = tmp_path / what
