@@ -24,7 +24,7 @@ SWITCHES = {  # side -> file and name of a constant of `models.fused`, its other
     "ours-rows64": ("kernels.linear_lif", "ROWS", 64, ("eval",)),
     "ours-gemm": ("gpu", "ONE_KERNEL", False, ("eval",)),
 }
-ON_REQUEST = (COMPILED, *SWITCHES)  # sides that run only if --sides names them
+ON_REQUEST = (COMPILED, *SWITCHES)  # sides that run only if --sides lists them
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def patched(name, instead_of=None):
     return patch
 
 
-HOOKS = {  # dictionary of hooks -> registers one there, of those that change what passes if it can
+HOOKS = {  # dictionary of hooks -> function that registers a hook there, one that changes values if possible
     "_forward_hooks": lambda m: m.register_forward_hook(lambda m, x, y: 2 * y),
     "_forward_pre_hooks": lambda m: m.register_forward_pre_hook(lambda m, x: tuple(2 * part for part in x)),
     "_backward_hooks": lambda m: m.register_full_backward_hook(lambda m, x, y: None),

@@ -143,7 +143,7 @@ def test_one_tree_is_split_by_a_seed(tmp_path):
     with refuses(tmp_path, "--split-seed"):
         load(root, "--input-size", 34)
     data = load(root, "--input-size", 34, "--split-seed", 1)
-    again = load(root, "--input-size", 34, "--split-seed", 1)  # what was made is no class
+    again = load(root, "--input-size", 34, "--split-seed", 1)  # the folder of frames is no class
     assert data.split == again.split
     assert [len(data.split[part]) for part in ("train", "test")] == [9, 3]
     assert load(root, "--input-size", 34, "--split-seed", 2).split != data.split

@@ -167,7 +167,7 @@ def test_pooling_passes_nan_on(gamma):
 def test_token_attention(dtype, steps, heads, width, train):
     channels = heads * width
     m = lively(TokenQKAttention(channels, heads)).train(train)
-    m.q.bn.bias.data.view(heads, width)[::2] -= 0.6  # here the sum decides; and a neighbour that always fires
+    m.q.bn.bias.data.view(heads, width)[::2] -= 0.6  # the sum decides here, and a neighbour that always fires
     m.q.bn.bias.data.view(heads, width)[1::2, 0] += 2.5  # must not count where a head does not fill its tile
     set_lif_backend(m, "torch")
     actual = copy.deepcopy(m).float()

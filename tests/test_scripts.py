@@ -86,7 +86,9 @@ def test_two_ranks(tmp_path):
     results = [result_in(tmp_path / str(count)) for count in (1, 2)]
     for key in ("loss", "top1", "top5"):
         assert results[0][key] == results[1][key]
-        assert results[0][key] == pytest.approx(recorded[f"test_{key}"], rel=1e-6)  # what was recorded is saved
+        assert results[0][key] == pytest.approx(
+            recorded[f"test_{key}"], rel=1e-6
+        )  # the checkpoint has the recorded figures
     assert results[0]["count"] == results[1]["count"] == 360
 
 
