@@ -51,12 +51,12 @@ def save(path, recording, kind=".npz"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path = path.with_suffix(kind)
     if kind == ".npz":
-        np.savez(path, **dict(zip("txyp", recording, strict=True)))
+        np.savez(path, **dict(zip("txyp", recording[:4], strict=True)))
     elif kind == ".npy":  # tonic's array
         columns = [recording.x, recording.y, recording.t, recording.p]
         np.save(path, np.array(list(zip(*columns, strict=True)), [(name, int) for name in "xytp"]))
     else:
-        path.write_bytes(tiny_data.atis(*recording))
+        path.write_bytes(tiny_data.atis(*recording[:4]))
 
 
 def folder(root, parts=("train", "test"), classes=CLASSES, per_class=2, kind=".npz", **how):
@@ -97,14 +97,14 @@ def test_n_mnist_as_published_as_events_and_as_frames_is_that_of_spikingjelly(tm
 
 def test_every_format_gives_the_same_frames(tmp_path, monkeypatch):
     recording = events(side=128)
-    t, x, y, p = recording
+    t, x, y, p = recording[:4]
     root = folder(tmp_path / "data", side=128)
     place = root / "train/0"
     for kind in (".npz", ".npy", ".bin"):
         save(place / f"x{kind[1:]}", recording, kind)
     save(place / "signed", recording._replace(p=2 * p - 1))
     (place / "jaer.AEDAT").write_bytes(tiny_data.aedat2(t, 127 - y, 127 - x, 1 - p))
-    (place / "caer.aedat").write_bytes(tiny_data.aedat31(*recording))
+    (place / "caer.aedat").write_bytes(tiny_data.aedat31(*recording[:4]))
     np.save(place / "frames.npy", integrate(recording, 4))
     np.savez(place / "frames.npz", frames=integrate(recording, 4).astype(float))
     (place / "dv.aedat4").write_bytes(b"#!AER-DAT4.0")
