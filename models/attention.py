@@ -4,7 +4,7 @@ Shapes: T time steps, B batch, C channels, H height, W width, N = H*W tokens, h 
 Each attention maps [T,B,C,H,W] to [T,B,C,H,W].
 
 To add one, write a class here and name it in `qkformer.ATTENTIONS`. For the fused path also add it to
-`fused.coverage.KINDS`, and to `attend` in `fused.gpu` if it has a kernel.
+`fused.coverage.ATTENTIONS`, and to `attend` in `fused.gpu` if it has a kernel.
 """
 
 from torch import Tensor, nn
