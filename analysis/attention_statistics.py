@@ -16,6 +16,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from engine.cli import UserError
 from engine.log import logger
 from models.attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from models.neuron import ATTN_THRESHOLD
@@ -49,6 +50,8 @@ def bound(kind: str, width: int, tokens: int) -> float:
 def measure(subject: Subject) -> list[dict]:
     """Return a row for each block; self-attention has two, with and without the scale."""
     blocks = {name: module.attn for name, module in subject.model.named_modules() if isinstance(module, Block)}
+    if unknown := [type(attention).__name__ for attention in blocks.values() if type(attention) not in KINDS]:
+        raise UserError(f"{subject.path}: no formula for {unknown[0]}; use a network with token, channel or self")
     sums, tokens, callbacks = {name: {} for name in blocks}, {}, {}
 
     def add(block: str, part: str, x: Tensor) -> None:

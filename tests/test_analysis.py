@@ -25,6 +25,7 @@ from analysis import (
 )
 from analysis.energy import estimate
 from engine import checkpoint, config
+from engine.cli import UserError
 from engine.config import read
 from engine.run import build_model
 from models import LIF
@@ -200,6 +201,12 @@ def test_statistics_of_attention(all_kinds, tmp_path, monkeypatch, capfd):
         assert math.isclose(value["mean"], sums[0].mean(), rel_tol=1e-6)
         assert math.isclose(value["variance"], sums[0].var(correction=0), rel_tol=1e-6)
     assert (tmp_path / "attention_statistics.png").exists()
+
+
+def test_statistics_of_an_attention_without_a_formula_are_an_error(all_kinds, monkeypatch):
+    monkeypatch.delitem(attention_statistics.KINDS, ChannelQKAttention)
+    with pytest.raises(UserError, match="ChannelQKAttention"):
+        attention_statistics.measure(subject(all_kinds))
 
 
 def test_hooks_end_with_a_failed_forward_pass(all_kinds):

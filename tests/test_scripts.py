@@ -49,7 +49,10 @@ def test_the_settings_come_from_the_checkpoint(tmp_path, monkeypatch, capfd):
     settings = "--attention channel token self --time-steps 2 --ssa-membrane released --input-size 12 --mlp-ratio 1"
     settings = [*QUICK, *settings.split(), "--amp", "bf16", "--eval-batch-size", "50", "--epochs", "1"]
     here(monkeypatch, capfd, "digits/train.py", *settings, "--output-dir", tmp_path)
-    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "last.pt")
+    half = tmp_path / "half.yml"
+    half.write_text((ROOT / "digits/digits.yml").read_text() + "amp: fp16\n")
+    output = here(monkeypatch, capfd, "digits/test.py", "--checkpoint", tmp_path / "last.pt", "--config", half)
+    assert "fp16" not in output
     (recorded,), result = rows_in(tmp_path), result_in(tmp_path)
     assert (result["loss"], result["top1"]) == (recorded["test_loss"], recorded["test_top1"])
     assert (result["attention"], result["time_steps"]) == (["channel", "token", "self"], 2)
