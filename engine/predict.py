@@ -82,7 +82,7 @@ def load(path: str | Path, device: str = "auto", **settings: object) -> Predicto
     state = checkpoint.read(path)
     sources = read(recipe) if recipe else Sources(path, {None: {}}, {}, folder / "none", [])
     if not (recipe or state["format"] == "qkformer" or recipe_of(path, folder)):
-        raise UserError(f"{path}: no preprocessing recorded; use --config RECIPE, a file in {folder.name}")
+        raise UserError(f"{path}: no preprocessing recorded; use --config with the recipe of its data set")
     cfg = settings_of(state, path, dataclasses.replace(sources, flags=settings))
     if cfg.ssa_membrane == "released" and cfg.residual == "sew":
         logger.warning("warning: ssa_membrane released: answers depend on the batch; use --eval-batch-size 1")

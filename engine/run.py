@@ -44,6 +44,7 @@ def train(recipe: Path) -> None:
     world = setup(cfg, sources.ignored)
     start = find_run(cfg, world)
     cfg = _settings_to_train(sources, start)
+    _print_slow_amp(cfg, world)
     _require_equal_settings(cfg)
     timm.utils.random_seed(cfg.seed)
     data = create_data(cfg, world)
@@ -88,6 +89,7 @@ def test(recipe: Path, meter: str) -> None:
     path = distributed.gather([checkpoint_to_test(cfg) if world.is_main else None])[0]
     state = checkpoint.read(path)
     cfg = _counted(settings_of(state, path, sources))
+    _print_slow_amp(cfg, world)
     folder = Path(cfg.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # fail before the evaluation, not after it
@@ -124,12 +126,15 @@ def setup(cfg: Config, ignored: Iterable[str] = ()) -> World:
     distributed.set_arithmetic(cfg)
     _require_gpu(cfg, world)
     log.setup_console(world.is_main)
-    for amp in dict.fromkeys((cfg.amp, cfg.eval_amp)):
-        if distributed.is_slow(amp, world.device):
-            logger.info(f"{amp} is slow on this CPU; using float32")
     if ignored:
         logger.info(f"without effect here: {', '.join(dict.fromkeys(ignored))}")
     return world
+
+
+def _print_slow_amp(cfg: Config, world: World) -> None:
+    for amp in dict.fromkeys((cfg.amp, cfg.eval_amp)):
+        if distributed.is_slow(amp, world.device):
+            logger.info(f"{amp} is slow on this CPU; using float32")
 
 
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:

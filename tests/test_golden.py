@@ -1,4 +1,4 @@
-"""The networks, and test.py with released checkpoints, equal the released code: see golden_cases.py for the data."""
+"""Networks, and test.py on released checkpoints, against the released code; golden_cases.py has the data."""
 
 import argparse
 
@@ -124,7 +124,7 @@ def float64():
 
 
 def released_content(name, case):
-    """The weights in the file format of their training."""
+    """Return the weights in the file format of their training."""
     weights, steps = make_weights(case.about["state_dict"], case.seed), case.about["T"]
     if name.startswith("ms"):
         return {"state_dict": weights}

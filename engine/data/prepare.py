@@ -37,7 +37,7 @@ def _make(folder: Path, layout: Layout, recordings: list[Recording], show: bool)
     try:
         # `max_nbytes`: pass arguments through pipes, because the folder of temporary files may be small
         results = joblib.Parallel(joblib.cpu_count(), return_as="generator", max_nbytes=None)(jobs)
-        results = list(progress(results, "preparing", max(1, len(left) // 20), show, total=len(left)))
+        results = list(progress(results, "preparing", max(20, len(left) // 20), show, total=len(left)))
     except BrokenProcessPool:
         raise UserError(f"{folder}: a process was killed, perhaps out of memory; start again to continue") from None
     if invalid := {recording.name: count for recording, (_, count) in zip(left, results, strict=True) if count}:
