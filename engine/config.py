@@ -36,7 +36,7 @@ IGNORED = [  # keys and flags of the released scripts and of timm's without effe
     *(LAUNCHERS + NETWORK),
 ]
 IF_OFF = (  # keys of what is missing here: off there if null, false, 0 or empty
-    "aug_repeats aug_splits bce_loss both_membranes drop drop_block drop_connect eval jsd_loss model_ema native_amp "
+    "aug_repeats aug_splits bce_loss both_membranes drop drop_block drop_connect jsd_loss model_ema native_amp "
     "apex_amp no_aug output pretrained save_images split_bn torchscript tta vflip"
 ).split()
 

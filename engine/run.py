@@ -41,6 +41,9 @@ def train(recipe: Path) -> None:
     cfg = sources.config(validate=False)  # the rest may come from a checkpoint
     if cfg.checkpoint or cfg.energy:
         raise UserError("--checkpoint, --energy: are for test.py; to continue a run use --resume")
+    if cfg.eval:
+        test(recipe, None)
+        return
     world = setup(cfg, sources.ignored)
     start = find_run(cfg, world)
     cfg = _settings_to_train(sources, start)
@@ -81,7 +84,7 @@ def _train_one_epoch(trainer: Trainer, record: Callable[[dict], None] | None) ->
 
 
 @distributed.membership()
-def test(recipe: Path, meter: str) -> None:
+def test(recipe: Path, meter: str | None) -> None:
     """Evaluate `--checkpoint`; `meter` ("module:name") measures `--energy`, because analyses import the engine."""
     sources = read(recipe, sys.argv[1:])
     cfg = sources.config(validate=False)

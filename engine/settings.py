@@ -154,6 +154,7 @@ class MachineSettings:
     resume: str | None = option(None, "checkpoint to resume; auto: last.pt of --output-dir, if any", only="train")
     finetune: str | None = option(None, "checkpoint to start from; new classes get a new head", only="train")
     checkpoint: str | None = option(None, "checkpoint to evaluate (default: best.pt of the last run)", only="test")
+    eval: bool = option(False, "evaluate --resume or --finetune as test.py does", only="train")
     energy: bool = option(False, "also measure MACs, synaptic operations, firing rates and energy", only="test")
     use_ema: bool = option(True, "--checkpoint, --finetune: prefer averaged weights")
     log_interval: int = option(50, "steps between lines of progress without a terminal", low=1)

@@ -208,7 +208,7 @@ def test_a_variant_changes_what_it_lists(recipe):
     [
         ("imagenet/train.py", [], ["[qkformer_10_384]", "[200]", "--lr ", "optimization:"], ["--energy", "--paper"]),
         ("imagenet/train.py", ["--config", "qkformer_10_768_384"], ["[384]", "[qkformer_10_768]"], ["[224]"]),
-        ("imagenet/test.py", [], ["--checkpoint", "--energy"], ["--lr ", "--mixup", "--seed", "--resume"]),
+        ("imagenet/test.py", [], ["--checkpoint", "--energy"], ["--lr ", "--mixup", "--seed", "--resume", "--eval "]),
     ],
 )
 def test_help_has_the_values_of_the_recipe_and_what_the_script_reads(script, flags, shown, hidden, monkeypatch, capfd):

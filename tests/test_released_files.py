@@ -39,9 +39,12 @@ def test_the_released_flags_and_the_default_checkpoint(data, tmp_path, monkeypat
     named(fail(monkeypatch, capfd, "imagenet/test.py"), "--checkpoint", "output/qkformer_10_384")
     here(monkeypatch, capfd, "imagenet/train.py", *flags, "--epochs", "1")
     (folder,) = (tmp_path / "output/qkformer_10_384").iterdir()
-    here(monkeypatch, capfd, "imagenet/test.py", *flags)
-    result, (recorded,) = result_in(folder), rows_in(folder)
-    assert (result["loss"], result["top1"], result["count"]) == (recorded["test_loss"], recorded["test_top1"], 5)
+    (recorded,), path = rows_in(folder), folder / "best.pt"
+    for command in ("train.py --eval --resume", path), ("train.py --eval --finetune", path), ("test.py",):
+        here(monkeypatch, capfd, *f"imagenet/{command[0]}".split(), *command[1:], *flags)
+        result = result_in(folder)
+        assert (result["loss"], result["top1"], result["count"]) == (recorded["test_loss"], recorded["test_top1"], 5)
+        (folder / "best.test.json").unlink()
 
 
 def test_a_known_file_is_evaluated_by_its_recipe(data, tmp_path, monkeypatch, capfd):

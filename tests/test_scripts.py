@@ -112,6 +112,7 @@ def test_two_ranks(tmp_path):
         (["train.py", "--resume", "no/such.pt"], "no/such.pt"),
         (["train.py", "--checkpoint", "x.pt"], "--checkpoint"),
         (["train.py", "--energy"], "--energy"),
+        (["train.py", "--energy", "--eval", "--resume", "x.pt"], "--energy"),
         (["train.py", "--lif-backend", "cupy"], "cupy"),
         (["train.py", "--pack-spikes"], "--pack-spikes"),
         (["train.py", "--cuda-graphs"], "--cuda-graphs"),
