@@ -68,8 +68,7 @@ def settings(result: dict) -> dict[str, object]:
 def differences(result: dict, cfg: Config) -> dict[str, tuple]:
     """Return the settings that affect the accuracy and differ: name -> (value of the result, value of `cfg`)."""
     wanted = plain(cfg)
-    pairs = {key: (value, wanted[key]) for key, value in settings(result).items()}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    return {key: (value, wanted[key]) for key, value in settings(result).items() if value != wanted[key]}
 
 
 def by_recipe(rows: Sequence[dict], configs: Sequence[Config]) -> dict[Config, list[dict]]:

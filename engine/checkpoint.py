@@ -69,8 +69,7 @@ def _read_safetensors(path: Path) -> dict:
     if "config" not in metadata:
         return state
     config, classes = metadata["config"], metadata.get("classes", "[]")  # files of older versions have no names
-    record = {"config": dict(json.loads(config)), "classes": list(json.loads(classes))}
-    return state | {"format": "qkformer", **record}
+    return state | {"format": "qkformer", "config": dict(json.loads(config)), "classes": list(json.loads(classes))}
 
 
 def _recognised(content: object) -> dict:

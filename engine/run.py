@@ -47,7 +47,6 @@ def train(recipe: Path) -> None:
     world = setup(cfg, sources.ignored)
     start = find_run(cfg, world)
     cfg = _settings_to_train(sources, start)
-    _print_slow_amp(cfg, world)
     _require_equal_settings(cfg)
     timm.utils.random_seed(cfg.seed)
     data = create_data(cfg, world)
@@ -92,7 +91,6 @@ def test(recipe: Path, meter: str | None) -> None:
     path = distributed.gather([checkpoint_to_test(cfg) if world.is_main else None])[0]
     state = checkpoint.read(path)
     cfg = _counted(settings_of(state, path, sources))
-    _print_slow_amp(cfg, world)
     folder = Path(cfg.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # fail before the evaluation, not after it
@@ -104,7 +102,7 @@ def test(recipe: Path, meter: str | None) -> None:
         f"batches of {cfg.eval_batch_size or cfg.batch_size}, ssa_membrane {cfg.ssa_membrane}, "
         f"on {cfg.data_path or cfg.dataset}"
     )
-    _test_kernels(cfg, world)
+    _check_device(cfg, world)
     model = build_model(cfg).to(world.device)
     load_weights(cfg, model, state, path)
     if cfg.compile:
@@ -132,12 +130,6 @@ def setup(cfg: Config, ignored: Iterable[str] = ()) -> World:
     if ignored:
         logger.info(f"without effect here: {', '.join(dict.fromkeys(ignored))}")
     return world
-
-
-def _print_slow_amp(cfg: Config, world: World) -> None:
-    for amp in dict.fromkeys((cfg.amp, cfg.eval_amp)):
-        if distributed.is_slow(amp, world.device):
-            logger.info(f"{amp} is slow on this CPU; using float32")
 
 
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
@@ -196,11 +188,14 @@ def _require_gpu(cfg: Config, world: World) -> None:
         raise UserError(f"--{problems[0]}; omit it")
 
 
-def _test_kernels(cfg: Config, world: World) -> None:
-    """Test the Triton kernels on one rank of each machine, which fills the cache, then on all.
+def _check_device(cfg: Config, world: World) -> None:
+    """Print slow precisions; test the Triton kernels on one rank of each machine, which fills the cache, then on all.
 
     Raise `UserError` if a flag needs them and they fail, or on some ranks, which would use other collectives.
     """
+    for amp in dict.fromkeys((cfg.amp, cfg.eval_amp)):
+        if distributed.is_slow(amp, world.device):
+            logger.info(f"{amp} is slow on this CPU; using float32")
     if world.device.type == "cpu" or cfg.compile or cfg.lif_backend not in ("auto", "triton"):
         return
     problem = distributed.in_turns(triton_problem)
@@ -219,7 +214,7 @@ def _model_to_train(cfg: Config, world: World, start: Start, data: Data) -> nn.M
     path = start.path if start.state else cfg.finetune
     if path:
         warn_of_seen(data, Path(path))
-    _test_kernels(cfg, world)
+    _check_device(cfg, world)
     model = build_model(cfg).to(world.device)
     if path and not start.is_native:
         state = start.state or checkpoint.read(path)

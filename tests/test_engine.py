@@ -14,7 +14,7 @@ from engine.cli import UserError
 from engine.data.image import create_data
 from engine.evaluate import evaluate
 from engine.optim import create_optimizer
-from engine.run import _test_kernels, build_model, setup
+from engine.run import _check_device, build_model, setup
 from engine.trainer import Trainer, autocast
 
 LOSSES = [2.3030338925685037, 2.312364332910037, 2.2400097693761825, 2.2621201550727075, 2.1888208477107765]
@@ -231,7 +231,7 @@ def test_kernels_that_fail_on_every_rank_end_only_what_needs_them(flags, is_test
     problem = "computes 17 for 4; use lif_backend='torch'"
     monkeypatch.setattr("engine.run.triton_problem", lambda: tests.append(1) or problem)
     with pytest.raises(UserError) if is_refused else contextlib.nullcontext():
-        _test_kernels(configure(*flags), world.World(0, 1, torch.device("cuda")))
+        _check_device(configure(*flags), world.World(0, 1, torch.device("cuda")))
     assert len(tests) == is_tested
 
 
@@ -239,7 +239,7 @@ def test_kernels_that_fail_on_one_rank_end_the_run(monkeypatch):
     monkeypatch.setattr("engine.run.triton_problem", lambda: None)
     monkeypatch.setattr("engine.world.gather", lambda values: [*values, "computes 17 for 4; use lif_backend='torch'"])
     with refuses("rank 1", "computes 17 for 4"):
-        _test_kernels(configure(), world.World(0, 2, torch.device("cuda")))
+        _check_device(configure(), world.World(0, 2, torch.device("cuda")))
 
 
 @pytest.mark.gpu

@@ -62,11 +62,10 @@ def record(images: np.ndarray, seed: int) -> list[Events]:
     seen = _log_intensity(scene, start)  # [B,S,S], at the last event of each pixel
     changes = []
     for step in range(1, STEPS + 1):
-        change = (_log_intensity(scene, start + 2 * math.pi * step / STEPS) - seen) / THRESHOLD
-        change = change.trunc()
+        change = ((_log_intensity(scene, start + 2 * math.pi * step / STEPS) - seen) / THRESHOLD).trunc()
         seen += change * THRESHOLD
         changes.append(change.to(torch.int8))
-    return [_events(sample.numpy()) for sample in torch.stack(changes, 1)]
+    return [_events(sample) for sample in torch.stack(changes, 1).numpy()]
 
 
 def _log_intensity(scene: Tensor, angle: Tensor) -> Tensor:
