@@ -14,10 +14,10 @@ demo: $(VENV)/ready
 	$(RUN) -m analysis.attention_masks --checkpoint $(DEMO)/last.pt
 	$(RUN) -m analysis.curves $(DEMO) --output $(DEMO)/curves.png
 	@echo
-	@echo "The accuracy above is that of the last epoch, last.pt. best.pt is the epoch with the best accuracy on the test"
-	@echo "set; it was chosen on that set, so its accuracy is a little too high. Pictures of this run:"
+	@echo "The accuracy above is that of last.pt, the last epoch. best.pt is the epoch with the best accuracy on the test set."
+	@echo "Its own accuracy is slightly too high, because the test set chose it. Pictures of this run:"
 	@echo "      $(DEMO)/curves.png               loss and accuracy of each epoch"
-	@echo "      $(DEMO)/last.predictions.png     test images with the model's answers"
+	@echo "      $(DEMO)/last.predictions.png     test images with wrong answers"
 	@echo "      $(DEMO)/attention_masks.png      tokens of a digit that pass the Q-K attention"
 	@echo "      $(DEMO)/firing_rates.png         firing rate of each neuron layer"
 	@echo "      $(DEMO)/last.energy.png          energy of each layer"

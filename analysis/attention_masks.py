@@ -1,10 +1,10 @@
-"""Masks of the tokens or channels that Q-K attention passes, drawn over the input (attention_masks.png).
+"""Tokens or channels that pass Q-K attention, drawn over the input (attention_masks.png).
 
     python -m analysis.attention_masks --checkpoint output/first/best.pt
 
-A column is a block, with the share of all tokens or channels that pass. Token attention shows the share of heads and
+A column is a block, with the share of tokens or channels that pass. Token attention shows the share of heads and
 time steps in which a token passes. Channel attention shows the share of channels and time steps in which a token's key
-passes, and a strip of how often each channel is open.
+passes. The strip shows how often each channel is open.
 """
 
 import functools
@@ -30,12 +30,12 @@ class Mask(NamedTuple):
     kind: str  # "token" or "channel"
     over_image: Tensor  # [B,H,W], 0 to 1
     of_channels: Tensor | None  # [B,C], how often each is open, of channel attention
-    passing: Tensor  # [B], the share of tokens or channels that pass
+    passing: Tensor  # [B], share of tokens or channels that pass
 
 
 @torch.inference_mode()
 def measure(subject: Subject, images: Tensor) -> list[Mask]:
-    """Return the masks for `images` [B,...], block by block; raises `UserError` where the network has none."""
+    """Return the masks for `images` [B,...], block by block; raise `UserError` if the network has none."""
     masks, spikes, callbacks = [], {}, {}
 
     def keep(block: str, attention: TokenQKAttention | ChannelQKAttention, x: Tensor, _) -> None:
@@ -48,7 +48,7 @@ def measure(subject: Subject, images: Tensor) -> list[Mask]:
             callbacks[module.proj] = lambda passed, _: spikes.update(passed=passed)
             callbacks[module] = functools.partial(keep, name.removesuffix(".attn"), module)
     if not callbacks:
-        raise UserError(f"{subject.path}: this {subject.cfg.model} has no Q-K attention; use another checkpoint")
+        raise UserError(f"{subject.path}: {subject.cfg.model} without Q-K attention; use another checkpoint")
     with hooked(callbacks):
         subject.model(images)
     return masks
@@ -92,14 +92,14 @@ def draw(subject: Subject, images: Tensor, labels: Tensor, masks: list[Mask], pa
         for axis in axes:
             axis.set(xticks=[], yticks=[])
         below = "\nstrips: how often each channel is open" if any(mask.kind == "channel" for mask in masks) else ""
-        figure.suptitle(f"What passes (bright), scaled by column{below}", fontsize=10)
+        figure.suptitle(f"Passing tokens are bright, scaled by column{below}", fontsize=10)
 
 
 def run(argv: Sequence[str]) -> None:
     samples = {"type": positive, "default": 8, "help": "test samples to draw (8)"}
-    args, found = subjects(__doc__, argv, samples=samples)
-    for subject in found:
-        name = f"attention_masks-{subject.name}" if len(found) > 1 else "attention_masks"
+    args, loaded = subjects(__doc__, argv, samples=samples)
+    for subject in loaded:
+        name = f"attention_masks-{subject.name}" if len(loaded) > 1 else "attention_masks"
         images, labels = subject.samples(args.samples)
         masks = measure(subject, images)
         draw(subject, images, labels, masks, args.output_dir / f"{name}.png")

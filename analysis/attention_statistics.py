@@ -1,11 +1,11 @@
-"""Mean and variance of the attention's sums in each block: Q-K attention against spiking self-attention.
+"""Mean and variance of the attention's sums in each block, for Q-K attention and spiking self-attention.
 
     python -m analysis.attention_statistics --checkpoint output/first/best.pt output/self/best.pt
 
-The attention's neuron reads a sum of the query's spikes over n = d channels of a head (token) or n = N tokens
-(channel), or the product q (k^T v) times 0.125 (self-attention). Each is compared with independent spikes of the same
-firing rates f (Q-K: mean n f, variance n f (1 - f); self-attention: `independent`) and with the paper's bound
-(`bound`). Writes attention_statistics.csv and .png.
+In Q-K attention the neuron reads a sum of query spikes over n = d channels of a head (token) or n = N tokens (channel).
+In self-attention it reads q (k^T v) times 0.125. The table compares each with independent spikes of the same firing
+rates f (Q-K: mean n f, variance n f (1 - f); self-attention: `independent`) and with the paper's bound (`bound`).
+Writes attention_statistics.csv and .png.
 """
 
 import itertools
@@ -30,7 +30,7 @@ STYLES += [("self scaled", "^", "tab:red"), ("self unscaled", "v", "tab:orange")
 
 
 def independent(kind: str, rates: Sequence[float], width: int, tokens: int) -> tuple[float, float]:
-    """Return mean and variance of the sum, without scale, if the spikes of q, k (and v) were independent."""
+    """Return mean and variance of the sum, without scale, for independent spikes of q, k (and v)."""
     if kind != "self":
         n, f = (width if kind == "Q-K token" else tokens), rates[0]
         return n * f, n * f * (1 - f)
@@ -43,20 +43,20 @@ def independent(kind: str, rates: Sequence[float], width: int, tokens: int) -> t
 
 
 def bound(kind: str, width: int, tokens: int) -> float:
-    """Return the paper's bound of the sum's variance: a quarter of the number of terms, as if they were independent."""
+    """Return the paper's bound of the sum's variance: a quarter of the number of terms, assumed independent."""
     return {"Q-K token": width, "Q-K channel": tokens, "self": tokens * width}[kind] / 4
 
 
 def measure(subject: Subject) -> list[dict]:
-    """Return a row for each block, and two (with the scale, without) for each of self-attention."""
+    """Return a row for each block; self-attention has two, with and without the scale."""
     blocks = {name: module.attn for name, module in subject.model.named_modules() if isinstance(module, Block)}
     if unknown := [type(attention).__name__ for attention in blocks.values() if type(attention) not in KINDS]:
         raise UserError(f"{subject.path}: no formula for {unknown[0]}; use a network with token, channel or self")
     sums, tokens, callbacks = {name: {} for name in blocks}, {}, {}
 
-    def add(block: str, what: str, x: Tensor) -> None:
+    def add(block: str, part: str, x: Tensor) -> None:
         moments = [x.numel(), x.sum(dtype=torch.float64), x.double().square().sum()]
-        sums[block][what] = sums[block].get(what, 0) + torch.tensor(moments, dtype=torch.float64)
+        sums[block][part] = sums[block].get(part, 0) + torch.tensor(moments, dtype=torch.float64)
 
     for name, attention in blocks.items():
         callbacks[attention] = lambda x, _, name=name: tokens.update({name: x.shape[3:].numel()})
@@ -99,18 +99,20 @@ def _rows(depth: int, name: str, attention: nn.Module, sums: dict[str, Tensor], 
 def draw(tables: dict[str, list[dict]], path: Path) -> None:
     """Draw mean and variance over depth, a line for each checkpoint and kind; crosses for independent spikes."""
     with drawing(path, 1, 2, (13, 4.6), grid="both") as (figure, axes):
-        for axis, what in zip(axes, ("mean", "variance"), strict=True):
+        for axis, moment in zip(axes, ("mean", "variance"), strict=True):
             for (name, rows), line in zip(tables.items(), itertools.cycle(("-", "--", ":"))):
                 for kind, marker, colour in STYLES:
-                    if mine := [row for row in rows if row["attention"] == kind]:
-                        depths, values = [row["depth"] for row in mine], [row[what] for row in mine]
+                    if points := [row for row in rows if row["attention"] == kind]:
+                        depths, values = [row["depth"] for row in points], [row[moment] for row in points]
                         axis.plot(depths, values, line, marker=marker, color=colour, label=f"{kind} ({name})")
-                        axis.plot(depths, [row[f"independent {what}"] for row in mine], "x", color=colour, alpha=0.6)
-                        if what == "variance":
-                            bounds = [row["bound of the variance"] for row in mine]
+                        axis.plot(
+                            depths, [row[f"independent {moment}"] for row in points], "x", color=colour, alpha=0.6
+                        )
+                        if moment == "variance":
+                            bounds = [row["bound of the variance"] for row in points]
                             axis.plot(depths, bounds, "_", color=colour, markersize=14)
-            is_silent = not any(row[what] > 0 for rows in tables.values() for row in rows)
-            axis.set(title=f"{what} of the input of the attention's neuron", xlabel="block")
+            is_silent = not any(row[moment] > 0 for rows in tables.values() for row in rows)
+            axis.set(title=f"{moment} of the input of the attention's neuron", xlabel="block")
             axis.set_yscale("linear" if is_silent else "log")
             axis.xaxis.get_major_locator().set_params(integer=True)
         axes[0].axhline(ATTN_THRESHOLD, color="grey", linewidth=0.8)
@@ -119,8 +121,8 @@ def draw(tables: dict[str, list[dict]], path: Path) -> None:
 
 
 def run(argv: Sequence[str]) -> None:
-    args, found = subjects(__doc__, argv)
-    tables = {subject.name: measure(subject) for subject in found}
+    args, loaded = subjects(__doc__, argv)
+    tables = {subject.name: measure(subject) for subject in loaded}
     rows = [{"checkpoint": name, **row} for name, table in tables.items() for row in table]
     write_csv(args.output_dir / "attention_statistics.csv", rows)
     draw(tables, args.output_dir / "attention_statistics.png")

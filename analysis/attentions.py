@@ -1,4 +1,4 @@
-"""Attentions by themselves, to compare their growth: operations, memory, and forward with backward pass."""
+"""Single attentions, to compare how operations, memory and time grow."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,14 +12,13 @@ from models.attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAt
 from .common import published
 
 FIRING_RATE = 0.2
-LABELS = {"token": "Q-K token", "self": "q (k^T v)", "quadratic": "(q k^T) v"}  # of the table of memory
+LABELS = {"token": "Q-K token", "self": "q (k^T v)", "quadratic": "(q k^T) v"}  # in the table of memory
 
 
 class QuadraticSelfAttention(SpikingSelfAttention):
     """Self-attention as (q k^T) v: the same spikes as from q (k^T v), through a map of tokens by tokens."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Spikes [T,B,h,d,N] of query, key and value to spikes of the same shape."""
         qk = k.mT @ q  # [T,B,h,N,N], the transpose of q k^T with tokens as rows
         return self.attn_lif(v @ qk * self.scale)
 
@@ -34,20 +33,19 @@ PARTS = {"core": tuple(MODULES), "module": ("self", "token", "channel")}  # atte
 
 
 class Attention(NamedTuple):
-    """An attention at n tokens and d channels, for one sample at one time step."""
+    """Attention at n tokens and d channels, for one sample at one time step."""
 
     kind: str
-    part: str  # "core": from the spikes of q, k and v to those for the projection; "module": all of it
+    part: str  # "core": from the spikes of q, k and v to those before the projection; "module": all
     n: int
     d: int
     heads: int
 
     def module(self) -> nn.Module:
-        """Create the module."""
         return MODULES[self.kind](self.d, self.heads)
 
     def operations(self) -> int:
-        """Count additions or multiply-accumulates, without the neurons and the scale before them."""
+        """Count additions or multiply-accumulates, without scale and neurons."""
         n, d = self.n, self.d
         products = {"self": 2 * n * d * d // self.heads, "quadratic": 2 * n * n * d}
         core = products.get(self.kind, 2 * n * d)  # else the sum over the query, and the mask on the key
@@ -55,27 +53,27 @@ class Attention(NamedTuple):
         return core + n * sum(weights)
 
     def counted_bytes(self) -> int:
-        """Count the float32 results of sums, masks and products of the core, without the scale and the neuron."""
+        """Count the bytes of float32 sums, masks and products in the core, without scale and neurons."""
         maps = {"self": self.d**2 // self.heads, "quadratic": self.heads * self.n**2}
         maps |= {"token": self.heads * self.n, "channel": self.d}
         return 4 * (maps[self.kind] + self.n * self.d)
 
     def measured_bytes(self) -> int:
-        """Measure the most bytes that a forward pass of the core, with its neuron, holds beyond its inputs."""
+        """Measure the peak bytes of a forward pass of the core, with its neurons, beyond its inputs."""
         return peak_bytes(self.module().attend, *self.spikes(self.inputs))
 
     @property
     def inputs(self) -> int:
-        """Return the inputs of the core: query and key, and value with self-attention."""
+        """Return the number of inputs of the core: query and key, and value in self-attention."""
         return 3 if self.kind in ("self", "quadratic") else 2
 
     def spikes(self, count: int) -> list[Tensor]:
-        """Return random spikes, `count` tensors [1,1,h,d,N]."""
+        """Draw spikes: `count` tensors [1,1,h,d,N]."""
         rng, shape = torch.Generator().manual_seed(0), (1, 1, self.heads, self.d // self.heads, self.n)
         return [(torch.rand(shape, generator=rng) < FIRING_RATE).float() for _ in range(count)]
 
     def step(self, device: torch.device) -> tuple[Callable[..., object], list[Tensor], list[nn.Parameter]]:
-        """Return forward and backward pass as a function of spikes, these spikes, and the parameters."""
+        """Return a forward and backward pass as a function, its input spikes, and the parameters."""
         module = self.module().to(device)
         *spikes, gradient = self.spikes(self.inputs + 1)
         call, parameters = module.attend, list(module.parameters())
@@ -91,7 +89,7 @@ class Attention(NamedTuple):
 
 
 def peak_bytes(call: Callable[..., object], *inputs: Tensor) -> int:
-    """Measure the most bytes that tensors made by a call on the CPU hold at once."""
+    """Measure the peak bytes of tensors that a call creates on the CPU."""
     tracker, device = MemTracker(), torch.device("cpu")
     tracker.track_external(*inputs)
     before = sum(x.nbytes for x in inputs)

@@ -28,27 +28,27 @@ from engine.world import World
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "digits/digits.yml"
 
-Callback = Callable[[Tensor, Tensor], Tensor | None]  # of a module's input and output; returns another output, or None
+Callback = Callable[[Tensor, Tensor], Tensor | None]  # gets a module's input and output; may return another output
 
 
 @dataclass
 class Subject:
-    """A trained network in evaluation mode, with its data set."""
+    """Trained network in evaluation mode, with its data set."""
 
     path: Path  # of the checkpoint
     cfg: Config
     world: World
     model: nn.Module
-    name: str = ""  # differs between the subjects of one script
+    name: str = ""  # unique among the subjects of a script
     classes: Sequence[str] = ()  # names that the checkpoint records
 
     @functools.cached_property
     def data(self) -> Data:
-        """Return the test set; raises `UserError` as test.py does."""
+        """Return the test set; raise `UserError` as test.py does."""
         return create_data(self.cfg, self.world, train=False)
 
     def samples(self, count: int, spread: bool = False) -> tuple[Tensor, Tensor]:
-        """Return the first `count` test samples [B,...] with labels [B]; with `spread` from all over the test set."""
+        """Return the first `count` test samples [B,...] with labels [B]; with `spread` evenly spaced ones."""
         every, seen, kept = 1, 0, []
         for images, labels in self.data.test:
             if spread and not seen:
@@ -88,13 +88,13 @@ def hooked(callbacks: Mapping[nn.Module, Callback]) -> Iterator[None]:
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """Return a command line described by a script's docstring; its mistakes raise `UserError`."""
+    """Return a parser that a script's docstring describes; wrong flags raise `UserError`."""
     return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def checkpoint_parser(doc: str, **checkpoint_argument) -> argparse.ArgumentParser:
-    """Return a command line with `--checkpoint`, which also takes all flags of test.py."""
-    flags = parser(f"{doc}\nAll further flags are those of test.py, such as --data-path, --batch-size or --device.")
+    """Return a parser with `--checkpoint`, for `parse_known_args`; all other flags are those of test.py."""
+    flags = parser(f"{doc}\nTakes all flags of test.py, such as --data-path, --batch-size or --device.")
     about = "file that train.py wrote, or a released file"
     flags.add_argument("--checkpoint", type=Path, required=True, help=about, **checkpoint_argument)
     return flags
@@ -114,12 +114,12 @@ def main(body: Callable[[Sequence[str]], None]) -> None:
 
 
 def subjects(doc: str, argv: Sequence[str], **flags: dict) -> tuple[argparse.Namespace, list[Subject]]:
-    """Parse the command line of an analysis with further `flags`, load its checkpoints, create its `--output-dir`."""
-    ours = checkpoint_parser(doc, nargs="+")
-    ours.add_argument("--output-dir", type=Path, help="folder to write to (default: that of the first checkpoint)")
+    """Parse the command line of an analysis with more `flags`, load its checkpoints and create its `--output-dir`."""
+    command = checkpoint_parser(doc, nargs="+")
+    command.add_argument("--output-dir", type=Path, help="folder to write to (default: that of the first checkpoint)")
     for flag, arguments in flags.items():
-        ours.add_argument(f"--{flag.replace('_', '-')}", **arguments)
-    args, rest = ours.parse_known_args(argv)
+        command.add_argument(f"--{flag.replace('_', '-')}", **arguments)
+    args, rest = command.parse_known_args(argv)
     names = zip(args.checkpoint, short_names(args.checkpoint), strict=True)
     loaded = [subject(path, rest, name) for path, name in names]
     args.output_dir = args.output_dir or args.checkpoint[0].parent
@@ -128,7 +128,7 @@ def subjects(doc: str, argv: Sequence[str], **flags: dict) -> tuple[argparse.Nam
 
 
 def subject(path: Path, flags: Sequence[str], name: str = "") -> Subject:
-    """Load the network of a checkpoint under the flags of test.py; raises `UserError` if no recipe is known."""
+    """Load the network of a checkpoint under the flags of test.py; raise `UserError` if no recipe is known."""
     state = checkpoint.read(path)
     flags = ["--lif-backend", "torch", *flags]  # other backends skip modules
     recipe = _recipe_of(state, path, flags)
@@ -142,7 +142,7 @@ def subject(path: Path, flags: Sequence[str], name: str = "") -> Subject:
 
 
 def _recipe_of(state: dict, path: Path, flags: Sequence[str]) -> Path:
-    """Return a recipe for the data set that the checkpoint records, or of its kind, unless `--config` names one."""
+    """Return the recipe of `--config`, or one of the checkpoint's data set, or one of the same kind of data."""
     if any(flag.split("=")[0] == "--config" for flag in flags):
         return Path(load(DIGITS, flags, validate=False).config)
     if dataset := state["config"].get("dataset") if state["format"] == "qkformer" else None:
@@ -152,7 +152,7 @@ def _recipe_of(state: dict, path: Path, flags: Sequence[str]) -> Path:
 
 
 def recipes(folder: str = "*") -> Iterator[tuple[Path, Config]]:
-    """Yield the recipes next to the scripts, in one folder or all; skip files that are no recipes."""
+    """Yield the recipes next to the scripts, in one folder or all; skip other files."""
     for path in sorted(ROOT.glob(f"{folder}/*.yml")):
         if (path.parent / "train.py").exists():
             with contextlib.suppress(UserError):
@@ -160,7 +160,7 @@ def recipes(folder: str = "*") -> Iterator[tuple[Path, Config]]:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Return a different short name for each checkpoint; raises `UserError` where there is none."""
+    """Return a unique short name for each checkpoint; raise `UserError` if there is none."""
     for names in ([path.parent.name for path in paths], [f"{path.parent.name}-{path.stem}" for path in paths]):
         if len(set(names)) == len(paths):
             return names
@@ -168,7 +168,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def published(section: str) -> dict:
-    """Return a section of published.yml, the published figures that belong to no recipe."""
+    """Return a section of published.yml, which has the published figures without a recipe."""
     return yaml.safe_load(Path(__file__).with_name("published.yml").read_text())[section]
 
 

@@ -3,7 +3,8 @@
     python -m analysis.curves                                            # all published logs
     python -m analysis.curves output/cifar10 --published cifar10
 
-Draws test accuracy and losses by epoch: solid lines for training, dashed for the test set, a circle at the best epoch.
+Draws accuracy and losses by epoch. Losses are solid for training and dashed for the test set; circles mark the best
+epochs.
 """
 
 import json
@@ -17,7 +18,7 @@ from engine.log import label, logger, read_record, setup_console
 
 from .common import drawing, main, parser
 
-LOGS = {path.stem: path for path in sorted(Path(__file__).with_name("logs").glob("*.json"))}  # published
+LOGS = {path.stem: path for path in sorted(Path(__file__).with_name("logs").glob("*.json"))}
 
 
 class Curve(NamedTuple):
@@ -30,7 +31,7 @@ class Curve(NamedTuple):
 
 
 def published(name: str) -> Curve:
-    """Return the curve of a log. That of CIFAR-100 misses two epochs, so later ones are drawn up to two early."""
+    """Return the curve of a published log. CIFAR-100's lacks two epochs, so later ones appear up to two early."""
     log = json.loads(LOGS[name].read_text())
     epochs = [epoch + 1 for epoch in log.get("epochs", range(len(log["test_acc1"])))]
     losses = {kind: log[f"{kind}_loss"] for kind in ("train", "test") if f"{kind}_loss" in log}
@@ -38,11 +39,11 @@ def published(name: str) -> Curve:
 
 
 def run_curve(folder: Path, name: str) -> Curve:
-    """Return the curve of a run; raises `UserError` where it has none."""
+    """Return the curve of a run; raise `UserError` if it has none."""
     keys = ("epoch", "test_top1", "train_loss", "test_loss")
     parse = lambda text: [[float(row[key]) for key in keys] for row in map(json.loads, text.splitlines())]  # noqa: E731
     if not (rows := read_record(folder / "metrics.jsonl", [], parse)):
-        raise UserError(f"{folder}: no epoch in metrics.jsonl; name the folder of a run of train.py")
+        raise UserError(f"{folder}: no epoch in metrics.jsonl; pass the folder of a run of train.py")
     epochs, top1, train, test = ([*column] for column in zip(*rows, strict=True))
     return Curve(label(name, 40), [int(epoch) + 1 for epoch in epochs], top1, {"train": train, "test": test})
 
@@ -68,7 +69,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
 def run(argv: Sequence[str]) -> None:
     flags = parser(__doc__)
     flags.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs")
-    flags.add_argument("--published", nargs="+", choices=LOGS, help="published logs to draw (all; with runs none)")
+    flags.add_argument("--published", nargs="+", choices=LOGS, help="published logs to draw (all, or none with runs)")
     flags.add_argument("--output", type=Path, default=Path("output/curves.png"), help="picture (output/curves.png)")
     args = flags.parse_args(argv)
     setup_console(is_main=True)

@@ -3,7 +3,7 @@
 E = 4.6 pJ * T * MACs(first convolution) + 0.9 pJ * SOPs (QKFormer, section 4; energies of Horowitz, ISSCC 2014, 45 nm).
 SOPs sum mean(input) * T * MACs over all other layers, which include the matrix products of the attention. MACs are
 those of one sample at one time step. BatchNorm, pooling and neurons are not counted. The exact synaptic operations add
-up the fan-out of each spike: fewer at a padded border or under a stride, and those of the head once.
+up the fan-out of each spike, which a padded border or a stride reduces; the head counts once.
 """
 
 import functools
@@ -23,7 +23,7 @@ __all__ = ["AC_PJ", "MAC_PJ", "EnergyMeter", "EnergyReport", "energy_mj", "estim
 
 @torch.inference_mode()
 def estimate(model: nn.Module, data: Tensor | Iterable) -> EnergyReport:
-    """Measure a network of this project or of timm, in evaluation mode; raises ValueError for unknown products.
+    """Measure a network of this project or of timm, in evaluation mode; raise ValueError for unknown products.
 
     Args:
         data: a batch (images [B,C,H,W] or event frames [B,T,C,H,W]), or a loader of batches or of (batch, labels). On
@@ -41,7 +41,7 @@ def estimate(model: nn.Module, data: Tensor | Iterable) -> EnergyReport:
 
 
 class EnergyMeter(TorchFunctionMode):
-    """Context that counts what `model` computes; `report()` returns the counts."""
+    """Context that counts the operations of `model`; `report()` returns the counts."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -102,7 +102,7 @@ class EnergyMeter(TorchFunctionMode):
         for (kind, name), (size, total, active, others, *operations) in merged.counts.items():
             known = (total / size, active / size) if total == total else (None, None)  # NaN on the meta device
             if kind == "layer":
-                # the head reads the mean over time, and runs once
+                # the head runs once, on the mean over time
                 is_head, (macs, *sops) = name == "head", operations
                 macs_a_step, exact = macs / (samples if is_head else steps), tuple(count / samples for count in sops)
                 layers.append(Layer(name, macs_a_step, *known, others == 0, exact, is_head))
@@ -119,12 +119,12 @@ def _statistics(x: Tensor) -> tuple:
 
 
 def _events(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many operations an input drives a fan-out: an integer n counts n, or 1; a real number 1 in both."""
+    """Return operations per fan-out of each input, in two accounts: an integer n as n or as 1, a real number as 1."""
     active = x != 0
     return torch.where((x == x.round()).all(), x.abs(), active), active
 
 
-# each returns MACs, the input that drives them, and a function that adds up `_events` times their fan-out
+# each returns MACs, the input that drives them, and a function that sums `_events` times their fan-out
 
 
 def _convolution(convolve, result: Tensor, input: Tensor, weight: Tensor, bias=None, *args, **kwargs):

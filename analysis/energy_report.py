@@ -10,13 +10,13 @@ from .common import drawing, write_csv
 
 MAC_PJ, AC_PJ = 4.6, 0.9
 MJ = 1e-9  # of a picojoule
-# accounts of an integer input, and of the first convolution of a static image; the paper uses the first of each
+# accounts of an integer input, and of a static image's first convolution; the paper uses the first of each
 INTEGERS = ("additions", "multiplications")
 FIRST = ("every step", "once")
 
 
 def energy_mj(first_macs: float, sops: float, time_steps: int) -> float:
-    """Return the energy (mJ) of a spiking network: MACs of its first convolution in each step, SOPs of all others."""
+    """Return the energy (mJ) of a spiking network from MACs a step of the first convolution and SOPs of the rest."""
     return (MAC_PJ * time_steps * first_macs + AC_PJ * sops) * MJ
 
 
@@ -26,16 +26,16 @@ class Layer:
 
     name: str
     macs: float  # of one sample at one time step
-    mean_input: float | None  # of a product: of its second factor; None on the meta device
+    mean_input: float | None  # in a product that of the second factor; None on the meta device
     density: float | None  # share of the inputs that are not zero
     is_binary: bool  # all inputs are 0 or 1
-    exact: tuple[float, ...] = ()  # synaptic operations of all time steps, with an integer n as n, and as 1
+    exact: tuple[float, ...] = ()  # synaptic operations of all time steps, an integer n counted as n and as 1
     is_head: bool = False  # computed once, from means over tokens and time
 
     def sops(self, time_steps: int) -> float:
-        """Return the synaptic operations in `time_steps`; raises `ValueError` on the meta device."""
+        """Return the synaptic operations in `time_steps`; raise `ValueError` on the meta device."""
         if self.mean_input is None:
-            raise ValueError(f"{self.name}: the meta device has no inputs to count; estimate the network on data")
+            raise ValueError(f"{self.name}: no inputs on the meta device; estimate the network on data")
         return self.mean_input * time_steps * self.macs
 
 
@@ -61,16 +61,16 @@ class EnergyReport:
 
     @property
     def energy_mj(self) -> float:
-        """Return the energy (mJ) as the paper counts it; 4.6 pJ a MAC for a network without spiking neurons."""
+        """Return the energy (mJ) in the paper's account; 4.6 pJ a MAC for a network without spiking neurons."""
         return self.energy()
 
     @property
     def exact_sops(self) -> tuple[float, ...]:
-        """Return the `sops` by the fan-out of each spike, an integer n counted as n, and as 1; the head runs once."""
+        """Return the `sops` by each spike's fan-out, an integer n counted as n and as 1; the head runs once."""
         return tuple(map(sum, zip(*(layer.exact for layer in self.layers[1:]), strict=True)))
 
     def energy(self, integers: str = INTEGERS[0], first: str = FIRST[0]) -> float:
-        """Return the energy (mJ) in an account of integers, as n additions or one multiplication, and of `FIRST`."""
+        """Return the energy (mJ) in one account: an integer as n additions or one multiplication, one of `FIRST`."""
         return sum(self.layer_energy(i, integers, first) for i in range(len(self.layers)))
 
     @property
@@ -80,7 +80,7 @@ class EnergyReport:
         return [{"integers": i, "first_convolution": first, "energy_mj": self.energy(i, first)} for i, first in pairs]
 
     def layer_energy(self, index: int, integers: str = INTEGERS[0], first: str = FIRST[0]) -> float:
-        """Return the share (mJ) of layer `index` in `energy`."""
+        """Return the energy (mJ) of layer `index`."""
         layer = self.layers[index]
         if index == 0 or not self.firing_rates:
             return MAC_PJ * layer.macs * (1 if first == "once" else self.time_steps) * MJ
@@ -132,7 +132,7 @@ class EnergyReport:
         return "\n".join(lines)
 
     def write(self, folder: Path, name: str) -> list[Path]:
-        """Write `NAME.energy.json`, `.csv` (the layers) and `.png` to `folder`; returns their paths."""
+        """Write `NAME.energy.json`, `.csv` (the layers) and `.png` to `folder`; return their paths."""
         paths = [folder / f"{name}.energy.{kind}" for kind in ("json", "csv", "png")]
         content = self.summary() | {"firing_rates": self.firing_rates, "layers": self.rows()}
         paths[0].write_text(json.dumps(content, indent=2) + "\n")

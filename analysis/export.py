@@ -1,8 +1,8 @@
 """Export a trained network: as ONNX, compared with torch neuron by neuron, or as safetensors with a model card.
 
-The ONNX graph is float32, with neurons unrolled over T and BatchNorm folded into the convolutions. Its sums have
-another order than torch's, so a membrane within rounding of its threshold may spike in only one of them. Both are
-compared as they are, and with ONNX Runtime's spikes in torch, where every logit must agree.
+The ONNX graph is float32, with neurons unrolled over T and BatchNorm folded into the convolutions. It sums in another
+order than torch, so a membrane within rounding of its threshold may spike in only one of them. The export compares both
+as they are, and with ONNX Runtime's spikes in torch, where every logit must agree.
 """
 
 import importlib
@@ -14,7 +14,6 @@ from pathlib import Path
 import timm.data
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from engine.checkpoint import fingerprint
 from engine.cli import UserError
 from engine.config import LOCAL_FIELDS, MODEL_FIELDS, Config, plain
 from engine.data.recordings import EVENT_DATASETS
@@ -28,21 +27,21 @@ from .results import read_result
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
 LIBRARY = "library_name: qkformer\n"  # in every model card
 TAGS = ["qkformer", "spiking-neural-network", "spiking-transformer", "arxiv:2403.16552"]
-CHECK_BATCH = 7  # samples compared at once, with all spikes in memory; other than the exporter's example of 2
+CHECK_BATCH = 7  # samples compared at once, with all spikes in memory; differs from the exporter's example of 2
 
 
 def _write_onnx(subject: common.Subject, output: Path, batch: int | None, samples: int) -> None:
     model = subject.model
     if any(isinstance(module, LIF) and module.leak_across_batch for module in model.modules()):
         if batch not in (None, 1):
-            raise UserError(f"--batch {batch}: ssa_membrane 'released' leaks; use 1, or --ssa-membrane per_sample")
-        logger.warning("warning: ssa_membrane 'released' leaks over the batch; exporting for a batch of 1")
+            raise UserError(f"--batch {batch}: ssa_membrane 'released' needs 1; use it, or --ssa-membrane per_sample")
+        logger.warning("warning: ssa_membrane 'released' leaks across the batch; exporting for a batch of 1")
         batch = 1
     x, _ = subject.samples(samples)
     if batch and len(x) < batch:
-        raise UserError(f"--batch {batch}: the comparison needs a whole batch of {len(x)} samples; use a smaller one")
+        raise UserError(f"--batch {batch}: larger than the {len(x)} samples to compare; use a smaller one")
     batches = x[: len(x) - len(x) % (batch or 1)].split(batch or CHECK_BATCH)
-    logger.info("exporting and comparing, which takes a minute or more")
+    logger.info("exporting and comparing (a minute or more)")
     exported = to_onnx(model, x[:1], batch, _metadata(subject))
     parity = compare(model, exported, batches)
     logger.info(parity)
@@ -69,24 +68,24 @@ def _metadata(subject: common.Subject) -> dict[str, str]:
 
 
 def _write_safetensors(subject: common.Subject, output: Path) -> None:
-    """Write weights under our names with settings and classes of the checkpoint, and a model card next to them."""
+    """Write weights with settings and classes of the checkpoint, and a model card next to them."""
     from safetensors.torch import save
 
     card = output.with_suffix(".md")
     if card.exists() and LIBRARY not in card.read_text(errors="replace"):
-        raise UserError(f"{card}: not a model card, and the new card would replace it; use another --output")
+        raise UserError(f"{card}: not a model card, and the new card would overwrite it; use another --output")
     weights = {name: value.contiguous() for name, value in subject.model.state_dict().items()}
-    about = {
+    metadata = {
+        "format": "pt",  # Hugging Face's name of torch
         "config": json.dumps(plain(subject.cfg, without=LOCAL_FIELDS)),
         "classes": json.dumps(list(subject.classes)),
     }
-    metadata = {"format": "pt", "sha256": fingerprint(weights, "".join(about.values())), **about}  # Hugging Face: "pt"
     _write(output, save(weights, metadata))
     _write(card, _model_card(subject, output.name))
 
 
 def _card_data(cfg: Config, top1: float | None) -> ModelCardData:
-    """Return the metadata that Hugging Face reads, without a license, which the owner of the weights chooses."""
+    """Return the metadata that Hugging Face reads, without a license, because the owner of the weights chooses it."""
     task = "image-classification"
     measured = {}
     if top1 is not None:
@@ -127,7 +126,7 @@ def _measured(subject: common.Subject) -> float | None:
     is_current = result and path.stat().st_mtime >= subject.path.stat().st_mtime
     if is_current and all(result.get(key) == settings[key] for key in keys):
         return result["top1"]
-    logger.info(f"{path}: missing, older than the checkpoint or of other settings; run test.py for the card's accuracy")
+    logger.info(f"{path}: missing, outdated or with other settings; run test.py to get the accuracy on the card")
     return None
 
 
@@ -147,11 +146,11 @@ def run(argv: Sequence[str]) -> None:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            remedy = "pip install -r requirements.txt"
+            remedy = "run pip install -r requirements.txt"
             raise UserError(f"--format {args.format}: {package} cannot be imported ({error}); {remedy}") from None
     output = args.output or args.checkpoint.with_suffix(f".{args.format}")
     if output.suffix != f".{args.format}" or output.resolve() == args.checkpoint.resolve():
-        raise UserError(f"--output {output}: not a new file *.{args.format}; use another name")
+        raise UserError(f"--output {output}: not a new *.{args.format} file; use another name")
     subject = common.subject(args.checkpoint, [*rest, "--device", "cpu"])
     output.parent.mkdir(parents=True, exist_ok=True)
     if args.format == "onnx":

@@ -1,10 +1,9 @@
-"""Firing rate of each neuron layer of a trained network, and the integers that its SEW residuals add up to.
+"""Firing rate of each neuron layer of a trained network, and the integers after its SEW residuals.
 
     python -m analysis.firing_rates --checkpoint output/first/best.pt [--table]
 
-A firing rate is the mean output of a LIF over the test set, for each time step. Writes firing_rates.csv and .png, with
-SEW residuals integers.csv, and with `--table` firing_rates_table.csv: the paper's table, averaged over a stage's
-blocks.
+A firing rate is the mean output of a LIF over the test set at each time step. Writes firing_rates.csv and .png, and
+integers.csv for SEW residuals. `--table` adds firing_rates_table.csv, the paper's table of means over a stage's blocks.
 """
 
 import statistics
@@ -36,7 +35,7 @@ class Rates(NamedTuple):
 
 
 def measure(subject: Subject) -> Rates:
-    """Average over the test set."""
+    """Average spikes and integers over the test set."""
     spikes, masked, counts, callbacks = {}, {}, {}, {}
 
     def add(rates: dict, name: str, values: Tensor) -> None:
@@ -54,7 +53,7 @@ def measure(subject: Subject) -> Rates:
             continue
         elif isinstance(module, Block) or name.endswith(".embed"):
             callbacks[module] = lambda _, output, name=name: add_integers(name, output)
-        elif isinstance(module, SpikingMLP):  # its input is the sum after the attention
+        elif isinstance(module, SpikingMLP):  # its input is the residual sum after the attention
             name = name.replace(".mlp", ".attn")
             callbacks[module] = lambda x, _, name=name: add_integers(name, x)
     samples = subject.evaluate(callbacks)
@@ -65,7 +64,7 @@ def measure(subject: Subject) -> Rates:
 
 
 def table(rates: Rates) -> list[dict]:
-    """Return the rows of the paper's table, with its figures."""
+    """Return the rows of the paper's table, next to the paper's figures."""
     paper, layers, rows = published("firing_rates"), rates.spikes | rates.masked, []
     for stage in sorted({int(name.split(".")[1]) for name in layers if ".blocks." in name}):
         figures = dict(enumerate(paper["stages"])).get(stage, {})
@@ -88,14 +87,14 @@ def draw(rates: Rates, title: str, path: Path) -> None:
         steps = torch.stack([*rates.spikes.values()], 1).tolist()  # [T][layers]
         for t, values in enumerate(steps):
             axes[0].plot(values, ".", color=colormaps["viridis"](t / max(1, len(steps) - 1)), label=f"t = {t}")
-        axes[0].set(ylabel="firing rate", title="Spikes: mean output of each LIF; bars over all time steps")
+        axes[0].set(ylabel="firing rate", title="Spikes: mean output of each LIF; bars are means over time")
         if rates.integers:
             shares = torch.stack([*rates.integers.values()], 1).numpy()  # [values,layers]
             for value in range(1, len(shares)):
                 colour = colormaps["YlOrBr"](0.2 + 0.8 * (value - 1) / max(1, len(shares) - 2))
                 below = shares[1:value].sum(0)
                 axes[1].bar(range(shares.shape[1]), shares[value], bottom=below, color=colour, label=value)
-            axes[1].set(ylabel="share of the values", title="SEW residuals: integers that are not 0")
+            axes[1].set(ylabel="share of the values", title="SEW residuals: nonzero integers")
         for axis, names in zip(axes, rates, strict=False):
             axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
             if axis.get_legend_handles_labels()[0]:  # none where all integers are 0
@@ -130,9 +129,9 @@ def write(rates: Rates, title: str, folder: Path, suffix: str) -> None:
 
 def run(argv: Sequence[str]) -> None:
     flag = {"action": "store_true", "help": "also print and write the paper's table"}
-    args, found = subjects(__doc__, argv, table=flag)
-    for subject in found:
-        suffix = f"-{subject.name}" if len(found) > 1 else ""
+    args, loaded = subjects(__doc__, argv, table=flag)
+    for subject in loaded:
+        suffix = f"-{subject.name}" if len(loaded) > 1 else ""
         title, rates = f"{subject.cfg.model} on {subject.cfg.dataset}, {subject.path}", measure(subject)
         write(rates, title, args.output_dir, suffix)
         if args.table:

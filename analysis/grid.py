@@ -3,9 +3,9 @@
     python -m analysis.grid digits/digits.yml --variants recipe self token --seeds 0 1 2 [--out FOLDER] [-- FLAGS]
     python -m analysis.grid --compare output/first output/self [--record docs/results [--curves]]
 
-Trains each variant ("recipe" is the recipe itself) and seed with FLAGS of train.py in FOLDER/VARIANT-seedN, and
-evaluates the last checkpoint with its energy. The same command resumes and skips finished runs. Writes grid.md and
-grid.csv: means over seeds. `--record` copies each run's small files to FOLDER/RECIPE-VARIANT-seedN for analysis.tables.
+Trains each variant ("recipe" is the recipe itself) with each seed in FOLDER/VARIANT-seedN; FLAGS go to train.py. It
+evaluates the last checkpoint with its energy. The same command resumes and skips finished runs. Writes means over seeds
+to grid.md and grid.csv. `--record` copies small files of each run to FOLDER/RECIPE-VARIANT-seedN for analysis.tables.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ class Run(NamedTuple):
     flags: list[str]
 
     def result(self) -> dict | None:
-        """Return the result, or None before the run is done; raises `UserError` if it is of other settings."""
+        """Return the result, or None before the run is done; raise `UserError` if it has other settings."""
         path = self.folder / "last.test.json"
         if (result := read_result(path)) is None:
             return None
@@ -49,7 +49,7 @@ class Run(NamedTuple):
         return result | {"path": path}
 
     def execute(self) -> bool:
-        """Train and evaluate in processes of their own that write to grid.log; return True if both succeed."""
+        """Train and evaluate in subprocesses that write to grid.log; return True if both succeed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         flags = ["--config", self.recipe, *self.flags]
         train = ["train.py", *flags, "--output-dir", self.folder, "--resume", "auto"]
@@ -57,7 +57,7 @@ class Run(NamedTuple):
         return self._call(*train) == 0 and self._call(*test) == 0
 
     def _call(self, script: str, *flags: object) -> int:
-        """Return a script's exit code; pass on a signal, so that training saves before it ends."""
+        """Return a script's exit code; forward signals, because training saves before it ends."""
         command = [sys.executable, str(self.recipe.parent / script), *map(str, flags)]
         with (self.folder / "grid.log").open("a") as log, StopRequest() as stop:
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -72,12 +72,12 @@ class Run(NamedTuple):
 
 
 def plan(recipe: Path, variants: Sequence[str] | None, seeds: Sequence[int], out: Path, flags: list[str]) -> list[Run]:
-    """Return the runs, all variants with the first seed before the second seed."""
+    """Return the runs, ordered by seed, then by variant."""
     if not (recipe.parent / "train.py").exists():
-        raise UserError(f"{recipe}: no train.py next to it; name a recipe such as digits/digits.yml")
+        raise UserError(f"{recipe}: no train.py next to it; pass a recipe such as digits/digits.yml")
     known = [ITSELF if name is None else name for name in read(recipe).recipes]
     if unknown := [variant for variant in variants or () if variant not in known]:
-        raise UserError(f"--variants {unknown[0]}: {recipe} lists {', '.join(known)}")
+        raise UserError(f"--variants {unknown[0]}: unknown; {recipe} has {', '.join(known)}")
     chosen = {name: [] if name == ITSELF else ["--variant", name] for name in variants or known}
     return [
         Run(recipe, out / f"{name}-seed{seed}", [*variant, "--seed", str(seed), *flags])
@@ -100,10 +100,10 @@ def train(runs: Sequence[Run]) -> list[str]:
     return failed
 
 
-def summary(found: Sequence[dict]) -> list[dict]:
-    """Return a row for each setting of the results, over its seeds; it names what differs on the same data set."""
+def summary(evaluated: Sequence[dict]) -> list[dict]:
+    """Return a row of means over seeds for each group of equal settings; it lists those that differ on a data set."""
     groups, values = {}, {}
-    for result in found:
+    for result in evaluated:
         groups.setdefault(json.dumps(settings(result)), []).append(result | settings(result))
         for key, value in settings(result).items():
             values.setdefault((result["dataset"], key), []).append(value)
@@ -127,9 +127,9 @@ def _row(group: Sequence[dict], differing: set[tuple[str, str]]) -> dict[str, st
     }
 
 
-def record(found: Sequence[dict], target: Path, has_curves: bool) -> None:
-    """Copy small files to `target`, with relative paths; raises `UserError` if its run has other settings."""
-    for result in found:
+def record(evaluated: Sequence[dict], target: Path, has_curves: bool) -> None:
+    """Copy small files to `target`, with relative paths; raise `UserError` if a run there has other settings."""
+    for result in evaluated:
         name = "-".join(filter(None, (result.get("recipe"), result.get("variant"), f"seed{result.get('seed')}")))
         source, folder = result["path"].parent, target / name
         older = read_result(folder / result["path"].name) or result
@@ -142,14 +142,14 @@ def record(found: Sequence[dict], target: Path, has_curves: bool) -> None:
             (folder / path.name).write_text(path.read_text().replace(f"{Path.cwd()}/", ""))
         if has_curves:
             curves.draw([curves.run_curve(source, name)], folder / "curves.png")
-    logger.info(f"recorded: {len(found)} runs in {target}")
+    logger.info(f"recorded: {len(evaluated)} runs in {target}")
 
 
-def show(found: Sequence[dict], folder: Path | None) -> None:
+def show(evaluated: Sequence[dict], folder: Path | None) -> None:
     """Print the table, and write it to a folder if one is given."""
-    if not found:
-        raise UserError("results: none; evaluate the runs with test.py")
-    rows = summary(found)
+    if not evaluated:
+        raise UserError("results: none; run test.py on the runs")
+    rows = summary(evaluated)
     text = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
     logger.info(text)
     if folder:
@@ -172,20 +172,20 @@ def run(argv: Sequence[str]) -> None:
     args = flags.parse_args(argv[:at])
     setup_console(is_main=True)
     if not args.compare and not args.recipe:
-        raise UserError("recipe: missing; name one such as digits/digits.yml, or --compare RUN ...")
+        raise UserError("recipe: missing; pass one such as digits/digits.yml, or --compare RUN ...")
     failed = []
     if args.compare:
-        found, out = results(args.compare), args.out
+        evaluated, out = results(args.compare), args.out
     else:
         out = args.out or Path("output/grid", args.recipe.stem)
         runs = plan(args.recipe, args.variants, args.seeds, out, list(argv[at + 1 :]))
         failed = train(runs)
-        found = [result for run in runs if (result := run.result())]
-    show(found, out)
+        evaluated = [result for run in runs if (result := run.result())]
+    show(evaluated, out)
     if args.record:
-        record(found, args.record, args.curves)
+        record(evaluated, args.record, args.curves)
     if failed:
-        raise UserError(f"{', '.join(failed)}: failed; see grid.log there, and run the same command again")
+        raise UserError(f"{', '.join(failed)}: failed; see grid.log there, then run the same command again")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Effect of the other samples of a batch on accuracy, through the membrane of the self-attention (docs/errata.md).
+"""Effect of the other samples in a batch on the answers, through the membrane of the self-attention (docs/errata.md).
 
     python -m analysis.membrane --checkpoint output/released/best.pt output/first/best.pt
 
-Evaluates each checkpoint with both kinds of `ssa_membrane`, at several batch sizes, in the order of the test set,
+Evaluates each checkpoint with both kinds of `ssa_membrane` at several batch sizes. The test set is in its own order,
 sorted by class, and in random orders. Between random orders it counts answers that change, and probability that moves
 (total variation of the softmax). Averages checkpoints that differ only in seed. Writes membrane.csv, .md and .png.
 """
@@ -25,7 +25,7 @@ from engine.log import logger, progress
 from .common import Subject, drawing, main, positive, subjects, write_csv
 
 MEMBRANES = ("released", "per_sample")
-# settings that averaged checkpoints have in common, besides their training
+# settings that averaged checkpoints share
 SAME = [key for key in (*MODEL_FIELDS, "dataset", "input_size") if key != "ssa_membrane"]
 CHANGES = ("answers that change", "probability that moves")
 
@@ -49,7 +49,7 @@ def study(subject: Subject, samples: int, batch_sizes: Sequence[int], shuffles: 
         model = subject.rebuilt(ssa_membrane=membrane)
         cases = [(size, order) for size in batch_sizes for order in orders]
         for size, order in progress(cases, f"{subject.path}, {membrane}", 5, show=True):
-            found = [probabilities(model, images, indices, size) for indices in orders[order]]
+            outputs = [probabilities(model, images, indices, size) for indices in orders[order]]
             row = {
                 "checkpoint": str(subject.path),
                 "network": f"{subject.cfg.model}, {' '.join(subject.model.attention)}",
@@ -59,14 +59,14 @@ def study(subject: Subject, samples: int, batch_sizes: Sequence[int], shuffles: 
                 "batch size": size,
                 "order": order,
             }
-            rows.append(row | _figures(found, labels))
+            rows.append(row | _figures(outputs, labels))
     return rows
 
 
-def _figures(found: Sequence[Tensor], labels: Tensor) -> dict[str, float]:
-    """Compare the probabilities [N,classes] of one order or several."""
-    top1 = [100 * (values.argmax(1) == labels).double().mean().item() for values in found]
-    pairs = list(itertools.pairwise(found))
+def _figures(outputs: Sequence[Tensor], labels: Tensor) -> dict[str, float]:
+    """Compare the probabilities [N,classes] of each order with the next."""
+    top1 = [100 * (values.argmax(1) == labels).double().mean().item() for values in outputs]
+    pairs = list(itertools.pairwise(outputs))
     answers = [100 * (a.argmax(1) != b.argmax(1)).double().mean().item() for a, b in pairs]
     moved = [100 * (a - b).abs().sum(1).mean().item() / 2 for a, b in pairs]
     figures = [statistics.mean(values or [0.0]) for values in (top1, answers, moved)]
@@ -74,19 +74,19 @@ def _figures(found: Sequence[Tensor], labels: Tensor) -> dict[str, float]:
 
 
 def averages(rows: Sequence[dict]) -> list[dict]:
-    """Return means over checkpoints for each way of training and batch size; `difference` is in random order."""
+    """Return means over checkpoints for each kind of training and batch size; `difference` is for random orders."""
     groups, mean = {}, statistics.mean
     for row in rows:
         case = {key: row[key] for key in ("network", "settings", "trained", "batch size")}
         groups.setdefault(tuple(case.items()), {}).setdefault((row["evaluated"], row["order"]), []).append(row)
     means = []
-    for case, found in groups.items():
-        leaking, alone = found["released", "random"], found["per_sample", "random"]
+    for case, group in groups.items():
+        leaking, alone = group["released", "random"], group["per_sample", "random"]
         differences = [row["top1"] - other["top1"] for row, other in zip(leaking, alone, strict=True)]
         means.append(
             dict(case)
             | {"per_sample": mean(row["top1"] for row in alone), "released": mean(row["top1"] for row in leaking)}
-            | {"released, by class": mean(row["top1"] for row in found["released", "by class"])}
+            | {"released, by class": mean(row["top1"] for row in group["released", "by class"])}
             | {"difference": mean(differences), "checkpoints": len(differences)}
             | {"deviation": statistics.stdev(differences) if len(differences) > 1 else 0.0}
             | {key: mean(row[key] for row in leaking) for key in CHANGES}
@@ -115,17 +115,17 @@ def draw(means: Sequence[dict], path: Path) -> None:
     colours = dict(zip(dict.fromkeys(way[:2] for way in ways), itertools.cycle(TABLEAU_COLORS)))
     with drawing(path, 1, 3, (14, 4.4), grid="both") as (figure, axes):
         for way in ways:
-            mine = [row for row in means if (row["network"], row["settings"], row["trained"]) == way]
+            points = [row for row in means if (row["network"], row["settings"], row["trained"]) == way]
             network, settings, trained = way
             look = {"color": colours[network, settings], "ls": "-" if trained == "released" else "--", "marker": "o"}
-            values, spread = ([row[key] for row in mine] for key in ("difference", "deviation"))
+            values, spread = ([row[key] for row in points] for key in ("difference", "deviation"))
             axes[0].errorbar(sizes, values, spread, capsize=3, label=f"{network}, trained with {trained}", **look)
             for axis, key in zip(axes[1:], CHANGES, strict=True):
-                axis.plot(sizes, [row[key] for row in mine], **look)
+                axis.plot(sizes, [row[key] for row in points], **look)
         axes[0].axhline(0, color="grey", linewidth=0.8)
         axes[0].set(title="accuracy: released - per_sample", ylabel="percent of the samples")
-        axes[1].set(title="answers that change from order to order", ylabel="percent of the samples")
-        axes[2].set(title="probability that moves from order to order", ylabel="percent")
+        axes[1].set(title="answers that change between orders", ylabel="percent of the samples")
+        axes[2].set(title="probability that moves between orders", ylabel="percent")
         for axis in axes:
             axis.set(xlabel="batch size of the evaluation", xscale="log")
             axis.set_xticks(sizes, sizes)
@@ -134,19 +134,19 @@ def draw(means: Sequence[dict], path: Path) -> None:
 
 
 def run(argv: Sequence[str]) -> None:
-    args, found = subjects(
+    args, loaded = subjects(
         __doc__,
         argv,
         batch_sizes={"nargs": "+", "type": positive, "default": [1, 4, 16, 64, 120], "help": "(1 4 16 64 120)"},
         shuffles={"type": positive, "default": 3, "help": "random orders of the test set (3)"},
-        samples={"type": positive, "default": 2000, "help": "test samples at most, from all over the set (2000)"},
+        samples={"type": positive, "default": 2000, "help": "largest number of test samples, evenly spaced (2000)"},
     )
     if args.shuffles < 2:
-        raise UserError("--shuffles 1: changes need two orders; use 2 or more")
+        raise UserError("--shuffles 1: no second order to compare; use 2 or more")
     rows = []
-    for subject in found:
+    for subject in loaded:
         if subject.cfg.residual == "ms" or "self" not in subject.model.attention:
-            raise UserError(f"{subject.path}: no membrane of this network leaks over the batch; use another checkpoint")
+            raise UserError(f"{subject.path}: no membrane leaks across the batch; use another checkpoint")
         rows += study(subject, args.samples, sorted(set(args.batch_sizes)), args.shuffles)
     means = averages(rows)
     write_csv(args.output_dir / "membrane.csv", rows)

@@ -1,4 +1,4 @@
-"""A network as an ONNX graph, and the comparison of ONNX Runtime with torch, neuron by neuron."""
+"""Export of a network as an ONNX graph, and comparison of ONNX Runtime with torch, neuron by neuron."""
 
 import functools
 import warnings
@@ -19,19 +19,19 @@ TOLERANCE = 1e-5  # of logits, and of a membrane around its threshold
 
 
 class Exported(NamedTuple):
-    """An ONNX file, and its graph with the spikes [T,B,...] of every LIF as further outputs, named as modules."""
+    """ONNX file, and its graph with the spikes [T,B,...] of every LIF as more outputs, named like the modules."""
 
     product: bytes
     with_spikes: bytes
 
 
 class Parity(NamedTuple):
-    """Comparison of ONNX Runtime with torch, of samples [N] on the CPU."""
+    """Comparison of ONNX Runtime with torch for samples [N] on the CPU."""
 
     difference: Tensor  # largest |logit difference| of each sample
     same_class: Tensor  # both predict the same class
-    followed: Tensor  # as `difference`, with ONNX Runtime's spikes in torch
-    flips: Tensor  # spikes of each sample that torch decides differently from the same inputs
+    followed: Tensor  # like `difference`, with ONNX Runtime's spikes in torch
+    flips: Tensor  # spikes of each sample that differ in torch, given the same inputs
     distance: float  # largest distance of their membranes to the threshold
     spikes: int  # decisions compared
 
@@ -48,7 +48,7 @@ class Parity(NamedTuple):
     def require(self) -> None:
         """Raise `UserError` if the two differ by more than rounding."""
         unexplained = (self.difference > TOLERANCE) & (self.flips == 0)
-        wrong = (unexplained | ~(self.followed <= TOLERANCE)).sum()  # not a number is wrong too
+        wrong = (unexplained | ~(self.followed <= TOLERANCE)).sum()  # NaN is wrong, too
         if wrong or not self.distance <= TOLERANCE:
             raise UserError(
                 f"ONNX Runtime: {wrong} of {len(self.flips)} samples differ from torch by more than {TOLERANCE:g} (up "
@@ -62,7 +62,7 @@ def _lifs(model: nn.Module) -> dict[str, LIF]:
 
 
 class _WithSpikes(nn.Module):
-    """A network that also returns the spikes of each of its LIFs, in the order of `names`."""
+    """Network that also returns the spikes of each LIF, in the order of `names`."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -84,10 +84,10 @@ def to_onnx(model: nn.Module, x: Tensor, batch: int | None, metadata: dict[str, 
 
     watched = _WithSpikes(model).eval()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own code
         program = torch.onnx.export(
             watched,
-            (x.expand(batch or 2, *x.shape[1:]),),  # from an example of 1 torch takes 1 for a constant
+            (x.expand(batch or 2, *x.shape[1:]),),  # torch makes a batch of 1 constant
             input_names=["input"],
             output_names=["logits", *watched.names],
             dynamic_shapes=None if batch else {"x": {0: "batch"}},
@@ -96,7 +96,7 @@ def to_onnx(model: nn.Module, x: Tensor, batch: int | None, metadata: dict[str, 
             verbose=False,
         )
     graph = program.model
-    ClearMetadataAndDocStringPass()(graph)  # source lines with local folders, two thirds of the file
+    ClearMetadataAndDocStringPass()(graph)  # drops source lines with local paths, two thirds of the file
     for value in [*graph.graph.initializers.values()]:
         value.name = value.name.removeprefix("model.")
     graph.metadata_props.update(metadata)
@@ -107,7 +107,7 @@ def to_onnx(model: nn.Module, x: Tensor, batch: int | None, metadata: dict[str, 
 
 @torch.no_grad()
 def compare(model: nn.Module, exported: Exported, batches: Sequence[Tensor]) -> Parity:
-    """Run `batches` of samples through torch and ONNX Runtime, on the CPU; raises `UserError` where it cannot."""
+    """Run `batches` of samples through torch and ONNX Runtime, on the CPU; raise `UserError` if the graphs disagree."""
     import onnxruntime
 
     product, with_spikes = (onnxruntime.InferenceSession(x, providers=["CPUExecutionProvider"]) for x in exported)
@@ -118,19 +118,19 @@ def compare(model: nn.Module, exported: Exported, batches: Sequence[Tensor]) -> 
         logits = torch.from_numpy(logits)
         watched, *spikes = map(torch.from_numpy, with_spikes.run(None, {"input": x.numpy()}))
         if not torch.equal(watched, logits):
-            raise UserError("ONNX Runtime: logits change if spikes are outputs; install as requirements.txt says")
-        own = model(x)
+            raise UserError("ONNX Runtime: logits change if spikes are outputs; install from requirements.txt")
+        reference = model(x)
         followed, flips, far = _follow(model, x, dict(zip(names, spikes, strict=True)))
-        differences = ((logits - other).abs().amax(1) for other in (own, followed))
-        columns.append((next(differences), logits.argmax(1) == own.argmax(1), next(differences), flips))
+        differences = ((logits - other).abs().amax(1) for other in (reference, followed))
+        columns.append((next(differences), logits.argmax(1) == reference.argmax(1), next(differences), flips))
         distance, count = max(distance, far), count + sum(spike.numel() for spike in spikes)
     return Parity(*map(torch.cat, zip(*columns, strict=True)), distance, count)
 
 
 def _follow(model: nn.Module, x: Tensor, spikes: dict[str, Tensor]) -> tuple[Tensor, Tensor, float]:
-    """Run `model` where every LIF returns the `spikes` of its name, so that one difference does not cause others.
+    """Run `model` with the given `spikes` as the output of every LIF, because one difference would cause others.
 
-    Returns logits, the spikes [B] that neurons decide differently, and their largest distance to the threshold.
+    Return logits, the numbers [B] of spikes that differ, and the largest distance of their membranes to the threshold.
     """
     flips, distance = torch.zeros(len(x), dtype=torch.int64), 0.0
 
@@ -139,8 +139,8 @@ def _follow(model: nn.Module, x: Tensor, spikes: dict[str, Tensor]) -> tuple[Ten
         v = torch.zeros_like(currents[0])
         for current, spike in zip(currents, spikes[name], strict=True):  # [B,...] of a time step
             h = torch.empty_like(current)
-            own, _ = lif_step(current, v, lif.threshold, h=h)
-            differs = own != spike
+            decided, _ = lif_step(current, v, lif.threshold, h=h)
+            differs = decided != spike
             flips += differs.flatten(1).sum(1)
             distance = max(distance, ((h - lif.threshold).abs() * differs).max().item())
             v = h * (1 - spike)

@@ -1,4 +1,4 @@
-"""Results that test.py wrote (NAME.test.json): which of them count, which recipe each follows, and their means."""
+"""Results of test.py (NAME.test.json): selection, grouping by recipe, and means."""
 
 import json
 import math
@@ -13,16 +13,16 @@ from engine.log import logger, read_record
 # samples of the complete test sets; results on fewer do not count
 TEST_SAMPLES = {"imagefolder": 50_000, "torch/cifar10": 10_000, "torch/cifar100": 10_000, "dvs128-gesture": 288}
 TEST_SAMPLES |= {"cifar10-dvs": 1_000, "digits": 360, "digits-dvs": 360}
-# settings that decide the accuracy of a network; seeds may differ because they are averaged
+# settings that affect the accuracy; seeds may differ, because results are means over seeds
 _OTHERS = "variant effective_batch seed eval_batch_size eval_amp channels_last grad_checkpointing".split()
 _TRAINING = [key for key in FIELDS if key not in (*LOCAL_FIELDS, *MODEL_FIELDS, *PUBLISHED, *_OTHERS)]
 SETTINGS = ["dataset", *MODEL_FIELDS, *(key for key in _TRAINING if key != "dataset")]
 
 
 def results(folders: Sequence[Path]) -> list[dict]:
-    """Return the newest result of each run folder in or below `folders`, with its `path`; name those left out."""
+    """Return the newest result of each run folder in or below `folders`, with its `path`; warn about others."""
     if missing := [folder for folder in folders if not folder.is_dir()]:
-        raise UserError(f"{missing[0]}: no such folder; name folders of runs")
+        raise UserError(f"{missing[0]}: no such folder; pass folders of runs")
     for path in sorted(path for folder in folders for path in folder.rglob("metrics.jsonl")):
         if not any(path.parent.glob("*.test.json")):
             logger.warning(f"{path.parent}: left out, not evaluated; run test.py")
@@ -44,8 +44,8 @@ def results(folders: Sequence[Path]) -> list[dict]:
 
 
 def _is_complete(result: dict) -> bool:
-    is_own = result["dataset"] == "imagefolder" and result.get("num_classes") != 1000  # a folder of the user
-    return is_own or result["count"] == TEST_SAMPLES.get(result["dataset"], result["count"])
+    is_custom = result["dataset"] == "imagefolder" and result.get("num_classes") != 1000  # a folder of the user
+    return is_custom or result["count"] == TEST_SAMPLES.get(result["dataset"], result["count"])
 
 
 def read_result(path: Path) -> dict | None:
@@ -61,26 +61,26 @@ def read_result(path: Path) -> dict | None:
 
 
 def settings(result: dict) -> dict[str, object]:
-    """Return the settings of a result that decide the accuracy."""
+    """Return the settings of a result that affect the accuracy."""
     return {key: result.get(key, FIELDS[key].default) for key in SETTINGS}
 
 
 def differences(result: dict, cfg: Config) -> dict[str, tuple]:
-    """Return the settings that decide the accuracy and differ: name -> value of the result, value of `cfg`."""
+    """Return the settings that affect the accuracy and differ: name -> (value of the result, value of `cfg`)."""
     wanted = plain(cfg)
     pairs = {key: (value, wanted[key]) for key, value in settings(result).items()}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def by_recipe(found: Sequence[dict], configs: Sequence[Config]) -> dict[Config, list[dict]]:
-    """Group results by the recipe or variant that they follow; name those that follow none."""
+def by_recipe(rows: Sequence[dict], configs: Sequence[Config]) -> dict[Config, list[dict]]:
+    """Group results by the recipe or variant that they follow; warn about results that follow none."""
     groups = {cfg: [] for cfg in configs}
-    for result in found:
+    for result in rows:
         nearest = min(configs, key=lambda cfg: (cfg.dataset != result["dataset"], len(differences(result, cfg))))
         if different := differences(result, nearest):
             key, (value, recipe) = next(iter(different.items()))
             name = " ".join(filter(None, (Path(nearest.config).name, nearest.variant)))
-            logger.warning(f"{result['path']}: left out, {key} is {value}, but {recipe} in {name}, the nearest recipe")
+            logger.warning(f"{result['path']}: left out, {key} is {value}, but {recipe} in the nearest recipe, {name}")
         else:
             groups[nearest].append(result)
     return groups
@@ -98,13 +98,13 @@ def averages(group: Sequence[dict]) -> dict[str, str]:
 
 
 def _seconds(path: Path) -> float:
-    """Return the seconds of training from the metrics next to a result, 0 without them."""
+    """Return the seconds of training from the metrics next to a result, or 0 without metrics."""
     metrics = path.with_name("metrics.jsonl")
     return sum(read_record(metrics, [], lambda text: [json.loads(line)["seconds"] for line in text.splitlines()]))
 
 
 def verdict(values: Sequence[float], others: Sequence[float], expected: float | None) -> str:
-    """Format the difference of two means with 2 standard errors, beyond which it has the sign of `expected` or not."""
+    """Format the difference of two means with 2 standard errors; compare its sign with `expected` beyond them."""
     if not values or not others or not expected:
         return ""
     difference = statistics.mean(values) - statistics.mean(others)

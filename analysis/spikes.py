@@ -3,7 +3,7 @@
     python -m analysis.spikes --checkpoint output/first/best.pt [--sample N]
 
 A row is a time step. The columns are the input, and the first and last neuron layer of each stage: the share of
-channels that spike at each position. The bar has the energy of each part of the network.
+channels that spike at each position. The bar shows the energy of each part of the network.
 """
 
 import itertools
@@ -21,12 +21,12 @@ from models import LIF
 from .common import Subject, drawing, hooked, main, subjects
 from .energy import estimate
 
-PARTS = {"embed": "embedding", "attn": "attention", "mlp": "MLP"}  # of a stage, by their names in modules
+PARTS = {"embed": "embedding", "attn": "attention", "mlp": "MLP"}  # of a stage: name of the module -> label
 COLOURS = {"embedding": "skyblue", "attention": "orange", "MLP": "yellowgreen"}
 
 
 def measure(subject: Subject, sample: Tensor) -> tuple[dict[str, Tensor], int]:
-    """Return what spikes at each position, [T,H,W] of the first and last neurons of each stage, and the class."""
+    """Return the share of spiking channels [T,H,W] in the first and last neurons of each stage, and the class."""
     stages = {}
     for name, module in subject.model.named_modules():
         if isinstance(module, LIF) and name.startswith("stages."):
@@ -78,7 +78,7 @@ def draw(frames: Sequence[Tensor], spikes: dict[str, Tensor], parts: dict[str, f
             bar.barh(0, energy, left=end - energy, color=colour, edgecolor="white", label=part if new else None)
             if energy > 0.03 * total:
                 bar.text(end - energy / 2, 0, *stage, ha="center", va="center", fontsize=8)
-        bar.set(yticks=[], xlim=(0, total), xlabel=f"energy by part and stage, {total:.3g} µJ in all")
+        bar.set(yticks=[], xlim=(0, total), xlabel=f"energy by part and stage, {total:.3g} µJ in total")
         figure.legend(loc="outside lower center", ncols=len(COLOURS), fontsize=8)
         figure.suptitle(title, fontsize=10)
 
@@ -87,7 +87,7 @@ def run(argv: Sequence[str]) -> None:
     args, (subject, *others) = subjects(__doc__, argv, sample={"type": int, "default": 0, "help": "test sample (0)"})
     images, labels = subject.samples(args.sample + 1)
     if others or not 0 <= args.sample < len(images):
-        raise UserError(f"--sample {args.sample}: no such sample of one checkpoint; use 0 to {len(images) - 1}")
+        raise UserError(f"--sample {args.sample}: not a sample of one checkpoint; use 0 to {len(images) - 1}")
     sample = images[args.sample :]
     spikes, answer = measure(subject, sample)
     is_events = subject.cfg.dataset in EVENT_DATASETS  # a frame for each time step
@@ -95,7 +95,7 @@ def run(argv: Sequence[str]) -> None:
     frames = [subject.data.show(frame.float().cpu()) for frame in frames]
     parts = energies(subject, sample)
     names = [subject.data.classes[i] for i in (labels[args.sample], answer)]
-    title = f"Share of channels that spike (below: mean), scaled by column; {names[0]}, classified as {names[1]}"
+    title = f"Share of spiking channels (mean below), scaled by column; {names[0]}, classified as {names[1]}"
     draw(frames, {name: layer.cpu() for name, layer in spikes.items()}, parts, title, args.output_dir / "spikes.png")
     logger.info(", ".join(f"{name} {energy:.3g} µJ" for name, energy in parts.items()))
     logger.info(f"written: {args.output_dir / 'spikes.png'}")

@@ -1,9 +1,9 @@
-"""The paper's tables, with published figures next to computed and measured ones.
+"""Tables of the paper, with published figures next to computed and measured ones.
 
     python -m analysis.tables [--results FOLDER ...] [--output-dir FOLDER]
 
-Published figures (*paper*, *log*, *elsewhere*) are in the recipes and in published.yml. *here* are means of results
-that test.py wrote on complete test sets, of runs that followed a recipe. Prints which results it leaves out, and why.
+Published figures (*paper*, *log*, *elsewhere*) come from the recipes and published.yml. *here* are means of test.py's
+results on complete test sets, for runs that followed a recipe. Prints which results it leaves out, and why.
 Writes tables.md and a CSV file per table.
 """
 
@@ -28,11 +28,11 @@ from .results import averages, by_recipe, mean, results, verdict
 
 DATA_NAMES = {"torch/cifar10": "CIFAR-10", "torch/cifar100": "CIFAR-100", "dvs128-gesture": "DVS128 Gesture"}
 DATA_NAMES |= {"cifar10-dvs": "CIFAR10-DVS", "digits": "digits", "digits-dvs": "digits, as events"}
-ABLATED = ("torch/cifar100", "cifar10-dvs")  # the paper's ablations, of images and of events
+ABLATED = ("torch/cifar100", "cifar10-dvs")  # data sets of the paper's ablations: images, events
 
 
 def size(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str, str]:
-    """Count parameters and MACs a step of a network for an input of `shape`, from shapes alone."""
+    """Count parameters and MACs a step of a network for an input of `shape`, on the meta device."""
     with torch.device("meta"):
         model = build()
     report = estimate(model, torch.empty(shape, device="meta"))
@@ -41,14 +41,14 @@ def size(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str, st
     return {"parameters": f"{parameters:,}", "MACs a step": macs}
 
 
-Found = Mapping[Config, Sequence[dict]]  # results of each recipe and variant
+Runs = Mapping[Config, Sequence[dict]]  # results of each recipe and variant
 
 
 def _given(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else f"{value:{form}}"
 
 
-def row(cfg: Config, found: Found) -> dict[str, str]:
+def row(cfg: Config, runs: Runs) -> dict[str, str]:
     """Return the row of a recipe."""
     shape = (1, cfg.in_channels, cfg.input_size, cfg.input_size)
     if cfg.dataset in EVENT_DATASETS:
@@ -56,8 +56,8 @@ def row(cfg: Config, found: Found) -> dict[str, str]:
     build = functools.partial(build_model, dataclasses.replace(cfg, time_steps=1))
     paper = _given(cfg.paper_top1) + (" (to be verified)" if cfg.paper_unverified else "")
     paper += f" (top-5 {cfg.paper_top5:.2f})" if cfg.paper_top5 else ""
-    energies = [result["energy"]["energy_mj"] for result in found[cfg] if "energy" in result]
-    top1 = [result["top1"] for result in found[cfg]]
+    energies = [result["energy"]["energy_mj"] for result in runs[cfg] if "energy" in result]
+    top1 = [result["top1"] for result in runs[cfg]]
     return {
         **({"data set": DATA_NAMES[cfg.dataset]} if cfg.dataset in DATA_NAMES else {}),
         "network": cfg.model,
@@ -74,16 +74,16 @@ def row(cfg: Config, found: Found) -> dict[str, str]:
     }
 
 
-def own(found: Found, datasets: Sequence[str]) -> list[dict]:
+def recipe_rows(runs: Runs, datasets: Sequence[str]) -> list[dict]:
     """Return a row for each recipe of the data sets, in their order."""
-    configs = [cfg for cfg in found if cfg.dataset in datasets and not cfg.variant]
-    return [row(cfg, found) for cfg in sorted(configs, key=lambda cfg: datasets.index(cfg.dataset))]
+    configs = [cfg for cfg in runs if cfg.dataset in datasets and not cfg.variant]
+    return [row(cfg, runs) for cfg in sorted(configs, key=lambda cfg: datasets.index(cfg.dataset))]
 
 
-def listed(table: dict, found: Found) -> list[dict]:
-    """Return the rows of a table in published.yml, with parameters and MACs where timm has the network."""
-    configs = [cfg for cfg in found if cfg.dataset in DATA_NAMES and cfg.paper_top1 and not cfg.variant]
-    paper = {DATA_NAMES[cfg.dataset]: cfg.paper_top1 for cfg in reversed(configs)}  # of several recipes the first
+def listed(table: dict, runs: Runs) -> list[dict]:
+    """Return the rows of a table in published.yml, with parameters and MACs if timm has the network."""
+    configs = [cfg for cfg in runs if cfg.dataset in DATA_NAMES and cfg.paper_top1 and not cfg.variant]
+    paper = {DATA_NAMES[cfg.dataset]: cfg.paper_top1 for cfg in reversed(configs)}  # the first of several recipes
     rows = []
     for other in table["rows"]:
         given = other | (paper if other["network"] == "QKFormer" else {})
@@ -98,78 +98,78 @@ def listed(table: dict, found: Found) -> list[dict]:
     return [dict.fromkeys(columns, "") | row for row in rows]
 
 
-def _variants(found: Found, dataset: str) -> dict[str, Config]:
-    """Return the recipe of a data set under "" and its variants by name; of several recipes the first."""
-    return {cfg.variant or "": cfg for cfg in reversed([*found]) if cfg.dataset == dataset}
+def _variants(runs: Runs, dataset: str) -> dict[str, Config]:
+    """Return a data set's first recipe under "", and its variants under their names."""
+    return {cfg.variant or "": cfg for cfg in reversed([*runs]) if cfg.dataset == dataset}
 
 
-def ablations(found: Found) -> list[dict]:
-    """Return a row for each variant, with the data sets side by side."""
+def ablations(runs: Runs) -> list[dict]:
+    """Return a row for each variant, with a group of columns for each data set."""
     names, kept = published("ablations"), ("parameters", "MACs a step", "top-1 (%) *paper*", "top-1 (%) *here*")
     rows = [{"attention, embedding": name, "--variant": variant} for variant, name in names.items()]
     for dataset in ABLATED:
-        variants = _variants(found, dataset)
+        variants = _variants(runs, dataset)
         for texts, variant in zip(rows, names, strict=True):
-            whole = row(variants[variant], found) if variant in variants else dict.fromkeys(kept, "")
+            whole = row(variants[variant], runs) if variant in variants else dict.fromkeys(kept, "")
             texts |= {f"{DATA_NAMES[dataset]}: {key}": whole[key] for key in kept}
     return rows
 
 
-def measured(found: Found) -> dict[str, dict[str, Config]]:
+def measured(runs: Runs) -> dict[str, dict[str, Config]]:
     """Return the recipes and variants of the ablations that have results: file name -> variant -> settings."""
     groups, names = {}, published("ablations")
-    for cfg in found:
-        if found[cfg] and (cfg.variant or "") in names:
+    for cfg in runs:
+        if runs[cfg] and (cfg.variant or "") in names:
             groups.setdefault(Path(cfg.config).stem, {})[cfg.variant or ""] = cfg
     return {recipe: {name: group[name] for name in names if name in group} for recipe, group in groups.items()}
 
 
-def measurements(found: Found) -> list[dict]:
+def measurements(runs: Runs) -> list[dict]:
     """Return a row for each measured recipe and variant of the ablations, next to the paper's accuracy."""
     rows, names = [], published("ablations")
-    for recipe, group in measured(found).items():
+    for recipe, group in measured(runs).items():
         for variant, cfg in group.items():
             dataset = ABLATED[cfg.dataset in EVENT_DATASETS]
-            paper = _variants(found, dataset).get(variant, Config()).paper_top1
+            paper = _variants(runs, dataset).get(variant, Config()).paper_top1
             rows.append(
                 {"recipe": recipe, "attention, embedding": names[variant], "--variant": variant}
                 | {"top-1 (%) *paper*": f"{paper:.2f} ({DATA_NAMES[dataset]})" if paper else ""}
-                | {"parameters": row(cfg, found)["parameters"], "runs *here*": str(len(found[cfg]))}
-                | {f"{key} *here*": text for key, text in averages(found[cfg]).items()}
+                | {"parameters": row(cfg, runs)["parameters"], "runs *here*": str(len(runs[cfg]))}
+                | {f"{key} *here*": text for key, text in averages(runs[cfg]).items()}
             )
     return rows
 
 
-def orders(found: Found) -> list[dict]:
-    """Return a row for each order in the paper: its differences, and those measured with their `verdict`."""
-    rows, names, groups = [], published("ablations"), measured(found)
+def orders(runs: Runs) -> list[dict]:
+    """Return a row for each order in the paper: the paper's differences, and measured ones with their `verdict`."""
+    rows, names, groups = [], published("ablations"), measured(runs)
     for better, worse in published("orders"):
         texts, given = {"order": f"{names[better]} > {names[worse]}"}, {}
         for dataset in ABLATED:
-            variants = _variants(found, dataset)
+            variants = _variants(runs, dataset)
             figures = [cfg.paper_top1 for name in (better, worse) if (cfg := variants.get(name)) and cfg.paper_top1]
             given[dataset] = figures[0] - figures[1] if len(figures) == 2 else None
             texts[f"{DATA_NAMES[dataset]} *paper*"] = _given(given[dataset], "+.2f")
         for recipe, group in groups.items():
-            top1 = [[run["top1"] for run in found.get(group.get(name), ())] for name in (better, worse)]
+            top1 = [[run["top1"] for run in runs.get(group.get(name), ())] for name in (better, worse)]
             is_events = next(iter(group.values())).dataset in EVENT_DATASETS
             texts[f"{recipe} *here*"] = verdict(*top1, given[ABLATED[is_events]])
         rows.append(texts)
     return rows
 
 
-def tables(found: Found) -> dict[str, tuple[str, list[dict]]]:
-    """Return title and rows of each table, by the name of its CSV file."""
-    others = {name: (table["title"], listed(table, found)) for name, table in published("tables").items()}
+def tables(runs: Runs) -> dict[str, tuple[str, list[dict]]]:
+    """Return {name of the CSV file: (title, rows)} of each table."""
+    others = {name: (table["title"], listed(table, runs)) for name, table in published("tables").items()}
     return {
-        "imagenet": ("ImageNet-1k", own(found, ["imagefolder"])),
+        "imagenet": ("ImageNet-1k", recipe_rows(runs, ["imagefolder"])),
         "imagenet_others": others.pop("imagenet_others"),
         "imagenet_later": others.pop("imagenet_later"),
-        "small": ("CIFAR, event recordings, digits", own(found, [*DATA_NAMES])),
+        "small": ("CIFAR, event recordings, digits", recipe_rows(runs, [*DATA_NAMES])),
         **others,
-        "ablations": ("Ablations", ablations(found)),
-        "ablations_here": ("Ablations measured here", measurements(found)),
-        "orders": ("Orders of the paper, and whether they hold here: difference of top-1 (%)", orders(found)),
+        "ablations": ("Ablations", ablations(runs)),
+        "ablations_here": ("Ablations measured here", measurements(runs)),
+        "orders": ("Orders of the paper, and whether they hold here: difference of top-1 (%)", orders(runs)),
     }
 
 
@@ -182,14 +182,14 @@ def markdown(title: str, rows: list[dict]) -> str:
 
 def run(argv: Sequence[str]) -> None:
     flags = parser(__doc__)
-    flags.add_argument("--results", nargs="+", type=Path, help="folders of runs that test.py evaluated (output)")
+    flags.add_argument("--results", nargs="+", type=Path, help="folders of evaluated runs (output)")
     flags.add_argument("--output-dir", type=Path, default=Path("output/tables"), help="folder to write to")
     args = flags.parse_args(argv)
     setup_console(is_main=True)
-    configs = [cfg for path, _ in recipes() for cfg in read(path).all() if cfg.num_classes]  # own_images counts them
-    found = by_recipe(results(args.results or [*Path().glob("output")]), configs)
+    configs = [cfg for path, _ in recipes() for cfg in read(path).all() if cfg.num_classes]  # own_images has none
+    runs = by_recipe(results(args.results or [*Path().glob("output")]), configs)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    made = tables(found)
+    made = tables(runs)
     text = "\n\n".join(markdown(*table) for table in made.values())
     (args.output_dir / "tables.md").write_text(text + "\n")
     for name, (_, rows) in made.items():

@@ -39,7 +39,7 @@ PACKAGES = "torch torchvision triton cupy-cuda13x spikingjelly timm numpy pillow
 
 
 def machine(device: torch.device) -> dict:
-    """Describe the machine, its load and the versions."""
+    """Describe the machine, its load and package versions."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search("^model name\\s*: (.*)$", cpuinfo, re.MULTILINE)
     where = {"cpu": model[1] if model else platform.processor(), "cores": joblib.cpu_count()}
@@ -83,17 +83,17 @@ class Results:
 
     @property
     def all(self) -> list[dict]:
-        """Results that count, of earlier runs and of this one."""
+        """Return the results that count: kept ones and those of this run."""
         return self.kept + self.run["results"]
 
     def write(self, results: Iterable[dict]) -> None:
-        """Write more results of this run."""
+        """Add results of this run and write the file."""
         self.run["results"] += results
         write_whole(self.path, json.dumps({"runs": self.runs}, indent=1, default=str) + "\n")
 
 
 def choose(device: str) -> torch.device:
-    """Set up the device "auto", "cpu" or "cuda" with the arithmetic of training; raises `UserError` if missing."""
+    """Set up the device "auto", "cpu" or "cuda" with the arithmetic of training; raise `UserError` if it is missing."""
     torch.manual_seed(0)
     setup_console(is_main=True)
     set_arithmetic(Config())
@@ -107,13 +107,13 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def network(cfg: Config, **changes) -> nn.Module:
-    """Create the network of a recipe with other arguments of `create_model`; raises ValueError as it does."""
+    """Create the network of a recipe with other arguments of `create_model`."""
     settings = {key: getattr(cfg, key) for key in MODEL_FIELDS[1:] if getattr(cfg, key) is not None}
     return create_model(cfg.model, **settings | changes)
 
 
 def recipe(model: str, **changes) -> Config:
-    """Return the recipe of a network with the measured batch size and other changes; raises `UserError` as `load`."""
+    """Return the recipe of a network with the measured batch size and other changes."""
     path, batch_size = CONFIGURATIONS[model]
     return load(ROOT / path, [f"--{key}={value}" for key, value in ({"batch_size": batch_size} | changes).items()])
 

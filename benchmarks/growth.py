@@ -5,13 +5,13 @@
     python -m benchmarks.growth --memory                 # attentions: bytes at the sizes of the paper
 
 Networks: training steps ("train") and evaluation ("eval") on noise, ours and the baseline in turns as in
-benchmarks.speed. Attentions: forward and backward pass, and counted operations, of Q-K attention and of self-attention
-as q (k^T v) (this project) and as (q k^T) v (the paper's equation). "core" runs from the spikes of q, k and v to those
-for the projection; "module" adds the projections.
+benchmarks.speed. Attentions: time of forward and backward pass, and counted operations. Self-attention runs as
+q (k^T v) (this project) and as (q k^T) v (the paper's equation). "core" runs from the spikes of q, k and v to those
+before the projection; "module" adds the projections.
 
 Memory is the peak on CUDA, and on a CPU the bytes that autograd keeps for the backward pass. Exponents are slopes in
-the log-log plot over the larger half of the sizes, because small sizes measure the start of the kernels. Every point
-goes to growth-DATE-DEVICE.json, and the same command resumes it on the same day.
+the log-log plot over the larger half of the sizes, because small sizes measure the launch of kernels. Every point
+goes to growth-DATE-DEVICE.json; on the same day the same command resumes.
 """
 
 import argparse
@@ -36,10 +36,10 @@ from .turns import STEPS, Timed, Turns
 
 
 class Axis(NamedTuple):
-    """An axis, with its sizes and the size while another grows, on each kind of device."""
+    """Axis with its sizes, and its size while another axis grows, per kind of device."""
 
     letter: str
-    power: int  # of the flag's value
+    power: int  # of the flag's value that gives the plotted size
     cuda: tuple[list[int], int]
     cpu: tuple[list[int], int]
 
@@ -58,7 +58,7 @@ COLUMNS = {"ms": ("time (ms)", 1), "memory_bytes": ("memory (MB)", 1e6), "operat
 
 
 class Point(NamedTuple):
-    """A size along an axis, with the sizes along all others."""
+    """Size along an axis, with the sizes along all others."""
 
     axis: str
     size: int  # as plotted
@@ -75,7 +75,7 @@ class Point(NamedTuple):
 
 
 def start_side(point: Point, mode: str, side: str, args: argparse.Namespace, device: torch.device) -> Timed:
-    """Prepare a step of an attention, or of a network that always has the same weights."""
+    """Prepare a step of an attention, or of a network with fixed initial weights."""
     if mode in PARTS:
         step, spikes, parameters = point.attention(side, mode, args.heads).step(device)
         return Timed(lambda: step, spikes, device, parameters)
@@ -123,10 +123,10 @@ def exponent(rows: Sequence[dict], column: str) -> float | None:
 
 def lines(rows: Sequence[dict]) -> dict[tuple[str, str, str], list[dict]]:
     """Group the rows by axis, mode and side."""
-    found = {}
+    groups = {}
     for row in rows:
-        found.setdefault((row["axis"], row["mode"], row["side"]), []).append(row)
-    return found
+        groups.setdefault((row["axis"], row["mode"], row["side"]), []).append(row)
+    return groups
 
 
 def exponents(rows: Sequence[dict]) -> list[dict]:
@@ -140,15 +140,15 @@ def exponents(rows: Sequence[dict]) -> list[dict]:
 
 def draw(rows: Sequence[dict], title: str, path: Path) -> None:
     """Draw each column of each mode against the size, a column of panels for each axis."""
-    found = lines(rows)
-    axes = list(dict.fromkeys(axis for axis, *_ in found))
+    groups = lines(rows)
+    axes = list(dict.fromkeys(axis for axis, *_ in groups))
     panels = dict.fromkeys((mode, key) for key in COLUMNS for row in rows if row.get(key) for mode in [row["mode"]])
     size = (3.6 * len(axes) + 0.6, 3 * len(panels) + 0.6)
     with drawing(path, len(panels), len(axes), size, sharey="row") as (figure, plots):
         places = ((mode, column, axis) for mode, column in panels for axis in axes)
         for plot, (mode, column, axis) in zip(plots, places, strict=True):
             letter, (name, unit) = AXES[axis].letter, COLUMNS[column]
-            for (_, _, side), line in (item for item in found.items() if item[0][:2] == (axis, mode)):
+            for (_, _, side), line in (item for item in groups.items() if item[0][:2] == (axis, mode)):
                 points = [(row["size"], row[column] / unit) for row in line if row.get(column)]
                 if points:
                     power = exponent(line, column)
@@ -164,7 +164,7 @@ def draw(rows: Sequence[dict], title: str, path: Path) -> None:
 
 
 def chosen(args: argparse.Namespace, device: torch.device) -> list[Point]:
-    """Return the points that the flags ask for; raises `UserError` for sizes that do not fit."""
+    """Return the points that the flags ask for; raise `UserError` for sizes that do not fit."""
     args.model = args.model or MODELS[device.type]
     for name, axis in AXES.items():
         sizes, at = getattr(axis, device.type)
@@ -174,7 +174,7 @@ def chosen(args: argparse.Namespace, device: torch.device) -> list[Point]:
     points = []
     for axis in args.axes:
         if len(sizes := getattr(args, axis)) < 2:
-            raise UserError(f"--{axis.replace('_', '-')} {sizes[0]}: an exponent needs two sizes; add one")
+            raise UserError(f"--{axis.replace('_', '-')} {sizes[0]}: one size gives no exponent; add another")
         points += [Point(axis, size ** AXES[axis].power, fixed | {axis: size}) for size in sizes]
     for point in points:
         if point.axis in ATTENTION_AXES and point.at["channels"] % args.heads:
@@ -191,12 +191,12 @@ def run(argv: Sequence[str]) -> None:
     flags = flags_of(__doc__, (*STEPS, *PARTS), rounds=3)
     flags.add_argument("--model", choices=CONFIGURATIONS, help="network (qkformer_10_384; on a CPU qkformer_3_64)")
     flags.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES)[:4], help="axes to grow (the first four)")
-    flags.add_argument("--heads", type=positive, default=6, help="heads of the attentions; a head grows with D (6)")
+    flags.add_argument("--heads", type=positive, default=6, help="heads of the attentions, of growing width (6)")
     for axis in AXES:
         name = axis.replace("_", "-")
         flags.add_argument(f"--{name}", type=positive, nargs="+", help="sizes along this axis")
         flags.add_argument(f"--at-{name}", type=positive, help="size while another axis grows")
-    flags.add_argument("--memory", action="store_true", help="print the attentions' memory (MiB), and nothing else")
+    flags.add_argument("--memory", action="store_true", help="only print the attentions' memory (MiB)")
     args = flags.parse_args(argv)
     if args.memory:
         print(tabulate(memory(), headers="keys", floatfmt=".2f"))

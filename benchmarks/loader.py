@@ -1,10 +1,10 @@
-"""Samples a second of the recipes' input pipelines, in all and of a core.
+"""Samples a second of the recipes' input pipelines, in total and per core.
 
     python -m benchmarks.loader [--help]
 
 Times the recipes' loaders up to the batch of bytes in the training process, with one worker and with one on each core.
-The data are synthetic, in real formats and sizes, and lie in memory: no disk is measured. A GPU that trains X samples a
-second needs X over the samples of a core. The same command resumes an interrupted benchmark.
+The data are synthetic, in real formats and sizes. They lie in memory, so no disk is measured. A GPU that trains X
+samples a second needs X / (samples a second per core) cores. The same command resumes an interrupted benchmark.
 """
 
 import functools
@@ -37,17 +37,17 @@ from engine.run import create_data
 from .common import RESULTS, Results, spread
 from .synthetic import events, fill, jpeg, write_cifar
 
-FILES = 64  # different files; the others of a data set are links to them
+FILES = 64  # different files; all others are links to them
 CLASSES = 4  # of the folder of images
 FRAMES = 16
 WARM_UP, AHEAD = 2, 2  # batches of each worker before and after the timed ones
 
 
 class Case(NamedTuple):
-    """An input pipeline, and the function that writes its data."""
+    """Input pipeline, and the function that writes its data."""
 
     recipe: str
-    write: Callable[[Path, int, int], object]  # to a folder, the numbers of training and test samples
+    write: Callable[[Path, int, int], object]  # arguments: folder, numbers of training and test samples
     batches: int = 60  # of each worker, in a second or two
     part: str = "train"
     flags: tuple[str, ...] = ()
@@ -91,24 +91,24 @@ for _name, _size in (("dvs128-gesture", 350_000), ("cifar10-dvs", 200_000)):
 
 
 def seconds(loader: DataLoader, batches: int) -> float:
-    """Return the time for `batches` of each worker, after the warm-up."""
+    """Return the seconds for `batches` of each worker, after the warm-up."""
     times = [time.perf_counter() for _ in loader]
     warm_up = WARM_UP * loader.num_workers - 1
     return times[warm_up + batches * loader.num_workers] - times[warm_up]
 
 
 def measure(case: Case, root: Path, cores: int, repeats: int, batches: int | None) -> dict:
-    """Return the figures of a pipeline."""
+    """Write a pipeline's data, time it and return the figures."""
     batch_size, batches = case.config(root, 0).batch_size, batches or case.batches
     count = (WARM_UP + batches + AHEAD) * cores * batch_size
     case.write(root, *((count, batch_size) if case.part == "train" else (batch_size, count)))
     rates = defaultdict(list)
-    with (  # without warnings about the size, and without md5 sums
+    with (  # tiny synthetic data would cause warnings and fail the md5 check
         mock.patch.object(logger, "disabled", True),
         mock.patch("torchvision.datasets.cifar.check_integrity"),
     ):
-        here = world.setup("auto")
-        data = {n: create_data(case.config(root, n), here) for n in sorted({1, cores})}
+        rank = world.setup("auto")
+        data = {n: create_data(case.config(root, n), rank) for n in sorted({1, cores})}
         loaders = {n: (d.train.loader if case.part == "train" else d.test).loader for n, d in data.items()}
         for _ in range(repeats):
             for workers, loader in loaders.items():

@@ -1,15 +1,15 @@
-"""Least time that a device needs for a step: the step's demand, and the device's rates.
+"""Least time of a step on a device, from the step's demand and the device's rates.
 
-A network is a chain of units (`models.layers.ConvBN`): a convolution with input I and output O, BatchNorm, pooling or
-not, and neurons with spikes S, all in elements. Even a fully fused implementation moves, for each unit,
+A network is a chain of units (`models.layers.ConvBN`): a convolution with input I and output O, BatchNorm, optional
+pooling, and neurons with spikes S, all in elements. Even a fully fused implementation moves, for each unit,
 
 - in evaluation I + S: BatchNorm folds into the convolution, and the neurons run before anything is written;
 - in the forward pass of training I + 3 O + S: O is written, read for the batch statistics, and read for the spikes;
-- in the backward pass 2 I + 5 O + 2 S: O and the gradient of S are read for the sums of BatchNorm's gradient and again
-  for the gradient of O, which is written and read for the gradients of weights (with I) and input (written).
+- in the backward pass 2 I + 5 O + 2 S: O and S's gradient are read twice, for BatchNorm's sums and for O's gradient.
+  O's gradient is written, then read for the gradients of weights (with I) and input (written).
 
 A static image is the same at every time step, so I and O of the first unit count once; its operations count T times
-(1 % of all). Attention products, residual sums, head, weights and optimizer are left out: a few percent of the bytes.
+(1 % of all). The demand omits attention products, residual sums, head, weights and optimizer, a few percent of bytes.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from models.layers import ConvBN
 from .common import network, random_batch
 
 MOVED = {"eval": (1, 0, 1), "train": (3, 8, 3)}  # how often I, O and S are moved
-COUNTED = 2  # samples, because BatchNorm may refuse one
+COUNTED = 2  # samples, because BatchNorm may reject a single one
 GEMM_SIZE, COPY_BYTES = {"cpu": 1024, "cuda": 8192}, {"cpu": 2**27, "cuda": 2**32}
 
 
@@ -38,7 +38,7 @@ class Demand(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Best rates of a device, a second."""
+    """Best rates of a device."""
 
     bytes_per_s: float  # read and written
     operations_per_s: float
@@ -72,7 +72,7 @@ def demand(cfg: Config, mode: str) -> Demand:
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure a large copy and a large matrix product; the best counts, because others may use the machine."""
+    """Measure a large copy and a large matrix product; the best time counts, because the machine may be shared."""
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copied = 2 * len(source) / _best_seconds(lambda: target.copy_(source))

@@ -1,4 +1,4 @@
-"""Sides of benchmarks.speed: the networks of this project by every backend, and spikingjelly 2's."""
+"""Sides of benchmarks.speed: this project's networks with every backend, and spikingjelly 2's."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -24,12 +24,12 @@ SWITCHES = {  # side -> file and name of a constant of `models.fused`, its other
     "ours-rows64": ("kernels.linear_lif", "ROWS", 64, ("eval",)),
     "ours-gemm": ("gpu", "ONE_KERNEL", False, ("eval",)),
 }
-ON_REQUEST = (COMPILED, *SWITCHES)  # sides that run only if --sides names them
+ON_REQUEST = (COMPILED, *SWITCHES)  # sides that run only if --sides lists them
 
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe at the measured size."""
+    """Recipe at the measured size."""
 
     model: str
     changes: dict[str, object]  # of its recipe
@@ -40,11 +40,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Side:
-    """A network of this project: its `lif_backend`, and a preparation."""
+    """Network of this project: its `lif_backend`, and a preparation."""
 
     lif_backend: str
     prepare: Callable[[nn.Module], object] = lambda model: None
-    graph: bool = False  # the step in a CUDA graph
+    graph: bool = False  # run the step in a CUDA graph
     switch: tuple[str, str, object] | None = None  # as in `SWITCHES`
     modes: tuple[str, ...] = tuple(STEPS)
 
@@ -72,14 +72,14 @@ class Foreign:
     modes: tuple[str, ...] = tuple(STEPS)
 
     def start(self, case: Case, mode: str, _, folder: Path | None) -> Remote:
-        """Prepare a step in a process of its own, with other weights."""
+        """Prepare a step in a separate process, with other weights."""
         settings = {"mode": mode, "amp": case.amp, "device": case.device.type, "precision": self.precision}
         return Remote(folder, {"model": case.model, "changes": case.changes, **settings})
 
 
 def compiled(model: nn.Module) -> None:
-    """Compile `model` without the neurons whose membrane leaks over the batch: a loop of T*B steps is no graph."""
-    torch._dynamo.config.recompile_limit = 64  # there are that many different blocks and units
+    """Compile `model` without neurons that leak across the batch, whose loop of T*B steps is too long for a graph."""
+    torch._dynamo.config.recompile_limit = 64  # blocks and units of different shapes
     for module in model.modules():
         if isinstance(module, LIF) and module.leak_across_batch:
             module.function = BACKENDS["auto"]
@@ -105,9 +105,9 @@ def all_sides(model: str, mode: str, device: torch.device) -> dict[str, Side | F
             "ours-checkpointing": Side("triton", lambda model: model.set_grad_checkpointing(True), modes=train),
             "ours-graphs": Side("triton", graph=True, modes=train),  # last: a graph never releases its memory
         }
-    foreign_too = model == "qkformer_10_384"
+    has_foreign = model == "qkformer_10_384"
     return {
         name: side
         for name, side in sides.items()
-        if mode in side.modes and (foreign_too or not isinstance(side, Foreign))
+        if mode in side.modes and (has_foreign or not isinstance(side, Foreign))
     }

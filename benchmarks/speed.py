@@ -1,22 +1,22 @@
-"""Time of a step: the fused networks of this project, the same unfused and compiled, and spikingjelly 2.
+"""Time of a step of this project's networks, fused, unfused and compiled, and of spikingjelly 2's.
 
-Times training steps (forward, loss, backward, AdamW) and evaluation, on noise of the shape of a recipe's data. The
+Times training steps (forward, loss, backward, AdamW) and evaluation, on noise in the shape of a recipe's data. The
 sides take turns in every round, from the same weights. A ratio is the baseline's time over that of a side in the same
 round. The table lists sides that cannot run, with the reason.
 
-    unfused-cupy          operation by operation, neurons of spikingjelly's CuPy kernels: the baseline on CUDA
+    unfused-cupy          operation by operation, spikingjelly's CuPy kernels for neurons: the baseline on CUDA
     unfused-torch         operation by operation in torch: the baseline on a CPU
-    unfused-compiled      unfused-torch under torch.compile, without neurons whose membrane leaks over the batch
-    spikingjelly2         qkformer_10_384 of spikingjelly 2.0.0 under plain autocast, in a process of its own
+    unfused-compiled      unfused-torch under torch.compile, without neurons that leak across the batch
+    spikingjelly2         qkformer_10_384 of spikingjelly 2.0.0 under plain autocast, in a separate process
     spikingjelly2-policy  spikingjelly2 with neurons in half precision on Triton, under its precision policy
     ours                  lif_backend triton; on a CPU auto
     ours-graphs, ours-packed, ours-checkpointing
                           the training step in a CUDA graph, with packed spikes, with checkpointing
     ours-columns          neighbouring programs of a kernel take the columns of the same rows
     ours-rows64           1x1 convolutions in evaluation with 64 rows a program instead of 128
-    ours-gemm             1x1 convolutions in evaluation by cuBLAS, the neurons in a kernel of their own
+    ours-gemm             1x1 convolutions in evaluation by cuBLAS, the neurons in a separate kernel
 
-unfused-compiled, which compiles for minutes, and the last three run only if --sides names them.
+The last three and unfused-compiled, which compiles for minutes, run only if --sides lists them.
 
 Every round writes its figures to speed-DATE-DEVICE.json. The same command resumes an interrupted benchmark, if commit,
 device and arguments are the same and all changes are committed.
@@ -43,11 +43,11 @@ CHANGES = ("time_steps", "input_size", "batch_size", "ssa_membrane")  # flags th
 DECISIVE = ("rounds", "steps", *CHANGES, "amp", "spikingjelly2")  # arguments that figures depend on
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}  # of convolutions and activations
 CHECKED = {"cpu": 2, "cuda": 16}  # samples whose logits are compared before the timing
-AGREEMENT = 0.5  # share of the samples in which ours has the baseline's class; rounding flips spikes
+AGREEMENT = 0.5  # share of samples with the baseline's class; rounding flips spikes
 
 
 def weights(case: Case) -> dict:
-    """Return the weights of all sides, with a batch's running statistics; without these hardly a neuron spikes."""
+    """Return the weights of all sides, with running statistics of a batch, because few neurons spike without them."""
     model = network(case.cfg, lif_backend="auto").to(case.device).train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -58,7 +58,7 @@ def weights(case: Case) -> dict:
 
 
 def compare(case: Case, state: Mapping) -> dict:
-    """Compare ours with the baseline in float32; raises `UserError` if too few classes are equal.
+    """Compare ours with the baseline in float32; raise `UserError` if too few classes are equal.
 
     `deviation` is the largest difference over the range of the logits.
     """
@@ -69,13 +69,13 @@ def compare(case: Case, state: Mapping) -> dict:
             model = network(case.cfg, lif_backend=sides[name].lif_backend)
             model.load_state_dict(state)
             logits.append(eval_step(model.to(case.device), "off", case.device)(*batch).double())
-        except Exception as error:  # the timing meets it again and reports it
+        except Exception as error:  # the timing runs into it again and reports it
             return {"not_run": f"{name}: {reason(error)}"}
     reference, ours = logits
     deviation = ((ours - reference).abs().max() / (reference.max() - reference.min())).item()
     agreement = (ours.argmax(1) == reference.argmax(1)).double().mean().item()
     if not agreement >= AGREEMENT:
-        raise UserError(f"{case.model}: in float32 ours has {agreement:.0%} of the baseline's classes; fix it first")
+        raise UserError(f"{case.model}: ours has {agreement:.0%} of the baseline's classes in float32; fix ours first")
     return {"samples": len(ours), "deviation": deviation, "same_class": agreement}
 
 
@@ -138,15 +138,15 @@ def _three(values: dict[str, float]) -> str:
 
 
 def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
-    """Return the recipes to measure, changed by the flags; raises `UserError` for values out of range."""
+    """Return the recipes to measure, changed by the flags; raise `UserError` for values out of range."""
     changed = {key: getattr(args, key) for key in CHANGES if getattr(args, key) is not None}
     return [Case(model, changed, recipe(model, **changed), args.amp, device) for model in args.models]
 
 
 def flags_of(doc: str, modes: Sequence[str], rounds: int) -> argparse.ArgumentParser:
-    """Return the flags of the benchmarks that time sides in turns."""
+    """Return the parser of benchmarks that time sides in turns."""
     flags = parser(doc)
-    flags.add_argument("--modes", nargs="+", choices=modes, default=list(modes), help="what to time (all)")
+    flags.add_argument("--modes", nargs="+", choices=modes, default=list(modes), help="modes to time (all)")
     flags.add_argument("--rounds", type=positive, default=rounds, help=f"turns of every side ({rounds})")
     flags.add_argument("--steps", type=positive, default=5, help="timed steps in a turn (5)")
     flags.add_argument("--amp", choices=DTYPES, default="fp16", help="precision (fp16; off on a CPU)")
@@ -156,7 +156,7 @@ def flags_of(doc: str, modes: Sequence[str], rounds: int) -> argparse.ArgumentPa
 
 
 def start(args: argparse.Namespace) -> torch.device:
-    """Return the device of `flags_of`; on a CPU replace fp16, as training does."""
+    """Return the device of the flags; on a CPU turn fp16 off, as training does."""
     device = choose(args.device)
     if device.type == "cpu" and args.amp == "fp16":
         args.amp = "off"
@@ -168,7 +168,7 @@ def run(argv: Sequence[str]) -> None:
     flags.add_argument("--models", nargs="+", choices=CONFIGURATIONS, default=PUBLISHED, help="(the four published)")
     cuda = torch.device("cuda")
     sides = dict.fromkeys(name for mode in STEPS for name in list(all_sides("qkformer_10_384", mode, cuda))[1:])
-    flags.add_argument("--sides", nargs="+", choices=sides, help=f"and the baseline (all but {', '.join(ON_REQUEST)})")
+    flags.add_argument("--sides", nargs="+", choices=sides, help=f"to compare (all but {', '.join(ON_REQUEST)})")
     flags.add_argument("--batch-size", type=positive, help="samples (128 and 64 for ImageNet, 64 for CIFAR, else 16)")
     flags.add_argument("--input-size", type=positive, help="height and width (the recipe's)")
     flags.add_argument("--time-steps", type=positive, help="T (the recipe's)")

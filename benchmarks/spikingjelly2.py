@@ -1,11 +1,11 @@
-"""spikingjelly 2.0.0's `qkformer_10_384`, timed in a process of its own.
+"""spikingjelly 2.0.0's `qkformer_10_384`, timed in a separate process.
 
-One environment holds one spikingjelly, and this project needs 0.0.0.0.14. Install the other one in a folder:
+This project needs spikingjelly 0.0.0.0.14. Install the other version in a folder:
 
     pip install --no-deps --target FOLDER spikingjelly==2.0.0 loguru h5py SciencePlots
 
-The network has the size of the released one but is not the same: other convolutions have biases, half of its neurons do
-not detach the reset, and its self-attention has one convolution for q, k and v.
+The network has the released network's size but differs: other convolutions have biases, half of the neurons do not
+detach the reset, and its self-attention has one convolution for q, k and v.
 """
 
 import json
@@ -24,7 +24,7 @@ from .turns import STEPS, Timed, reason
 
 
 class Remote:
-    """A side in its own process, which waits for its turns; `turn` and `peak_bytes` are those of `Timed`.
+    """Side in a separate process that waits for its turns; `turn` and `peak_bytes` are those of `Timed`.
 
     Args:
         folder: installation of spikingjelly 2, which comes first on the path of the process.
@@ -33,7 +33,7 @@ class Remote:
             takes a Python loop for any type but float32.
 
     Raises:
-        ValueError: the network does not run here.
+        ValueError: the network does not run on this machine.
     """
 
     def __init__(self, folder: Path | None, settings: dict):
@@ -73,7 +73,7 @@ class Remote:
 
 
 def build(cfg: Config, precision: bool, amp: str, device: torch.device) -> nn.Module:
-    """Create the network on `device`, which resets itself before each call; with `precision` under its policy."""
+    """Create the network on `device`, with a reset before each call; `precision` applies its policy."""
     from spikingjelly.activation_based import functional
     from spikingjelly.activation_based.model.qkformer import qkformer_10_384
 
@@ -88,8 +88,8 @@ def build(cfg: Config, precision: bool, amp: str, device: torch.device) -> nn.Mo
 
 
 def main() -> None:
-    """Answer one JSON line for the start, and one for each number of steps on standard input."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # prints of the library stay out of the answers
+    """Print one JSON line for the start, and one for each number of steps on standard input."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # keeps the library's output out of the answers
 
     def answer(**content) -> None:
         print(json.dumps(content), file=answers, flush=True)

@@ -7,12 +7,12 @@ The networks of the recipes run a training step and an evaluation on the meta de
 
 A row of the table is a kernel with its optional arguments and switches:
 
-    launches      in the step or the evaluation
-    registers     a thread, the most of all compiled variants; warps: those that a multiprocessor can hold then
+    launches      per training step or evaluation
+    registers     per thread, the largest of all compiled variants; warps: how many a multiprocessor can hold then
     spill         bytes that a thread keeps outside registers
-    instructions  an element, in the innermost loop with loads, over time or tiles (else in the whole kernel); the
-                  elements are those of the current, of the pooled map (forward), of the map before pooling (backward),
-                  or of the query. Loops over few tiles count as long ones, because the compiler unrolls them
+    instructions  per element, in the innermost loop with loads, over time or tiles (else in the whole kernel). Elements
+                  are those of the current, the pooled map (forward), the map before pooling (backward), or the query.
+                  Loops over few tiles count as long ones, because the compiler unrolls them
     once          instructions of a thread before and after that loop
     accesses      loads (L) and stores (S) of global memory in the loop, in the order of the machine code
 """
@@ -48,10 +48,10 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Launch(NamedTuple):
-    """A launch that stopped after the compiler."""
+    """Launch that stopped after the compiler."""
 
     kernel: CompiledKernel
-    looped: CompiledKernel  # with many tiles, if few leave no loop
+    looped: CompiledKernel  # with many tiles, if the compiler unrolls few
     name: str  # file, function and the switches that are on
     elements: int  # of a thread in one pass of its innermost loop
 
@@ -64,7 +64,7 @@ def launch_of(function: jit.JITFunction, kernel: CompiledKernel, looped: Compile
     switches += [key.lower() for key, value in arguments.items() if value is True] + ["long"] * (steps > chunk)
     elements = chunk * math.prod(arguments.get(key, 1) for key in TILE)
     name = " ".join([module_of(function), function.fn.__name__.strip("_").removesuffix("_kernel"), *switches])
-    elements *= 4 if name.startswith("pool backward") else 1  # its tiles are of 2x2 blocks
+    elements *= 4 if name.startswith("pool backward") else 1  # its tiles consist of 2x2 blocks
     return Launch(kernel, looped, name, max(1, elements // (32 * kernel.metadata.num_warps)))
 
 
@@ -81,7 +81,7 @@ def steps_of(cfg: Config, dtype: torch.dtype) -> dict[str, Callable[[], object]]
     x = random_batch(cfg, meta)[0].to(dtype)
     for module in model.modules():
         if isinstance(module, LIF):
-            module.function = BACKENDS["triton"]  # set_lif_backend asks for a device
+            module.function = BACKENDS["triton"]  # set_lif_backend needs a device
     return {"train": lambda: model.train()(x).mean().backward(), "eval": torch.no_grad()(lambda: model.eval()(x))}
 
 
@@ -90,7 +90,7 @@ def compiled(step: Callable[[], object], architecture: int, kernels: Sequence[st
     target = GPUTarget("cuda", architecture, 32)
     zero = lambda *_: 0  # noqa: E731
     device = SimpleNamespace(get_current_target=lambda: target, get_current_device=zero, get_current_stream=zero)
-    driver.set_active(device)  # the part of a driver that the compiler asks for
+    driver.set_active(device)  # all of a driver that the compiler needs
     run, launches = jit.JITFunction.run, []
 
     def compile_only(self, *args, grid, warmup, **kwargs):
@@ -134,13 +134,13 @@ def instructions(kernel: CompiledKernel) -> tuple[list[str], list[str]]:
 
 def accesses(instructions: Iterable[str]) -> str:
     """Format loads and stores of global memory in their order, as in "L8 S4"."""
-    order = [found[1][0] for line in instructions if (found := re.search(r"\b(LDG|STG)\b", line))]
+    order = [access[1][0] for line in instructions if (access := re.search(r"\b(LDG|STG)\b", line))]
     runs = re.findall(r"((.)\2*)", "".join(order))
     return " ".join(f"{kind}{len(run)}" for run, kind in runs)
 
 
 def figures(launches: Sequence[Launch]) -> list[dict]:
-    """Return a row per name: the largest figures of its variants, and the accesses of that with most instructions."""
+    """Return a row per name: its variants' largest figures, and the accesses of the variant with most instructions."""
     variants = {launch.kernel.hash: launch for launch in launches}
     rows = {}
     for launch in variants.values():

@@ -1,4 +1,4 @@
-"""Synthetic data in the true formats and of realistic size: events, images and CIFAR's files."""
+"""Synthetic data in real formats and sizes: events, images and CIFAR's files."""
 
 import io
 import pickle
@@ -21,7 +21,7 @@ def events(count: int, random: np.random.Generator) -> Events:
 
 
 def write_cifar(data_set: type[CIFAR10], classes: int, root: Path, train: int, test: int) -> None:
-    """Write the pickles of CIFAR-10 or CIFAR-100, as the archive unpacks."""
+    """Write the pickles of CIFAR-10 or CIFAR-100, as in the extracted archive."""
     random, folder = np.random.default_rng(0), root / data_set.base_folder
     folder.mkdir(parents=True)
     files = {name: -(-train // len(data_set.train_list)) for name, _ in data_set.train_list}

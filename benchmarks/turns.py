@@ -1,4 +1,4 @@
-"""Steps of networks, timed in turns with the steps of other sides."""
+"""Timing of a network's steps, in turns with those of other sides."""
 
 import contextlib
 import traceback
@@ -14,7 +14,7 @@ from engine.trainer import autocast
 
 from .common import release, spread, stopwatch
 
-LR = 1e-4  # of the timed steps; any small value does on random labels
+LR = 1e-4  # of the timed steps; any small value works on random labels
 WARM_UP = {"cpu": 1, "cuda": 8}  # untimed steps that compile, choose algorithms and capture graphs
 
 Step = Callable[..., object]  # of a batch: samples and labels
@@ -56,7 +56,7 @@ STEPS = {"train": train_step, "eval": eval_step}
 
 def kept_bytes(step: Callable[[], object], parameters: Iterable[Tensor]) -> int:
     """Return the bytes that autograd keeps for the backward pass of a step, without those of `parameters`."""
-    kept, own = {}, {p.untyped_storage().data_ptr() for p in parameters}
+    kept, excluded = {}, {p.untyped_storage().data_ptr() for p in parameters}
 
     def keep(x: Tensor) -> Tensor:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()  # each storage once
@@ -64,11 +64,11 @@ def kept_bytes(step: Callable[[], object], parameters: Iterable[Tensor]) -> int:
 
     with saved_tensors_hooks(keep, lambda x: x):
         step()
-    return sum(size for address, size in kept.items() if address not in own)
+    return sum(size for address, size in kept.items() if address not in excluded)
 
 
 class Timed:
-    """A step on one batch, warmed up and ready to be timed in turns with others.
+    """Step on one batch, warmed up and ready for timing in turns with others.
 
     Attributes:
         peak_bytes: on CUDA the peak memory of a step, with all that `make` allocates; on a CPU the bytes kept for the
@@ -105,11 +105,11 @@ class Timed:
         return elapsed() / steps
 
     def close(self) -> None:
-        """Do nothing; other sides end a process."""
+        """Do nothing; `Remote` ends its process."""
 
 
 class Turns:
-    """Context that times sides (such as `Timed`) in turns; `not_run` has the reasons of sides that failed."""
+    """Context that times sides (such as `Timed`) in turns; `not_run` holds the errors of sides that failed."""
 
     def __init__(self, title: str, device: torch.device):
         self.title, self.device = title, device
@@ -139,7 +139,7 @@ class Turns:
         print(f"{self.title}: ms a step: {times}", flush=True)
 
     def figures(self, names: Iterable[str], baseline: str, samples: int) -> dict[str, dict]:
-        """Return the figures of each side, or its reason in `not_run`; `ratio` is the baseline's time over `ms`."""
+        """Return the figures of each side, or its error as `not_run`; `ratio` is the baseline's time over `ms`."""
         figures = {}
         first = None if baseline in self.not_run else self.milliseconds.get(baseline)
         for name in names:
@@ -170,7 +170,7 @@ class Turns:
 
 
 def reason(error: Exception) -> str:
-    """Return the reason of a failure in one line."""
+    """Return an error in one line."""
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
         return "out of memory"
     what = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "

@@ -52,11 +52,7 @@ class Sources:
     ignored: list[str]  # keys and flags without effect
 
     def config(self, recorded: Mapping[str, object] | None = None, validate: bool = True) -> Config:
-        """Merge the sources: settings `recorded` in a checkpoint beat the recipe, and flags beat them.
-
-        Raises:
-            UserError: a value out of range, or, with `validate`, settings that conflict.
-        """
+        """Merge the sources: settings `recorded` in a checkpoint beat the recipe, and flags beat them."""
         keys = [key for key in recorded or () if key in FIELDS and key not in LOCAL_FIELDS]
         recorded = {key: _coerce(key, recorded[key], f"{key} in the checkpoint") for key in keys}
         variant = self.flags.get("variant")
@@ -73,11 +69,7 @@ class Sources:
 
 
 def read(yaml_path: str | Path, argv: Sequence[str] = ()) -> Sources:
-    """Read a recipe, or the one that `--config` in `argv` names: a file, or a recipe in the same folder.
-
-    Raises:
-        UserError: unknown keys or flags (with the nearest valid ones), or wrong type.
-    """
+    """Read a recipe, or the one that `--config` in `argv` names: a file, or a recipe in the same folder."""
     (flags, ignored, is_help), recipe = _read_flags(argv), Path(yaml_path)
     path = Path(flags.get("config", recipe))
     sibling = recipe.parent / (path if path.suffix else f"{path}.yml")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,46 +13,46 @@ from . import world as distributed
 from .cli import StopRequest, UserError, short
 from .config import MODEL_FIELDS, Config, plain, read
 from .data import pictures
+from .data.loaders import Data
 from .log import logger, progress
 from .world import World, autocast
+
+DRAWN = 40  # mistakes in a picture
+Mistake = tuple[Tensor, int, int]  # image, answer, label
 
 
 @torch.inference_mode()
 def evaluate(
-    cfg: Config,
-    world: World,
-    model: nn.Module,
-    loader: Iterable,
-    name: str = "test",
-    on_batch: Callable[[Tensor, Tensor, Tensor], object] | None = None,
-    stop_request: StopRequest | None = None,
-) -> dict:
-    """Return the accuracy over the whole test set, each sample counted once, for any number of ranks.
+    cfg: Config, world: World, model: nn.Module, loader: Iterable, name: str = "test", stop: StopRequest | None = None
+) -> tuple[dict, Tensor | None, list[Mistake]]:
+    """Return the accuracy over the whole test set, for any number of ranks, and images and mistakes of this rank.
 
-    `on_batch` gets the images, labels and logits of each batch of this rank. A signal ends the evaluation early.
-
-    Returns:
-        `loss` (mean cross-entropy), `top1` and `top5` (percent), `count` (samples).
+    The accuracy is `loss` (mean cross-entropy), `top1` and `top5` (percent) and `count` (samples, each once).
+    A signal ends the evaluation early.
     """
     model.eval()
-    batches = []  # of each: loss, top-1, top-5, count
+    batches, sample, mistakes = [], None, []  # of each batch: loss, top-1, top-5, count
     for images, labels in progress(loader, name, cfg.log_interval, world.is_main):
+        sample = images[:32] if sample is None else sample
         with autocast(cfg.eval_amp or cfg.amp, world.device):
             logits = model(images)
         losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        best = logits.topk(min(5, logits.shape[1])).indices
+        hits = best == labels[:, None]
         samples = [losses, hits[:, 0], hits.sum(1), torch.ones_like(losses)]
         batches.append(torch.stack([value.double() for value in samples]).sum(1))
-        if on_batch:
-            on_batch(images, labels, logits)
-        if stop_request and stop_request.signal:
+        if len(mistakes) < DRAWN:
+            wrong = (~hits[:, 0]).nonzero()[: DRAWN - len(mistakes), 0]
+            mistakes += zip(images[wrong].float().cpu(), best[wrong, 0].tolist(), labels[wrong].tolist(), strict=True)
+        if stop and stop.signal:
             break
     rows = distributed.gather(torch.stack(batches).tolist() if batches else [])
     if not rows:
         raise UserError("test set: empty; check --data-path")
     # fsum rounds once: the result does not depend on which rank had which batch
     loss, top1, top5, count = map(math.fsum, zip(*rows, strict=True))
-    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": int(count)}
+    result = {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": int(count)}
+    return result, sample, mistakes
 
 
 def published(cfg: Config) -> Config:
@@ -80,8 +80,8 @@ def report(result: dict, recipe: Config, energy) -> None:
         logger.info(f"published: {', '.join(parts)}")
 
 
-def write(cfg: Config, folder: Path, result: dict, recipe: Config, gallery: "Gallery", energy) -> None:
-    """Write the numbers, the picture of the answers and, if it was measured, the energy."""
+def write(cfg: Config, folder: Path, result: dict, recipe: Config, data: Data, mistakes: list[Mistake], energy) -> None:
+    """Write the numbers, the picture of mistakes and, if it was measured, the energy."""
     name = Path(cfg.checkpoint).stem  # several checkpoints may share a folder
     written = [folder / f"{name}.test.json", folder / f"{name}.predictions.png"]
     settings = plain(cfg, without=("config", "output_dir", "energy")) | {"recipe": Path(cfg.config).stem}
@@ -90,29 +90,10 @@ def write(cfg: Config, folder: Path, result: dict, recipe: Config, gallery: "Gal
         content["energy"] = energy.summary()
         written += energy.write(folder, name)
     log.write_whole(written[0], json.dumps(content, indent=2) + "\n")
-    gallery.draw(written[1])
+    names = [log.label(name) for name in data.classes]
+    drawn = [(data.show(image), f"{names[answer]}\nis {names[label]}") for image, answer, label in mistakes]
+    pictures.gallery(drawn, written[1], "Test samples with wrong answers")
     logger.info(f"written: {', '.join(map(str, written))}")
-
-
-class Gallery:
-    """Picture of test samples with the model's answers: up to 20 mistakes, then right answers, 40 in all."""
-
-    def __init__(self, classes: Sequence[str], show: Callable[[Tensor], Tensor]):
-        self.classes, self.show, self.wrong, self.right = classes, show, [], []
-        self.first: Tensor | None = None  # samples of the first batch, on the device
-
-    def add(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
-        self.first = images[:32] if self.first is None else self.first
-        answers = logits.argmax(1)
-        for kept, chosen, limit in ((self.wrong, answers != labels, 20), (self.right, answers == labels, 40)):
-            for i in chosen.nonzero()[: limit - len(kept), 0].tolist():
-                said, true = (log.label(self.classes[index]) for index in (answers[i], labels[i]))
-                caption = (said, "black") if kept is self.right else (f"{said}\nis {true}", "tab:red")
-                kept.append((self.show(images[i].float().cpu()), *caption))
-
-    def draw(self, path: Path) -> None:
-        title = "Test samples with the model's answers; mistakes first, in red"
-        pictures.gallery((self.wrong + self.right)[:40], path, title)
 
 
 def warn_of_other_classes(names: Sequence[str], state: dict, path: Path | str) -> None:

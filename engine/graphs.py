@@ -11,9 +11,7 @@ class GraphedStep:
 
     The first `warmup` calls run as they are, because a graph cannot capture the choice of algorithms. The next call is
     captured; `step` must not wait for the device then. Later calls run its kernels alone, on copies of the inputs.
-
-    A replay overwrites gradients that were `None` at the capture, and adds to others. Set none of them to `None`
-    between calls.
+    A replay overwrites gradients that were `None` at the capture, and adds to others; set none to `None` between calls.
     """
 
     def __init__(self, step: Callable[..., Tensor], warmup: int = 3):

@@ -2,7 +2,7 @@
 
 import torch
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
@@ -46,13 +46,5 @@ def create_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 def create_schedule(cfg: Config, optimizer: torch.optim.Optimizer) -> Scheduler:
     """Return timm's schedule; `step` with a (fractional) epoch sets the rate of each group, times its `lr_scale`."""
-    return create_scheduler_v2(
-        optimizer,
-        sched=cfg.sched,
-        num_epochs=cfg.epochs - (cfg.warmup_epochs if cfg.warmup_prefix else 0),
-        cooldown_epochs=cfg.cooldown_epochs,
-        warmup_epochs=cfg.warmup_epochs,
-        warmup_lr=cfg.warmup_lr,
-        warmup_prefix=cfg.warmup_prefix,
-        min_lr=cfg.min_lr,
-    )[0]
+    decay_epochs = cfg.epochs - (cfg.warmup_epochs if cfg.warmup_prefix else 0)
+    return create_scheduler_v2(optimizer, **scheduler_kwargs(cfg) | {"num_epochs": decay_epochs})[0]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -52,11 +52,11 @@ class Predictor:
         batches = torch.stack(samples).split(self.batch_size) if samples else ()
         return [answer for batch in batches for answer in self._answers(self._compute(self.model, batch))]
 
-    def draw(self, sample: Tensor, caption: str) -> list[tuple[Tensor, str, str]]:
-        """Return pictures of an input with their captions and colours, for `pictures.gallery`."""
+    def draw(self, sample: Tensor, caption: str) -> list[tuple[Tensor, str]]:
+        """Return pictures of an input with their captions, for `pictures.gallery`."""
         if self.is_of_events:
             return pictures.row(sample, caption, self.columns)
-        return [(pictures.of_image(*image.statistics(self.cfg), sample), caption, "black")]
+        return [(pictures.of_image(*image.statistics(self.cfg), sample), caption)]
 
     def stream(self, frames: Tensor) -> Iterator[Answer]:
         """Yield the answer after each of a recording's frames [T,2,H,W]."""
@@ -93,28 +93,27 @@ def load(path: str | Path, device: str = "auto", **settings: object) -> Predicto
     return Predictor(cfg, model, [str(name) for name in classes], distributed.setup(device).device)
 
 
-class _Files(Dataset):
-    """Files of inputs as (path, sample), with an error instead of the sample of a damaged file."""
+def _files_in(paths: Sequence[Path], suffixes: tuple[str, ...]) -> list[Path]:
+    """Return the files among the paths, and those with one of the suffixes in folders."""
+    files = []
+    for path in paths:
+        names = sorted(str(file.relative_to(path)) for file in path.rglob("*"))
+        inside = [path / name for name in names if name.lower().endswith(suffixes) and not is_hidden(name)]
+        if path.is_dir() and not inside:
+            raise UserError(f"{path}: holds none of {', '.join(suffixes)}; name files, or a folder of them")
+        files += inside or [path]
+    return files
 
-    def __init__(self, paths: Sequence[Path], predictor: Predictor):
-        suffixes = tuple(DECODERS) if predictor.is_of_events else (*IMG_EXTENSIONS, *image.SKIPPED)
-        self.read, self.paths = predictor.read, []
-        for path in paths:
-            names = sorted(str(file.relative_to(path)) for file in path.rglob("*"))
-            inside = [path / name for name in names if name.lower().endswith(suffixes) and not is_hidden(name)]
-            if path.is_dir() and not inside:
-                raise UserError(f"{path}: holds none of {', '.join(suffixes)}; name files, or a folder of them")
-            self.paths += inside or [path]
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Path, Tensor | UserError]:
-        path = self.paths[index]
+def _read_files(read: Callable[[Path], Tensor], paths: Sequence[Path]) -> tuple[list, list[UserError]]:
+    """Return (path, sample) of each readable file, and the errors of others."""
+    readable, errors = [], []
+    for path in paths:
         try:
-            return path, self.read(path)
+            readable.append((path, read(path)))
         except UserError as error:
-            return path, error
+            errors.append(error)
+    return readable, errors
 
 
 def run(argv: Sequence[str]) -> None:
@@ -125,8 +124,9 @@ def run(argv: Sequence[str]) -> None:
     predictor = load(settings.pop("checkpoint"), **settings)
     if args.stream and not predictor.is_of_events:
         raise UserError("--stream: this network takes images, not recordings; omit it")
-    files, rows, drawn = _Files(args.paths, predictor), [], []
-    taken = {path.resolve() for path in (Path(predictor.cfg.checkpoint), *files.paths)}
+    suffixes = tuple(DECODERS) if predictor.is_of_events else (*IMG_EXTENSIONS, *image.SKIPPED)
+    files, rows, drawn = _files_in(args.paths, suffixes), [], []
+    taken = {path.resolve() for path in (Path(predictor.cfg.checkpoint), *files)}
     for path in filter(None, (args.csv, args.json, args.picture)):
         if path.resolve() in taken:
             raise UserError(f"{path}: is an input, or named twice; choose another file to write")
@@ -135,13 +135,12 @@ def run(argv: Sequence[str]) -> None:
     if args.picture and args.picture.suffix.lower() not in pictures.SUFFIXES:
         raise UserError(f"--picture {args.picture}: unknown format; use {', '.join(pictures.SUFFIXES)}")
     workers = min(predictor.cfg.workers, os.cpu_count() or 1, len(files) // predictor.batch_size)
-    loader = DataLoader(files, predictor.batch_size, num_workers=workers, collate_fn=list)
+    read = partial(_read_files, predictor.read)
+    loader = DataLoader(files, predictor.batch_size, num_workers=workers, collate_fn=read)
     with logging_redirect_tqdm([logger]):
-        for batch in log.progress(loader, "batches", 1, sys.stderr.isatty()):
-            for _, sample in batch:
-                if isinstance(sample, UserError):
-                    logger.warning(f"warning: {sample}")
-            readable = [(path, sample) for path, sample in batch if isinstance(sample, Tensor)]
+        for readable, errors in log.progress(loader, "batches", 1, sys.stderr.isatty()):
+            for error in errors:
+                logger.warning(f"warning: {error}")
             samples = [sample for _, sample in readable]
             answers = map(predictor.stream, samples) if args.stream else ([x] for x in predictor(samples))
             for (path, sample), steps in zip(readable, answers, strict=True):

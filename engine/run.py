@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 
 import timm.utils
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.backends import triton_problem
 
@@ -25,7 +25,7 @@ from .data import event, image
 from .data.folders import data_path, find_classes, split_folders
 from .data.loaders import Data
 from .data.recordings import EVENT_DATASETS, event_folder
-from .evaluate import Gallery, evaluate, published, report, warn_of_other_classes, write
+from .evaluate import evaluate, published, report, warn_of_other_classes, write
 from .log import logger
 from .optim import base_lr, create_optimizer, effective_batch, total_epochs
 from .run_dir import Start, checkpoint_to_test, find_run, records, warn_of_seen
@@ -65,13 +65,8 @@ def train(recipe: Path) -> None:
 
 def _train_one_epoch(trainer: Trainer, record: Callable[[dict], None] | None) -> None:
     cfg, world, name, epoch = trainer.cfg, trainer.world, trainer.name, trainer.epoch
-    began, first = time.monotonic(), []
-
-    def keep(images: Tensor, *_) -> None:
-        first[:] = first or [images[:32]]
-
-    train_loss = trainer.train_epoch()
-    result = evaluate(cfg, world, trainer.evaluated, trainer.data.test, f"{name} test", keep, trainer.stop_request)
+    began, train_loss, stop = time.monotonic(), trainer.train_epoch(), trainer.stop_request
+    result, images, _ = evaluate(cfg, world, trainer.evaluated, trainer.data.test, f"{name} test", stop)
     trainer.stop_if_asked("in the evaluation")
     is_best = trainer.end_epoch(result)
     row = {"epoch": epoch, "lr": trainer.optimizer.param_groups[0]["lr"], "train_loss": train_loss}
@@ -79,8 +74,7 @@ def _train_one_epoch(trainer: Trainer, record: Callable[[dict], None] | None) ->
     row["seconds"] = round(time.monotonic() - began, 2)
     if record:
         record(row)
-        if not cfg.compile:  # the hooks would compile the network once more
-            weights.warn_of_silence(trainer.evaluated, *first)
+        weights.warn_of_silence(cfg, trainer.evaluated, images)
     trainer.save(is_best)
     best = f"best {trainer.best['test_top1']:.2f} % (epoch {trainer.best['epoch'] + 1})"
     logger.info(
@@ -91,10 +85,7 @@ def _train_one_epoch(trainer: Trainer, record: Callable[[dict], None] | None) ->
 
 @distributed.membership()
 def test(recipe: Path, meter: str | None) -> None:
-    """Evaluate `--checkpoint` as the recipe and the command line say.
-
-    `meter` names what `--energy` measures with ("module:name"), because analyses import the engine.
-    """
+    """Evaluate `--checkpoint`; `meter` ("module:name") measures `--energy`, because analyses import the engine."""
     sources = read(recipe, sys.argv[1:])
     cfg = sources.config(validate=False)
     world = setup(cfg, sources.ignored)
@@ -118,17 +109,15 @@ def test(recipe: Path, meter: str | None) -> None:
     load_weights(cfg, model, state, path)
     if cfg.compile:
         model.compile()
-    gallery = Gallery(data.classes, data.show)
     with resolve_name(meter)(model) if cfg.energy else contextlib.nullcontext() as measured:
-        result = evaluate(cfg, world, model, data.test, on_batch=gallery.add)
+        result, images, mistakes = evaluate(cfg, world, model, data.test)
     if not math.isfinite(result["loss"]):
         raise UserError(f"{path}: gives a loss that is not finite; use --eval-amp off, or another checkpoint")
     energy = measured.report(distributed.gather) if measured else None
     report(result, about, energy)
-    if gallery.first is not None and not cfg.compile:
-        weights.warn_of_silence(model, gallery.first)
     if world.is_main:
-        write(cfg, folder, result, about, gallery, energy)
+        weights.warn_of_silence(cfg, model, images)
+        write(cfg, folder, result, about, data, mistakes, energy)
 
 
 def setup(cfg: Config, ignored: Iterable[str] = ()) -> World:
@@ -165,9 +154,9 @@ def _settings_to_train(sources: Sources, start: Start) -> Config:
     if start.continues and "config" in sources.flags:
         recipe = _counted(sources.config(validate=False))
         for key, value, recorded in differences(recipe, plain(cfg), plain(cfg, without=LOCAL_FIELDS)):
-            change = f"{start.path} was trained with {key} = {recorded!r}, not {value!r}"
+            change = f"{key} = {value!r}, {start.path} was trained with {recorded!r}"
             raise UserError(f"--config {sources.path}: {change}; omit the flag, or branch off with --output-dir NEW")
-    recorded = start.state["config"] if start.is_ours else plain(cfg)
+    recorded = start.state["config"] if start.is_native else plain(cfg)
     for key, value, trained in differences(cfg, recorded, ("variant", *MODEL_FIELDS, "opt")):
         raise UserError(f"--resume {start.path}: trained with {key}={short(trained)}, not {value!r}; use --finetune")
     return cfg
@@ -210,8 +199,7 @@ def _require_gpu(cfg: Config, world: World) -> None:
 def _test_kernels(cfg: Config, world: World) -> None:
     """Test the Triton kernels on one rank of each machine, which fills the cache, then on all.
 
-    Raises:
-        UserError: they fail, and a flag needs them; or they fail on some ranks, which would use other collectives.
+    Raise `UserError` if a flag needs them and they fail, or on some ranks, which would use other collectives.
     """
     if world.device.type == "cpu" or cfg.compile or cfg.lif_backend not in ("auto", "triton"):
         return
@@ -233,7 +221,7 @@ def _model_to_train(cfg: Config, world: World, start: Start, data: Data) -> nn.M
         warn_of_seen(data, Path(path))
     _test_kernels(cfg, world)
     model = build_model(cfg).to(world.device)
-    if path and not start.is_ours:
+    if path and not start.is_native:
         state = start.state or checkpoint.read(path)
         load_weights(cfg, model, state, path, adapt=not start.state)
         weights.warn_of_other_network(cfg, state, path)

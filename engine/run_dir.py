@@ -30,7 +30,7 @@ class Start(NamedTuple):
     folder: Path
     path: Path | None
     state: dict  # empty without a checkpoint
-    is_ours: bool  # a checkpoint of this project
+    is_native: bool  # a checkpoint of this project
     continues: bool  # in the folder of the checkpoint
 
 
@@ -45,17 +45,17 @@ def find_run(cfg: Config, world: World) -> Start:
         path, state = newest_checkpoint(folder) if cfg.resume == "auto" else (path, None)
     folder, path = distributed.gather([(folder, path)])[0]
     state = state or (checkpoint.read(path) if path else {})
-    is_ours, is_released = (state.get("format") == kind for kind in ("qkformer", "imagenet"))
-    if path and not (is_ours and "optimizer" in state) and not (is_released and isinstance(state.get("epoch"), int)):
+    is_native, is_released = (state.get("format") == kind for kind in ("qkformer", "imagenet"))
+    if path and not (is_native and "optimizer" in state) and not (is_released and isinstance(state.get("epoch"), int)):
         raise UserError(f"--resume {path}: holds no state of a training; use --finetune to start from its weights")
-    if is_ours and not cfg.output_dir:
+    if is_native and not cfg.output_dir:
         folder = path.parent
     if world.is_main:
         claim(folder)
     newest = next(iter(checkpoint.kept(folder / "last.pt")), None)
     if newest and not (path and path.samefile(newest)):
         raise UserError(f"{folder}: holds a run; use --resume auto, or another --output-dir")
-    return Start(folder, path, state, is_ours, is_ours and folder.resolve() == path.parent.resolve())
+    return Start(folder, path, state, is_native, is_native and folder.resolve() == path.parent.resolve())
 
 
 def claim(folder: Path) -> None:
@@ -95,15 +95,15 @@ def runs_of(cfg: Config) -> Path:
 
 def checkpoint_to_test(cfg: Config) -> Path:
     """Return the checkpoint that the flags name, else `best.pt` of the recipe's last run in `output/`."""
-    if named := cfg.checkpoint or cfg.resume or cfg.finetune:
-        return Path(named)
+    if path := cfg.checkpoint or cfg.resume or cfg.finetune:
+        return Path(path)
     if not (runs := [*runs_of(cfg).glob("*/best.pt")]):
         raise UserError(f"--checkpoint: missing, and {runs_of(cfg)} holds no best.pt of a run; name a file")
     return max(runs, key=os.path.getmtime)
 
 
 def _split(text: str) -> dict[str, list[str]]:
-    return {part: [*map(str, json.loads(text)[part])] for part in ("train", "test")}
+    return {part: [*map(os.fspath, json.loads(text)[part])] for part in ("train", "test")}
 
 
 def _rows(first_epoch: int, text: str) -> list[str]:
@@ -132,8 +132,6 @@ def records(cfg: Config, world: World, folder: Path, data: Data, first_epoch: in
         raise UserError(f"{folder / SPLIT}: the data are split otherwise now; use the same --split-seed and data")
     if data.split:
         log.write_whole(folder / SPLIT, json.dumps(data.split, indent=0) + "\n")
-    if data.preview:
-        data.preview(folder / "samples.png")
     starts = log.read_record(folder / "run.json", [], lambda text: [dict(start) for start in json.loads(text)])
     starts.append({**log.provenance(), "first_epoch": first_epoch, "config": plain(cfg)})
     log.write_whole(folder / "run.json", json.dumps(starts, indent=2) + "\n")

@@ -7,11 +7,7 @@ from dataclasses import dataclass, field, fields
 AMP = ("fp16", "bf16", "off")
 HELP = {  # script -> a sentence, and the flags of examples
     "train": ["Train a network.", "--output-dir output/first", "--output-dir output/first --resume auto"],
-    "test": [
-        "Evaluate a checkpoint.",
-        "--checkpoint output/first/best.pt",
-        "--checkpoint output/first/best.pt --energy",
-    ],
+    "test": ["Evaluate a checkpoint.", "--checkpoint output/first/best.pt", "--energy"],
 }
 NOT_COMPILED = ("pack_spikes", "energy", "cuda_graphs")
 TRAINING = ("augmentation", "optimization")  # groups of settings that test.py does not read
@@ -56,9 +52,7 @@ class ModelSettings:
     embed: str | None = option(None, "speds: SPEDS in Spikformer (default: its own)", choices=("speds",))
     ssa_scale: float | None = option(None, "factor in the self-attention (default: 0.125)", low=1e-6)
     residual: str = option("sew", "residuals add spikes (sew) or membrane currents (ms)", choices=("sew", "ms"))
-    ssa_membrane: str = option(
-        "per_sample", "SSA: per sample, or leaking over the batch (errata)", choices=("per_sample", "released")
-    )
+    ssa_membrane: str = option("per_sample", "SSA; released: leak over the batch", choices=("per_sample", "released"))
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,11 @@ class Trainer:
 
     def state(self) -> dict:
         """Return plain data from which `restore` continues bit for bit; within an epoch all ranks call it."""
-        own = {"loss_sum": self.loss_sum.item(), "seen": self.seen}
+        process = {"loss_sum": self.loss_sum.item(), "seen": self.seen}
         is_within = 0 < self.steps_done < self.steps
         if is_within and self.world.world_size > 1:  # then each rank has its own running statistics
-            own["buffers"] = [{k: v.cpu() for k, v in model.named_buffers()} for model in self.models]
-        processes = distributed.gather([own]) if is_within else [own]
+            process["buffers"] = [{k: v.cpu() for k, v in model.named_buffers()} for model in self.models]
+        processes = distributed.gather([process]) if is_within else [process]
         return {
             "state_dict": self.model.state_dict(),
             "state_dict_ema": self.ema.module.state_dict() if self.ema else None,
@@ -92,9 +92,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.best = state["best"]
         self.begin_epoch(state["epoch"])
-        self._restore_position(**state["position"])
-
-    def _restore_position(self, steps_done: int, order: dict, processes: list[dict]) -> None:
+        steps_done, order, processes = (state["position"][key] for key in ("steps_done", "order", "processes"))
         is_trained = steps_done == order.get("steps")  # and only the evaluation is left
         if steps_done and not is_trained and order != self.order:
             changes = [f"{k} {order.get(k)} -> {v}" for k, v in self.order.items() if order.get(k) != v]
@@ -123,17 +121,13 @@ class Trainer:
         logger.info(f"resumed {path} after epoch {self.epoch}{step}")
 
     def save(self, is_best: bool = False) -> None:
-        """Write `last.pt`, and `best.pt` if it is the best, from the main rank; all ranks call it.
-
-        Raises:
-            UserError: weights are not finite, which the loss may hide (a membrane that is NaN never fires).
-        """
+        """Write `last.pt`, and `best.pt` if it is the best, from the main rank; all ranks call it."""
         config = plain(self.cfg, without=LOCAL_FIELDS)
         content = self.state() | {"config": config, "classes": list(self.data.classes)}
         if not self.world.is_main:
             return
         weights = [*content["state_dict"].values(), *(content["state_dict_ema"] or {}).values()]
-        is_sound = torch.stack([value.isfinite().all() for value in weights]).all()
+        is_sound = torch.stack([value.isfinite().all() for value in weights]).all()  # the loss may hide NaN
         self._require(is_sound, "weights are not finite; lower lr, or use --clip-grad 1 or --amp bf16")
         if is_best:  # first: after a kill in between, the epoch is evaluated again
             checkpoint.save(self.folder / "best.pt", content)
@@ -158,17 +152,14 @@ class Trainer:
         return is_best
 
     def train_epoch(self) -> float:
-        """Train on the rest of an epoch; return its mean loss over all ranks.
-
-        Each rank has its own running statistics until the end, when all get their mean.
-        """
+        """Train on the rest of an epoch; return its mean loss over all ranks."""
         if self.steps_done < self.steps:
             self._train_steps()
             if self.world.world_size > 1:
                 totals = torch.stack([self.loss_sum, self.loss_sum.new_tensor(self.seen)])
                 torch.distributed.all_reduce(totals)
                 self.loss_sum, self.seen = totals[0], int(totals[1])
-                for model in self.models:
+                for model in self.models:  # each rank has its own running statistics until now
                     timm.utils.distribute_bn(model, self.world.world_size, reduce=True)
             self._require_finite(self.loss_sum.item())
         return self.loss_sum.item() / self.seen

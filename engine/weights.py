@@ -12,25 +12,22 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from models import create_model
+from models import create_model, registry
 from models.neuron import LIF
-from models.registry import QKFORMERS, identify
-from models.registry import RELEASED as RELEASED_FILES
 from models.released import load_released, translated, without_prefixes
 
 from .cli import UserError, short
 from .config import FIELDS, MODEL_FIELDS, Config, Sources, plain, read
 from .log import logger
 
-RELEASED = {md5: tag.replace(".in1k", "") for tag, (_, md5) in RELEASED_FILES.items()}  # md5 -> recipe in imagenet/
-FEW_UPDATES = 100  # of running statistics that still lag behind the weights
+RELEASED = {md5: tag.replace(".in1k", "") for tag, (_, md5) in registry.RELEASED.items()}  # md5 -> recipe in imagenet/
 
 
 def build_model(cfg: Config) -> nn.Module:
     """Return the network of `cfg`."""
     always, keys = ("num_classes", "in_channels", "time_steps"), (*MODEL_FIELDS[1:], "drop_path")
     settings = {k: getattr(cfg, k) for k in keys if k in always or getattr(cfg, k) != FIELDS[k].default}
-    if cfg.pack_spikes and cfg.model not in QKFORMERS:
+    if cfg.pack_spikes and cfg.model not in registry.QKFORMERS:
         raise UserError(f"--pack-spikes: {cfg.model} has no path that packs spikes; omit it")
     try:
         model = create_model(cfg.model, **settings, lif_backend=cfg.lif_backend)
@@ -46,9 +43,9 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
     """Return the settings to evaluate a checkpoint with: its record, its published row or its shapes, under flags."""
     if state["format"] == "qkformer":
         cfg = sources.config(state["config"])
-        own = (sources.recipes[None] | sources.flags).get("dataset", cfg.dataset)
-        if own != cfg.dataset != "eventfolder":  # which has no recipe of its own
-            logger.warning(f"warning: {path}: trained on {cfg.dataset}; evaluating on that, not on {own}")
+        dataset = (sources.recipes[None] | sources.flags).get("dataset", cfg.dataset)
+        if dataset != cfg.dataset != "eventfolder":  # which has no recipe of its own
+            logger.warning(f"warning: {path}: trained on {cfg.dataset}; evaluating on that, not on {dataset}")
         warn_of_other_network(cfg, state, path)
         cfg = _with_data_of_run(cfg, path, sources)
     elif "config" not in sources.flags and (known := recipe_of(path, sources.script_recipe.parent)):
@@ -77,7 +74,7 @@ def recipe_of(path: Path, folder: Path) -> Path | None:
 def _shown_by(state: dict, path: Path) -> dict[str, object]:
     """Infer settings of a checkpoint of another project: the network from shapes, T and size from its `args`."""
     try:
-        name, arguments = identify(state["state_dict"])
+        name, arguments = registry.identify(state["state_dict"])
     except ValueError as error:
         logger.warning(f"warning: {path}: {error}; trying recipe and flags")
         return {}
@@ -125,8 +122,8 @@ def _adapted_input(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
     first, channels = translated(weights, model).get("stages.0.embed.units.0.conv.weight"), model.in_channels
     if first is None or first.dim() != 4 or first.shape[1] in (0, channels):
         return {}
-    name, own = next(name for name, value in weights.items() if value is first), first.shape[1]
-    repeated = first.repeat(1, -(-channels // own), 1, 1)[:, :channels] * (own / channels)
+    name, width = next(name for name, value in weights.items() if value is first), first.shape[1]
+    repeated = first.repeat(1, -(-channels // width), 1, 1)[:, :channels] * (width / channels)
     return {name: first.sum(1, keepdim=True) if channels == 1 else repeated}
 
 
@@ -155,15 +152,15 @@ def warn_of_recipe(cfg: Config, sources: Sources) -> None:
 
 
 @torch.inference_mode()
-def warn_of_silence(model: nn.Module, images: Tensor) -> None:
+def warn_of_silence(cfg: Config, model: nn.Module, images: Tensor) -> None:
     """Warn about layers with no spikes on these images; nothing after them can learn."""
+    if cfg.compile:  # the hooks would compile the network once more
+        return
     model.eval()
     if names := silent_layers(model, images):
         where = ", ".join(names[:3]) + (f" and {len(names) - 3} more layers" if len(names) > 3 else "")
         updates = min(int(value) for name, value in model.named_buffers() if name.endswith("num_batches_tracked"))
-        fix = "train longer, lower lr, or check the settings of the input"
-        if updates < FEW_UPDATES:
-            fix = f"BatchNorm's statistics have seen only {updates} updates; train longer or use a smaller batch"
+        fix = f"train longer (BatchNorm has seen {updates} updates), lower lr, or check the settings of the input"
         logger.warning(f"warning: {where}: no spikes on {len(images)} test samples; {fix}")
 
 

@@ -88,16 +88,13 @@ def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManage
 
 
 def in_turns(make: Callable):
-    """Return `make()`, called in the main rank first, then in one rank of each machine, then in the others.
-
-    It may write files, on disks that machines may share, and may take a day.
-    """
+    """Return `make()`, called in the main rank first, then in one rank of each machine, then in the others."""
     if not td.is_initialized():
         return make()
     patient = td.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-    mine = 0 if td.get_rank() == 0 else 1 if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+    place = 0 if td.get_rank() == 0 else 1 if os.environ.get("LOCAL_RANK", "0") == "0" else 2  # machines share disks
     for turn in range(3):
-        if turn == mine:
+        if turn == place:
             result = make()
         td.barrier(patient)
     return result

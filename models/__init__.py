@@ -1,4 +1,4 @@
-"""Networks of QKFormer as plain `nn.Module`s, registered with timm; the package is `qkformer` once installed."""
+"""QKFormer networks as plain `nn.Module`s, registered with timm; pip installs them as the package `qkformer`."""
 
 from . import released
 from .backends import set_lif_backend

@@ -3,8 +3,8 @@
 Shapes: T time steps, B batch, C channels, H height, W width, N = H*W tokens, h heads, d = C/h channels a head.
 Each attention maps [T,B,C,H,W] to [T,B,C,H,W].
 
-To add one, write a class here and name it in `qkformer.ATTENTIONS`. For the fused path also add it to
-`fused.coverage.ATTENTIONS`, and to `attend` in `fused.gpu` if it has a kernel.
+To add an attention, write a class here and list it in `qkformer.ATTENTIONS`. For the fused path also list it in
+`fused.coverage.ATTENTIONS`, and in `fused.gpu.attend` if it has a kernel.
 """
 
 from torch import Tensor, nn
@@ -16,11 +16,11 @@ SSA_SCALE = 0.125
 
 
 class SpikingAttention(nn.Module):
-    """Units of query, key and perhaps value, then a projection; subclasses define `attend`.
+    """Base class: units of query, key and optionally value, then `attend` of a subclass and a projection.
 
     Args:
-        qkv_bias: bias of the convolutions to q, k and v; the BatchNorm after them cancels it.
-        leak_across_batch: run the membrane after the projection over the batch, as in the released code.
+        qkv_bias: bias of the q, k and v convolutions; the BatchNorm after them cancels it.
+        leak_across_batch: let the membrane after the projection leak across the batch, as in the released code.
     """
 
     parts = ("q", "k")
@@ -43,11 +43,11 @@ class SpikingAttention(nn.Module):
         self.proj = last(dim, dim, bias=True, tokens=True, **leak)
 
     def units(self) -> list[SpikingConv]:
-        """Return the units of query, key and perhaps value."""
+        """Return the units in the order of `parts`."""
         return [getattr(self, part) for part in self.parts]
 
     def attend(self, *spikes: Tensor) -> Tensor:
-        """Map spikes [T,B,h,d,N] of query, key and perhaps value to spikes of the same shape."""
+        """Map the spikes of each of `parts`, [T,B,h,d,N], to spikes of the same shape."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:

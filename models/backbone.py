@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .layers import Chain
 from .neuron import LIF, TAU, continued, require, require_choice, set_neurons
 
-ALIASES = {"in_channels": "in_chans", "drop_path": "drop_path_rate"}  # this project's names of timm's arguments
+ALIASES = {"in_channels": "in_chans", "drop_path": "drop_path_rate"}  # this project's names for timm's arguments
 register_notrace_module(LIF)  # makes it a leaf in timm's graphs; other tools need leaf_modules=[LIF]
 
 
@@ -67,8 +67,8 @@ class Backbone(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        require(time_steps > 0, f"time_steps={time_steps} must be at least 1")
-        require(in_chans > 0, f"in_chans={in_chans} must be at least 1")
+        require(time_steps > 0, f"time_steps={time_steps}: must be at least 1")
+        require(in_chans > 0, f"in_chans={in_chans}: must be at least 1")
         self.residual, self.time_steps = residual, time_steps
         self.in_chans = self.in_channels = in_chans
         self.keep_time, self.drop_rate, self.feature_info = keep_time, drop_rate, feature_info
@@ -91,7 +91,7 @@ class Backbone(nn.Module):
 
     def _last_output(self, x: Tensor) -> Tensor:
         for output in self.stage_outputs(x):
-            last = output  # frees the stage before
+            last = output  # frees the previous stage's output
         return last
 
     def _feature_map(self, x: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class Backbone(nn.Module):
         """
         x = with_time(x, isinstance(self.lif, nn.Identity))
         if not self.global_pool:
-            require(not self.num_classes, "global_pool='' gives no logits; use reset_classifier(classes, 'avg')")
+            require(not self.num_classes, "global_pool='': gives no logits; use reset_classifier(classes, 'avg')")
             return self._feature_map(x)
         x = nn.functional.dropout(self._mean_tokens(x).mean(0), self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
@@ -120,21 +120,21 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor, time_first: bool = False) -> Tensor:
         """Map images [B,C,H,W] or event frames [B,T,C,H,W] to logits [B,num_classes].
 
-        **Frames [T,B,C,H,W], as spikingjelly orders them, need `time_first=True`: a shape does not tell T from B.**
+        **Frames [T,B,C,H,W], as spikingjelly orders them, need `time_first=True`: the shape cannot show it.**
         """
         return self.forward_head(self._last_output(batch_first(x, time_first)))
 
     @torch.compiler.disable
     @torch.no_grad()
     def step(self, x: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
-        """Classify a recording frame by frame as it arrives: a pure function, in evaluation mode.
+        """Classify a recording frame by frame as it arrives: without hidden state, in evaluation mode.
 
         After T steps the logits equal those of `forward` on the T frames in float64. In float32 rounding can flip a
-        spike, because a convolution of one frame adds up in another order. Memory does not grow with T.
+        spike, because the convolution of one frame sums in another order. Memory does not grow with T.
 
         Args:
             x: the next frame [B,C,H,W].
-            state: the state from the step before; None starts a recording.
+            state: the state from the previous step; None starts a recording.
 
         Returns:
             Logits [B,num_classes] for the frames so far, and the state for the next step.
@@ -142,13 +142,13 @@ class Backbone(nn.Module):
         require(not self.training, "step: BatchNorm needs all frames in training mode; call model.eval()")
         require(x.dim() == 4, f"step: frame of shape {tuple(x.shape)}; pass one frame [B,C,H,W]")
         batch = len(x) if state is None else len(state.total)
-        require(len(x) == batch, f"step: frames of {len(x)} recordings cannot continue a state of {batch}")
+        require(len(x) == batch, f"step: {len(x)} frames, but a state of {batch} recordings; pass state=None to start")
         neurons = [module for module in self.modules() if isinstance(module, LIF)]
         membranes = {} if state is None else dict(zip(neurons, state.membranes, strict=True))
         with continued(membranes):
             y = self._mean_tokens(self._last_output(x[:, None]))[0]  # [B,C]
         steps, total = (0, 0.0) if state is None else state[:2]
-        total = total + y.to(torch.promote_types(y.dtype, torch.float32))  # a sum in half precision stops growing
+        total = total + y.to(torch.promote_types(y.dtype, torch.float32))  # a half-precision sum would stop growing
         logits = self.head((total / (steps + 1)).to(y.dtype))
         return logits, StreamState(steps + 1, total, tuple(membranes[neuron] for neuron in neurons))
 
@@ -189,7 +189,7 @@ class Backbone(nn.Module):
 
     @property
     def _model_args(self) -> dict[str, object]:
-        """Arguments that timm saves with the weights: no backend of this machine, and no aliases."""
+        """Arguments that timm saves with the weights: without aliases and this machine's backend."""
         return self._saved_args
 
     @_model_args.setter
@@ -197,12 +197,11 @@ class Backbone(nn.Module):
         self._saved_args = {name: value for name, value in args.items() if name not in ("lif_backend", *ALIASES)}
 
     def get_classifier(self) -> nn.Module:
-        """Return the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head; 0 classes remove it. `global_pool` is "avg", "" for no pooling, or None to keep it."""
-        require(num_classes >= 0, f"num_classes={num_classes} must be at least 0")
+        require(num_classes >= 0, f"num_classes={num_classes}: must be at least 0")
         require_choice("global_pool", global_pool, (None, "avg", ""))
         self.num_classes = num_classes
         self.global_pool = self.global_pool if global_pool is None else global_pool
@@ -220,7 +219,7 @@ class Backbone(nn.Module):
                 module.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Return patterns of parameter names for timm's layer decay; a later SPEDS counts with the block after it."""
+        """Return patterns of parameter names for timm's layer decay; a later SPEDS joins the block after it."""
         by_block = [(r"^stages\.(\d+)\.embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         return {"stem": r"^stages\.0\.embed", "blocks": r"^stages\.(\d+)" if coarse else by_block}
 

@@ -1,4 +1,4 @@
-"""Backends of the neurons and the fused path; only this file sets a `LIF`'s `function` and a network's `fast_path`."""
+"""Choice of backends: only this file sets the `function` of a `LIF` and the `fast_path` of a network."""
 
 import functools
 import warnings
@@ -28,13 +28,13 @@ def _cupy_kernels(dtype: torch.dtype) -> tuple[Callable, Callable]:
         LIFNodeBPTTKernel(decay_input=True, surrogate_function=slope, hard_reset=True, detach_reset=True, dtype=ctype),
     )
     for kernel in kernels:
-        kernel.check_ctypes = lambda arguments: None  # needs numpy.int, removed in numpy 1.24
+        kernel.check_ctypes = lambda arguments: None  # spikingjelly's needs numpy.int, removed in numpy 1.24
     return kernels
 
 
 def cupy_lif(x: Tensor, threshold: float) -> Tensor:
     refusal = _cupy_refusal(x)
-    require(refusal is None, f"lif_backend='cupy' {refusal}; use lif_backend='torch' or 'auto'")
+    require(refusal is None, f"lif_backend='cupy': {refusal}; use lif_backend='torch' or 'auto'")
     from spikingjelly.activation_based.auto_cuda.neuron_kernel import LIFNodeATGF
 
     x_seq = x.flatten(1)
@@ -48,29 +48,29 @@ def _cupy_refusal(x: Tensor) -> str | None:
     if x.dtype not in (torch.float16, torch.float32):
         return f"computes in float16 or float32, got {x.dtype}"
     if x.numel() + x[0].numel() > CUPY_MAX_ELEMENTS:
-        return f"cannot index {x.numel():,} elements (input {tuple(x.shape)}), only 2^31 in T + 1 steps"
+        return f"indexes up to 2^31 elements in T + 1 steps, got {x.numel():,} in T (input {tuple(x.shape)})"
     return None
 
 
 def triton_lif(x: Tensor, threshold: float) -> Tensor:
-    if torch.compiler.is_compiling():  # cannot trace the launch of a kernel
+    if torch.compiler.is_compiling():  # the compiler cannot trace a kernel launch
         return torch_lif(x, threshold)
     from .fused import autograd
 
     is_ready = x.is_cuda or autograd.interpreted()
-    require(is_ready, f"lif_backend='triton' needs its input on a CUDA device, got {x.device}; use 'torch' or 'auto'")
+    require(is_ready, f"lif_backend='triton': needs its input on a CUDA device, got {x.device}; use 'torch' or 'auto'")
     with torch.cuda.device_of(x):  # Triton launches on the current device
         return autograd.lif(x, threshold)
 
 
 def _problem(test: Callable[[], str | None], package: str) -> str | None:
-    """Return the problem that a test of a backend returns or raises, with a fix; None if the backend runs."""
+    """Run the test of a backend; return its problem with a fix, or None if the backend runs."""
     try:
         problem = test()
     except ImportError as error:
         return f"needs {package} ({error}); install it, or use lif_backend='torch'"
     except Exception as error:  # a broken installation may raise anything
-        problem = f"does not launch here ({type(error).__name__}: {error})"
+        problem = f"does not launch ({type(error).__name__}: {error})"
     return problem and f"{problem}; use lif_backend='torch'"
 
 
@@ -80,7 +80,7 @@ def _test_cupy() -> str | None:
     import cupy  # noqa: F401
 
     x = torch.linspace(-1, 3, 64, device="cuda").reshape(4, 16)
-    return None if torch.equal(cupy_lif(x, THRESHOLD), torch_lif(x, THRESHOLD)) else "gives wrong spikes here"
+    return None if torch.equal(cupy_lif(x, THRESHOLD), torch_lif(x, THRESHOLD)) else "gives wrong spikes on this device"
 
 
 def _test_triton() -> str | None:
@@ -100,12 +100,12 @@ def launches(backend: str) -> bool:
     """Return whether "triton" or "cupy" runs in this process; warn if it does not."""
     problem = {"triton": triton_problem, "cupy": cupy_problem}[backend]()
     if problem:
-        warnings.warn(f"lif_backend='auto' runs without {backend}, which {problem}", stacklevel=2)
+        warnings.warn(f"lif_backend='auto': runs without {backend}, which {problem}", stacklevel=2)
     return problem is None
 
 
 def auto_lif(x: Tensor, threshold: float) -> Tensor:
-    """Compute one layer of neurons as "auto" chooses; `FastPath` chooses for whole networks."""
+    """Compute one layer of neurons with the first backend that runs; `FastPath` chooses for whole networks."""
     if not x.is_cuda or torch.compiler.is_compiling():
         return torch_lif(x, threshold)
     if launches("triton"):
@@ -117,18 +117,18 @@ BACKENDS = {"auto": auto_lif, "torch": torch_lif, "cupy": cupy_lif, "triton": tr
 
 
 class FastPath:
-    """Outputs of a network's stages in fused steps; None if its modules must compute them."""
+    """Callable that yields a network's stage outputs in fused steps; it returns None if the modules must compute."""
 
     coverage: Coverage | None = None
 
     def __reduce__(self) -> tuple:
-        return FastPath, ()  # without the coverage, which holds the network's modules
+        return FastPath, ()  # drops the coverage, which refers to the network's modules
 
     def covered(self, model: HierarchicalSpikingTransformer) -> Coverage:
-        """Return the coverage of the network as it is now."""
+        """Return the cached coverage, or a new one if the network has changed."""
         coverage = self.coverage
         if coverage is None or not coverage.holds(model.stages):
-            coverage = self.coverage = Coverage(model)  # atomic, because threads may share a network
+            coverage = self.coverage = Coverage(model)  # one assignment: threads may share a network
         return coverage
 
     def __call__(self, model: HierarchicalSpikingTransformer, x: Tensor) -> Iterator[Tensor] | None:
@@ -136,7 +136,7 @@ class FastPath:
             return None
         covered, ops = self.covered(model), None
         if covered.function is triton_lif or (covered.function is auto_lif and x.is_cuda and launches("triton")):
-            from .fused import autograd, gpu  # import Triton
+            from .fused import autograd, gpu  # late, because they import Triton
 
             ops = gpu if x.device.type != "cpu" or autograd.interpreted() else None
         elif covered.function is auto_lif and x.device.type == "cpu" and not covered.trains:
@@ -147,7 +147,7 @@ class FastPath:
 
 
 def set_lif_backend(model: nn.Module, backend: str) -> None:
-    """Choose what computes every LIF of `model`; `ValueError` has a fix if the backend cannot run.
+    """Set the backend of every LIF in `model`; raise `ValueError` with a fix if it cannot run.
 
     Args:
         model: any module with `LIF`s.
@@ -157,7 +157,7 @@ def set_lif_backend(model: nn.Module, backend: str) -> None:
     """
     require_choice("lif_backend", backend, BACKENDS)
     problem = {"cupy": cupy_problem, "triton": triton_problem}.get(backend, lambda: None)()
-    require(problem is None, f"lif_backend={backend!r} {problem}")
+    require(problem is None, f"lif_backend={backend!r}: {problem}")
     for module in model.modules():
         if isinstance(module, LIF):
             module.function = BACKENDS[backend]

@@ -33,7 +33,7 @@ class SPEDS(nn.Module):
         super().__init__()
         self.branch = branch
         pre_activation, last = residual_branch(residual)
-        self.lif = nn.Identity() if branch else pre_activation  # a unit ends in spikes
+        self.lif = nn.Identity() if branch else pre_activation  # the units before the branch end in spikes
         channels = [in_channels, *(channels for channels, _ in units)]
         kinds = [SpikingConv] * (len(units) - 1) + [last]
         self.units = nn.ModuleList(

@@ -19,8 +19,8 @@ from .neuron import LIF
 class ConvBN(nn.Module):
     """Convolution, BatchNorm and optional max pooling (3x3, stride 2, padding 1), the same at every time step.
 
-    [T,B,C,H,W] -> [T,B,C',H',W'], or [T,B,C,N] -> [T,B,C',N] with `tokens=True`. BatchNorm's statistics are those of
-    time and batch together.
+    [T,B,C,H,W] -> [T,B,C',H',W'], or [T,B,C,N] -> [T,B,C',N] with `tokens=True`. BatchNorm takes its
+    statistics over time and batch.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ def residual_branch(residual: str) -> tuple[nn.Module, type[ConvBN]]:
 
 
 class SpikingMLP(nn.Module):
-    """Two 1x1 convolutions with bias, each with BatchNorm and LIF (paper, section 3.1). [T,B,C,H,W], unchanged."""
+    """Two 1x1 convolutions with bias, each with BatchNorm and LIF (paper, section 3.1). Keeps [T,B,C,H,W]."""
 
     def __init__(self, dim: int, hidden: int, residual: str = "sew"):
         super().__init__()
@@ -91,7 +91,7 @@ class DropPath(nn.Module):
 
 
 class Chain(nn.Sequential):
-    """Modules in sequence. With `grad_checkpointing` the backward pass recomputes each, except inner chains."""
+    """Modules in sequence. With `grad_checkpointing` the backward pass recomputes each module, except inner chains."""
 
     def __init__(self, *modules: nn.Module | OrderedDict[str, nn.Module]):
         super().__init__(*modules)
@@ -107,8 +107,8 @@ class Chain(nn.Sequential):
         return x
 
 
-# The compiler recomputes all values, also inside the LIF, but never updates running statistics again. torch warns of
-# in-place operations here; the tests find equal results and gradients.
+# The compiler recomputes all values, also inside the LIF, but does not update running statistics twice. torch
+# warns of in-place operations here; the tests find equal results and gradients.
 _RECOMPUTE_ALL = functools.partial(
     create_selective_checkpoint_contexts,
     lambda *_, **__: CheckpointPolicy.MUST_RECOMPUTE,

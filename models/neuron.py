@@ -1,4 +1,4 @@
-"""Multi-step leaky integrate-and-fire (LIF) neuron, with the constants of all neurons.
+"""Multi-step leaky integrate-and-fire (LIF) neuron, and the constants of all neurons.
 
 Shapes: T time steps, then any neuron shape; the networks use [T,B,C,H,W] and [T,B,C,N].
 """
@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-TAU = 2.0  # membrane time constant in time steps; the input decays with it (spikingjelly: decay_input=True)
+TAU = 2.0  # membrane time constant in time steps; it also divides the input (spikingjelly: decay_input=True)
 THRESHOLD = 1.0  # firing threshold; the reset is hard, to 0, and detached from the gradient
 ATTN_THRESHOLD = 0.5  # firing threshold of the neurons that read the attention sums
 ALPHA = 4.0  # slope of the sigmoid whose derivative replaces that of the spike
 
 
 def require(holds: bool, problem: str) -> None:
-    """Raise `ValueError` with the problem unless the condition holds."""
+    """Raise `ValueError(problem)` unless `holds`."""
     if not holds:
         raise ValueError(problem)
 
 
 def require_choice(name: str, value: object, choices: Collection) -> None:
-    """Raise `ValueError` unless the value of an argument is one of `choices`."""
-    require(value in choices, f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
+    """Raise `ValueError` unless the argument `name` has one of `choices`."""
+    require(value in choices, f"{name}={value!r}: unknown; choose one of {', '.join(map(repr, choices))}")
 
 
 def lif_step(
@@ -37,12 +37,12 @@ def lif_step(
     The membrane follows tau dv/dt = -v + x, stepped by forward Euler with dt = 1 (paper, eq. 1-3):
     h = v + (x - v) / tau; spike = [h >= threshold]; v = h (1 - spike).
 
-    The tests compare faster forms with it: `_TorchLIF`, `backends.cupy_lif`, `fused.cpu.lif_`, and `charge`, `reset`,
+    The tests compare faster code with it: `_TorchLIF`, `backends.cupy_lif`, `fused.cpu.lif_`, and `charge`, `reset`,
     `current_gradient` in `fused.kernels.device`.
 
     Args:
         x: input current.
-        v: membrane after the step before; zeros at the start.
+        v: membrane after the previous step; zeros at the start.
         h, spike: buffers for the membrane before the reset and the spikes.
     """
     h = torch.sub(x, v, out=h).div_(TAU).add_(v)
@@ -51,7 +51,7 @@ def lif_step(
 
 
 class _TorchLIF(torch.autograd.Function):
-    """`lif_step` over T. The backward pass keeps only h and equals autograd's bit for bit."""
+    """Loop of `lif_step` over T. The backward pass keeps only h and equals autograd's bit for bit."""
 
     @staticmethod
     def forward(ctx, x: Tensor, threshold: float) -> Tensor:
@@ -84,7 +84,7 @@ class _TorchLIF(torch.autograd.Function):
 
 
 def torch_lif(x: Tensor, threshold: float) -> Tensor:
-    """Map currents [T, ...] to spikes of LIF neurons, on any device, in any floating dtype."""
+    """Map currents [T, ...] to spikes of LIF neurons, on any device, in any floating-point type."""
     return _TorchLIF.apply(x, threshold)
 
 
@@ -111,23 +111,23 @@ def is_continued() -> bool:
 
 
 def is_transformed() -> bool:
-    """Return whether torch.export, torch.jit.trace or torch.func transforms the call, and needs single operations."""
+    """Return whether torch.export, torch.jit.trace or torch.func transforms the call; they need plain operations."""
     if torch.compiler.is_dynamo_compiling():
-        return False  # the compiler knows autograd functions
+        return False  # the compiler supports autograd functions
     is_in_func = torch._C._are_functorch_transforms_active()  # not public in torch
     return is_in_func or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 class LIF(nn.Module):
-    """Multi-step LIF neurons: currents [T, ...] to spikes [T, ...]. The membrane starts at zero, see `continued`.
+    """Multi-step LIF neurons: currents [T, ...] to spikes [T, ...]. The membrane starts at zero, except in `continued`.
 
-    With `leak_across_batch` the membrane runs over the samples of a batch as if they were time steps (order t*B + b),
-    as in the last LIF of the released self-attention (`ssa_membrane="released"` of a network).
+    With `leak_across_batch` the samples of a batch act as more time steps (order t*B + b). The last LIF of the released
+    self-attention does so (`ssa_membrane="released"` of a network).
     """
 
     def __init__(self, threshold: float = THRESHOLD, leak_across_batch: bool = False, tau: float = TAU):
         super().__init__()
-        require(tau >= 1, f"tau={tau} must be at least 1")  # not NaN
+        require(tau >= 1, f"tau={tau}: must be at least 1")  # false for NaN, too
         self.threshold = threshold
         self.leak_across_batch = leak_across_batch
         self.tau = tau
@@ -141,7 +141,7 @@ class LIF(nn.Module):
         return self._over_time(x)
 
     def charge(self, x: Tensor, v: Tensor | float) -> Tensor:
-        """Return the membrane before the reset, from a step's current and the membrane after the step before."""
+        """Return the membrane before the reset, from the current x and the membrane v after the previous step."""
         return v + (x - v) / self.tau
 
     def _over_time(self, x: Tensor) -> Tensor:
@@ -156,11 +156,11 @@ class LIF(nn.Module):
     def _steps(self, x: Tensor, v: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return spikes [T, ...] and the last membrane, step by step from membrane `v`."""
         spikes = []
-        for x_t in x.split(1):  # [1, ...]; one node splits an exported graph, one joins it
+        for x_t in x.split(1):  # [1, ...]; split and cat are one node each in exported graphs
             h = self.charge(x_t, v)
             spike = torch.ge(h, self.threshold).to(x.dtype)
             v = h * (1 - spike)
-            if torch.is_grad_enabled() or torch.jit.is_tracing():  # traces are checked without gradients
+            if torch.is_grad_enabled() or torch.jit.is_tracing():  # torch checks traces without gradients
                 surrogate = torch.sigmoid((h - self.threshold) * ALPHA)
                 spike = spike + (surrogate - surrogate.detach())  # value of the spike, gradient of the surrogate
             spikes.append(spike)
@@ -186,7 +186,7 @@ class PLIF(LIF):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        require(self.tau > 1, "tau=1 must be above 1 with neuron='plif'")
+        require(self.tau > 1, "tau=1: must be above 1 with neuron='plif'")
         self.w = nn.Parameter(torch.tensor(-math.log(self.tau - 1)))
 
     def charge(self, x: Tensor, v: Tensor | float) -> Tensor:

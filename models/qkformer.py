@@ -18,7 +18,7 @@ from .neuron import require, require_choice
 ATTENTIONS = {"token": TokenQKAttention, "channel": ChannelQKAttention, "self": SpikingSelfAttention}
 
 # family: (units of the first SPEDS, units before its shortcut starts, units of the later SPEDS); a unit (n, pool) is
-# a 3x3 convolution to 1/n of the stage's channels, with or without pooling.
+# a 3x3 convolution to 1/n of the stage's channels, with max pooling if `pool`.
 FAMILIES = {
     "imagenet": ([(2, True), (1, True), (1, False)], 1, [(1, True), (1, False)]),
     "cifar": ([(2, False), (1, False)], 1, [(1, False), (1, True)]),
@@ -27,7 +27,7 @@ FAMILIES = {
 
 
 class Block(nn.Module):
-    """Residual attention, then residual MLP: [T,B,C,H,W], unchanged. With "sew" residuals x holds small integers."""
+    """Attention and MLP, each with a residual; keeps [T,B,C,H,W]. With "sew" residuals x holds small integers."""
 
     def __init__(self, attn: nn.Module, mlp: nn.Module, drop_path: float = 0.0):
         super().__init__()
@@ -45,14 +45,14 @@ class HierarchicalSpikingTransformer(Backbone):
 
     Args:
         family: kind of SPEDS, a key of `FAMILIES`.
-        width: channels of the last stage; each stage before has half as many.
+        width: channels of the last stage; they double from stage to stage.
         depths: blocks of each stage.
         heads: attention heads of every stage.
-        mlp_ratio: hidden channels of the MLP over channels.
+        mlp_ratio: hidden channels of the MLP per channel.
         attention: "token", "channel" or "self" for each stage.
         shortcut: shortcut in SPEDS; False is the paper's ablation "w/o SPEDS".
         residual: "sew" adds spikes (the paper); "ms" adds membrane currents (MaxFormer's MS-QKFormer).
-        ssa_scale: factor of the product in the self-attention; 1 is the paper's ablation "w/o scaling".
+        ssa_scale: scale of the self-attention; 1 is the paper's ablation "w/o scaling".
         ssa_membrane: "per_sample", or "released" for the leak across the batch in the released self-attention.
             Published accuracies and checkpoints depend on it (docs/errata.md).
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 in the first.
@@ -81,20 +81,20 @@ class HierarchicalSpikingTransformer(Backbone):
         require_choice("ssa_membrane", ssa_membrane, ("per_sample", "released"))
         leaks = ssa_membrane == "released"
         require(
-            residual == "sew" or not leaks, "ssa_membrane='released' needs residual='sew': no membrane leaks in 'ms'"
+            residual == "sew" or not leaks, "ssa_membrane='released': needs residual='sew'; no membrane leaks in 'ms'"
         )
         is_per_stage = not isinstance(attention, str) and len(attention) == len(depths)
         require(
-            is_per_stage, f"attention={attention!r} must name one of {', '.join(ATTENTIONS)} for {len(depths)} stages"
+            is_per_stage, f"attention={attention!r}: pass one of {', '.join(ATTENTIONS)} for each stage ({len(depths)})"
         )
         for kind in attention:
             require_choice("attention", kind, ATTENTIONS)
         dims = [width // 2 ** (len(depths) - 1 - i) for i in range(len(depths))]
         require(
-            heads > 0 and dims[0] % heads == 0, f"heads={heads} must divide the {dims[0]} channels of the first stage"
+            heads > 0 and dims[0] % heads == 0, f"heads={heads}: must divide the {dims[0]} channels of the first stage"
         )
-        require(int(dims[0] * mlp_ratio) > 0, f"mlp_ratio={mlp_ratio} leaves the MLP without hidden channels")
-        require(0 <= drop_path_rate < 1, f"drop_path_rate={drop_path_rate} must be at least 0 and below 1")
+        require(int(dims[0] * mlp_ratio) > 0, f"mlp_ratio={mlp_ratio}: leaves the MLP without hidden channels")
+        require(0 <= drop_path_rate < 1, f"drop_path_rate={drop_path_rate}: must be at least 0 and below 1")
         first_units, first_branch, later_units = FAMILIES[family]
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self_attn = {"scale": ssa_scale, "leak_across_batch": leaks}
@@ -118,11 +118,11 @@ class HierarchicalSpikingTransformer(Backbone):
         self.family, self.attention, self.ssa_membrane = family, tuple(attention), ssa_membrane
         sizes = {"family": family, "width": width, "depths": tuple(depths), "heads": heads, "mlp_ratio": mlp_ratio}
         kinds = {"attention": self.attention, "shortcut": shortcut, "ssa_membrane": ssa_membrane}
-        self.arguments = sizes | kinds | {"in_chans": in_chans}  # to build the stages again
+        self.arguments = sizes | kinds | {"in_chans": in_chans}  # to build the same stages again
         self.spike_packing = False
 
     def set_spike_packing(self, enable: bool = True) -> None:
         """Keep spikes for the backward pass as bits and bytes on the fused path: less memory, a little more time."""
         drops = any(isinstance(module, DropPath) and module.rate for module in self.modules())
-        require(not (enable and drops), "packed spikes need drop_path=0: stochastic depth scales spikes")
+        require(not (enable and drops), "packed spikes: stochastic depth scales spikes; use drop_path=0")
         self.spike_packing = enable

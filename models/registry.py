@@ -85,7 +85,7 @@ def create_model(name: str, **kwargs) -> nn.Module:
         **kwargs: `lif_backend` (see `set_lif_backend`), and arguments of `HierarchicalSpikingTransformer` and
             `timm.create_model`. `in_channels` and `drop_path` are aliases of `in_chans` and `drop_path_rate`.
     """
-    if ":" not in name:  # which marks a source, such as "local-dir:..."
+    if ":" not in name:  # a colon marks a source, such as "local-dir:..."
         name = name.lower()
         require_choice("model", name.partition(".")[0], VARIANTS)
     return timm.create_model(name, **kwargs)
@@ -99,20 +99,20 @@ def _network(lif_backend: str = "auto", **kwargs) -> Backbone:
 
 
 def _stage_weights(state_dict: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
-    """Return the entries under this project's names; refuse a file that fits no stage, as timm may load it."""
+    """Return the entries under this project's names; raise if none fits, because timm may load nothing silently."""
     weights = received(state_dict, model)
     wanted = [name for name in model.state_dict() if name.startswith("stages.") and not name.endswith("lif.w")]
     missing = [name for name in wanted if name not in weights]
     require(
-        missing != wanted, f"weights: none is named as in the network, such as {wanted[0]}; check file and prefixes"
+        missing != wanted, f"weights: no name fits the network's, such as {wanted[0]}; check the file and its prefixes"
     )
     if missing:
-        warnings.warn(f"weights: {len(missing)} of {len(wanted)} are missing, such as {missing[0]}", stacklevel=2)
+        warnings.warn(f"weights: {len(missing)} of {len(wanted)} missing, such as {missing[0]}", stacklevel=2)
     return weights
 
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
-    """Return timm's builder of a variant."""
+    """Return the function that timm calls to build a variant."""
 
     def build(pretrained: bool = False, **kwargs) -> nn.Module:
         cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
@@ -121,7 +121,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         for alias, argument in ALIASES.items():
             if alias in kwargs:
                 value = kwargs.pop(alias)
-                require(kwargs.setdefault(argument, value) == value, f"{alias} and {argument} differ; pass one of them")
+                require(kwargs.setdefault(argument, value) == value, f"{alias}, {argument}: differ; pass one of them")
         arguments = VARIANTS[name] | kwargs
         is_getter = arguments.get("feature_cls", "getter") in ("getter", FeatureGetterNet)
         require(is_getter, f"feature_cls={arguments.get('feature_cls')!r}: modules keep the time axis; use 'getter'")
@@ -159,12 +159,12 @@ def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, object]]:
         for name, variant in VARIANTS.items():
             kinds = ("sew", "ms") if variant["family"] == "imagenet" else ("sew",)
             for residual in [{"residual": kind} for kind in kinds] if name in QKFORMERS else [{}]:
-                found = arguments | residual
-                if variant["width"] == head[1] and _fits(weights, name, found):
-                    if found["mlp_ratio"] == 4 and "mlp_ratio" not in variant:
-                        del found["mlp_ratio"]  # other variants have several in use
-                    return name, found
-    raise ValueError(f"these weights fit none of {', '.join(list_models())} as released")
+                candidate = arguments | residual
+                if variant["width"] == head[1] and _fits(weights, name, candidate):
+                    if candidate["mlp_ratio"] == 4 and "mlp_ratio" not in variant:
+                        del candidate["mlp_ratio"]  # the default; DVS networks have 1 or 4
+                    return name, candidate
+    raise ValueError(f"weights: fit none of {', '.join(list_models())} as released")
 
 
 def _fits(weights: Mapping[str, Tensor], name: str, arguments: dict) -> bool:

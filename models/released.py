@@ -1,7 +1,7 @@
-"""Names in released checkpoints of QKFormer, MS-QKFormer and the rivals, translated to this project's and back.
+"""Translation between this project's names and those in released checkpoints of QKFormer, MS-QKFormer and the rivals.
 
-Each released model has its own spelling of the same modules, a `Naming`. Shapes of 1x1 convolutions may have more or
-fewer trailing ones.
+Each released model has its own spelling of the same modules, a `Naming`. Weights of 1x1 convolutions
+may have more or fewer trailing dimensions of size 1.
 """
 
 import re
@@ -87,12 +87,12 @@ def _kind(model: Backbone) -> tuple[str, str]:
     return model.family, "dvs" if model.in_chans == 2 else "cifar" if model.pools == "0011" else "imagenet"
 
 
-def _own_naming(model: Backbone) -> Naming:
+def _family_naming(model: Backbone) -> Naming:
     """Return the spelling of the model's family."""
-    require("channel" not in model.attention, "channel attention was never released, so its weights have no names")
+    require("channel" not in model.attention, "attention='channel': has no released names")
     kind, data = _kind(model)
     naming = NAMINGS.get(f"{kind}_{data}") or NAMINGS.get(kind)
-    require(naming is not None, f"residual={kind!r} was released for the imagenet family only, not for {data!r}")
+    require(naming is not None, f"residual={kind!r}: released for the imagenet family only, not for {data!r}")
     return naming
 
 
@@ -101,12 +101,12 @@ def released_key_map(model: Backbone) -> dict[str, str]:
 
     Channel attention, and "ms" residuals outside the ImageNet family, raise `ValueError`: they were never released.
     """
-    return _key_map(model, _own_naming(model))
+    return _key_map(model, _family_naming(model))
 
 
 def to_released(model: Backbone) -> dict[str, Tensor]:
     """Return the state dict under its released names, with the entries that the released code never reads."""
-    naming, state, entries = _own_naming(model), model.state_dict(), {}
+    naming, state, entries = _family_naming(model), model.state_dict(), {}
     for released, key in _key_map(model, naming).items():
         value = state[key]
         if ".blocks." in key and key.endswith("conv.weight"):
@@ -124,13 +124,13 @@ def to_released(model: Backbone) -> dict[str, Tensor]:
 def load_released(model: Backbone, state_dict: Mapping[str, Tensor]) -> None:
     """Load weights under any released spelling or this project's names, strictly.
 
-    If entries are missing, foreign or of another shape, `ValueError` lists them in the spelling of the weights.
+    If entries are missing, unknown or of another shape, `ValueError` lists them in the spelling of the weights.
     """
     weights, names = _read(state_dict, model)
     spelled, wanted = {key: name for name, key in names.items()}, model.state_dict()
     listings = {
         "missing": [spelled.get(key, key) for key in wanted if key not in weights],
-        "foreign": [key for key in weights if key not in wanted],
+        "unknown": [key for key in weights if key not in wanted],
         "of another shape": [
             f"{spelled.get(key, key)} (checkpoint {tuple(weights[key].shape)}, model {tuple(value.shape)})"
             for key, value in wanted.items()
@@ -142,12 +142,12 @@ def load_released(model: Backbone, state_dict: Mapping[str, Tensor]) -> None:
         for what, names in listings.items()
         if names
     ]
-    require(not problems, "the checkpoint does not fit the model: " + "; ".join(problems))
+    require(not problems, "checkpoint: does not fit the model: " + "; ".join(problems))
     model.load_state_dict(weights)
 
 
 def without_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the entries without prefixes of wrappers such as "module."; duplicates keep them."""
+    """Cut prefixes of wrappers, such as "module.", from the names, unless that gives duplicates."""
     weights = {}
     for name, value in state_dict.items():
         short = PREFIXES.sub("", name)
@@ -163,7 +163,7 @@ def translated(state_dict: Mapping[str, Tensor], model: Backbone) -> dict[str, T
 def _read(state_dict: Mapping[str, Tensor], model: Backbone) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the entries under this project's names and in its shapes, and {name: this project's name}.
 
-    Spellings of networks with equal shapes but another function are not read.
+    Spellings of other kinds of network do not count, because equal shapes may compute another function.
     """
     weights, wanted, kind = without_prefixes(state_dict), model.state_dict(), _kind(model)[0]
     namings = [naming for name, naming in NAMINGS.items() if name.split("_")[0] == kind]
@@ -181,14 +181,14 @@ def _read(state_dict: Mapping[str, Tensor], model: Backbone) -> tuple[dict[str, 
 
 
 def accept_released(model: Backbone, state_dict: dict, prefix: str, *_) -> None:
-    """Let `load_state_dict` take any spelling: a hook that torch calls before loading."""
+    """Translate weights in any spelling; a hook that torch calls before it loads them."""
     inside = [name for name in state_dict if name.startswith(prefix)]
     weights = {name.removeprefix(prefix): state_dict.pop(name) for name in inside}
     state_dict.update({prefix + name: value for name, value in received(weights, model).items()})
 
 
 def received(state_dict: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
-    """Return `translated`, with a warning if released self-attention comes to a network with another membrane."""
+    """Return `translated` weights; warn if they were trained with another `ssa_membrane` than the model's."""
     weights, names = _read(state_dict, model)
     leaked = any(".attn.v." in key for name, key in names.items() if name != key) and _kind(model)[0] == "sew"
     if leaked and model.ssa_membrane != "released":

@@ -26,7 +26,7 @@ class SpikeDrivenAttention(SpikingSelfAttention):
 
 
 class PatchSplitting(nn.Module):
-    """Five 3x3 convolutions to tokens: the first four may pool, the last encodes the position.
+    """Five 3x3 convolutions from images to tokens: the first four may pool, the last encodes the position.
 
     [T,B,C,H,W] -> [T,B,C',H/s,W/s] (rounded up), s = 2 to the number of pools. Unlike SPEDS it pools spikes.
 
@@ -91,8 +91,8 @@ class SpikingTransformer(Backbone):
         width: channels of the tokens; the convolutions have width / 8, / 4, / 2, width and width.
         depth: number of blocks.
         pools: "1" for each of the first four convolutions that pools, else "0".
-        embed: "speds" for the paper's ablation of SPEDS in Spikformer; the default is the family's.
-        qkv_bias: bias of the convolutions to q, k and v; the BatchNorm after them cancels it.
+        embed: "speds" is the paper's ablation of Spikformer with SPEDS; None is the family's own.
+        qkv_bias: bias of the q, k and v convolutions; the BatchNorm after them cancels it.
         **kwargs: input, time, head and neurons; see `Backbone`. For the others see `HierarchicalSpikingTransformer`.
     """
 
@@ -111,9 +111,9 @@ class SpikingTransformer(Backbone):
         in_chans: int = 3,
         **kwargs,
     ):
-        require(heads > 0 and width % heads == 0, f"heads={heads} must divide the {width} channels")
+        require(heads > 0 and width % heads == 0, f"heads={heads}: must divide the {width} channels")
         require_choice("embed", embed, (None, "speds") if family == "spikformer" else (None,))
-        require(len(pools) == 4 and set(pools) <= set("01"), f"pools={pools!r} must be four digits, each 0 or 1")
+        require(len(pools) == 4 and set(pools) <= set("01"), f"pools={pools!r}: must be four digits, each 0 or 1")
         kind, attention, residual, head_lif = FAMILIES[family]
         widths = (width // 8, width // 4, width // 2, width, width)
         units = [(channels, flag == "1") for channels, flag in zip(widths, f"{pools}0", strict=True)]

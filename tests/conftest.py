@@ -6,7 +6,7 @@ from tiny_data import cifar, image_folder, shards
 
 from engine.log import logger
 
-torch.set_num_threads(1)  # several wait for each other where a core is busy
+torch.set_num_threads(1)  # threads wait for each other on busy cores
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Tiny data sets: imagenet, five (images to test), cifar10, cifar100, shards."""
+    """Write tiny data sets: imagenet, five (images to test), cifar10, cifar100, shards."""
     root = tmp_path_factory.mktemp("data")
     image_folder(root / "imagenet")
     image_folder(root / "five", train=4, test=1)
@@ -33,7 +33,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def one_core(monkeypatch):
-    """Prepare event recordings in this process, which saves the start of others."""
+    """Prepare event recordings in this process, because starting others takes long."""
     monkeypatch.setattr("joblib.cpu_count", lambda: 1)
 
 
@@ -45,7 +45,7 @@ def no_lines():
 
 @pytest.fixture
 def warnings(monkeypatch):
-    """List of what the engine warns of."""
+    """Return the list of the engine's warnings."""
     messages = []
     monkeypatch.setattr(logger, "warning", messages.append)
     return messages
@@ -53,6 +53,6 @@ def warnings(monkeypatch):
 
 @pytest.fixture
 def mark(tmp_path, monkeypatch):
-    """File that a `Payload` leaves where its pickle runs."""
+    """Return the file that a `Payload` writes if its pickle runs."""
     monkeypatch.setenv("PAYLOAD_MARK", str(tmp_path / "ran"))
     return tmp_path / "ran"

@@ -1,4 +1,4 @@
-"""Run a script of which one rank kills itself after the optimizer's n-th step, but not after a restart.
+"""Run a script; one rank kills itself after the optimizer's n-th step, but not after a restart.
 
 python dies.py RANK STEP SCRIPT [flag ...]
 """

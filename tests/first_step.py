@@ -1,4 +1,4 @@
-"""Updates in float64 on fixed batches of 8 images, shared by all processes; the main one saves gradients and weights.
+"""Updates in float64 on fixed batches of 8 images, shared by all ranks; rank 0 saves gradients and weights.
 
 BatchNorm keeps its running statistics, because those of a batch differ from rank to rank.
 
@@ -23,14 +23,14 @@ RECIPE = Path(__file__).resolve().parents[1] / "digits/digits.yml"
 
 
 class Batches(list):
-    """Loads batches of (images, labels) in order."""
+    """Loader of (images, labels) in a fixed order."""
 
     def batches(self, epoch, first=0):
         return iter(self[first:])
 
 
 def calibrated(model, x=None):
-    """Return a network that spikes on `x` (default: noise for the digits); its running statistics stay then."""
+    """Return a network that spikes on `x` (default: noise for the digits), with fixed running statistics."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
             nn.init.constant_(module.weight, 1.5), nn.init.constant_(module.bias, 0.3)

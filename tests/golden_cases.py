@@ -1,4 +1,4 @@
-"""The golden cases: outputs of the released code in float64 on weights and inputs made from a seed alone.
+"""Golden cases: outputs of the released code in float64 on weights and inputs made from a seed.
 
 Names end in `_s<seed>`. See `make_weights` and `make_input` for how both are drawn.
 """
@@ -41,7 +41,7 @@ RIVALS = {
     "sdt_cifar10_2_512_T2_B2_32_s0": ("sdt_2_512", {}),
     "sdt_dvs128-gesture_2_256_T4_B2_128_s0": ("sdt_2_256", {}),
 }
-MEMBRANES = {"released": "released", "corrected": "per_sample", "ms": "per_sample"}  # key in the data -> ours
+MEMBRANES = {"released": "released", "corrected": "per_sample", "ms": "per_sample"}  # key in the data -> `ssa_membrane`
 BIAS_RANGES = [["q_bn.bias", -2.5, -1.5]]  # of BatchNorms; others 0 to 1
 
 
@@ -60,7 +60,7 @@ class Golden:
         return sorted({key.split(".")[0] for key in self.arrays})
 
     def model(self, membrane: str, **overrides) -> nn.Module:
-        """Our network with the case's weights, float64."""
+        """Build this project's network with the case's weights, float64."""
         name, kwargs = (MODELS | RIVALS)[self.name]
         if membrane in MEMBRANES:
             kwargs = {"ssa_membrane": MEMBRANES[membrane], **kwargs}
@@ -86,7 +86,7 @@ def load_case(name: str) -> Golden:
 
 
 def make_weights(shapes: dict[str, list[int]], seed: int, bias_ranges: list = BIAS_RANGES) -> dict[str, torch.Tensor]:
-    """float64 weights under released names, each from its own generator."""
+    """Draw float64 weights under released names, each from its own generator."""
     weights = {}
     for key, shape in shapes.items():
         g = np.random.Generator(np.random.PCG64(zlib.crc32(f"{seed}:{key}".encode())))
@@ -124,7 +124,7 @@ def measure_eval(model: nn.Module, case: Golden) -> dict[str, np.ndarray]:
             module.register_forward_hook(lambda module, args, spikes: rates.append(spikes.mean().item()))
     with torch.no_grad():
         logits = model.eval()(case.input())
-    if any("shortcut_lif" in name for name in names):  # named after the others of its block, and called before them
+    if any("shortcut_lif" in name for name in names):  # its name is the last of its block, but its call the first
         order = sorted(range(len(names)), key=lambda i: i - 4.5 if "shortcut_lif" in names[i] else i)
         rates = [rates[order.index(i)] for i in range(len(names))]
     return {"logits": logits.numpy(), "firing_rates": np.array(rates)}
@@ -134,23 +134,23 @@ def measure_train(model: nn.Module, case: Golden) -> dict[str, np.ndarray]:
     logits = model.train()(case.input())
     loss = F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1])
     loss.backward()
-    ours = released_key_map(model)
+    names = released_key_map(model)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     unread = torch.zeros(1)  # of parameters that the released code never reads
-    gradients = [parameters[ours[key]].grad if key in ours else unread for key in case.about["param_names"]]
+    gradients = [parameters[names[key]].grad if key in names else unread for key in case.about["param_names"]]
     return {
         "logits": logits.detach().numpy(),
         "loss": np.array(loss.item()),
         "grad_l2": np.array([g.norm().item() for g in gradients]),
         "grad_sum": np.array([g.sum().item() for g in gradients]),
-        "buffers_l2": np.array([buffers[ours[key]].double().norm().item() for key in case.about["buffer_names"]]),
+        "buffers_l2": np.array([buffers[names[key]].double().norm().item() for key in case.about["buffer_names"]]),
     }
 
 
 def assert_close(actual: np.ndarray, expected: np.ndarray, what: str, tolerance: float = 1e-9) -> None:
-    """Relative error; entries below a thousandth of the largest are measured against that.
+    """Assert a small relative error; entries below a thousandth of the largest count relative to that.
 
-    Some are zero but for rounding, such as the gradient of a bias that a BatchNorm removes.
+    Some are zero up to rounding, such as the gradient of a bias that a BatchNorm removes.
     """
     assert actual.shape == expected.shape, f"{what}: {actual.shape} instead of {expected.shape}"
     scale = np.maximum(np.abs(expected), 1e-3 * np.abs(expected).max())

@@ -1,7 +1,7 @@
 """Run the scripts as a user does.
 
 Python needs seconds to import torch, so most runs are forks of a server process that has imported the libraries; each
-test process has its own server. Launchers start interpreters of their own, as does `fresh=True`.
+test process has its own server. Launchers start new interpreters, as does `fresh=True`.
 """
 
 import atexit
@@ -40,7 +40,7 @@ FIXED = {
 
 
 class Child:
-    """A script, or a module after "-m", in a fork of the server with its own session.
+    """Script, or a module after "-m", in a fork of the server with its own session.
 
     The file `log` gets its output, but stderr goes to `errors` if given. It calls `before`, which must be picklable.
     """
@@ -54,7 +54,7 @@ class Child:
         self.process.start()
 
     def wait(self) -> int:
-        """Return the exit code (negative: the signal that killed it); leave no process behind."""
+        """Return the exit code (negative: the signal that killed it); end all processes of the session."""
         try:
             self.process.join()
             return self.process.exitcode
@@ -106,7 +106,7 @@ def _run(words, log, errors, cwd, before, environment):
 
 @dataclass(frozen=True)
 class AtStep:
-    """Before a script: call `act` after the optimizer's n-th step."""
+    """Function to run before a script: it calls `act` after the optimizer's n-th step."""
 
     act: Callable[[], None]
     step: int
@@ -122,12 +122,12 @@ class AtStep:
 
 
 def signal_at_step(number: int, step: int) -> AtStep:
-    """Before a script: let it send itself and its group a signal after the optimizer's n-th step."""
+    """Return a function to run before a script, which signals its group after the optimizer's n-th step."""
     return AtStep(partial(os.killpg, 0, number), step)
 
 
 class Gate:
-    """A place where a child waits until the test lets it go on: `before=AtStep(gate.wait, 1)`."""
+    """Gate where a child waits until the test opens it: `before=AtStep(gate.wait, 1)`."""
 
     def __init__(self):
         self.outside, self.inside = multiprocessing.Pipe()
@@ -136,12 +136,12 @@ class Gate:
         return {"inside": self.inside}  # all that the child needs
 
     def wait(self) -> None:
-        """In the child: wait for `open`."""
+        """Wait for `open`; runs in the child."""
         self.inside.send(None)
         self.inside.recv()
 
     def is_reached(self) -> bool:
-        """Block until the child waits, or return False if it ends before; to be called once the child has started."""
+        """Block until the child waits; return False if it ends first. Call it after the child's start."""
         self.inside.close()
         try:
             self.outside.recv()
@@ -199,7 +199,7 @@ def ranks(count, *words, log, before=None, only=None):
 
 
 def named(line, *values) -> str:
-    """Assert that a line of an error has every value in it; return the line."""
+    """Assert that an error's line contains every value; return the line."""
     for value in values:
         assert str(value) in line, f"{value!r} is missing in {line!r}"
     return line
@@ -207,7 +207,7 @@ def named(line, *values) -> str:
 
 @contextlib.contextmanager
 def refuses(*values):
-    """Assert that the body raises an error of one line with every value in it."""
+    """Assert that the body raises an error of one line that contains every value."""
     with pytest.raises((UserError, ValueError)) as error:
         yield error
     assert "\n" not in str(error.value)

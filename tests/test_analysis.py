@@ -1,4 +1,4 @@
-"""Analyses: their figures agree with other counts, and their scripts write the promised files."""
+"""Figures of the analyses against other counts, and the files that their scripts write."""
 
 import csv
 import itertools
@@ -34,7 +34,7 @@ from models.backends import BACKENDS
 
 
 def untrained(path, recipe, *flags):
-    """Save the checkpoint of a run that has not learnt, but whose neurons fire."""
+    """Save the checkpoint of an untrained network whose neurons fire."""
     cfg = config.load(ROOT / recipe, flags)
     content = {key: {} for key in checkpoint.ENTRIES}
     content |= {"epoch": 1, "config": config.plain(cfg, without=config.LOCAL_FIELDS)}
@@ -44,7 +44,7 @@ def untrained(path, recipe, *flags):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Make a checkpoint of the digits' network in a folder of its own."""
+    """Save a checkpoint of the digits' network in its own folder."""
 
     def make(name, *flags):
         return untrained(tmp_path_factory.mktemp(name) / "best.pt", "digits/digits.yml", "--time-steps", "2", *flags)
@@ -67,11 +67,11 @@ def rows_of(path):
 
 
 def test_samples_may_come_from_all_over_the_test_set(all_kinds):
-    found = subject(all_kinds, "--eval-batch-size", "50")
-    everything, labels = found.samples(1000)
+    loaded = subject(all_kinds, "--eval-batch-size", "50")
+    everything, labels = loaded.samples(1000)
     assert len(labels) == 360
-    assert torch.equal(found.samples(70)[0], everything[:70])
-    images, some = found.samples(50, spread=True)  # 8 batches of 50 make every eighth
+    assert torch.equal(loaded.samples(70)[0], everything[:70])
+    images, some = loaded.samples(50, spread=True)  # 8 batches of 50 make every eighth
     assert torch.equal(images, everything[::8][:50])
     assert torch.equal(some, labels[::8][:50])
 
@@ -83,8 +83,8 @@ def test_analyses_compute_the_neurons_with_torch_unless_a_flag_says_otherwise(al
 
 
 def test_firing_rates_and_integers_are_those_of_the_layers_inputs(all_kinds):
-    found = subject(all_kinds)
-    report, rates = estimate(found.model, found.data.test), firing_rates.measure(found)
+    loaded = subject(all_kinds)
+    report, rates = estimate(loaded.model, loaded.data.test), firing_rates.measure(loaded)
     assert list(rates.spikes) == list(report.firing_rates)
     for name, values in rates.spikes.items():
         assert values.shape == (2,)
@@ -121,23 +121,23 @@ def test_the_tables_of_firing_rates(all_kinds, tmp_path, monkeypatch, capfd):
 
 
 def test_membrane_shortcuts_have_no_integers(trained):
-    found = subject(trained("ms", "--residual", "ms"))
-    rates = firing_rates.measure(found)
+    loaded = subject(trained("ms", "--residual", "ms"))
+    rates = firing_rates.measure(loaded)
     assert rates.integers == {}
-    assert set(rates.spikes) == {name for name, module in found.model.named_modules() if isinstance(module, LIF)}
+    assert set(rates.spikes) == {name for name, module in loaded.model.named_modules() if isinstance(module, LIF)}
 
 
 def test_spikes_and_energy_of_a_sample(all_kinds, tmp_path, monkeypatch, capfd):
-    found = subject(all_kinds)
-    sample = found.samples(1)[0]
-    layers, answer = spikes.measure(found, sample)
-    report = estimate(found.model, sample)
+    loaded = subject(all_kinds)
+    sample = loaded.samples(1)[0]
+    layers, answer = spikes.measure(loaded, sample)
+    report = estimate(loaded.model, sample)
     assert [layer.shape for layer in layers.values()][:2] == [(2, 8, 8)] * 2
     assert len(layers) == 6
     for name, layer in layers.items():
         assert math.isclose(layer.mean(), report.firing_rates[name], rel_tol=1e-6, abs_tol=1e-9)
-    assert answer == found.model(sample).argmax().item()
-    parts = spikes.energies(found, sample)
+    assert answer == loaded.model(sample).argmax().item()
+    parts = spikes.energies(loaded, sample)
     assert len(parts) == 3 * 3 + 1
     assert math.isclose(sum(parts.values()), 1000 * report.energy_mj)
     events = untrained(tmp_path / "events.pt", "digits-dvs/digits-dvs.yml", "--time-steps", "2")
@@ -191,13 +191,13 @@ def test_statistics_of_attention(all_kinds, tmp_path, monkeypatch, capfd):
         assert math.isclose(row["mean"], row["independent mean"], rel_tol=1e-6)  # a sum's mean is n f_q in any case
     assert math.isclose(values[3]["mean"], 8 * values[2]["mean"], rel_tol=1e-9)
     assert math.isclose(values[3]["variance"], 64 * values[2]["variance"], rel_tol=1e-9)
-    found = subject(all_kinds)
-    for stage, value in zip(found.model.stages, values, strict=False):
+    loaded = subject(all_kinds)
+    for stage, value in zip(loaded.model.stages, values, strict=False):
         sums = []
         neuron = stage.blocks[0].attn.attn_lif
         neuron.register_forward_pre_hook(lambda _, args, sums=sums: sums.append(args[0].double()))
         with torch.no_grad():
-            found.model(found.samples(360)[0])
+            loaded.model(loaded.samples(360)[0])
         assert math.isclose(value["mean"], sums[0].mean(), rel_tol=1e-6)
         assert math.isclose(value["variance"], sums[0].var(correction=0), rel_tol=1e-6)
     assert (tmp_path / "attention_statistics.png").exists()
@@ -210,31 +210,31 @@ def test_statistics_of_an_attention_without_a_formula_are_an_error(all_kinds, mo
 
 
 def test_hooks_end_with_a_failed_forward_pass(all_kinds):
-    found = subject(all_kinds)
-    images = found.samples(2)[0]
+    loaded = subject(all_kinds)
+    images = loaded.samples(2)[0]
     with pytest.raises(RuntimeError):
-        attention_masks.measure(found, images[:, :, :, :0])
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in found.model.modules())
+        attention_masks.measure(loaded, images[:, :, :, :0])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
 
 
 def test_masks_are_those_of_the_spikes():
     token = torch.zeros(2, 1, 2, 1, 6)  # [T,B,h,1,N]: token 4 passes in one head at one step, token 1 always
     token[0, 0, 0, 0, 4] = 1
     token[..., 1] = 1
-    found = attention_masks._mask("b", TokenQKAttention, token, token.expand(2, 1, 2, 3, 6), (2, 3))
-    assert (found.kind, found.over_image.tolist()) == ("token", [[[0, 1, 0], [0, 0.25, 0]]])
-    assert found.passing.tolist() == pytest.approx([1.25 / 6])
+    mask = attention_masks._mask("b", TokenQKAttention, token, token.expand(2, 1, 2, 3, 6), (2, 3))
+    assert (mask.kind, mask.over_image.tolist()) == ("token", [[[0, 1, 0], [0, 0.25, 0]]])
+    assert mask.passing.tolist() == pytest.approx([1.25 / 6])
     single = attention_masks._mask("b", TokenQKAttention, token[..., 1:2], token[..., 1:2], (1, 1))
     assert (single.kind, single.over_image.tolist()) == ("token", [[[1]]])  # one token looks like one channel
     channel = torch.zeros(2, 1, 2, 3, 1)  # [T,B,h,d,1]: one of six channels is open in both steps
     channel[:, 0, 1, 2] = 1
     key = torch.zeros(2, 1, 2, 3, 6)
     key[:, 0, 1, 2, 5] = 1
-    found = attention_masks._mask("b", ChannelQKAttention, channel, channel * key, (2, 3))
-    assert found.kind == "channel"
-    assert found.of_channels.tolist() == [[0, 0, 0, 0, 0, 1]]
-    assert found.over_image[0, 1, 2].item() == pytest.approx(1 / 6)
-    assert found.over_image.sum().item() == pytest.approx(1 / 6)
+    mask = attention_masks._mask("b", ChannelQKAttention, channel, channel * key, (2, 3))
+    assert mask.kind == "channel"
+    assert mask.of_channels.tolist() == [[0, 0, 0, 0, 0, 1]]
+    assert mask.over_image[0, 1, 2].item() == pytest.approx(1 / 6)
+    assert mask.over_image.sum().item() == pytest.approx(1 / 6)
 
 
 def test_masks_are_drawn_over_the_input(all_kinds, trained, tmp_path, monkeypatch, capfd):
@@ -250,7 +250,7 @@ def test_masks_are_drawn_over_the_input(all_kinds, trained, tmp_path, monkeypatc
 
 
 def test_the_membrane_study(trained, tmp_path, monkeypatch, capfd):
-    """A leak needs neighbours: alone both membranes are one; with neighbours only one depends on who they are."""
+    """Both membranes agree at batch size 1; with other samples only the released one depends on them."""
     split = sklearn.model_selection.train_test_split
     few = lambda *args, **kwargs: [part[:24] for part in split(*args, **kwargs)]  # noqa: E731
     monkeypatch.setattr(sklearn.model_selection, "train_test_split", few)
@@ -376,47 +376,47 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
         (tmp_path / f"{name}.test.json").write_text(text)
     monkeypatch.setattr(tables, "size", lambda *_: {"parameters": "1", "MACs a step": "1.00 M"})  # test_readme counts
     tables.run(["--results", str(tmp_path), "--output-dir", str(tmp_path / "out")])
-    told = capfd.readouterr().out
-    left_out = [line.split(": left out")[0] for line in told.splitlines() if ": left out" in line]
+    printed = capfd.readouterr().out
+    left_out = [line.split(": left out")[0] for line in printed.splitlines() if ": left out" in line]
     folders = ("a/last", "copy/best", "part/best", "short/best", "another_network/best", "another_size/best")
     names = [*folders, *NO_RESULTS]
     assert left_out.pop(0) == str(tmp_path / "untested")
     assert sorted(left_out) == sorted(str(tmp_path / f"{name}.test.json") for name in names)
-    named(told, "epochs is 2", "input_size is 16")  # with the reason
-    found = {
+    named(printed, "epochs is 2", "input_size is 16")  # with the reason
+    written = {
         name: rows_of(tmp_path / f"out/{name}.csv")
         for name in ("imagenet", "imagenet_others", "small", "small_others", "ablations", "ablations_here", "orders")
     }
     for name in ("imagenet", "small"):
-        measured = [row["network"] for row in found[name] if row["top-1 (%) here"] or row["energy (mJ) here"]]
+        measured = [row["network"] for row in written[name] if row["top-1 (%) here"] or row["energy (mJ) here"]]
         assert measured == {"imagenet": [], "small": ["qkformer_3_64"]}[name]
-    digits = next(row for row in found["small"] if row["data set"] == "digits")
+    digits = next(row for row in written["small"] if row["data set"] == "digits")
     assert digits["top-1 (%) here"] == "98.50 ± 0.71 (2 runs)"
     assert digits["energy (mJ) here"] == "0.00125"
-    large = found["imagenet"][0]
+    large = written["imagenet"][0]
     assert large["network"] == "qkformer_10_384"
     assert (large["top-1 (%) paper"], large["top-1 (%) log"], large["energy (mJ) paper"]) == ("78.80", "78.85", "15.13")
-    assert found["imagenet"][4]["top-1 (%) paper"] == "85.65 (top-5 97.74)"
-    for row in found["imagenet_others"]:
+    assert written["imagenet"][4]["top-1 (%) paper"] == "85.65 (top-5 97.74)"
+    for row in written["imagenet_others"]:
         assert row["top-1 (%) paper"]
         is_here = "not spiking" in row["network"] or "ormer-8-" in row["network"]
         assert bool(row["parameters"]) == is_here
         assert row["network"].endswith("(not spiking)") != bool(row["T"])
-    assert found["small_others"][-1]["network"] == "QKFormer"
-    assert [found["small_others"][-1][f"{name} paper"] for name in ("CIFAR-10", "CIFAR10-DVS")] == ["96.18", "84.00"]
-    unverified = [row for row in found["small"] if "to be verified" in row["top-1 (%) paper"]]
+    assert written["small_others"][-1]["network"] == "QKFormer"
+    assert [written["small_others"][-1][f"{name} paper"] for name in ("CIFAR-10", "CIFAR10-DVS")] == ["96.18", "84.00"]
+    unverified = [row for row in written["small"] if "to be verified" in row["top-1 (%) paper"]]
     assert [(row["data set"], row["T"]) for row in unverified] == [("CIFAR10-DVS", "10")]
     keys = ("recipe", "--variant", "runs here", "top-1 (%) here", "top-1 (%) paper")
-    assert [tuple(row[key] for key in keys) for row in found["ablations_here"]] == [
+    assert [tuple(row[key] for key in keys) for row in written["ablations_here"]] == [
         ("digits", "", "2", "98.50 ± 0.71", "81.15 (CIFAR-100)"),
         ("digits", "self", "1", "97.00", "81.23 (CIFAR-100)"),
     ]
-    (order,) = [row for row in found["orders"] if row["digits here"]]
+    (order,) = [row for row in written["orders"] if row["digits here"]]
     assert (order["CIFAR-100 paper"], order["digits here"]) == ("+0.08", "-1.50: undecided")
-    assert not any(row["CIFAR-100: top-1 (%) here"] for row in found["ablations"])
+    assert not any(row["CIFAR-100: top-1 (%) here"] for row in written["ablations"])
     variants = {cfg.variant or "" for cfg in read(ROOT / "cifar100/cifar100.yml").all() if cfg.variant != cfg.model}
-    assert {row["--variant"] for row in found["ablations"]} == variants
-    paper = {row["--variant"]: row["CIFAR10-DVS: top-1 (%) paper"] for row in found["ablations"]}
+    assert {row["--variant"] for row in written["ablations"]} == variants
+    paper = {row["--variant"]: row["CIFAR10-DVS: top-1 (%) paper"] for row in written["ablations"]}
     assert (paper["channel_self"], paper["spikformer_speds"], paper["ms"]) == ("84.30", "82.20", "")
     assert set(results.TEST_SAMPLES) == {cfg.dataset for _, cfg in common.recipes()}
     absent = tmp_path / "absent"

@@ -1,4 +1,4 @@
-"""SNN wide augment: what each operation does, and how often it is drawn."""
+"""SNN wide augment: the effect and the frequency of each operation."""
 
 import math
 from collections import Counter
@@ -18,7 +18,7 @@ def moved(frames, operation, magnitude, flip=False):
 
 
 def by_torchvision(frames, operation, magnitude):
-    """The released operations: nearest neighbours, 0 from outside, about the centre; shift by whole pixels."""
+    """Apply a released operation: nearest neighbours, zeros outside, about the centre; shifts by whole pixels."""
     plain = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
     if operation == "shear_x":
         return TF.affine(frames, **plain | {"shear": [math.degrees(magnitude), 0.0]})
@@ -43,7 +43,7 @@ def test_operations_are_those_of_torchvision(operation, shape):
 
 
 def assert_uniform(values, choices):
-    """Assert that each choice was drawn as often as chance lets expect; fails once in a million times."""
+    """Assert that each choice has its expected frequency; fails by chance once in a million times."""
     counts, expected, freedom = Counter(values), len(values) / len(choices), len(choices) - 1
     assert set(counts) <= set(choices)
     chi2 = sum((counts[choice] - expected) ** 2 / expected for choice in choices)

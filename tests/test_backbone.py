@@ -1,4 +1,4 @@
-"""The snippets of docs/backbone.md run as they stand, with little data."""
+"""Snippets of docs/backbone.md run unchanged, on little data."""
 
 import re
 import sys
@@ -16,7 +16,7 @@ from models.released import to_released
 
 PAGE = (ROOT / "docs/backbone.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-CHECKS = [  # of what each snippet computes
+CHECKS = [  # of the results of each snippet
     "logits.shape == (2, 100)",
     "[boxes.shape for _, boxes in answers] == [(2, 4, 24, 32), (2, 4, 12, 16), (2, 4, 6, 8)]",
     "logits.shape == (2, 100) and [next(s.parameters()).requires_grad for s in model.stages] == [False, False, True]",
@@ -33,7 +33,7 @@ CHECKS = [  # of what each snippet computes
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with the files that the snippets read, and the package under its installed name."""
+    """Create a folder with the snippets' files, and the package under its installed name."""
     random = np.random.default_rng(0)
     Image.fromarray(pixels(0, 4, 40, random)).save(tmp_path / "cat.jpg")
     image_folder(tmp_path / "images", train=1, test=1)

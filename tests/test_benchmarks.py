@@ -1,4 +1,4 @@
-"""Benchmarks run at a small size, and compute their figures from the measured times."""
+"""Benchmarks at a small size, and their figures from measured times."""
 
 import argparse
 import contextlib
@@ -190,7 +190,7 @@ def test_spikingjelly_2_takes_its_turns_in_a_process_of_its_own(tmp_path):
         ("growth", "--axes channels --channels 8 16", "--heads"),
     ],
 )
-def test_mistakes_are_named(monkeypatch, capfd, tmp_path, script, flags, value):
+def test_mistakes_are_reported(monkeypatch, capfd, tmp_path, script, flags, value):
     assert value in fail(monkeypatch, capfd, f"benchmarks.{script}", *flags.split(), "--output", tmp_path)
 
 

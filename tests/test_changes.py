@@ -1,4 +1,4 @@
-"""The fused path against the modules after a user changed anything that it reads: equal answers, or it stands aside."""
+"""Fused path against the modules after a change of anything that it reads: equal results, or the modules compute."""
 
 import copy
 from collections import OrderedDict
@@ -27,7 +27,7 @@ SETTINGS = {
 
 
 def network(time_steps=2):
-    """A network of every kind of module, whose neurons fire; and images."""
+    """Return a network with every kind of module, whose neurons fire, and images."""
     model = lively(create_model("qkformer_4_384", time_steps=time_steps, num_classes=3, **SETTINGS))
     x = images(2, 3, 8, 8)
     set_lif_backend(model, "torch")
@@ -49,7 +49,7 @@ class Doubled(nn.Module):
 
 
 def patched(name, instead_of=None):
-    """Change for a module: a method doubled, or failing, as an attribute; `instead_of` another attribute."""
+    """Return a change that sets a doubled or failing method as an attribute, or as the attribute `instead_of`."""
 
     def patch(m):
         if instead_of:
@@ -60,7 +60,7 @@ def patched(name, instead_of=None):
     return patch
 
 
-HOOKS = {  # dictionary of hooks -> registers one there, of those that change what passes if it can
+HOOKS = {  # dictionary of hooks -> function that registers a hook there, one that changes values if possible
     "_forward_hooks": lambda m: m.register_forward_hook(lambda m, x, y: 2 * y),
     "_forward_pre_hooks": lambda m: m.register_forward_pre_hook(lambda m, x: tuple(2 * part for part in x)),
     "_backward_hooks": lambda m: m.register_full_backward_hook(lambda m, x, y: None),
@@ -74,7 +74,7 @@ DATA = {
 
 
 def other(value):
-    """Another value of the type; None for what has no other."""
+    """Return another value of the type, or None if there is none."""
     match value:
         case bool():
             return not value
@@ -96,7 +96,7 @@ def setter(name, value):
 
 
 def replacer(name, change):
-    """Give the tensor `name` other data."""
+    """Return a change that gives the tensor `name` other data."""
 
     def replace(m):
         getattr(m, name).data = change(getattr(m, name).data)
@@ -105,7 +105,7 @@ def replacer(name, change):
 
 
 def doubler(name, copied=False):
-    """Replace the child `name` by its double, in the module's own dictionary or a copy."""
+    """Return a change that doubles the child `name`, in the module's dictionary or a copy."""
 
     def replace(m):
         m.__dict__["_modules"] = dict(m._modules) if copied else m._modules
@@ -115,48 +115,48 @@ def doubler(name, copied=False):
 
 
 def changes_of(m):
-    """{label: steps, functions of a module} that change every attribute, child, tensor, hook and method of `m`."""
-    found = {}
+    """Return {label: functions of a module} that change every attribute, child, tensor, hook and method of `m`."""
+    changes = {}
     for name, value in vars(m).items():
         if (new := other(value)) is not None:
-            found[name] = [setter(name, new)]
+            changes[name] = [setter(name, new)]
         if isinstance(value, float):
             tensor = torch.tensor(value, dtype=torch.float64)
-            found[f"{name} tensor"] = [setter(name, tensor), replacer(name, DATA["halved"])]
+            changes[f"{name} tensor"] = [setter(name, tensor), replacer(name, DATA["halved"])]
     for name, register in HOOKS.items():
-        found[f"{name} hook"] = [register]
-        found[f"{name} new hook"] = [setter(name, OrderedDict()), register]
+        changes[f"{name} hook"] = [register]
+        changes[f"{name} new hook"] = [setter(name, OrderedDict()), register]
     for name in METHODS:
         if hasattr(m, name) and not (name == "forward" and isinstance(m, nn.ModuleList)):
-            found[f"{name} patched"] = [patched(name)]
-            found[f"{name} patched for another"] = [patched(name, instead_of="spare")]
+            changes[f"{name} patched"] = [patched(name)]
+            changes[f"{name} patched for another"] = [patched(name, instead_of="spare")]
     for name, child in m._modules.items():
         if child is not None:
-            found[f"{name} replaced"] = [doubler(name)]
-            found[f"{name} replaced in a copy"] = [doubler(name, copied=True)]
+            changes[f"{name} replaced"] = [doubler(name)]
+            changes[f"{name} replaced in a copy"] = [doubler(name, copied=True)]
     for name, tensor in (m._parameters | m._buffers).items():
         if tensor is not None and tensor.dim():
-            found |= {f"{name} {label}": [replacer(name, change)] for label, change in DATA.items()}
-            found[f"{name} removed"] = [setter(name, None)]
-    return found
+            changes |= {f"{name} {label}": [replacer(name, change)] for label, change in DATA.items()}
+            changes[f"{name} removed"] = [setter(name, None)]
+    return changes
 
 
 def places():
-    """{kind: a module's name}: the last of every kind in the stages, and of units with pooling or tokens."""
+    """Return {kind: name of the last such module in the stages}; units with pooling or tokens are kinds, too."""
     model, _ = network()
-    found = {}
+    names = {}
     for name, m in model.stages.named_modules():
         pools = isinstance(m, SpikingConv) and isinstance(m.pool, nn.MaxPool2d)
         tokens = isinstance(m, SpikingConv) and isinstance(m.conv, nn.Conv1d)
-        found[type(m).__name__ + " pools" * pools + " tokens" * tokens] = name
-    return found
+        names[type(m).__name__ + " pools" * pools + " tokens" * tokens] = name
+    return names
 
 
 PLACES = places()
 
 
 def changed(model, place, steps):
-    """A copy of the network after the steps, before each of which it answered whether the fused path covers it."""
+    """Return a copy of the network after the steps, with a coverage computed before each step."""
     model = copy.deepcopy(model)
     m = model.stages.get_submodule(place)
     m.spare = 1
@@ -167,7 +167,7 @@ def changed(model, place, steps):
 
 
 def outcome(model, x):
-    """The logits, or the error that the network raises."""
+    """Return the logits, or the error that the network raises."""
     torch.manual_seed(0)
     try:
         return model(x).detach()
@@ -175,13 +175,13 @@ def outcome(model, x):
         return error
 
 
-def assert_equal(found, expected, what):
-    if isinstance(found, Exception) or isinstance(expected, Exception):
-        assert isinstance(found, Exception), f"{what}: {expected}"
-        assert isinstance(expected, Exception), f"{what}: {found}"
+def assert_equal(actual, expected, what):
+    if isinstance(actual, Exception) or isinstance(expected, Exception):
+        assert isinstance(actual, Exception), f"{what}: {expected}"
+        assert isinstance(expected, Exception), f"{what}: {actual}"
     else:
         torch.testing.assert_close(
-            found, expected, rtol=0, atol=1e-12, equal_nan=True, msg=lambda line: f"{what}: {line}"
+            actual, expected, rtol=0, atol=1e-12, equal_nan=True, msg=lambda line: f"{what}: {line}"
         )
 
 
@@ -193,9 +193,9 @@ def test_evaluation_without_gradients_is_that_with_gradients(kind):
     for label, steps in changes_of(model.stages.get_submodule(PLACES[kind])).items():
         trial = changed(model, PLACES[kind], steps)
         with torch.no_grad():
-            found = outcome(trial, x)
+            actual = outcome(trial, x)
         expected = outcome(trial, x)
-        assert_equal(found, expected, label)
+        assert_equal(actual, expected, label)
         effects += isinstance(expected, Exception) or not torch.allclose(before, expected, equal_nan=True)
     assert effects or kind == "ModuleList"  # which nothing calls
 
@@ -226,8 +226,8 @@ def test_replaced_parts_count(name):
     assert answer(model) is None
     assert answer(copy.deepcopy(model)) is None
     with torch.no_grad():
-        found = outcome(model, x)
-    assert_equal(found, outcome(model, x), name)
+        actual = outcome(model, x)
+    assert_equal(actual, outcome(model, x), name)
 
 
 def answer(model):
@@ -257,8 +257,8 @@ def test_the_kernels_follow_all_changes_that_leave_them_in_use(monkeypatch):
         logits = trained.train()(x)
         logits.square().sum().backward()
         results.append([logits.detach(), *(p.grad for p in trained.parameters()), *trained.buffers()])
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("learns", [False, True])
@@ -275,15 +275,15 @@ def test_stages_and_their_blocks_are_called(learns):
 
 
 def test_a_wrapped_stage_is_called():
-    """test_tools.py wraps stages and networks with what torch has."""
+    """Wrap a stage by hand; test_tools.py uses torch's wrappers."""
     model, x = network()
     set_lif_backend(model, "auto")
     expected = model(x)
     model.stages[1] = Doubled(model.stages[1])
-    found = model(x)
-    assert not torch.equal(found, expected)
+    actual = model(x)
+    assert not torch.equal(actual, expected)
     with torch.no_grad():
-        assert torch.equal(model(x), found)
+        assert torch.equal(model(x), actual)
 
 
 def test_changed_classes_and_global_hooks_count(monkeypatch):

@@ -1,4 +1,4 @@
-"""Reading every checkpoint format, and refusing what is not plain data."""
+"""Reading of every checkpoint format, and errors for anything but plain data."""
 
 import argparse
 import collections
@@ -17,7 +17,7 @@ from models.released import load_released, to_released
 
 
 def training_state(name, **kwargs):
-    """A model after one optimizer step, and the entries of released files of it."""
+    """Return a model after one optimizer step, and its entries in released files."""
     model = create_model(name, num_classes=4, **kwargs)
     optimizer = torch.optim.AdamW(model.parameters())
     scaler = torch.amp.GradScaler("cpu")
@@ -99,7 +99,7 @@ def test_a_malicious_pickle_is_refused_unread(tmp_path, mark, place, legacy):
     with refuses(path, f"{os.system.__module__}.system"):
         checkpoint.read(path)
     assert not mark.exists()
-    pickle.loads(pickle.dumps(Payload()))  # the payload does work where it is let in
+    pickle.loads(pickle.dumps(Payload()))  # the payload works if something unpickles it
     assert mark.exists()
 
 
@@ -133,7 +133,7 @@ def cut(path):
         ),
     ],
 )
-def test_bad_files_are_named_in_one_line(tmp_path, write, values):
+def test_bad_files_are_reported_in_one_line(tmp_path, write, values):
     write(tmp_path / "file.pth")
     with refuses(tmp_path / "file.pth", *values):
         checkpoint.read(tmp_path / "file.pth")

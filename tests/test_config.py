@@ -1,4 +1,4 @@
-"""Settings from defaults, recipe, checkpoint and flags; mistakes are named in one line."""
+"""Settings from defaults, recipe, checkpoint and flags; mistakes give one line."""
 
 import pytest
 import yaml
@@ -99,7 +99,7 @@ def test_the_saved_configuration_reads_back(recipe, tmp_path):
         ("lr: 1", f"--config {5000 * 'x'}", "x"),
     ],
 )
-def test_mistakes_are_named(recipe, text, flags, value):
+def test_mistakes_are_reported(recipe, text, flags, value):
     with refuses(value):
         config.load(recipe(text), flags.split())
 
@@ -113,7 +113,7 @@ def test_suggestions_have_the_meaning_of_what_was_typed(recipe):
         config.load(recipe("lr: 1"), ["--batchsize", "1"])
 
 
-THEIRS = {  # key sets of other projects' YAMLs: file -> settings, keys without effect
+FOREIGN = {  # key sets of other projects' YAMLs: file -> settings, keys without effect
     "spikformer_cifar.yml": (
         {"time_steps": 4, "eval_batch_size": 128, "amp": "fp16", "drop_path": 0, "data_path": "/data/cifar"},
         {"layer", "dim", "patch_size", "num_heads", "drop_path", "experiment", "eval_metric"},
@@ -133,9 +133,9 @@ THEIRS = {  # key sets of other projects' YAMLs: file -> settings, keys without 
 }
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", FOREIGN)
 def test_recipes_of_other_projects(name):
-    settings, ignored = THEIRS[name]
+    settings, ignored = FOREIGN[name]
     sources = config.read(ROOT / "cifar10/cifar10.yml", ["--config", str(ROOT / "tests/recipes" / name)])
     cfg = sources.config()
     assert {key: getattr(cfg, key) for key in settings} == settings
@@ -162,9 +162,9 @@ def test_training_warns_of_other_settings_than_the_published_run_had(warnings):
 
 
 def test_the_first_lines_of_training(tmp_path, monkeypatch, capfd):
-    theirs = yaml.safe_load((ROOT / "digits/digits.yml").read_text())
-    del theirs["time_steps"], theirs["variants"]
-    (tmp_path / "theirs.yml").write_text(yaml.safe_dump(theirs | {"T": 1, "depths": 3, "mixup": 0.5, "epochs": 1}))
+    foreign = yaml.safe_load((ROOT / "digits/digits.yml").read_text())
+    del foreign["time_steps"], foreign["variants"]
+    (tmp_path / "theirs.yml").write_text(yaml.safe_dump(foreign | {"T": 1, "depths": 3, "mixup": 0.5, "epochs": 1}))
     flags = "--batch-size 240 --warmup-epochs 0 --patch-size 4 --mixup-off-epoch 0".split()
     flags += ["--config", tmp_path / "theirs.yml", "--output-dir", tmp_path / "run"]
     first, _, rest = here(monkeypatch, capfd, "digits/train.py", *flags).partition("writing to")

@@ -1,4 +1,4 @@
-"""Several processes: the same gradients as one, deaths, restarts, and the ways to start them."""
+"""Several ranks: the gradients of a single one, deaths, restarts and launchers."""
 
 import json
 
@@ -13,7 +13,7 @@ QUICK = ["--batch-size", "64", "--lr", "1e-2", "--time-steps", "1"]  # 11 steps 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The updates of one process, by the number of accumulated steps."""
+    """Return the updates of a single rank, by the number of accumulated steps."""
     folder = tmp_path_factory.mktemp("alone")
     for accumulated in (1, 2):
         succeed("tests/first_step.py", folder / f"{accumulated}.pt", "--accum-iter", accumulated)
@@ -31,12 +31,12 @@ def test_two_processes_make_the_updates_of_one(alone, tmp_path, accumulated, fla
     one, two = alone[accumulated], torch.load(tmp_path / "two.pt")
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
     assert len(two["gradients"]) == 2
-    for ours, expected in zip(two["gradients"], one["gradients"], strict=True):
+    for actual, expected in zip(two["gradients"], one["gradients"], strict=True):
         largest = max(g.abs().max() for g in expected.values())
         assert sum(not gradient.any() for gradient in expected.values()) <= 1  # the network spikes
         for name, gradient in expected.items():
             scale = gradient.abs().clamp(min=1e-3 * largest)
-            assert ((ours[name] - gradient).abs() / scale).max() < 1e-9, name
+            assert ((actual[name] - gradient).abs() / scale).max() < 1e-9, name
     for name, value in one["state"].items():
         torch.testing.assert_close(two["state"][name], value, rtol=1e-6, atol=1e-9)
 
@@ -76,7 +76,7 @@ def test_ranks_that_cannot_train_together_all_end_in_one_line(tmp_path, flags, v
 
 @pytest.mark.slow
 def test_two_machines_under_torchrun(tmp_path):
-    """One launcher each, both on this machine, as docs/recipes.md says."""
+    """Start one launcher per node, both on this machine, as in docs/recipes.md."""
     rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_id=1", "--rdzv_backend=c10d"]
     rendezvous += [f"--rdzv_endpoint=localhost:{free_port()}"]
     train = ["digits/train.py", *QUICK, "--epochs", "1", "--output-dir", tmp_path]

@@ -1,4 +1,4 @@
-"""Energy: the formulas decode every published row, and the counts agree with other counters."""
+"""Energy: the formulas give every published row, and the counts agree with other counters."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from engine.run import build_model
 from models import create_model
 
 PUBLISHED = yaml.safe_load((ROOT / "analysis/published.yml").read_text())["tables"]["imagenet_others"]["rows"]
-OURS = [  # recipe, 10^9 MACs a step, of the first convolution, implied mean input
+QKFORMER = [  # recipe, 10^9 MACs a step, of the first convolution, implied mean input
     ("qkformer_10_384", 5.899, 0.0650, 0.664),
     ("qkformer_10_512", 10.427, 0.0867, 0.548),
     ("qkformer_10_768", 23.329, 0.1301, 0.437),
@@ -33,7 +33,7 @@ OURS = [  # recipe, 10^9 MACs a step, of the first convolution, implied mean inp
 
 
 def implied_mean_input(energy, macs, first_macs, time_steps):
-    """Mean input over all layers but the first for which `energy_mj` is `energy` (mJ)."""
+    """Return the mean input of all layers but the first at which `energy_mj` is `energy` (mJ)."""
     return (energy / MJ - MAC_PJ * time_steps * first_macs) / (AC_PJ * time_steps * (macs - first_macs))
 
 
@@ -48,7 +48,7 @@ def estimated(model, size):
     return estimate(model, torch.empty(1, 3, size, size, device="meta"))
 
 
-@pytest.mark.parametrize(("recipe", "macs", "first", "mean"), OURS)
+@pytest.mark.parametrize(("recipe", "macs", "first", "mean"), QKFORMER)
 def test_rows_of_qkformer(recipe, macs, first, mean):
     cfg = config.load(ROOT / f"imagenet/{recipe}.yml")
     with torch.device("meta"):
@@ -59,11 +59,11 @@ def test_rows_of_qkformer(recipe, macs, first, mean):
         assert counted(model, cfg.input_size) == cfg.time_steps * (report.flops - head) + head
     with refuses():
         report.energy_mj  # noqa: B018
-    own = report.layers[0].macs
-    assert (round(report.flops / 1e9, 3), round(own / 1e9, 4)) == (macs, first)
-    implied = implied_mean_input(cfg.paper_energy_mj, report.flops, own, cfg.time_steps)
+    first_macs = report.layers[0].macs
+    assert (round(report.flops / 1e9, 3), round(first_macs / 1e9, 4)) == (macs, first)
+    implied = implied_mean_input(cfg.paper_energy_mj, report.flops, first_macs, cfg.time_steps)
     # a figure of 3 decimals, from an energy of 2: within half a unit of both
-    others = cfg.time_steps * (report.flops - own)
+    others = cfg.time_steps * (report.flops - first_macs)
     assert abs(implied - mean) <= 0.0005 + 0.005 / (AC_PJ * others * MJ)
 
 
@@ -100,9 +100,9 @@ IMPLIED = {  # mean inputs of docs/analyses.md; two rows of sdt_8_512, T = 1 and
 def test_rows_of_rivals(row):
     with torch.device("meta"):
         report = estimated(timm.create_model(row["timm"], time_steps=1), row["input"])
-    own = report.layers[0].macs
-    counted_first = 3 * 3 * 3 * row.get("first_channels", 0) * row["input"] ** 2 or own
-    others = report.flops - own
+    first_macs = report.layers[0].macs
+    counted_first = 3 * 3 * 3 * row.get("first_channels", 0) * row["input"] ** 2 or first_macs
+    others = report.flops - first_macs
     implied = implied_mean_input(row["energy (mJ)"], others + counted_first, counted_first, row["T"])
     assert abs(implied - IMPLIED[row["timm"]]) <= 0.001
 
@@ -124,13 +124,13 @@ def test_firing_rates_are_those_of_the_released_code(name):
 
 
 def by_hand(model, x):
-    """Synaptic operations and multiply-accumulates of one sample, straight from the inputs of the modules."""
+    """Count synaptic operations and multiply-accumulates of one sample from the inputs of the modules."""
     inputs = {}
     for name, module in model.named_modules():
         module.register_forward_hook(lambda module, args, _, name=name: inputs.update({name: args[0]}))
     products = []  # driving spikes [T,B,h,d,N] of the self-attention's two products, block by block
     for block in model.stages[2].blocks:
-        block.attn.attend = lambda q, k, v, own=block.attn.attend: products.extend([k, q]) or own(q, k, v)
+        block.attn.attend = lambda q, k, v, attend=block.attn.attend: products.extend([k, q]) or attend(q, k, v)
     with torch.no_grad():
         model(x)
     additions, mixed = 0.0, 0.0
@@ -175,7 +175,7 @@ def test_an_estimate_by_hand():
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 1, 1), (2, 1, 1), ((2, 1), (0, 2), 1), (1, "same", 2)])
 def test_exact_operations_are_those_of_each_spike_by_itself(groups, stride, padding, dilation):
-    """The fan-out of an input is the number of outputs that change with it; the head reads a mean."""
+    """Count an input's fan-out as the number of outputs that change with it; the head reads a mean."""
     conv = torch.nn.Conv2d(4, 6, 3, stride, padding, dilation, groups)
     first = torch.nn.Conv2d(4, 4, 1, groups=4, bias=False)
     torch.nn.init.ones_(first.weight)  # the next layer gets its input

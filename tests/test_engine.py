@@ -1,4 +1,4 @@
-"""Learning rate, mixup and the training loop, without a script around them."""
+"""Learning rate, mixup and the training loop, without scripts."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ def trainer(cfg, batches=11, dtype=torch.float32, device="cpu"):
 
 
 class FirstBatches:
-    """The first `count` batches of a loader, in another type."""
+    """Loader of another's first `count` batches, in another type."""
 
     def __init__(self, loader, count, dtype):
         self.loader, self.count, self.dtype, self.dataset = loader, count, dtype, loader.dataset.dataset
@@ -68,7 +68,7 @@ def test_updates_accumulate_and_step_the_rate_per_iteration():
 
 
 def test_accumulated_gradients_are_the_mean_over_the_update(monkeypatch):
-    """With BatchNorm frozen, three accumulated steps give the gradient of their mean loss."""
+    """Three accumulated steps give the gradient of their mean loss if BatchNorm is frozen."""
     cfg = configure("--accum-iter", "100", "--batch-size", "32")
     run, losses, gradients = trainer(cfg, batches=3, dtype=torch.float64), [], []
     monkeypatch.setattr(run.model, "train", lambda mode=True: torch.nn.Module.train(run.model, False))
@@ -95,7 +95,7 @@ def test_mixing_ends_at_its_epoch_in_the_workers_too(flags):
 
 
 def test_loss_sequence_of_a_fixed_seed():
-    """Guards refactoring: float64 on the CPU, five updates. A change that means to alter training renews it."""
+    """Guard for refactoring: float64 on the CPU, five updates. Update it after intended changes of training."""
     run, losses = trainer(configure("--warmup-epochs", "0", "--lr", "1e-2"), batches=5, dtype=torch.float64), []
     criterion = run.criterion
     run.criterion = lambda logits, target: losses.append(criterion(logits, target)) or losses[-1]
@@ -106,7 +106,7 @@ def test_loss_sequence_of_a_fixed_seed():
 def test_a_test_loss_that_is_not_finite_or_of_nothing_is_refused():
     run = trainer(configure("--lr", "1", "--epochs", "1"), batches=1)
     run.model.head.bias.data[0] = float("inf")
-    result = evaluate(run.cfg, run.world, run.model, run.data.test)
+    result, *_ = evaluate(run.cfg, run.world, run.model, run.data.test)
     with refuses("epoch 1"):
         run.end_epoch(result)
     with refuses():
@@ -168,7 +168,7 @@ def test_a_cpu_computes_in_float32_what_it_has_no_instructions_for(amp, has_bf16
 
 
 class ActedGraph:
-    """CUDA graph acted on a CPU: a replay writes gradients where the capture wrote, `p.grad` stays."""
+    """Stand-in for a CUDA graph on a CPU: replays write gradients where the capture did; `p.grad` stays."""
 
     def __init__(self, step):
         self.step, self.warmup, self.captured = step, 2, None
@@ -197,8 +197,8 @@ def test_a_step_can_be_replayed(accum_iter, monkeypatch):
     for run in (eager, replayed):
         train_epochs(run)
     assert replayed.step.captured
-    for ours, expected in zip(replayed.model.parameters(), eager.model.parameters(), strict=True):
-        assert torch.equal(ours, expected)
+    for actual, expected in zip(replayed.model.parameters(), eager.model.parameters(), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_kernels_that_fail_on_one_rank_end_the_run(monkeypatch):
     ],
 )
 def test_cuda_graphs_train_to_the_same_weights(flags, monkeypatch):
-    """The rate changes from step to step, and of two accumulated steps the last update of an epoch has but one."""
+    """Train with a rate that changes each step, and with one step in the last of the accumulated updates."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     settings = ["--lr-step", "iteration", "--lif-backend", "torch", "--warmup-epochs", "1", *flags.split()]
     is_exact = "fp16" not in flags
@@ -276,7 +276,7 @@ def test_cuda_graphs_train_to_the_same_weights(flags, monkeypatch):
 
 @pytest.mark.gpu
 def test_a_run_moves_between_cpu_and_gpu(tmp_path):
-    """The fused AdamW of a GPU keeps its count of steps there, the other on the CPU."""
+    """Move the optimizer too: fused AdamW counts its steps on the GPU, the other one on the CPU."""
     runs = [trainer(configure(), batches=1, device=device) for device in ("cpu", "cuda", "cpu")]
     for run in runs:
         if run is not runs[0]:

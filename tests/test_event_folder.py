@@ -1,4 +1,4 @@
-"""Folders of one's own recordings and frames, in files that spikingjelly's and tonic's code writes and reads."""
+"""Folders of recordings and frames, in files that spikingjelly and tonic write and read."""
 
 import itertools
 import shutil
@@ -36,7 +36,7 @@ def load(root, *flags):
 
 
 def stored(loader):
-    """{file: frames} of a loader's data set."""
+    """Return {file: frames} of a loader's data set."""
     dataset = getattr(loader.dataset, "dataset", loader.dataset)
     return {file: frames for (_, file), (frames, _) in zip(dataset.samples, dataset, strict=True)}
 
@@ -60,7 +60,7 @@ def save(path, recording, kind=".npz"):
 
 
 def folder(root, parts=("train", "test"), classes=CLASSES, per_class=2, kind=".npz", **how):
-    """PART/CLASS/NUMBER.npz"""
+    """Write PART/CLASS/NUMBER.npz."""
     for part, label, i in itertools.product(parts, classes, range(per_class)):
         save(root / part / label / str(i), events(**how), kind)
     return root
@@ -74,24 +74,24 @@ def test_n_mnist_as_published_as_events_and_as_frames_is_that_of_spikingjelly(tm
                 save(published / part / label / f"{i:05d}", events(), ".bin")
     arrays.mkdir()
     NMNIST.create_events_np_files(str(published), str(arrays))
-    theirs = {}
+    expected = {}
     for path in sorted(arrays.rglob("*.npz")):
         place = frames / path.parent.relative_to(arrays)
         place.mkdir(parents=True, exist_ok=True)
         sj.integrate_events_file_to_frames_file_by_fixed_frames_number(
             np.load, str(path), str(place), "number", 4, *NMNIST.get_H_W()
         )
-        theirs[path.relative_to(arrays).with_suffix("").as_posix()] = sj.load_npz_frames(str(place / path.name))
+        expected[path.relative_to(arrays).with_suffix("").as_posix()] = sj.load_npz_frames(str(place / path.name))
     for root in (published, arrays, frames):
         data = load(root, "--input-size", 34)
-        ours = {name.split(".")[0]: frames for name, frames in (stored(data.train) | stored(data.test)).items()}
+        actual = {name.split(".")[0]: frames for name, frames in (stored(data.train) | stored(data.test)).items()}
         assert len(data.train.dataset) == len(data.test.dataset) == 6
-        assert ours.keys() == theirs.keys()
-        assert all(np.array_equal(frames, theirs[name]) for name, frames in ours.items())
+        assert actual.keys() == expected.keys()
+        assert all(np.array_equal(frames, expected[name]) for name, frames in actual.items())
         assert data.classes == CLASSES
         (path, *_) = sorted(root.glob("*est/1/*"))
         alone = read_recording(path, settings(root, "--input-size", 34))
-        assert np.array_equal(alone, theirs[f"test/1/{path.stem}"])
+        assert np.array_equal(alone, expected[f"test/1/{path.stem}"])
         assert alone.dtype == torch.float32
 
 
@@ -115,8 +115,8 @@ def test_every_format_gives_the_same_frames(tmp_path, monkeypatch):
         return iter([{"stream_id": 0, "events": packets[:100]}, {"frame": None}, {"events": packets[100:]}])
 
     monkeypatch.setitem(sys.modules, "aedat", types.SimpleNamespace(Decoder=decoder))
-    ours = stored(load(root).train)
-    alike = [f for name, f in ours.items() if name.startswith("train/0/") and not name.split("/")[2][0].isdigit()]
+    actual = stored(load(root).train)
+    alike = [f for name, f in actual.items() if name.startswith("train/0/") and not name.split("/")[2][0].isdigit()]
     assert len(alike) == 9
     assert all(np.array_equal(frames, integrate(recording, 4)) for frames in alike)
 
@@ -143,7 +143,7 @@ def test_one_tree_is_split_by_a_seed(tmp_path):
     with refuses(tmp_path, "--split-seed"):
         load(root, "--input-size", 34)
     data = load(root, "--input-size", 34, "--split-seed", 1)
-    again = load(root, "--input-size", 34, "--split-seed", 1)  # what was made is no class
+    again = load(root, "--input-size", 34, "--split-seed", 1)  # the folder of frames is no class
     assert data.split == again.split
     assert [len(data.split[part]) for part in ("train", "test")] == [9, 3]
     assert load(root, "--input-size", 34, "--split-seed", 2).split != data.split
@@ -163,7 +163,7 @@ def test_other_event_sets_are_resized_too(tmp_path):
 
 
 def put(name, content):
-    """Damage: write a file of an array, arrays or bytes."""
+    """Return a damage that writes a file of an array, arrays or bytes."""
 
     def damage(root):
         path = root / name
@@ -232,7 +232,7 @@ def test_invalid_events_of_a_file_are_counted(tmp_path, warnings):
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x.txt"])
-def test_an_unreadable_file_is_named(name, tmp_path):
+def test_an_unreadable_file_is_reported(name, tmp_path):
     (tmp_path / name).write_bytes(b"PK")
     with refuses(tmp_path / name):
         read_recording(tmp_path / name, settings(tmp_path))

@@ -1,4 +1,4 @@
-"""Recordings to frames: equal to spikingjelly's, and no damaged, missing or half-made thing goes unnoticed."""
+"""Recordings to frames: equal to spikingjelly's, with errors for damaged, missing and unfinished files."""
 
 import errno
 import functools
@@ -43,7 +43,7 @@ FOUR = Layout(4, (128, 128), 128)
 
 @pytest.fixture
 def spikingjelly(monkeypatch):
-    """Let spikingjelly prepare tiny data in this thread: it drops the exceptions of others, and numpy has changed."""
+    """Patch spikingjelly for tiny data: threads would hide exceptions, and numpy has changed."""
 
     class SameThread(ThreadPoolExecutor):
         def submit(self, function, *arguments):
@@ -65,18 +65,19 @@ def test_aedat31_is_read_as_by_spikingjelly(tmp_path):
     late = struct.pack("<HHIIIIII", 1, 1, 8, 4, 1, 100, 100, 100)  # its clock has run over once
     content = content.replace(header, late, 1)
     (tmp_path / "x.aedat").write_bytes(content)
-    theirs, ours = sj.load_aedat_v3(str(tmp_path / "x.aedat")), read_aedat31(content)
-    assert all(np.array_equal(theirs[key], getattr(ours, key)) for key in "txyp")
-    assert ours.t[0] == FEW[0][0] + 2**31
+    expected, actual = sj.load_aedat_v3(str(tmp_path / "x.aedat")), read_aedat31(content)
+    assert all(np.array_equal(expected[key], getattr(actual, key)) for key in "txyp")
+    assert actual.t[0] == FEW[0][0] + 2**31
 
 
 @pytest.mark.parametrize("frames", [1, 7, 16])
 def test_frames_are_those_of_spikingjelly(frames):
-    theirs = sj.integrate_events_by_fixed_frames_number(dict(zip("txyp", FEW, strict=True)), "number", frames, 128, 128)
-    ours = integrate(Events(*FEW), frames)
-    assert np.array_equal(theirs, ours)
-    assert (ours.dtype, ours.sum()) == (np.uint8, 1003)
-    assert ours[-1].sum() == 1003 // frames + 1003 % frames  # the last takes the rest
+    events = dict(zip("txyp", FEW, strict=True))
+    expected = sj.integrate_events_by_fixed_frames_number(events, "number", frames, 128, 128)
+    actual = integrate(Events(*FEW), frames)
+    assert np.array_equal(expected, actual)
+    assert (actual.dtype, actual.sum()) == (np.uint8, 1003)
+    assert actual[-1].sum() == 1003 // frames + 1003 % frames  # the last takes the rest
 
 
 def test_counts_above_a_byte():
@@ -143,7 +144,7 @@ def test_invalid_events_are_left_out_and_counted(tmp_path, one_core, warnings):
     named(warnings[0], 101, "user01_led.aedat")
 
 
-def test_recordings_in_another_format_are_named(tmp_path):
+def test_recordings_in_another_format_are_reported(tmp_path):
     root = cifar10_dvs(tmp_path, per_class=2, count=50)
     (root / "download/cat.zip").unlink()
     (root / "cat").mkdir()
@@ -174,10 +175,10 @@ def test_events_that_do_not_fill_the_frames_or_leave_the_sensor():
             integrate(Events(*(np.full(5, value) for value in (0, x, y, 0))), 1)
 
 
-def assert_equal_samples(loader, theirs):
+def assert_equal_samples(loader, expected):
     dataset = getattr(loader.dataset, "dataset", loader.dataset)
-    assert len(dataset) == len(theirs)
-    for (frames, label), (their_frames, their_label) in zip(dataset, theirs, strict=True):
+    assert len(dataset) == len(expected)
+    for (frames, label), (their_frames, their_label) in zip(dataset, expected, strict=True):
         assert label == their_label
         assert np.array_equal(frames, their_frames)
 
@@ -188,23 +189,23 @@ BY_NUMBER = {"data_type": "frame", "frames_number": 4, "split_by": "number"}
 @pytest.mark.parametrize("extracted", [False, True])
 def test_dvs128_gesture_is_that_of_spikingjelly(extracted, tmp_path, one_core, spikingjelly):
     root = dvs128_gesture(tmp_path / "ours", extracted=extracted)
-    ours = load("dvs128-gesture", root, *"--batch-size 4 --time-steps 4".split())
+    actual = load("dvs128-gesture", root, *"--batch-size 4 --time-steps 4".split())
     root = dvs128_gesture(tmp_path / "theirs")
-    for is_train, loader, count in ((True, ours.train, 48), (False, ours.test, 12)):
-        theirs = DVS128Gesture(str(root), train=is_train, **BY_NUMBER)
-        assert len(theirs) == count
-        assert_equal_samples(loader, theirs)
-    assert ours.classes[2] == "other gestures"  # the folders 0, 1, 10, 2, ...: label 2 is gesture 11
-    names = [Path(file).name for file in ours.split["test"] if "/10/" in file]
+    for is_train, loader, count in ((True, actual.train, 48), (False, actual.test, 12)):
+        expected = DVS128Gesture(str(root), train=is_train, **BY_NUMBER)
+        assert len(expected) == count
+        assert_equal_samples(loader, expected)
+    assert actual.classes[2] == "other gestures"  # the folders 0, 1, 10, 2, ...: label 2 is gesture 11
+    names = [Path(file).name for file in actual.split["test"] if "/10/" in file]
     assert names == ["user05_led_0.npy", "user05_led_1.npy"]
 
 
 def test_cifar10_dvs_is_that_of_spikingjelly(tmp_path, one_core, spikingjelly):
-    ours = load("cifar10-dvs", cifar10_dvs(tmp_path / "ours", per_class=11), "--time-steps", "4")
-    theirs = CIFAR10DVS(str(cifar10_dvs(tmp_path / "theirs", per_class=11)), **BY_NUMBER)
-    for loader, part in zip((ours.train, ours.test), sj.split_to_train_test_set(0.9, theirs, 10), strict=True):
+    actual = load("cifar10-dvs", cifar10_dvs(tmp_path / "ours", per_class=11), "--time-steps", "4")
+    expected = CIFAR10DVS(str(cifar10_dvs(tmp_path / "theirs", per_class=11)), **BY_NUMBER)
+    for loader, part in zip((actual.train, actual.test), sj.split_to_train_test_set(0.9, expected, 10), strict=True):
         assert_equal_samples(loader, part)
-    assert "cat/cifar10_cat_9.npy" in ours.split["test"]  # in the order of text, 10 comes before 9
+    assert "cat/cifar10_cat_9.npy" in actual.split["test"]  # in the order of text, 10 comes before 9
 
 
 def test_the_split_needs_names_alone():
@@ -240,7 +241,7 @@ def find(root):
 
 
 def die_at_file(number):
-    """Before a script: let it kill itself as it writes this file of frames."""
+    """Function to run before a script, which dies while it writes this file of frames."""
     files, save = itertools.count(1), np.save
 
     def save_or_die(file, *arguments, **kwargs):
@@ -279,15 +280,15 @@ def test_killed_while_preparing_it_goes_on_to_the_same_frames(tmp_path, one_core
 
 def test_of_several_at_once_the_first_prepares(tmp_path, one_core):
     root = cifar10_dvs(tmp_path, per_class=2, count=50)
-    found = Mock(side_effect=find(root))
+    finder = Mock(side_effect=find(root))
     with ThreadPoolExecutor() as threads:
-        list(threads.map(lambda _: prepare(root, FOUR, found, False), range(3)))
-    assert found.call_count == 1
+        list(threads.map(lambda _: prepare(root, FOUR, finder, False), range(3)))
+    assert finder.call_count == 1
     assert len(contents(root / "frames_4", CIFAR10_CLASSES)) == 20
 
 
 def replace(what, by):
-    """Change for `rewrite`: other content of a file, or None to remove it."""
+    """Return a change for `rewrite`: other content of a file, or None to remove it."""
 
     def change(files):
         (name,) = [name for name in files if name.endswith(what)]
@@ -316,7 +317,7 @@ def replace(what, by):
         (GESTURE, replace("01_led_labels.csv", b"class\n1,90000000,95000000\n"), "user01_led.aedat"),
     ],
 )
-def test_missing_and_damaged_recordings_are_named(archive, change, value, tmp_path, one_core):
+def test_missing_and_damaged_recordings_are_reported(archive, change, value, tmp_path, one_core):
     name, make = ("dvs128-gesture", dvs128_gesture) if archive == GESTURE else ("cifar10-dvs", cifar10_dvs)
     archive = make(tmp_path, 3, count=50) / "download" / archive
     rewrite(archive, change) if change else archive.unlink()
@@ -393,7 +394,7 @@ def test_training_frames_are_augmented_and_mixed_as_the_recipe_says(tmp_path, on
     known = {np.asarray(frames, np.float32).tobytes(): label for frames, label in stored}
 
     def epoch(*flags):
-        """The data and the training samples of an epoch as the network gets them."""
+        """Return the data and the network's training inputs of an epoch."""
         torch.manual_seed(0)
         data = load("cifar10-dvs", root, *plain, *flags)
         batches = [(data.augment(x) if data.augment else x, labels) for x, labels in data.train.batches(0)]
@@ -436,7 +437,7 @@ def test_batches_are_counts_on_the_device(dtype, device):
         ("cifar10-dvs", ["airplane.zip", "automobile.zip", "--download"]),
     ],
 )
-def test_missing_files_and_their_place_are_named(name, values, tmp_path):
+def test_missing_files_and_their_place_are_reported(name, values, tmp_path):
     with refuses(tmp_path / "download", *values):
         load(name, tmp_path)
 

@@ -1,4 +1,4 @@
-"""The fused path against the modules: each kernel, whole networks, and that every launch compiles.
+"""Fused path against the modules: each kernel, whole networks, and compilation of every launch.
 
 Without a GPU Triton's interpreter runs the kernels. It accepts what the compiler may reject, so that the launches of
 whole networks at their true sizes are compiled as well.
@@ -32,7 +32,7 @@ TOLERANCE = {HALF: 2e-3, SINGLE: 5e-6}
 
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
-    """The interpreter takes as long for a program of any size."""
+    """Launch few large programs, because the interpreter's time grows with their number."""
     if DEVICE == "cpu":
         monkeypatch.setattr(launch, "PROGRAMS", 3)
         monkeypatch.setattr(launch, "WARPS", 64)
@@ -45,7 +45,7 @@ def random(*shape, dtype=DOUBLE, seed=0, scale=1.0):
 
 
 def lively(module, seed=0):
-    """BatchNorms that make about every fourth neuron fire, of either sign; convolutions with biases that matter."""
+    """Set BatchNorms of either sign that make a quarter of the neurons fire, and effective convolution biases."""
     for i, m in enumerate(module.modules()):
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             n = m.num_features
@@ -58,10 +58,10 @@ def lively(module, seed=0):
     return module.double().to(DEVICE)
 
 
-def close(ours, theirs, dtype):
-    """Equal but for the rounding of `dtype`, relative to the largest entry."""
-    atol = TOLERANCE[dtype] * theirs.abs().max().item() + 1e-30
-    torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=atol)
+def close(actual, expected, dtype):
+    """Assert equality up to the rounding of `dtype`, relative to the largest entry."""
+    atol = TOLERANCE[dtype] * expected.abs().max().item() + 1e-30
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 16, 18])
@@ -70,13 +70,13 @@ def close(ours, theirs, dtype):
 def test_neurons(steps, threshold, dtype):
     x = random(steps, 3, 5, 8, dtype=dtype, scale=2).requires_grad_()
     reference = x.detach().float().requires_grad_()
-    ours, theirs = autograd.lif(x, threshold), neuron.torch_lif(reference, threshold)
-    assert ours.dtype == dtype
-    assert torch.equal(ours, theirs.to(dtype))
-    assert 0.1 < theirs.mean() < 0.9
+    actual, expected = autograd.lif(x, threshold), neuron.torch_lif(reference, threshold)
+    assert actual.dtype == dtype
+    assert torch.equal(actual, expected.to(dtype))
+    assert 0.1 < expected.mean() < 0.9
     grad = random(*x.shape, dtype=dtype, seed=1)
-    ours.backward(grad)
-    theirs.backward(grad.to(theirs.dtype))
+    actual.backward(grad)
+    expected.backward(grad.to(expected.dtype))
     close(x.grad, reference.grad, dtype)
 
 
@@ -91,7 +91,7 @@ def margin(u, threshold=neuron.THRESHOLD):
 
 
 def undecided_by_rounding(currents):
-    """The first of the seeds whose `currents(seed)`, a list, keep clear of the threshold."""
+    """Return the first seed whose `currents(seed)`, a list, stay away from the threshold."""
     return next(seed for seed in range(100) if all(margin(u) > 1e-5 for u in currents(seed)))
 
 
@@ -113,13 +113,13 @@ def test_unit(dtype, steps, static, pool, leak, train):
     batch, size, channels = 4, (5, 6), 35
     m = lively(SpikingConv(3, channels, kernel_size=3, bias=True, pool=pool, leak_across_batch=leak)).train(train)
     set_lif_backend(m, "torch")
-    ours, reference = copy.deepcopy(m).float(), copy.deepcopy(m)
+    actual, reference = copy.deepcopy(m).float(), copy.deepcopy(m)
 
     def input_of(seed):
         return random(1 if static else steps, batch, channels, *size, dtype=dtype, seed=seed)
 
     def current(network, y):
-        """Input of the neurons, from the output of a convolution without its bias."""
+        """Return the neurons' input, from the output of a convolution without its bias."""
         shown = (y + m.conv.bias.detach().view(-1, 1, 1)).expand(steps, *y.shape[1:])
         u = network.pool(network.bn(shown.flatten(0, 1))).unflatten(0, shown.shape[:2])
         return u.flatten(0, 1) if leak else u
@@ -131,23 +131,23 @@ def test_unit(dtype, steps, static, pool, leak, train):
     add = random(*u.unflatten(0, (steps, batch)).shape if leak else u.shape, seed=6).round()
     grad = random(*add.shape, seed=5)
     fired = neuron.torch_lif(u, neuron.THRESHOLD).view_as(add)
-    theirs = fired + add
-    theirs.backward(grad)
-    unit = Unit((Norm(ours.bn, ours.conv.bias),), steps, pool, leak)
+    expected = fired + add
+    expected.backward(grad)
+    unit = Unit((Norm(actual.bn, actual.conv.bias),), steps, pool, leak)
     rows = y.permute(0, 1, 3, 4, 2)
     spikes = autograd.norm_lif_of(rows, unit, add.to(dtype).permute(0, 1, 3, 4, 2))
     spikes.backward(grad.to(dtype).permute(0, 1, 3, 4, 2))
-    assert torch.equal(spikes.permute(0, 1, 4, 2, 3).double(), theirs)
+    assert torch.equal(spikes.permute(0, 1, 4, 2, 3).double(), expected)
     assert 0.02 < fired.mean() < 0.6
     close(y.grad, z.grad, dtype)
     for name in ("weight", "bias"):
-        close(getattr(ours.bn, name).grad, getattr(reference.bn, name).grad, dtype)
+        close(getattr(actual.bn, name).grad, getattr(reference.bn, name).grad, dtype)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
-        close(getattr(ours.bn, name), getattr(reference.bn, name), SINGLE)
+        close(getattr(actual.bn, name), getattr(reference.bn, name), SINGLE)
     if train:
-        assert not ours.conv.bias.grad.any()  # BatchNorm takes it away again
+        assert not actual.conv.bias.grad.any()  # BatchNorm cancels it
     else:
-        close(ours.conv.bias.grad, z.grad.sum((0, 1, 3, 4)), dtype)
+        close(actual.conv.bias.grad, z.grad.sum((0, 1, 3, 4)), dtype)
 
 
 @pytest.mark.parametrize("gamma", [1.0, -1.0, 0.0])
@@ -167,10 +167,10 @@ def test_pooling_passes_nan_on(gamma):
 def test_token_attention(dtype, steps, heads, width, train):
     channels = heads * width
     m = lively(TokenQKAttention(channels, heads)).train(train)
-    m.q.bn.bias.data.view(heads, width)[::2] -= 0.6  # here the sum decides; and a neighbour that always fires
+    m.q.bn.bias.data.view(heads, width)[::2] -= 0.6  # the sum decides here, and a neighbour that always fires
     m.q.bn.bias.data.view(heads, width)[1::2, 0] += 2.5  # must not count where a head does not fill its tile
     set_lif_backend(m, "torch")
-    ours = copy.deepcopy(m).float()
+    actual = copy.deepcopy(m).float()
 
     def currents(network, y):
         return [
@@ -185,19 +185,19 @@ def test_token_attention(dtype, steps, heads, width, train):
     y = input_of(seed).requires_grad_()
     z = input_of(seed).double().requires_grad_()
     q, k = (neuron.torch_lif(u, neuron.THRESHOLD).unflatten(2, (heads, -1)) for u in currents(m, z))
-    theirs = m.attend(q, k).flatten(2, 3).mT.unflatten(2, (3, 5))
-    found = autograd.token_attention_of(y, Unit((Norm(ours.q.bn, None), Norm(ours.k.bn, None)), steps), heads)
-    assert torch.equal(found.double(), theirs)
-    assert 0.02 < theirs.mean() < 0.6
-    grad = random(*theirs.shape, seed=2)
-    theirs.backward(grad)
-    found.backward(grad.to(dtype))
+    expected = m.attend(q, k).flatten(2, 3).mT.unflatten(2, (3, 5))
+    output = autograd.token_attention_of(y, Unit((Norm(actual.q.bn, None), Norm(actual.k.bn, None)), steps), heads)
+    assert torch.equal(output.double(), expected)
+    assert 0.02 < expected.mean() < 0.6
+    grad = random(*expected.shape, seed=2)
+    expected.backward(grad)
+    output.backward(grad.to(dtype))
     close(y.grad, z.grad, dtype)
     for name, parameter in m.named_parameters():
         if ".bn." in name and not name.startswith("proj"):
-            close(ours.get_parameter(name).grad, parameter.grad, dtype)
+            close(actual.get_parameter(name).grad, parameter.grad, dtype)
     for name in ("q.bn.running_var", "k.bn.running_var"):
-        close(ours.get_buffer(name), m.get_buffer(name), SINGLE)
+        close(actual.get_buffer(name), m.get_buffer(name), SINGLE)
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])
@@ -212,13 +212,13 @@ def test_self_attention(dtype, steps, heads, width, tokens, rate):
     s = s.to(DEVICE, dtype).requires_grad_()
     z = s.detach().double().requires_grad_()
     parts = z.flatten(2, 3).unflatten(3, (3, heads, width)).permute(3, 0, 1, 4, 5, 2)
-    theirs = m.attend(*parts).permute(0, 1, 4, 2, 3).reshape(steps, 2, *tokens, -1)
-    found = autograd.self_attention_of(s, heads, m.scale)
-    assert torch.equal(found.double(), theirs)
-    assert 0.02 < theirs.mean() < 0.98
-    grad = random(*theirs.shape, seed=2)
-    theirs.backward(grad)
-    found.backward(grad.to(dtype))
+    expected = m.attend(*parts).permute(0, 1, 4, 2, 3).reshape(steps, 2, *tokens, -1)
+    actual = autograd.self_attention_of(s, heads, m.scale)
+    assert torch.equal(actual.double(), expected)
+    assert 0.02 < expected.mean() < 0.98
+    grad = random(*expected.shape, seed=2)
+    expected.backward(grad)
+    actual.backward(grad.to(dtype))
     close(s.grad, z.grad, dtype)
 
 
@@ -230,13 +230,13 @@ def test_convolution_in_one_kernel(dtype, steps, width, channels):
     set_lif_backend(m, "torch")
     x = (random(steps, 2, width, 7, 9) > 0.8).double()
     add = random(steps, 2, channels, 7, 9, seed=1).round()
-    theirs = m(x) + add
+    expected = m(x) + add
     norm, count = norm_of(x.new_empty((0, channels), dtype=dtype), [Norm(m.bn, m.conv.bias)], 1)
     assert count is None
     rows = [v.permute(0, 1, 3, 4, 2).flatten(1, 3).to(dtype).contiguous() for v in (x, add)]
-    found = linear_lif.forward(rows[0], m.conv.weight.flatten(1).to(dtype), norm, rows[1], neuron.THRESHOLD)
-    assert torch.equal(found.view(steps, 2, 7, 9, -1).permute(0, 1, 4, 2, 3).double(), theirs)
-    assert 0.02 < (theirs - add).mean() < 0.6
+    actual = linear_lif.forward(rows[0], m.conv.weight.flatten(1).to(dtype), norm, rows[1], neuron.THRESHOLD)
+    assert torch.equal(actual.view(steps, 2, 7, 9, -1).permute(0, 1, 4, 2, 3).double(), expected)
+    assert 0.02 < (expected - add).mean() < 0.6
 
 
 @pytest.mark.parametrize("size", [1, 8, 9, 20_003])
@@ -270,7 +270,7 @@ def network_of(name, **more):
 
 
 def step(network, x, backend, ranks=None):
-    """Logits, after a backward pass from weights that are random for each of the samples that `ranks` take."""
+    """Return logits after a backward pass, with random loss weights for each sample of all `ranks`."""
     set_lif_backend(network, backend)
     logits = network(x)
     weights = [random(n, logits.shape[1], seed=3) for n in ranks or [len(logits)]]
@@ -296,9 +296,9 @@ def assert_trained_alike(gradients, buffers, reference):
 def test_training_of_whole_networks(name):
     reference, x = network_of(name)
     network = copy.deepcopy(reference)
-    theirs, found = step(reference, x, "torch"), step(network, x, "triton")
-    assert theirs.std() > 1e-3
-    torch.testing.assert_close(found, theirs, rtol=0, atol=1e-12)
+    expected, actual = step(reference, x, "torch"), step(network, x, "triton")
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     assert_trained_alike(gradients_of(network), dict(network.named_buffers()), reference)
 
 
@@ -326,29 +326,29 @@ def test_ranks_with_different_numbers_of_samples_share_statistics(tmp_path):
 
 @pytest.mark.parametrize(("name", "backend"), [(name, "auto") for name in NETWORKS] + [("released", "triton")])
 def test_evaluation_of_whole_networks(name, backend):
-    """On a CPU "auto" is the path with folded BatchNorm."""
+    """Compare "auto" too, which folds BatchNorm on a CPU."""
     network, x = network_of(name)
     network.eval()
     set_lif_backend(network, "torch")
     with torch.no_grad():
-        theirs = network(x)
+        expected = network(x)
         set_lif_backend(network, backend)
-        found = network(x)
-    assert theirs.std() > 1e-3
-    torch.testing.assert_close(found, theirs, rtol=0, atol=1e-12)
+        actual = network(x)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
 def test_half_precision_follows_the_modules():
-    """In half precision a few spikes differ; logits stay as close as the modules' in half precision are to float64."""
+    """Allow a few other spikes: logits must be as close to float64 as the modules' in half precision."""
     network, x = network_of("released")
     network.eval()
     set_lif_backend(network, "torch")
     with torch.no_grad():
-        exact, theirs = network(x), copy.deepcopy(network).half()(x.half())
+        exact, expected = network(x), copy.deepcopy(network).half()(x.half())
         set_lif_backend(network, "triton")
-        found = network.half()(x.half())
-    assert found.dtype == HALF
-    assert (found - exact).norm() < 2 * (theirs - exact).norm() + 1e-2 * exact.norm()
+        actual = network.half()(x.half())
+    assert actual.dtype == HALF
+    assert (actual - exact).norm() < 2 * (expected - exact).norm() + 1e-2 * exact.norm()
 
 
 def test_packing_and_checkpointing_change_nothing(monkeypatch):
@@ -472,15 +472,15 @@ SLOW = [
     "arguments", ["qkformer_3_64 90 float16 bn_lif pool", *(pytest.param(a, marks=pytest.mark.slow) for a in SLOW)]
 )
 def test_every_launch_compiles(arguments):
-    """In float16 for sm_90 everything stays in registers, and the backward pass takes few instructions."""
+    """Expect no spills and few instructions of the backward pass in float16 for sm_90."""
     command = [sys.executable, "-c", COMPILED, *arguments.split()]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)
     _, architecture, dtype, *kernels = arguments.split()
-    found = {row["kernel"].split()[0] for row in rows}
-    assert found | {"linear_lif"} == {"linear_lif", *(kernels or KERNELS)}  # it is for half precision
+    files = {row["kernel"].split()[0] for row in rows}
+    assert files | {"linear_lif"} == {"linear_lif", *(kernels or KERNELS)}  # it is for half precision
     if architecture == "90" and dtype == "float16":
         assert not [row["kernel"] for row in rows if row["spill"]]
         backward = [row["instructions"] for row in rows if row["kernel"].startswith("bn_lif backward")]

@@ -1,4 +1,4 @@
-"""The networks, and test.py with released checkpoints, equal the released code: see golden_cases.py for the data."""
+"""Networks, and test.py on released checkpoints, against the released code; golden_cases.py has the data."""
 
 import argparse
 
@@ -9,7 +9,7 @@ from scripts import execute, result_in
 
 import engine.run
 from engine.data.loaders import Data
-from engine.evaluate import Gallery
+from engine.run import build_model
 from models import attention, layers, neuron
 
 CASES = {name: load_case(name) for name in MODELS}
@@ -124,7 +124,7 @@ def float64():
 
 
 def released_content(name, case):
-    """The weights in the file format of their training."""
+    """Return the weights in the file format of their training."""
     weights, steps = make_weights(case.about["state_dict"], case.seed), case.about["T"]
     if name.startswith("ms"):
         return {"state_dict": weights}
@@ -145,10 +145,17 @@ def test_a_released_checkpoint_gives_the_golden_logits(name, float64, tmp_path, 
     case, logits = CASES[name], []
     torch.save(released_content(name, case), tmp_path / "released.pth")
     batch = case.input(), torch.arange(case.about["B"])
-    data = Data(None, [batch], ["x"] * 1000, None, None)
+    data = Data(None, [batch], ["x"] * 1000, None, lambda image: image)
+
+    def build(cfg):
+        model = build_model(cfg)
+        model.register_forward_hook(lambda model, images, output: logits.append(output))
+        return model
+
+    monkeypatch.setattr(engine.run, "build_model", build)
     monkeypatch.setattr(engine.run, "create_data", lambda cfg, here, train: data)
-    monkeypatch.setattr(Gallery, "add", lambda self, x, y, z: logits.append(z))
-    monkeypatch.setattr(Gallery, "draw", lambda self, path: None)
+    monkeypatch.setattr("engine.weights.warn_of_silence", lambda cfg, model, images: None)
+    monkeypatch.setattr("engine.data.pictures.gallery", lambda samples, path, title: None)
     for membrane in case.membranes:
         flags = ["--device", "cpu", "--checkpoint", str(tmp_path / "released.pth")]
         flags += ["--ssa-membrane", "per_sample"] if membrane == "corrected" else []  # "released" is the default

@@ -1,4 +1,4 @@
-"""The grid of runs: what is done is skipped, what fails is named, and a signal reaches the run."""
+"""Grid of runs: it skips finished runs, reports failed ones and forwards signals."""
 
 import csv
 import json
@@ -45,7 +45,7 @@ path.with_suffix(".test.json").write_text(json.dumps(content))
 
 @pytest.fixture
 def recipe(tmp_path):
-    """A recipe next to scripts that take no time."""
+    """Write a recipe next to scripts that take no time."""
     folder = tmp_path / "digits"
     folder.mkdir()
     (folder / "train.py").write_text(TRAIN)
@@ -58,7 +58,7 @@ def starts(folder):
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
 
 
-def test_a_grid_goes_on_and_skips_what_is_done(recipe, tmp_path, monkeypatch, capfd):
+def test_a_grid_resumes_and_skips_finished_runs(recipe, tmp_path, monkeypatch, capfd):
     out = tmp_path / "out"
     command = ["analysis.grid", recipe, "--variants", "recipe", "self", "--out", out, "--seeds"]
     here(monkeypatch, capfd, *command, 0, 2)
@@ -123,7 +123,7 @@ def test_a_record_keeps_the_small_files_of_a_run(tmp_path, monkeypatch, capfd):
 
 
 def test_every_accuracy_in_the_tables_has_a_record():
-    """The tables come from docs/results (tests/test_readme.py), so that each run there is complete and counts."""
+    """Check that each run in docs/results counts, because the tables come from there (tests/test_readme.py)."""
     folders = sorted((ROOT / "docs/results").iterdir())
     configs = [cfg for path, _ in recipes() for cfg in config.read(path).all() if cfg.num_classes]
     groups = by_recipe(results(folders), configs)

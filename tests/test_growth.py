@@ -1,4 +1,4 @@
-"""Growth of attentions and networks: operations are those that torch counts, kept bytes those that autograd keeps."""
+"""Growth of attentions and networks: operations as torch counts them, bytes as autograd keeps them."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def test_both_orders_of_self_attention_give_the_same_spikes():
 
 @pytest.mark.parametrize("kind", MODULES)
 def test_counted_bytes_are_those_of_the_results(kind):
-    """The peak of a forward pass without its neuron; self-attention also holds the scaled product."""
+    """Compare with the peak of a forward pass without neurons; self-attention also holds the scaled product."""
     attention = Attention(kind, "core", TOKENS, CHANNELS, HEADS)
     module = attention.module()
     module.attn_lif = nn.Identity()

@@ -1,4 +1,4 @@
-"""No data file runs code, is written outside its place or takes the machine; a broken one ends in one clear line."""
+"""Hostile data files: none runs code, writes outside its folder or exhausts memory; broken ones give one line."""
 
 import gzip
 import io
@@ -31,7 +31,7 @@ IMAGENET = ["imagenet/qkformer_10_384.yml", "--num-classes", "4", "--data-path"]
 
 
 def png(side):
-    """A picture of `side` x `side` pixels, most of which are missing."""
+    """Return a truncated picture of `side` x `side` pixels."""
     content = b"\x89PNG\r\n\x1a\n"
     for kind, part in (
         (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)),
@@ -45,7 +45,7 @@ RED = Image.new("RGB", (8, 8), (255, 0, 0))
 
 
 def labels_of_all(root):
-    """Labels of the test set's images, which are all read."""
+    """Read all images of the test set and return their labels."""
     flags = ["--workers", 0, "--input-size", 32, *IMAGENET[1:], root]
     return [label for _, labels in load_data(IMAGENET[0], *flags, train=False).test for label in labels]
 
@@ -61,8 +61,8 @@ def labels_of_all(root):
     ],
     ids=["empty", "cut", "svg", "bomb", "eps"],
 )
-def test_what_is_no_image_is_named_and_not_run(content, tmp_path, monkeypatch, mark):
-    """Pillow hands PostScript to the program gs, here one that leaves a mark."""
+def test_what_is_no_image_is_reported_and_not_run(content, tmp_path, monkeypatch, mark):
+    """Use a program gs that leaves a mark, because Pillow passes PostScript to it."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {mark}\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -82,7 +82,7 @@ def test_the_formats_of_photographs_are_read(tmp_path):
 
 
 def test_the_name_of_a_shard_is_no_command(tmp_path, mark):
-    """The reader runs commands under addresses; a folder's files have none."""
+    """Use local files, because the reader runs commands for some addresses."""
     root, flags = shards(tmp_path / "data", train=8, test=8), ["--dataset", "wds/tiny", *IMAGENET[1:]]
     info = json.loads((root / "_info.json").read_text())
     info["splits"]["train"]["filenames"] = [f"pipe:touch {mark}", f"a::pipe:touch {mark}", f"; touch {mark}"]
@@ -111,7 +111,7 @@ def test_a_damaged_description_of_shards_is_refused(content, tmp_path):
         ("cat", "'cat'"),
     ],
 )
-def test_a_label_without_an_output_is_named(label, value, monkeypatch):
+def test_a_label_without_an_output_is_reported(label, value, monkeypatch):
     reader = [(io.BytesIO(encoded(RED, "PNG")), label)]
     monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: reader)
     samples = dataset(*IMAGENET[:3], "--dataset", "hfds/x")
@@ -149,19 +149,19 @@ GESTURE, CIFAR = "dvs128-gesture/dvs128-gesture.yml", "cifar10-dvs/cifar10-dvs.y
 
 
 def events(recipe, root):
-    """The training set of event frames in `root`."""
+    """Return the training set of event frames in `root`."""
     return load_data(recipe, "--data-path", root, "--workers", 0, "--batch-size", 2).train.dataset
 
 
 def header(name, size, kind=tarfile.REGTYPE):
-    """Header of a file in a tar archive, without its content."""
+    """Return a file's header in a tar archive, without its content."""
     member = tarfile.TarInfo(name)
     member.size, member.type, member.linkname = size, kind, "/etc/passwd"
     return bytearray(member.tobuf(tarfile.GNU_FORMAT))
 
 
 def sparse(name, size):
-    """Header of a sparse file that is one hole."""
+    """Return the header of a sparse file that is one hole."""
     content = header(name, 0, tarfile.GNUTYPE_SPARSE)
     content[483:495] = b"%011o\0" % size
     content[148:156] = b" " * 8
@@ -174,7 +174,7 @@ GIANTS = {
     "sparse": sparse("x.aedat", 2**40),
     "pax": header("x", 2**40, tarfile.XHDTYPE),
     "longname": header("x", 2**40, tarfile.GNUTYPE_LONGNAME),
-    "backwards": header("x", 0) + header("x", -512),  # older Pythons read the second for ever
+    "backwards": header("x", 0) + header("x", -512),  # older Pythons read the second one forever
     "many": 20_000 * header("x", 0),
 }
 LINKS = {kind: header("user01_led.aedat", 0, kind) for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)}
@@ -182,7 +182,7 @@ LINKS = {kind: header("user01_led.aedat", 0, kind) for kind in (tarfile.SYMTYPE,
 
 @pytest.mark.parametrize("name", [*GIANTS, *LINKS])
 def test_a_hostile_tar(name, tmp_path, one_core):
-    """Links and pipes are passed over, next to the true file of their name."""
+    """Skip links and pipes, next to the true file of the same name."""
     path = dvs128_gesture(tmp_path, train=1, test=1, count=50) / "download/DvsGesture.tar.gz"
     path.write_bytes(gzip.compress((GIANTS | LINKS)[name] + gzip.decompress(path.read_bytes())))
     if name in LINKS:
@@ -262,7 +262,7 @@ def test_giant_files_of_a_folder(tmp_path, one_core):
 
 
 def npy(shape, dtype="|u1"):
-    """The head of an array that claims to be large."""
+    """Return the header of an array that claims to be large."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": dtype})
     return file.getvalue() + bytes(99)

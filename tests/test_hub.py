@@ -1,4 +1,4 @@
-"""Networks saved for Hugging Face and read back."""
+"""Networks saved for Hugging Face and loaded again."""
 
 import json
 
@@ -21,7 +21,7 @@ def inputs():
 
 
 def assert_alike(actual, expected):
-    """Equal weights and logits, of a network that spikes."""
+    """Assert equal weights and logits, of a network that spikes."""
     assert same(actual.state_dict(), expected.state_dict())
     with torch.no_grad():
         logits = expected(inputs())
@@ -58,7 +58,7 @@ def test_a_saved_network_gets_another_head_or_gives_features(tmp_path):
 
 
 def test_a_network_saved_on_a_gpu_loads_on_a_cpu_with_other_channels(tmp_path):
-    """Neither the backend nor the aliases of timm's arguments are saved."""
+    """Save neither the backend nor the aliases of timm's arguments."""
     model = timm.create_model("qkformer_3_64", lif_backend="torch", in_channels=3, drop_path=0.2)
     save_for_hf(model, tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["model_args"]
@@ -68,7 +68,7 @@ def test_a_network_saved_on_a_gpu_loads_on_a_cpu_with_other_channels(tmp_path):
 
 
 class Mixed(HierarchicalSpikingTransformer, PyTorchModelHubMixin):
-    """A network with `save_pretrained` and `from_pretrained`."""
+    """Network with `save_pretrained` and `from_pretrained`."""
 
 
 def test_the_mixin_of_hugging_face_restores_arguments_and_weights(tmp_path):

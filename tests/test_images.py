@@ -1,4 +1,4 @@
-"""The scripts of ImageNet and CIFAR as a user runs them, on tiny data in the true formats."""
+"""Scripts of ImageNet and CIFAR on tiny data in the real formats."""
 
 import contextlib
 import dataclasses
@@ -42,14 +42,18 @@ def training_set(*flags):
     return create_dataset(config.load(ROOT / "imagenet/qkformer_10_384.yml", list(map(str, flags))), True)
 
 
-def test_workers_and_ranks_share_shards(data):
-    """A worker without a shard would wait for ever."""
-    stream = training_set(*SHARDS, data / "shards")
+def test_workers_and_ranks_share_shards(data, monkeypatch):
+    """Give each worker a shard, because one without would wait forever."""
+    monkeypatch.setattr("os.cpu_count", lambda: 9)
+    flags = [*SHARDS, data / "shards", "--workers", 9, "--batch-size", 1]
+    cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", list(map(str, flags)))
+    stream, alone = create_dataset(cfg, True), world.setup("cpu")
+    create = functools.partial(loaders.create_loader, cfg, alone, stream, True, None, (0, 0, 0), (1, 1, 1))
     stream.reader.dist_num_replicas = 2
-    assert loaders._shards_per_rank(stream) == 4  # of 8
+    assert create().workers == 4  # of 8
     stream.reader.dist_num_replicas = 9
     with refuses(9, 8):
-        loaders._shards_per_rank(stream)
+        create()
 
 
 @pytest.mark.parametrize(("copy", "count"), [(True, 16), (False, 8)], ids=["too many", "too few"])
@@ -74,7 +78,7 @@ def test_ranks_share_the_batches_of_a_stream(data):
 
 
 def move(source, target):
-    """Damage: move a folder or a file."""
+    """Return a damage that moves a folder or a file."""
     return lambda root: (root / source).rename(root / target)
 
 
@@ -97,7 +101,7 @@ def test_one_class_is_refused(tmp_path):
         run.create_data(config.load(ROOT / "imagenet/qkformer_10_384.yml", flags), world.setup("cpu"))
 
 
-def test_other_names_of_classes_are_named(warnings):
+def test_other_names_of_classes_are_reported(warnings):
     warn_of_other_classes(["a", "b"], {"classes": ["a", "b"]}, "best.pt")
     warn_of_other_classes(["a", "b"], {}, "best.pt")
     assert not warnings
@@ -246,7 +250,7 @@ def test_every_recipe_trains(path, data, monkeypatch):
     assert sum(changed) > 0.9 * len(changed)
 
 
-@pytest.mark.parametrize("name", ["digits", "imagenet", "cifar10"])  # of one channel, unmixed, mixed by the loader
+@pytest.mark.parametrize("name", ["digits", "imagenet", "cifar10"])  # one channel, without mixup, mixup in the loader
 def test_batches_equal_those_of_timms_own_tensors(name, data, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: True)
     flags = ["--num-classes", "4"] if name == "imagenet" else []

@@ -1,4 +1,4 @@
-"""The package `qkformer` that pip installs, next to another package called `models`."""
+"""Package `qkformer` as pip installs it, next to another package called `models`."""
 
 import itertools
 import os
@@ -29,7 +29,7 @@ print(pathlib.Path(qkformer.__file__).parent)
 
 @pytest.fixture
 def source(tmp_path):
-    """A copy of what setuptools can find here, because it writes next to its input."""
+    """Copy the sources, because setuptools writes next to them."""
     for folder in ("models", "engine", "tests"):
         shutil.copytree(
             ROOT / folder, tmp_path / "source" / folder, ignore=shutil.ignore_patterns("__pycache__", "*.npz")
@@ -41,7 +41,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def other(tmp_path):
-    """A folder with another package `models`."""
+    """Write a folder with another package `models`."""
     (tmp_path / "other/models").mkdir(parents=True)
     (tmp_path / "other/models/__init__.py").write_text("other = True\n")
     return tmp_path / "other"
@@ -60,7 +60,7 @@ def test_the_package_holds_all_of_models_and_nothing_else(source, other, tmp_pat
 
 @pytest.mark.slow
 def test_pip_installs_it_into_an_empty_environment(source, other, tmp_path):
-    """The environment borrows torch and timm from this one."""
+    """Borrow torch and timm from this environment."""
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv/bin/python"
     succeed("-m", "pip", "--python", python, "install", "--quiet", "--no-deps", source, cwd=tmp_path)
@@ -73,14 +73,14 @@ def test_pip_installs_it_into_an_empty_environment(source, other, tmp_path):
 
 
 def test_what_pip_installs_is_what_the_tests_pin():
-    """All but the package itself; requirements.txt owns the versions."""
+    """Compare all but the package itself; requirements.txt owns the versions."""
     pinned = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.M)
     wanted = itertools.chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     assert {re.match(r"[\w-]+", line)[0] for line in wanted} - {"qkformer"} == set(pinned)
 
 
 def test_torch_hub_finds_every_network(other, tmp_path):
-    """Also where another package `models` is imported."""
+    """Load the networks after another package `models`."""
     code = f"""
 import models, torch
 assert models.other

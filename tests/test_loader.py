@@ -1,4 +1,4 @@
-"""Worker processes that are kept change no batch; and the benchmark of the loaders runs, at a small size."""
+"""Persistent workers give the same batches; the benchmark of the loaders runs at a small size."""
 
 import json
 import pickle
@@ -21,15 +21,15 @@ def same(batches, others):
 
 
 def test_an_epoch_of_events_does_not_depend_on_who_serves_it(tmp_path, one_core):
-    """Workers of a resumed run have served no epoch before, and their number may differ."""
+    """Use fresh workers in another number, as a resumed run may have them."""
     flags = ["--data-path", cifar10_dvs(tmp_path, per_class=3, count=50), "--batch-size", 8]
 
     def epochs(workers, *seeds):
-        data, found = load_data("cifar10-dvs/cifar10-dvs.yml", *flags, "--workers", workers), []
+        data, served = load_data("cifar10-dvs/cifar10-dvs.yml", *flags, "--workers", workers), []
         for seed in seeds:
             timm.utils.random_seed(seed)
-            found.append(list(data.train.batches(0)))
-        return data, found
+            served.append(list(data.train.batches(0)))
+        return data, served
 
     data, (first, uninterrupted) = epochs(1, 1, 2)
     assert not same(first, uninterrupted)
@@ -44,7 +44,7 @@ def test_a_kept_worker_starts_each_evaluation_from_its_first_image(data):
     flags = ["--data-path", data / "imagenet", "--num-classes", 4, "--input-size", 32, "--eval-batch-size", 8]
     loaded = load_data("imagenet/qkformer_10_384.yml", *flags, "--workers", 1)
     assert loaded.test.loader.persistent_workers
-    assert not loaded.train.source.persistent_workers  # it has to hear of the epoch's seed
+    assert not loaded.train.source.persistent_workers  # new workers get the epoch's seed
     next(iter(loaded.test))  # and no further, as analyses do
     expected = list(load_data("imagenet/qkformer_10_384.yml", *flags, "--workers", 0).test)
     for _ in range(2):
@@ -61,7 +61,7 @@ def test_a_kept_worker_starts_each_evaluation_from_its_first_image(data):
     ids=["digits", "imagenet", "events"],
 )
 def test_workers_can_be_spawned(recipe, folder, flags, data, tmp_path, one_core):
-    """macOS and Windows pickle the arguments of workers."""
+    """Spawn workers as macOS and Windows do, with pickled arguments."""
     root = cifar10_dvs(tmp_path, per_class=2, count=50) if folder == "events" else data / str(folder)
     loaded = load_data(recipe, *flags, "--batch-size", 4, "--data-path", root, "--workers", 1)
     for source in (loaded.train.source, loaded.test.loader):

@@ -15,7 +15,7 @@ from models.registry import VARIANTS
 
 
 def lively(module: nn.Module, seed: int = 0) -> nn.Module:
-    """float64, with statistics under which neurons fire."""
+    """Return the model in float64, with statistics that make neurons fire."""
     g = torch.Generator().manual_seed(seed)
     module.double().eval()
     for part in module.modules():
@@ -88,7 +88,7 @@ def keeps_no_state(model, size):
 
 
 def unit(conv_bn, x):
-    """Convolution 1x1 and BatchNorm (eval mode) as an einsum. [T,B,C,N] -> [T,B,C',N]."""
+    """Compute 1x1 convolution and BatchNorm (eval mode) as an einsum: [T,B,C,N] -> [T,B,C',N]."""
     conv, bn = conv_bn.conv, conv_bn.bn
     y = torch.einsum("oc,tbcn->tbon", conv.weight[..., 0], x)
     if conv.bias is not None:
@@ -155,13 +155,13 @@ def test_bad_arguments_are_refused(name, kwargs, value):
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (2, 4, 1, 32, 32)])
-def test_bad_input_is_named(shape):
+def test_bad_input_is_reported(shape):
     with refuses("[B,3,H,W]"):
         create_model("qkformer_4_384")(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
-def test_input_of_integers_is_named(dtype):
+def test_input_of_integers_is_reported(dtype):
     with torch.no_grad(), pytest.raises(TypeError, match=rf"^[^\n]*{dtype}.*x\.float\(\)[^\n]*$"):
         create_model("qkformer_3_64")(torch.ones(2, 1, 8, 8).to(dtype))
 
@@ -206,7 +206,7 @@ def test_drop_path_rises_from_block_to_block_and_works_in_training_only():
 
 
 def train(model, x):
-    """Loss, gradients and running statistics of one step, and how many numbers autograd kept."""
+    """Return loss, gradients and running statistics of one step, and the number of values that autograd kept."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         loss = model(x).square().mean()

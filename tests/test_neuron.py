@@ -1,4 +1,4 @@
-"""The LIF neuron, by hand and against spikingjelly, and the choice of its backend."""
+"""LIF neuron, by hand and against spikingjelly, and the choice of its backend."""
 
 import sys
 
@@ -54,16 +54,16 @@ def test_membrane_trace_by_hand(dtype):
 @pytest.mark.parametrize("kind", SPIKINGJELLY)
 def test_other_neurons_equal_spikingjelly(kind):
     node, arguments = SPIKINGJELLY[kind]
-    theirs = node(**arguments, **DETACHED).double()
+    expected = node(**arguments, **DETACHED).double()
     model = torch.nn.Sequential(LIF())
     set_neurons(model, kind, *arguments.values())
-    ours = model.double()[0]
+    actual = model.double()[0]
     x, grad = currents(5, torch.float64)
-    runs = [run(lambda x, _, neuron=neuron: neuron(x), x, None, grad) for neuron in (ours, theirs)]
+    runs = [run(lambda x, _, neuron=neuron: neuron(x), x, None, grad) for neuron in (actual, expected)]
     assert runs[0][0].mean() > 0.1
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
     assert not torch.equal(runs[0][0], torch_lif(x, 1.0))
-    learned = [[p.grad for p in neuron.parameters()] for neuron in (ours, theirs)]
+    learned = [[p.grad for p in neuron.parameters()] for neuron in (actual, expected)]
     assert len(learned[0]) == (kind == "plif")
     assert learned[0] == learned[1]
 
@@ -80,10 +80,10 @@ def test_a_tau_out_of_range_is_refused(kind, tau):
 def test_torch_backend_is_bit_equal_to_spikingjelly(steps, threshold, dtype):
     x, grad = currents(steps, dtype)
     node = sj_neuron.LIFNode(tau=2.0, v_threshold=threshold, **DETACHED)
-    ours, theirs = (run(lif, x, threshold, grad) for lif in (torch_lif, lambda x, _: node(x)))
-    assert ours[0].mean() > 0.1
-    assert ours[0].dtype == ours[1].dtype == dtype
-    assert all(map(torch.equal, ours, theirs))
+    actual, expected = (run(lif, x, threshold, grad) for lif in (torch_lif, lambda x, _: node(x)))
+    assert actual[0].mean() > 0.1
+    assert actual[0].dtype == actual[1].dtype == dtype
+    assert all(map(torch.equal, actual, expected))
 
 
 def test_one_tensor_is_kept_for_the_backward_pass():
@@ -101,7 +101,7 @@ def test_leak_across_batch_runs_time_major():
 
 
 @pytest.mark.parametrize("backend", ["cuda", pytest.param("cupy", marks=NO_GPU)])
-def test_a_backend_that_cannot_run_is_named(backend):
+def test_a_backend_that_cannot_run_is_reported(backend):
     with refuses(repr(backend)):
         set_lif_backend(LIF(), backend)
 
@@ -139,7 +139,7 @@ def test_the_cupy_kernels_compile(dtype, architecture):
         assert kernel.kernel_name.encode() in nvrtc.getCUBIN(program)
 
 
-def test_missing_cupy_is_named(monkeypatch):
+def test_missing_cupy_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backends, "cupy_problem", backends.cupy_problem.__wrapped__)  # without its cache
     monkeypatch.setitem(sys.modules, "cupy", None)

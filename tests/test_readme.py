@@ -1,4 +1,4 @@
-"""README and the pages in docs/: commands and snippets run, links lead somewhere, figures are those of the code."""
+"""README and the pages in docs/: their commands, snippets, links and figures."""
 
 import importlib.util
 import json
@@ -27,9 +27,9 @@ from models.released import to_released
 PAGES = {page.stem: page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 BLOCKS = [(page, kind, code) for page, text in PAGES.items() for kind, code in FENCE.findall(text)]
-COMMANDS = {page: [] for page in PAGES}  # page -> commands of its bash blocks, without those of pages before
+COMMANDS = {page: [] for page in PAGES}  # page -> commands of its bash blocks, without repeated ones
 SHORT = "--epochs 1 --warmup-epochs 0 --cooldown-epochs 0 --workers 0".split()
-SMALL = {  # what makes a command of each folder short
+SMALL = {  # flags that shorten the commands of each folder
     "digits": ["--epochs", "1", "--batch-size", "128"],
     "imagenet": [*SHORT, *"--model qkformer_3_64 --num-classes 4 --input-size 8 --batch-size 8".split()],
     "cifar10": [*SHORT, *"--model qkformer_3_64 --input-size 8 --batch-size 40".split()],
@@ -38,7 +38,7 @@ SMALL = {  # what makes a command of each folder short
     "dvs128-gesture": [*SHORT, *"--model qkformer_2_64 --batch-size 8".split()],
     "cifar10-dvs": [*SHORT, *"--model qkformer_2_64 --batch-size 8".split()],
     "eventfolder": "--num-classes 2 --batch-size 4".split(),
-    "analysis.export": "--format safetensors".split(),  # test_export.py has ONNX, which takes long to import
+    "analysis.export": "--format safetensors".split(),  # test_export.py covers ONNX, whose import takes long
     "analysis.membrane": "--batch-sizes 60 120 --shuffles 2".split(),
     "benchmarks.speed": "--models qkformer_3_64 --modes eval --rounds 1 --steps 1 --time-steps 1".split(),
     "benchmarks.growth": "--axes batch_size tokens --batch-size 1 2 --tokens 4 16 --rounds 1 --steps 1".split(),
@@ -52,7 +52,7 @@ for page, kind, code in BLOCKS:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Tiny data sets where the commands expect them."""
+    """Write tiny data sets to the folders of the commands."""
     root = tmp_path_factory.mktemp("pages") / "data"
     tiny_data.image_folder(root / "imagenet", train=8, test=1)
     tiny_data.cifar(root / "cifar10", 10, train=80, test=10)
@@ -69,7 +69,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def workplace(tmp_path, data, monkeypatch, one_core):
-    """A folder for the output, with the files that the commands read."""
+    """Create a folder for the output, with the files that the commands read."""
     (tmp_path / "data").symlink_to(data)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     (tmp_path / "weights").mkdir()
@@ -82,7 +82,7 @@ def workplace(tmp_path, data, monkeypatch, one_core):
 
 @pytest.mark.parametrize("page", [page for page, commands in COMMANDS.items() if commands])
 def test_the_commands_of_a_page_run_in_order(page, workplace, data, monkeypatch, capfd):
-    """Each as it stands, but short and on tiny data; torch.distributed.launch starts two processes. Then the Python."""
+    """Run commands, then Python, unchanged but short and on tiny data; torch.distributed.launch starts two ranks."""
     folder = workplace
     every = [*COMMANDS[page], *(line for lines in COMMANDS.values() for line in lines)]
 
@@ -112,7 +112,7 @@ def test_the_commands_of_a_page_run_in_order(page, workplace, data, monkeypatch,
         if "weights/10-384.pth" in flags:
             flags += ["--input-size", "32", "--time-steps", "1"]
         if "output/10-768-384" in flags:
-            flags += ["--epochs", "2"]  # goes on after the one epoch of the run before
+            flags += ["--epochs", "2"]  # continues after the previous run's one epoch
         if "torch.distributed.launch" in words:
             start = ["-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2"]
             succeed(*start, ROOT / script, *flags, cwd=folder)
@@ -137,7 +137,7 @@ def test_the_commands_of_a_page_run_in_order(page, workplace, data, monkeypatch,
 
 
 def test_every_block_says_if_it_runs():
-    """bash and python run here, sh needs what is missing here and says what, text is output or a layout."""
+    """Run bash and python blocks only; sh blocks state their needs, and text blocks are output or layouts."""
     for page, kind, code in BLOCKS:
         assert kind in ("bash", "sh", "python", "text"), f"{page}: {code}"
         assert kind != "sh" or code.startswith("# needs "), f"{page}: {code}"
@@ -145,7 +145,7 @@ def test_every_block_says_if_it_runs():
 
 
 def test_commands_that_do_not_run_here_have_valid_flags():
-    """Those of sh blocks, and those inside sentences and tables."""
+    """Check commands of sh blocks, sentences and tables."""
     spans = [span for text in PAGES.values() for span in re.findall(r"`([^`\n]+)`", FENCE.sub("", text))]
     checked = set()
     for line in [*spans, *(line for _, kind, code in BLOCKS if kind == "sh" for line in code.splitlines())]:
@@ -204,7 +204,7 @@ def cells(row):
 
 
 def row_of(page, start):
-    """Return the cells of the one row of a page's tables that starts so."""
+    """Return the cells of the only row in a page's tables with this start."""
     (row,) = [line for line in PAGES[page].splitlines() if line.startswith(f"| {start}")]
     return cells(row)
 

@@ -1,4 +1,4 @@
-"""The recipes against the published logs, whose figures are in `analysis/logs`."""
+"""Recipes against the published logs in `analysis/logs`."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ def processes(monkeypatch):
 
 
 def mean_rate(cfg, epoch, steps):
-    """Mean learning rate over the iterations of an epoch, as the released ImageNet training logs it."""
+    """Return the mean learning rate over an epoch's iterations, as the released ImageNet training logs it."""
     groups = range(0, steps, cfg.accum_iter)
     weights = [min(cfg.accum_iter, steps - first) for first in groups]
     optimizer, rates = torch.optim.SGD([torch.zeros(1)], lr=base_lr(cfg)), []
@@ -99,7 +99,7 @@ def test_the_published_accuracies_are_those_of_the_logs():
         assert config.load(ROOT / path).log_top1 == pytest.approx(max(FACTS[name]["test_acc1"]), abs=0.005)
 
 
-def test_a_figure_to_be_verified_is_named_so():
+def test_a_figure_to_be_verified_is_marked():
     cfg = config.load(ROOT / "cifar10-dvs/cifar10-dvs_t10.yml")
     assert (published(cfg).paper_top1, published(cfg).paper_unverified) == (83.8, True)
     assert published(dataclasses.replace(cfg, time_steps=11)).paper_top1 is None
@@ -132,7 +132,7 @@ def test_biases_and_batchnorm_are_not_decayed():
 
 
 def test_layer_decay_goes_by_depth():
-    """MAE's rule: with n layers, layer k learns at decay**(n - k); the first SPEDS is layer 0, the head layer n."""
+    """Check MAE's rule: of n layers, layer k learns at decay**(n - k); the first SPEDS is layer 0, the head layer n."""
     model = create_model("qkformer_10_384")
     cfg = config.load(ROOT / "imagenet/qkformer_10_384.yml", ["--layer-decay", "0.75"])
     names = {id(p): name for name, p in model.named_parameters()}
@@ -174,7 +174,7 @@ PAPER_MILLIONS = {  # of the ablations, CIFAR-100 and CIFAR10-DVS
 
 
 def ablations(recipe: str) -> dict[str | None, config.Config]:
-    """Return a recipe and its variants by name, without the rival networks' own recipes."""
+    """Return a recipe and its variants by name, without the recipes of rival networks."""
     variants = {cfg.variant: cfg for cfg in config.read(ROOT / recipe).all()}
     return {name: cfg for name, cfg in variants.items() if name != cfg.model}
 
@@ -186,9 +186,9 @@ def test_ablations_are_the_paper_s(column, recipe):
     for name, cfg in recipes.items():
         assert cfg.drop_path == 0
         assert (cfg.ssa_membrane == "released") == ("spikformer" not in str(name) and name != "ms")
-        assert cfg.paper_top1 or (column, name) == (1, "ms")  # measured by others on CIFAR-100 alone
+        assert cfg.paper_top1 or (column, name) == (1, "ms")  # others measured it, on CIFAR-100 only
         if name in PAPER_MILLIONS:
-            # the paper has one figure for Spikformer on CIFAR, and it is that of CIFAR-10's ten classes
+            # the paper's one figure for Spikformer on CIFAR counts CIFAR-10's ten classes
             cfg = dataclasses.replace(cfg, num_classes=10) if str(name).startswith("spikformer") else cfg
             parameters = sum(p.numel() for p in build_model(cfg).parameters())
             assert round(parameters / 1e6, 2) == PAPER_MILLIONS[name][column]

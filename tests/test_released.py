@@ -1,4 +1,4 @@
-"""Released names to ours and back, strictly."""
+"""Released names to this project's and back, strictly."""
 
 import pytest
 import torch
@@ -15,16 +15,16 @@ def test_weights_of_every_released_network_are_recognised_loaded_and_written(nam
     case, (variant, arguments) = load_case(name), (MODELS | RIVALS)[name]
     weights = make_weights(case.about["state_dict"], case.seed)
     prefixed = {f"module.{key}": value for key, value in weights.items()}
-    found, shown = identify(prefixed)
-    assert (found, shown.get("residual", "sew")) == (variant, arguments.get("residual", "sew"))
+    identified, shown = identify(prefixed)
+    assert (identified, shown.get("residual", "sew")) == (variant, arguments.get("residual", "sew"))
     model = create_model(variant, **arguments).double()
-    create_model(found, **shown).load_state_dict(model.state_dict())
-    assert identify(model.state_dict())[0] == variant or name in RIVALS  # under our names, which rivals share
+    create_model(identified, **shown).load_state_dict(model.state_dict())
+    assert identify(model.state_dict())[0] == variant or name in RIVALS  # rivals share this project's names
     load_released(model, prefixed)
     written, read = to_released(model), released_key_map(model)
     assert {key: list(value.shape) for key, value in written.items()} == case.about["state_dict"]
     assert all(torch.equal(written[key], weights[key]) for key in read)
-    assert len(read) == len(weights) or name in RIVALS  # whose code never reads some
+    assert len(read) == len(weights) or name in RIVALS  # their code never reads some
     assert sum(p.numel() for p in model.parameters()) == case.about.get("params_used", case.about.get("params"))
 
 
@@ -35,8 +35,8 @@ def test_any_spelling_is_accepted():
         for key, value in to_released(model).items()
     }
     load_released(model, respelled)
-    ours = model.state_dict()["stages.2.blocks.1.attn.v.conv.weight"]
-    assert torch.equal(ours, respelled["stage3.1.attn.v_conv.weight"])
+    weight = model.state_dict()["stages.2.blocks.1.attn.v.conv.weight"]
+    assert torch.equal(weight, respelled["stage3.1.attn.v_conv.weight"])
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_problems_are_all_listed_and_nothing_is_loaded(name):
 
 
 def test_membrane_shortcuts_are_not_mistaken_for_spiking_ones():
-    """All shapes agree; only the names tell the two networks apart."""
+    """Identify two networks of equal shapes by their names."""
     sew, ms = create_model("qkformer_10_384"), create_model("qkformer_10_384", residual="ms")
     for model, weights in ((sew, to_released(ms)), (ms, to_released(sew))):
         with refuses():

@@ -1,4 +1,4 @@
-"""Released files and those of other trainers in the scripts: evaluated, fine-tuned, resumed, and by which recipe."""
+"""Released files and those of other trainers in the scripts: evaluation, fine-tuning, resuming and recipes."""
 
 import argparse
 import hashlib
@@ -22,7 +22,7 @@ SMALL = "--time-steps 1 --batch-size 8 --workers 0 --warmup-epochs 0 --num-class
 
 
 def released_file(path, name="qkformer_10_384", extra=(), **arguments):
-    """A file in the format of the released ImageNet training, with random weights."""
+    """Write a file in the format of the released ImageNet training, with random weights."""
     torch.manual_seed(0)
     content = {"model": to_released(create_model(name, **arguments)), "optimizer": {}, "epoch": 199, **dict(extra)}
     torch.save(content, path)
@@ -30,7 +30,7 @@ def released_file(path, name="qkformer_10_384", extra=(), **arguments):
 
 
 def test_the_released_flags_and_the_default_checkpoint(data, tmp_path, monkeypatch, capfd):
-    """`--eval` evaluates the weights that it loaded, and test.py finds the last run."""
+    """Evaluate the loaded weights with `--eval`; test.py takes the last run by default."""
     monkeypatch.chdir(tmp_path)
     released = "--model QKFormer_10_384 --time_step 1 --input_size 32 --batch_size 8 --accum_iter 1 --blr 1e-3"
     released += " --dist_eval --start_epoch 0 --num_workers 0 --nb_classes 4 --warmup_epochs 0 --pin_mem --aa none"
@@ -39,17 +39,12 @@ def test_the_released_flags_and_the_default_checkpoint(data, tmp_path, monkeypat
     named(fail(monkeypatch, capfd, "imagenet/test.py"), "--checkpoint", "output/qkformer_10_384")
     here(monkeypatch, capfd, "imagenet/train.py", *flags, "--epochs", "1")
     (folder,) = (tmp_path / "output/qkformer_10_384").iterdir()
-    results = []
-    for words in (
-        ["train.py", "--eval", "--resume", folder / "best.pt"],
-        ["train.py", "--eval", "--finetune", folder / "best.pt"],
-        ["test.py"],
-    ):
-        here(monkeypatch, capfd, f"imagenet/{words[0]}", *words[1:], *flags)
-        results.append(result_in(folder))
+    (recorded,), path = rows_in(folder), folder / "best.pt"
+    for command in ("train.py --eval --resume", path), ("train.py --eval --finetune", path), ("test.py",):
+        here(monkeypatch, capfd, *f"imagenet/{command[0]}".split(), *command[1:], *flags)
+        result = result_in(folder)
+        assert (result["loss"], result["top1"], result["count"]) == (recorded["test_loss"], recorded["test_top1"], 5)
         (folder / "best.test.json").unlink()
-    for result in results:
-        assert (result["loss"], result["top1"], result["count"]) == (results[0]["loss"], results[0]["top1"], 5)
 
 
 def test_a_known_file_is_evaluated_by_its_recipe(data, tmp_path, monkeypatch, capfd):
@@ -68,9 +63,9 @@ def test_a_known_file_is_evaluated_by_its_recipe(data, tmp_path, monkeypatch, ca
 
 def test_published_figures_are_shown_with_their_own_network_only():
     for name, arguments in (("qkformer_10_384", {}), ("qkformer_4_384", {"num_classes": 100})):
-        found, shown = identify(to_released(create_model(name, **arguments)))
+        variant, shown = identify(to_released(create_model(name, **arguments)))
         recipe = ROOT / ("cifar100/cifar100.yml" if arguments else "imagenet/qkformer_10_384.yml")
-        assert published(config.load(recipe, [], {"model": found, **shown})).log_top1
+        assert published(config.load(recipe, [], {"model": variant, **shown})).log_top1
     for recipe, flags, figures in [
         ("qkformer_10_384", "", (78.8, 78.85)),
         ("qkformer_10_384", "--ssa-membrane per_sample --batch-size 7", (78.8, 78.85)),
@@ -83,8 +78,8 @@ def test_published_figures_are_shown_with_their_own_network_only():
         ("qkformer_10_384", "--num-classes 4", (None, None)),
         ("../cifar100/cifar100", "--variant self", (81.23, None)),
     ]:
-        found = published(config.load(ROOT / f"imagenet/{recipe}.yml", flags.split()))
-        assert (found.paper_top1, found.log_top1) == figures
+        cfg = published(config.load(ROOT / f"imagenet/{recipe}.yml", flags.split()))
+        assert (cfg.paper_top1, cfg.log_top1) == figures
     assert len(weights.RELEASED) == 5
     assert all((ROOT / f"imagenet/{name}.yml").exists() for name in weights.RELEASED.values())
 
@@ -119,7 +114,7 @@ def test_fine_tuning_and_resuming_from_released_weights(data, tmp_path, monkeypa
     assert not tuned["head.bias"].any()
 
     (tmp_path / "resumed").mkdir()
-    path = released_file(tmp_path / "resumed/four.pth", num_classes=4, **network)  # in the very folder of the new run
+    path = released_file(tmp_path / "resumed/four.pth", num_classes=4, **network)  # in the folder of the new run
     here(monkeypatch, capfd, *small, "--resume", path, "--output-dir", tmp_path / "resumed", "--epochs", "201")
     assert [row["epoch"] for row in rows_in(tmp_path / "resumed")] == [200]
     assert checkpoint.read(tmp_path / "resumed/last.pt")["epoch"] == 201
@@ -130,7 +125,7 @@ def test_fine_tuning_and_resuming_from_released_weights(data, tmp_path, monkeypa
 
 
 def test_a_recipe_named_on_the_command_line_is_not_ignored_by_a_resumed_run(tmp_path, monkeypatch, capfd):
-    """`--config ..._384 --resume last.pt` must not go on at 224."""
+    """Train at 384, not at 224, with `--config ..._384 --resume last.pt`."""
     quick = ["--batch-size", "480", "--epochs", "1", "--time-steps", "1"]
     here(monkeypatch, capfd, "digits/train.py", *quick, "--output-dir", tmp_path / "run")
     other = tmp_path / "other.yml"
@@ -168,16 +163,16 @@ FILES = {"timm.pth.tar": timm_file, "ema.pth.tar": averaged_timm_file, "lightnin
 
 @pytest.mark.parametrize("name", [*FILES, "weights.safetensors"])
 def test_a_file_of_another_trainer_is_evaluated_and_fine_tuned(name, tmp_path, monkeypatch, capfd):
-    ours, quick = untrained(tmp_path / "best.pt", "digits/digits.yml"), ["--time-steps", 1]
-    weights = checkpoint.read(ours)["state_dict"]
+    best, quick = untrained(tmp_path / "best.pt", "digits/digits.yml"), ["--time-steps", 1]
+    weights = checkpoint.read(best)["state_dict"]
     path = tmp_path / "theirs" / name
     path.parent.mkdir()
     torch.save(FILES[name](weights), path) if name in FILES else save_file(weights, path)
-    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", ours, *quick)
+    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", best, *quick)
     here(monkeypatch, capfd, "digits/test.py", "--checkpoint", path, *quick)
-    expected, found = result_in(tmp_path), result_in(path.parent)
-    assert found["top1"] == expected["top1"]
-    assert math.isclose(found["loss"], expected["loss"], rel_tol=1e-6)
+    expected, actual = result_in(tmp_path), result_in(path.parent)
+    assert actual["top1"] == expected["top1"]
+    assert math.isclose(actual["loss"], expected["loss"], rel_tol=1e-6)
     cfg = config.load(ROOT / "digits/digits.yml", ["--finetune", str(path)])
     model = build_model(cfg)
     load_weights(cfg, model, checkpoint.read(cfg.finetune), cfg.finetune, adapt=True)
@@ -199,13 +194,13 @@ def test_fine_tuning_adapts_the_first_convolution_as_timm_does(before, after, na
     assert torch.equal(model.state_dict()[FIRST], expected)
     assert torch.equal(model.stages[0].blocks[0].attn.q.conv.weight, source.stages[0].blocks[0].attn.q.conv.weight)
     with refuses("theirs.pt"):
-        load_weights(cfg, model, state, "theirs.pt")  # an evaluation takes no other network
+        load_weights(cfg, model, state, "theirs.pt")  # evaluations load strictly
 
 
 def test_grey_weights_answer_alike_on_grey_images_in_three_channels():
-    """timm adapts no other number of channels to 3."""
+    """Adapt 1 channel to 3, which timm does not."""
     source, (cfg, model) = model_of(1)[1], model_of(3)
     load_weights(cfg, model, {"state_dict": source.state_dict()}, "theirs.pt", adapt=True)
     images, first = torch.rand(2, 1, 32, 32), "stages.0.embed.units.0.conv"
-    found = model.get_submodule(first)(images.expand(-1, 3, -1, -1))
-    assert torch.allclose(found, source.get_submodule(first)(images), atol=1e-6)
+    actual = model.get_submodule(first)(images.expand(-1, 3, -1, -1))
+    assert torch.allclose(actual, source.get_submodule(first)(images), atol=1e-6)

@@ -1,4 +1,4 @@
-"""A run that was stopped, cut or damaged goes on as if nothing had happened, and says what did."""
+"""Runs that were stopped, killed or damaged: they resume to the same bits, and report problems."""
 
 import os
 import signal
@@ -29,13 +29,13 @@ EVENTS = (
 
 
 def position(folder):
-    """Epochs done and steps of the next, as saved."""
+    """Return the saved numbers of epochs, and of steps of the next one."""
     state = checkpoint.read(folder / "last.pt")
     return state["epoch"], state["position"]["steps_done"]
 
 
 @pytest.mark.parametrize(("arguments", "steps", "left"), [(IMAGES, 4, 1), (EVENTS, 2, 3)], ids=["images", "events"])
-def test_a_run_goes_on_at_the_step_where_it_was_stopped(arguments, steps, left, tmp_path):
+def test_a_run_resumes_at_the_step_where_it_was_stopped(arguments, steps, left, tmp_path):
     if arguments is EVENTS:
         arguments = [*EVENTS, "--data-path", cifar10_dvs(tmp_path / "data", per_class=3, count=50)]
     succeed(*arguments, "--workers", "0", "--output-dir", tmp_path / "whole")
@@ -66,7 +66,7 @@ def test_an_epoch_of_another_order_starts_again(warnings):
     other.restore(saved[0])
     assert (first.steps_done, other.steps_done) == (1, 0)
     named(warnings[0], "batch_size", 240, 120)
-    first.steps_done = first.steps  # only to be evaluated, which other batches do as well
+    first.steps_done = first.steps  # only the evaluation is left, which takes any batches
     other.restore(first.state())
     assert other.steps_done == other.steps == 11
 
@@ -114,7 +114,7 @@ def test_killed_between_any_two_steps_of_a_save_there_is_a_whole_checkpoint(call
             nonlocal left
             left -= 1
             if left <= 0:
-                raise KeyboardInterrupt  # which nothing catches, as it would SIGKILL
+                raise KeyboardInterrupt  # nothing catches it, as with SIGKILL
             return function(*args, **kwargs)
 
         return call_or_die
@@ -133,7 +133,7 @@ def test_killed_between_any_two_steps_of_a_save_there_is_a_whole_checkpoint(call
     assert [checkpoint.read(file)["epoch"] for file in checkpoint.kept(path)][:2] == [4, epochs[0]]
 
 
-def test_layers_without_spikes_are_named(warnings):
+def test_layers_without_spikes_are_reported(warnings):
     model, images = trainer().model.eval(), torch.rand(4, 1, 8, 8)
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -144,13 +144,13 @@ def test_layers_without_spikes_are_named(warnings):
         bn = model.get_submodule(name.removesuffix(".lif")).bn
         torch.nn.init.zeros_(bn.weight), torch.nn.init.zeros_(bn.bias)
     assert silent_layers(model, images) == layers
-    warn_of_silence(model, images)
+    warn_of_silence(configure(), model, images)
     named(warnings[0], *layers)
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    """The loss need not tell: a membrane that is not a number never fires."""
+    """Check weights too, because the loss may stay finite: a NaN membrane never fires."""
     one = trainer("--epochs", "1")
     one.folder = tmp_path
     one.save(True)
@@ -174,7 +174,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 def test_a_failure_of_the_machine_is_no_damage_to_a_checkpoint(place, error, tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "last.pt", content(1))
     monkeypatch.setattr(place, Mock(side_effect=error))
-    with pytest.raises(type(error)):  # no UserError, after which the file would be renamed
+    with pytest.raises(type(error)):  # not UserError, which would rename the file
         checkpoint.read(tmp_path / "last.pt")
 
 

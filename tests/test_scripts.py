@@ -1,4 +1,4 @@
-"""The scripts as a user runs them."""
+"""Scripts as a user runs them."""
 
 import json
 import re
@@ -16,7 +16,7 @@ QUICK = "--batch-size 240 --lr 1e-2 --warmup-epochs 0 --time-steps 1".split()  #
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Three epochs of the recipe, with fewer steps, for all tests of this file."""
+    """Train three epochs of the recipe, with fewer steps, for all tests of this file."""
     folder = tmp_path_factory.mktemp("digits") / "run"
     succeed("digits/train.py", "--output-dir", folder, *"--epochs 3 --time-steps 1 --batch-size 32 --lr 1e-2".split())
     return folder
@@ -85,11 +85,13 @@ def test_two_ranks(tmp_path):
     for count, words in commands:
         children = ranks(count, *words, log=tmp_path / "log")
         assert [child.wait() for child in children] == [0] * count, children[0].output
-    (recorded,) = rows_in(tmp_path / "run")  # by the main process alone
+    (recorded,) = rows_in(tmp_path / "run")  # by the main rank only
     results = [result_in(tmp_path / str(count)) for count in (1, 2)]
     for key in ("loss", "top1", "top5"):
         assert results[0][key] == results[1][key]
-        assert results[0][key] == pytest.approx(recorded[f"test_{key}"], rel=1e-6)  # what was recorded is saved
+        assert results[0][key] == pytest.approx(
+            recorded[f"test_{key}"], rel=1e-6
+        )  # the checkpoint has the recorded figures
     assert results[0]["count"] == results[1]["count"] == 360
 
 
@@ -122,7 +124,7 @@ def test_two_ranks(tmp_path):
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(arguments, value, monkeypatch, capfd):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(backends, "cupy_problem", backends.cupy_problem.__wrapped__)  # which keeps its first answer
+    monkeypatch.setattr(backends, "cupy_problem", backends.cupy_problem.__wrapped__)  # which caches its first answer
     assert value in fail(monkeypatch, capfd, "digits/" + arguments[0], *arguments[1:])
 
 

@@ -1,4 +1,4 @@
-"""A recording classified frame by frame as it arrives."""
+"""Classification of a recording frame by frame as it arrives."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -64,7 +64,7 @@ def test_a_step_changes_nothing_but_what_it_returns():
 
 
 def test_in_half_precision_the_answer_still_follows():
-    """A sum in bfloat16 would stop growing after some hundreds of frames."""
+    """Sum more frames than bfloat16 could, whose sums stop growing after some hundreds."""
     model, x = make().float(), frames(batch=1, steps=1).float()
     state = None
     with torch.autocast("cpu", torch.bfloat16):

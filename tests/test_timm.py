@@ -1,4 +1,4 @@
-"""The networks through timm: its builders, feature maps, heads and checkpoint loading."""
+"""Networks through timm: builders, feature maps, heads and checkpoint loading."""
 
 import re
 import warnings
@@ -50,9 +50,9 @@ def test_released_files_are_known_by_their_md5():
 def test_one_table_for_both_ways_to_create():
     for name in ("qkformer_4_384.cifar100", "QKFormer_10_384"):
         with torch.device("meta"):
-            ours, theirs = models.create_model(name), timm.create_model(name)
-        assert ours.num_classes == theirs.num_classes
-        assert ours.pretrained_cfg == theirs.pretrained_cfg
+            actual, expected = models.create_model(name), timm.create_model(name)
+        assert actual.num_classes == expected.num_classes
+        assert actual.pretrained_cfg == expected.pretrained_cfg
     aliased = models.create_model("qkformer_3_64", in_channels=2, drop_path=0.2, lif_backend="torch")
     assert aliased.in_channels == aliased.in_chans == aliased.stages[0].embed.units[0].conv.in_channels == 2
     assert aliased.stages[2].blocks[0].drop_path.rate == pytest.approx(0.2)
@@ -174,7 +174,7 @@ WEIGHTS = {
 
 @pytest.fixture(params=WEIGHTS)
 def saved(request, tmp_path):
-    """A network's name and arguments, its state dict, and a file with it under some naming."""
+    """Return a network's name and arguments, its state dict, and a file with it in one naming."""
     name, arguments, spell = WEIGHTS[request.param]
     arguments = {"in_chans": 3, "num_classes": 5, **arguments}
     model = timm.create_model(name, **arguments)
@@ -193,7 +193,7 @@ def test_files_of_any_naming_load(saved):
 @pytest.mark.parametrize("membrane", ["released", "per_sample"])
 @pytest.mark.parametrize("naming", ["released", "ours"])
 def test_released_weights_warn_of_another_membrane(naming, membrane, tmp_path, recwarn):
-    """Loading by `load_released` is silent, because the engine sets the membrane."""
+    """Expect no warning of `load_released`, because the engine sets the membrane."""
     warnings.simplefilter("always")
     model, path = timm.create_model("qkformer_3_64"), tmp_path / "weights.pth"
     weights = WEIGHTS[naming][2](model)
@@ -221,7 +221,7 @@ def test_head_and_first_convolution_adapt_as_timm_does(saved):
 
 @pytest.mark.parametrize("more", [{"features_only": True}, {"pretrained_strict": False}])
 def test_files_that_lack_the_stages_are_noticed(more, tmp_path):
-    """timm loads these non-strictly and logs missing weights below its default level."""
+    """Notice missing weights, because timm loads non-strictly and logs below its default level."""
     weights, path = timm.create_model("qkformer_3_64").state_dict(), tmp_path / "weights.pth"
     arguments = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}, **more}
     torch.save({f"backbone.{key}": value for key, value in weights.items()}, path)
@@ -235,7 +235,7 @@ def test_files_that_lack_the_stages_are_noticed(more, tmp_path):
         timm.create_model("qkformer_3_64", neuron="plif", **arguments | {"pretrained_strict": False})
 
 
-def test_mismatches_are_told_in_the_naming_of_the_file():
+def test_mismatches_have_the_names_of_the_file():
     model = timm.create_model("qkformer_3_64")
     weights = {f"module.{key}": value for key, value in to_released(model).items()}
     del weights["module.stage1.0.tssa.q_bn.bias"]

@@ -1,4 +1,4 @@
-"""Tools of torch and spikingjelly: each gives the answers and gradients of the network, or an error."""
+"""Tools of torch and spikingjelly: the network's logits and gradients, or an error."""
 
 import copy
 import io
@@ -23,14 +23,14 @@ OF_TORCHSCRIPT = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignor
 
 @pytest.fixture
 def model():
-    """A network in float64 and evaluation mode that spikes."""
+    """Return a network in float64 and evaluation mode that spikes."""
     return spiking()
 
 
 def spiking(seed=0):
     model = lively(create_model("qkformer_3_64", time_steps=3), seed)
     with torch.no_grad():
-        assert model(inputs()).std(0).max() > 0.01  # else the comparisons below compare nothing
+        assert model(inputs()).std(0).max() > 0.01  # else the comparisons below would be of zeros
     return model
 
 
@@ -39,14 +39,14 @@ def inputs(batch=4, seed=0):
 
 
 def gradients(model, x):
-    """Logits, and gradients of all parameters, of a loss that reads all logits."""
+    """Return logits, and gradients of all parameters for a loss that reads all logits."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     logits = model(x)
     return logits.detach(), torch.autograd.grad(logits.square().sum(), parameters)
 
 
 def assert_alike(actual, expected):
-    """Equal logits; gradients equal to rounding, because tools add up in another order."""
+    """Assert equal logits, and gradients up to rounding, because tools sum in another order."""
     assert torch.equal(actual[0], expected[0])
     for a, b in zip(actual[1], expected[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Tiny data sets in the true formats: a folder of JPEGs, CIFAR's pickles, WebDataset's shards, event recordings.
+"""Tiny data sets in the real formats: a folder of JPEGs, CIFAR's pickles, WebDataset's shards, event recordings.
 
 The images of a class have its colour and the events its place, so that a network learns them in a few steps.
 """
@@ -21,13 +21,13 @@ CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".
 
 
 def pixels(label, classes, size, random):
-    """uint8 [size,size,3]: the colour of the class with noise on it."""
+    """Draw uint8 [size,size,3]: the colour of the class with noise on it."""
     colour = np.array(colorsys.hsv_to_rgb(label / classes, 1, 0.8)) * 255
     return np.clip(colour + random.normal(0, 20, (size, size, 3)), 0, 255).astype(np.uint8)
 
 
 def image_folder(root, classes=4, train=16, test=9, size=40):
-    """train/CLASS/*.JPEG and val/CLASS/*.JPEG, where val has one image more than `test` per class in all."""
+    """Write train/CLASS/*.JPEG and val/CLASS/*.JPEG; val has one image more than `test` per class in total."""
     random = np.random.default_rng(0)
     for split, count in (("train", train), ("val", test)):
         for label in range(classes):
@@ -39,7 +39,7 @@ def image_folder(root, classes=4, train=16, test=9, size=40):
 
 
 def cifar(root, classes, train=150, test=33):
-    """The pickles of CIFAR-10 or CIFAR-100 in their folder, as the archive unpacks; images of ten classes."""
+    """Write the pickles of CIFAR-10 or CIFAR-100 as in the extracted archive; images of ten classes."""
     random = np.random.default_rng(0)
     key = "labels" if classes == 10 else "fine_labels"
 
@@ -62,7 +62,7 @@ def cifar(root, classes, train=150, test=33):
 
 
 def shards(root, classes=4, train=64, test=37, per_shard=8):
-    """WebDataset's tar files with `_info.json`, splits "train" and "validation"."""
+    """Write WebDataset's tar files with `_info.json`, splits "train" and "validation"."""
     random = np.random.default_rng(0)
     Path(root).mkdir(parents=True)
     info = {"name": "tiny", "splits": {}}
@@ -90,14 +90,13 @@ def shards(root, classes=4, train=64, test=37, per_shard=8):
 
 
 def encoded(image, kind):
-    """Bytes of an image in a format of Pillow."""
+    """Return the bytes of an image in a format of Pillow."""
     file = io.BytesIO()
     image.save(file, kind)
     return file.getvalue()
 
 
 def add(archive, name, content):
-    """Add a file to a tar archive."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
@@ -115,27 +114,27 @@ def rewrite(path, change):
 
 
 class Payload:
-    """Content that runs a command where its pickle is read."""
+    """Object whose pickle runs a command when it is read."""
 
     def __reduce__(self):
         return os.system, ("touch " + os.environ["PAYLOAD_MARK"],)
 
 
 def events(label, classes, count, random):
-    """(t, x, y, p) of `count` events in the order of time, around a place on the sensor that is the class's own."""
+    """Draw (t, x, y, p) of `count` events in the order of time, around the class's place on the sensor."""
     angle = 2 * np.pi * label / classes
     x, y = (np.clip(64 + 40 * f(angle) + random.normal(0, 8, count), 0, 127).astype(np.int64) for f in (np.cos, np.sin))
     return np.sort(random.integers(0, 1_000_000, count)), x, y, random.integers(0, 2, count)
 
 
 def aedat2(t, x, y, p):
-    """A recording of CIFAR10-DVS."""
+    """Return a recording of CIFAR10-DVS."""
     address = y << 8 | x << 1 | p
     return b"#!AER-DAT2.0\r\n# a comment\r\n" + np.stack([address, t], 1).astype(">u4").tobytes()
 
 
 def aedat31(t, x, y, p, per_packet=1000):
-    """A recording of DVS128 Gesture; before each packet of events comes one of another type."""
+    """Return a recording of DVS128 Gesture; a packet of another type precedes each packet of events."""
     words = np.stack([x << 17 | y << 2 | p << 1 | 1, t], 1).astype("<u4")
     content = [b"#!AER-DAT3.1\r\n#Format: RAW\r\n#!END-HEADER\r\n"]
     for start in range(0, len(words), per_packet):
@@ -146,12 +145,12 @@ def aedat31(t, x, y, p, per_packet=1000):
 
 
 def atis(t, x, y, p):
-    """A recording of N-MNIST or N-Caltech101."""
+    """Return a recording of N-MNIST or N-Caltech101."""
     return np.stack([x, y, p << 7 | t >> 16, t >> 8 & 255, t & 255], 1).astype(np.uint8).tobytes()
 
 
 def cifar10_dvs(root, per_class=10, count=500):
-    """download/CLASS.zip, each with CLASS/cifar10_CLASS_NUMBER.aedat."""
+    """Write download/CLASS.zip, each with CLASS/cifar10_CLASS_NUMBER.aedat."""
     random = np.random.default_rng(0)
     Path(root, "download").mkdir(parents=True)
     for label, name in enumerate(CIFAR10_CLASSES):
@@ -162,7 +161,7 @@ def cifar10_dvs(root, per_class=10, count=500):
 
 
 def dvs128_gesture(root, train=4, test=1, count=500, extracted=False):
-    """download/DvsGesture.tar.gz, or what it extracts to: recordings of all gestures, the last of them twice."""
+    """Write download/DvsGesture.tar.gz or its content: recordings of all gestures, the last of them twice."""
     random = np.random.default_rng(0)
     files = {"gesture_mapping.csv": b"", "errata.txt": b""}
     lists = {"train": [], "test": []}

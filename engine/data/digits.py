@@ -46,14 +46,11 @@ class Digits(Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-class DigitsDVS(list):
-    """Digits before the simulated camera: ([T,2,32,32] unsigned, label)."""
-
-    def __init__(self, train: bool, layout: Layout):
-        digits = Digits(train)
-        events = record(digits.images, seed=0 if train else 1)
-        super().__init__(zip([to_frames(e, layout) for e in events], digits.labels, strict=True))
-        self.labels = digits.labels
+def create_frames(train: bool, layout: Layout) -> list[tuple[np.ndarray, int]]:
+    """Return the digits before the simulated camera: ([T,2,S,S] unsigned, label)."""
+    digits = Digits(train)
+    frames = [to_frames(events, layout) for events in record(digits.images, seed=0 if train else 1)]
+    return list(zip(frames, digits.labels, strict=True))
 
 
 def record(images: np.ndarray, seed: int) -> list[Events]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .. import log
 from .. import world as distributed
 from ..cli import UserError
 from ..config import Config
@@ -41,7 +40,6 @@ class FrameFiles(Dataset):
         labels = {name: label for label, name in enumerate(classes)}
         self.folder, self.shape = folder, (layout.time_steps, 2, layout.side, layout.side)
         self.samples = sorted((labels[Path(file).parent.name], file) for file in files)
-        self.labels = [label for label, _ in self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -68,8 +66,8 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     allowed |= {"sensor_size": (None,)} if raw.side else {}
     require(cfg, "event frames", allowed)
     if cfg.dataset == "digits-dvs":
-        train_set = digits.DigitsDVS(True, layout(cfg)) if train else None
-        test_set, split = digits.DigitsDVS(False, layout(cfg)), None
+        train_set = digits.create_frames(True, layout(cfg)) if train else None
+        test_set, split = digits.create_frames(False, layout(cfg)), None
     else:
         train_set, test_set, split = _from_recordings(cfg, raw, world)
     is_augmented = train and (cfg.hflip or cfg.auto_augment)
@@ -81,7 +79,6 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
         augment=SNNWideAugment(cfg.hflip, wide=cfg.auto_augment is not None) if is_augmented else None,
         split=split,
         show=pictures.of_events,
-        preview=functools.partial(_preview, train_set, classes, min(8, cfg.time_steps)) if train else None,
     )
 
 
@@ -144,12 +141,3 @@ def split_by_class(files: Sequence[str], seed: int | None) -> dict[str, list[str
         split["train"] += sorted(members[:count])
         split["test"] += sorted(members[count:])
     return split
-
-
-def _preview(dataset: Dataset, classes: Sequence[str], count: int, path: Path) -> None:
-    """Draw some frames of one sample of each of the first classes, a row for each."""
-    drawn = []
-    for label in sorted(set(dataset.labels))[:6]:
-        frames, _ = dataset[dataset.labels.index(label)]
-        drawn += pictures.row(torch.from_numpy(frames), log.label(classes[label]), count)
-    pictures.gallery(drawn, path, "Event frames of training samples: ON events red, OFF events blue", count)

@@ -36,8 +36,8 @@ def data_path(cfg: Config, must_exist: bool = True) -> Path:
 def split_folders(root: Path) -> dict[str, Path]:
     """Return the existing folders of `root` for training ("train") and for testing ("test")."""
     present = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
-    found = {part: [present[name] for name in names if name in present] for part, names in SPLITS.items()}
-    folders = {part: paths[0] for part, paths in found.items() if paths}
+    matches = {part: [present[name] for name in names if name in present] for part, names in SPLITS.items()}
+    folders = {part: paths[0] for part, paths in matches.items() if paths}
     if len(folders) == 2:
         train, test = (folder.resolve() for folder in folders.values())
         if train.is_relative_to(test) or test.is_relative_to(train):

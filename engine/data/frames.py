@@ -20,6 +20,7 @@ from .aedat import SIDE, DamagedRecording, Events, read_aedat
 LARGEST = 2**30  # bytes; no real recording has as many
 WHOLE = (-math.inf, math.inf)
 Spans = Mapping[str, tuple[float, float]]  # name of a sample -> its time span in microseconds
+Reader = Callable[[], bytes]  # returns the content of a file
 
 
 class Layout(NamedTuple):
@@ -105,10 +106,7 @@ def integrate(events: Events, frames: int, height: int = SIDE, width: int = SIDE
 
 
 def to_frames(recording: Events | np.ndarray, layout: Layout, span: tuple[float, float] = WHOLE) -> np.ndarray:
-    """Return the frames [T,2,S,S] of the events in a time span, or of other frames [T,2,H,W].
-
-    Pixels are added up if S is smaller than the sensor, and repeated if it is larger.
-    """
+    """Return the frames [T,2,S,S] of the events in a time span, or of other frames [T,2,H,W]."""
     frames = recording
     if isinstance(recording, Events):
         is_inside = (recording.t >= span[0]) & (recording.t < span[1])
@@ -123,20 +121,14 @@ def to_frames(recording: Events | np.ndarray, layout: Layout, span: tuple[float,
 
 
 def _resizing(size: int, side: int) -> np.ndarray:
-    """Return the matrix [side,size] of zeros and ones that adds up or repeats pixels."""
+    """Return the matrix [side,size] of zeros and ones that adds up pixels, or repeats them if `side` is larger."""
     if side > size:
         return np.eye(size)[np.arange(side) * size // side]
     return np.eye(side)[np.arange(size) * side // size].T
 
 
-def frames_of(
-    name: str, read: Callable[[], bytes], samples: Spans, layout: Layout
-) -> tuple[dict[str, np.ndarray], int]:
-    """Return each sample's frames from a file of events or frames, and the number of its invalid events.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+def frames_of(name: str, read: Reader, samples: Spans, layout: Layout) -> tuple[dict[str, np.ndarray], int]:
+    """Return each sample's frames from a file of events or frames, and the number of its invalid events."""
     frames, sample = {}, ""
     try:
         if (suffix := Path(name).suffix.lower()) not in DECODERS:
@@ -150,9 +142,7 @@ def frames_of(
     return frames, getattr(recording, "invalid", 0)
 
 
-def convert(
-    name: str, read: Callable[[], bytes], samples: Spans, layout: Layout, folder: Path
-) -> tuple[str | None, int]:
+def convert(name: str, read: Reader, samples: Spans, layout: Layout, folder: Path) -> tuple[str | None, int]:
     """Write frames to files of `folder`, each atomically; return the error and the number of invalid events."""
     try:
         frames, invalid = frames_of(name, read, samples, layout)

@@ -114,16 +114,13 @@ def imagenet_classes() -> dict[str, str]:
 
 
 def read_image(source: object, mode: str = "RGB", name: str | None = None) -> Image.Image:
-    """Return an image, of a path or of Pillow, in the mode "L" or "RGB"; `name` is for errors of Pillow's images.
-
-    Values of 16 bits are divided by 256, because Pillow would clip them.
-    """
+    """Return an image, of a path or of Pillow, in the mode "L" or "RGB"; `name` is for errors of Pillow's images."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about EXIF data, palettes, and sizes that Pillow still reads
             image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))  # Pillow would clip 16 bits
             if image.mode in ("I", "F"):
                 raise ValueError(f"mode {image.mode} has no largest value; save it with 8 or 16 bits")
             image.load()  # here, because its errors get a name
@@ -191,23 +188,13 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
     root = cfg.data_path if kind == "hfds" else str(data_path(cfg, must_exist=not cfg.download))
     split = cfg.train_split if train else cfg.val_split
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of readers that open images
-
-    def make() -> Dataset:
-        try:
-            return timm.data.create_dataset(
-                cfg.dataset,
-                root,
-                split,
-                is_training=train,
-                download=cfg.download,
-                batch_size=cfg.batch_size,
-                seed=cfg.seed,
-                input_img_mode="",  # as they are
-            )
-        except Exception as error:  # each library fails in its own way
-            raise UserError(f"{cfg.dataset} in {root}: {error!r}; use --data-path, or --download") from None
-
-    dataset = distributed.in_turns(make) if cfg.download else make()
+    # batch_size and seed are for shards; `input_img_mode` "" leaves images as they are
+    settings = {"is_training": train, "batch_size": cfg.batch_size, "seed": cfg.seed, "input_img_mode": ""}
+    make = functools.partial(timm.data.create_dataset, cfg.dataset, root, split, download=cfg.download, **settings)
+    try:
+        dataset = distributed.in_turns(make) if cfg.download else make()
+    except Exception as error:  # each library fails in its own way
+        raise UserError(f"{cfg.dataset} in {root}: {error!r}; use --data-path, or --download") from None
     if train and type(dataset) is ImageFolder and dataset.root == root:  # timm's fallback
         raise UserError(f"{root}: no folder {split}; make one for training and one for testing")
     if hasattr(dataset, "loader"):

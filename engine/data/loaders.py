@@ -10,7 +10,6 @@ import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import timm.data
@@ -35,7 +34,6 @@ class Data:
     show: Callable[[Tensor], Tensor]  # makes a picture [H,W,C] of a sample as the network sees it
     augment: Callable[[Tensor], Tensor] | None = None  # changes the samples of a training batch on the device
     split: dict[str, list[str]] | None = None  # files of the training and test set, if they are parts of one set
-    preview: Callable[[Path], None] | None = None  # draws some training samples to a file
 
 
 class TrainLoader:
@@ -126,7 +124,10 @@ def create_loader(
         raise UserError(f"batch_size = {batch_size}: {ranks} ranks share {len(dataset)} samples; use a smaller one")
     sampler = None
     if is_stream:
-        workers = min(workers, _shards_per_rank(dataset))
+        shards, readers = len(dataset.reader.split_info.filenames), dataset.reader.dist_num_replicas
+        if shards < readers:  # a worker without a shard would wait for ever
+            raise UserError(f"{dataset.reader.root}: {readers} ranks cannot share {shards} shards; start fewer ranks")
+        workers = min(workers, shards // readers)
         dataset.set_loader_cfg(workers)  # its length depends on them
     elif not train:
         sampler = [i for i in range(len(dataset)) if i // batch_size % ranks == world.rank]
@@ -154,13 +155,6 @@ def create_loader(
 def _ignore_interrupts(worker: int) -> None:
     """Ignore Ctrl-C in a worker, because the main process saves and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _shards_per_rank(dataset: IterableDataset) -> int:
-    shards, ranks = len(dataset.reader.split_info.filenames), dataset.reader.dist_num_replicas
-    if shards < ranks:
-        raise UserError(f"{dataset.reader.root}: {ranks} ranks cannot share {shards} shards; start fewer ranks")
-    return shards // ranks
 
 
 def create_mixup(cfg: Config) -> object | None:

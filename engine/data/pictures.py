@@ -26,22 +26,22 @@ def of_events(frames: Tensor) -> Tensor:
     return 1 - torch.stack([off, on + off, on], 2).clamp(0, 1)
 
 
-def row(frames: Tensor, caption: str, count: int) -> list[tuple[Tensor, str, str]]:
+def row(frames: Tensor, caption: str, count: int) -> list[tuple[Tensor, str]]:
     """Return `count` of the event frames [T,2,H,W], evenly spaced, for `gallery`; the first has the caption."""
     steps = [i * len(frames) // count for i in range(count)]
-    return [(of_events(frames[t : t + 1]), f"t = {t}" if t else caption, "black") for t in steps]
+    return [(of_events(frames[t : t + 1]), f"t = {t}" if t else caption) for t in steps]
 
 
-def gallery(samples: Sequence[tuple[Tensor, str, str]], path: Path, title: str, columns: int = 10) -> None:
-    """Draw images [H,W,C], each with a caption and the colour of the caption."""
+def gallery(samples: Sequence[tuple[Tensor, str]], path: Path, title: str, columns: int = 10) -> None:
+    """Draw images [H,W,C], each with a caption."""
     rows = max(1, -(-len(samples) // columns))
     figure = Figure(figsize=(11, 1.5 * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    longest = max((len(line) for _, caption, _ in samples for line in caption.splitlines()), default=1)
+    longest = max((len(line) for _, caption in samples for line in caption.splitlines()), default=1)
     for axis in axes:
         axis.axis("off")
-    for axis, (image, caption, color) in zip(figure.axes, samples, strict=False):
+    for axis, (image, caption) in zip(figure.axes, samples, strict=False):
         axis.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
-        axis.set_title(caption, fontsize=min(8, 125 / longest), color=color)  # fits the column
+        axis.set_title(caption, fontsize=min(8, 125 / longest))  # fits the column
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110)

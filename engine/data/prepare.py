@@ -14,10 +14,7 @@ from .recordings import Recording
 
 
 def prepare(root: Path, layout: Layout, find: Callable[[], list[Recording]], show: bool) -> Path:
-    """Return the folder with the frames of every sample of the data set in `root`; make or complete it first.
-
-    Of several processes one works and the others wait.
-    """
+    """Return the folder with the frames of every sample of the data set in `root`; make or complete it first."""
     folder = root / layout.folder
     if folder.exists():
         return folder

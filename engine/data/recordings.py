@@ -19,7 +19,7 @@ from ..log import logger
 from . import digits
 from .aedat import SIDE
 from .folders import find_classes, is_hidden, split_folders
-from .frames import DECODERS, LARGEST, WHOLE, Spans, read_member
+from .frames import DECODERS, LARGEST, WHOLE, Reader, Spans, read_member
 
 CIFAR10_DVS = "airplane automobile bird cat deer dog frog horse ship truck".split()
 GESTURE_PAGE = "https://ibm.ent.box.com/s/3hiq58ww1pbbjrinh367ykfdf60xsfm8/folder/50167556794"
@@ -32,7 +32,7 @@ TEXTS = (".txt", ".csv")  # lists of trials and tables of labels
 MOST_FILES = 10_000  # in the archive of DVS128 Gesture, which has some 250
 FRAMES = re.compile(r"frames_\d+(_|\.|$)")  # folders that `prepare` makes
 
-Opener = Callable[[], Callable[[], bytes]]  # opens a file in this process; any process can call the result
+Opener = Callable[[], Reader]  # opens a file in this process; any process can call the result
 
 
 class Recording(NamedTuple):

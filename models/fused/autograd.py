@@ -18,7 +18,7 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-_NO_GRADIENT = SimpleNamespace(needs_input_grad=())  # the context of a forward pass without gradients
+_NO_GRADIENT = SimpleNamespace(needs_input_grad=())  # context of a forward pass without gradients
 
 
 class Unit(NamedTuple):
@@ -27,24 +27,24 @@ class Unit(NamedTuple):
     norms: tuple[Norm, ...]  # of the channels, one after the other
     steps: int  # T
     pool: bool = False
-    leak: bool = False  # the membrane runs over the batch, see `LIF`
+    leak: bool = False  # the membrane leaks across the batch, see `LIF`
 
     def parameters(self) -> list[Tensor | None]:
         """Return gamma, beta and the convolution's bias of each norm."""
         return [p for bn, bias in self.norms for p in (bn.weight, bn.bias, bias)]
 
     def gradients(self, total: Tensor, norm: Tensor, in_training: bool) -> list[Tensor | None]:
-        """Return the gradients of `parameters`, from those of all betas and gammas [2,C]."""
-        found, start = [], 0
+        """Return the gradients of `parameters`; `total` [2,C] holds those of all betas and gammas."""
+        gradients, start = [], 0
         for bn, bias in self.norms:
             columns = slice(start, start + bn.num_features)
             beta, gamma = total[:, columns]
             of_bias = None  # zero in training, because BatchNorm subtracts the mean
             if bias is not None:
                 of_bias = torch.zeros_like(bias) if in_training else (beta * norm[1, columns] * norm[2, columns])
-            found += [gamma.to(bn.weight.dtype), beta.to(bn.bias.dtype), of_bias]
+            gradients += [gamma.to(bn.weight.dtype), beta.to(bn.bias.dtype), of_bias]
             start += bn.num_features
-        return found
+        return gradients
 
     def over_ranks(self, total: Tensor, count: int | Tensor | None) -> tuple[Tensor | None, int]:
         """Return the sum of `total` over ranks that share statistics, and the divisor that makes it a mean."""
@@ -58,7 +58,7 @@ class Unit(NamedTuple):
 class _Function(torch.autograd.Function):
     @classmethod
     def call(cls, *arguments) -> Tensor:
-        """Apply the function; without gradients run its forward pass alone, which keeps less and is faster."""
+        """Apply the function; without gradients run only its forward pass, which is faster and keeps less."""
         return cls.apply(*arguments) if torch.is_grad_enabled() else cls.forward(_NO_GRADIENT, *arguments)
 
 
@@ -86,7 +86,7 @@ class _NormLIF(_Function):
     def backward(ctx, grad: Tensor):
         y, rows, index, norm, starts = ctx.saved_tensors
         unit = ctx.unit
-        grad = grad.contiguous()  # once, because all blocks of the stage get the residual's gradient
+        grad = grad.contiguous()  # once, because all earlier blocks of the stage receive it
         grad_out = grad.view(-1, *rows.shape[1:])
         total, grad_u = bn_lif.backward(
             rows, norm, grad_out, starts, THRESHOLD, sums=True, of="u" if unit.pool else None
@@ -166,7 +166,7 @@ def norm_lif_of(y: Tensor, unit: Unit, add: Tensor | None = None) -> Tensor:
 
 
 def token_attention_of(y: Tensor, unit: Unit, heads: int) -> Tensor:
-    """Map query and key before BatchNorm, [T,B,H,W,2C], to the keys that pass [T,B,H,W,C]."""
+    """Map query and key before BatchNorm, [T,B,H,W,2C], to the masked keys [T,B,H,W,C]."""
     return _TokenAttention.call(y, unit, heads, *unit.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Safety check of the fused path: it replaces modules only if nothing watches them or changed them."""
+"""Safety check of the fused path, which replaces modules only if they have no hooks and no changes."""
 
 import functools
 from collections.abc import Callable
@@ -36,10 +36,10 @@ UNPATCHED = _methods()
 
 
 class Coverage:
-    """Answer if the fused path covers a network, and everything that the answer depends on."""
+    """Result of the safety check for a network, and a copy of everything that the result depends on."""
 
-    function: Callable | None = None  # of all neurons; None: the modules compute
-    trains = False  # BatchNorm takes the statistics of the batch
+    function: Callable | None = None  # of all neurons; None if the modules must compute
+    trains = False  # BatchNorm uses the batch's statistics
     drops = False  # stochastic depth scales spikes
 
     def __init__(self, model: HierarchicalSpikingTransformer):
@@ -62,14 +62,14 @@ class Coverage:
             self.drops = any(m.rate for m in self.modules if type(m) is DropPath)
 
     def holds(self, stages: nn.ModuleList) -> bool:
-        """Return whether nothing has changed. Loops run in C, because one in Python takes longer than a kernel."""
+        """Return whether the network is unchanged. Loops run in C, because one in Python takes longer than a kernel."""
         try:
             return stages is self.modules[0] and self.dicts == self.copies and self._state() == self.state
         except Exception:  # comparing tensors may raise
             return False
 
     def _state(self) -> tuple:
-        """Return the parts of the state that comparing dictionaries misses."""
+        """Return the state that a comparison of dictionaries misses."""
         return (
             any(self.hooks) or bool(_has_any_global_hook()),
             list(map(type, self.modules)),
@@ -88,7 +88,7 @@ def _as_built(arguments: tuple[tuple[str, object], ...]) -> nn.ModuleList:
 
 
 def _matches(m: nn.Module, expected: nn.Module) -> bool:
-    """Return whether a module is unwatched, unpatched and built as expected, apart from what the fused path follows."""
+    """Return whether a module has no hooks or patches and equals `expected`, except for `FOLLOWED` attributes."""
     kind, attributes, tensors = type(m), vars(m), _tensors(m).values()
     is_synchronised = kind is nn.SyncBatchNorm and isinstance(expected, _BatchNorm)
     return (
@@ -105,7 +105,7 @@ def _matches(m: nn.Module, expected: nn.Module) -> bool:
 
 
 def _follows(name: str, value: object, expected: object) -> bool:
-    """Return whether the fused path equals the modules with this value of an attribute."""
+    """Return whether the fused path gives equal results with this value of an attribute."""
     if name in FOLLOWED:
         return type(value) in FOLLOWED[name]
     return name.startswith("_") or (type(value) is type(expected) and value == expected)

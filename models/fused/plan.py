@@ -1,7 +1,7 @@
-"""Network of `models.qkformer` in fewer and larger steps; `gpu` or `cpu` computes its units and attentions.
+"""Forward pass of `models.qkformer` in few large steps; `gpu` or `cpu` computes units and attentions.
 
-Activations are channels-last, [T,B,H,W,C], to make a 1x1 convolution a matrix product. An image enters once, as
-[1,B,H,W,C].
+Activations are channels-last, [T,B,H,W,C], because a 1x1 convolution is a matrix product then. An image enters once,
+as [1,B,H,W,C].
 """
 
 import functools
@@ -21,7 +21,7 @@ class Run(NamedTuple):
 
     steps: int  # T
     ops: ModuleType  # `gpu` or `cpu`
-    pack: bool = False  # keep spikes for the backward pass packed
+    pack: bool = False  # keep packed spikes for the backward pass
 
 
 def stage_outputs(model: nn.Module, x: Tensor, ops: ModuleType, pack: bool = False) -> Iterator[Tensor]:
@@ -64,7 +64,7 @@ def _block(m: nn.Module, x: Tensor, run: Run) -> Tensor:
 
 
 def _residual(drop_path: DropPath, last: SpikingConv, branch: Tensor, x: Tensor, run: Run) -> Tensor:
-    """Add to x the branch that ends in the unit `last`."""
+    """Apply the last unit of a branch, and add the result to x."""
     if drop_path.training and drop_path.rate:
         return x + drop_path(run.ops.spiking_conv(last, branch, run, binary=True))
     return run.ops.spiking_conv(last, branch, run, binary=True, add=x)

@@ -12,7 +12,7 @@ from ..layers import SpikingMLP
 from ..qkformer import ATTENTIONS, Block, HierarchicalSpikingTransformer
 from . import gpu, plan
 
-logger = logging.getLogger(__name__)  # silent unless a program listens, as `engine.log` does
+logger = logging.getLogger(__name__)  # silent unless a program adds a handler, as `engine.log` does
 ROUNDING = 1e-6  # largest deviation in float64, relative to the norm
 SMALL = {"family": "cifar", "width": 64, "depths": (1, 1, 1), "heads": 8, "in_chans": 1, "num_classes": 10}
 FLIPS = 0.2  # share of spikes that rounding may flip in half precision
@@ -27,7 +27,7 @@ def problem(device: str) -> str | None:
         torch.autocast(device, enabled=False),
         torch.random.fork_rng(devices=[]),
     ):
-        torch.default_generator.manual_seed(0)  # leaves those of GPUs alone
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed the GPUs
         return _in_double(device) or _in_half(device)
 
 
@@ -42,9 +42,9 @@ def _in_double(device: str) -> str | None:
         logits = model(x)
         logits.square().sum().backward()
         results.append((logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
-    for what, a, b in zip(("logits", "gradients"), *results, strict=True):
+    for quantity, a, b in zip(("logits", "gradients"), *results, strict=True):
         if not (a - b).norm() <= ROUNDING * b.norm():
-            return f"gives other {what} than torch here"
+            return f"computes other {quantity} than torch"
     return None
 
 
@@ -63,5 +63,5 @@ def _in_half(device: str) -> str | None:
             fused = plan.forward(block, x.permute(0, 1, 3, 4, 2).contiguous(), run=plan.Run(len(x), gpu))
             flipped = (fused.permute(0, 1, 4, 2, 3) - reference).float().abs().sum()
             if not flipped <= FLIPS * (reference - x).float().sum():
-                return f"gives other spikes in half precision than torch here ({kind} attention)"
+                return f"computes other spikes than torch in half precision ({kind} attention)"
     return None

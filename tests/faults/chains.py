@@ -1,4 +1,4 @@
-"""Runs whose processes die and that go on until they are done, and what must come of them.
+"""Runs whose processes die and resume until the end, and checks of their results.
 
 Augmentation, stochastic depth, an average of the weights and accumulated gradients make it hard to go on exactly.
 """
@@ -19,29 +19,29 @@ UPDATES = {1: 6, 2: 3}
 
 
 def run_whole(folder: Path, count: int) -> Path:
-    """Run in `count` processes without a fault; return the folder."""
+    """Run in `count` ranks without a fault; return the folder."""
     children = ranks(count, *TRAIN, "--output-dir", folder, log=folder.with_suffix(".log"))
     assert [child.wait() for child in children] == [0] * count, children[0].output
     return folder
 
 
 def content(folder: Path) -> dict | None:
-    """Return the newest checkpoint in a folder, None where there is none."""
+    """Return the newest checkpoint in a folder, or None."""
     files = checkpoint.kept(folder / "last.pt")
     return checkpoint.read(files[0]) if files else None
 
 
 def require_equal(folder: Path, other: Path) -> None:
     """Assert that two runs ended with the same weights, state and figures, to the last bit."""
-    ours, theirs = content(folder), content(other)
+    actual, expected = content(folder), content(other)
     for key in ("state_dict", "state_dict_ema", "optimizer", "best", "epoch"):
-        assert same(ours[key], theirs[key]), f"{folder}: {key}"
+        assert same(actual[key], expected[key]), f"{folder}: {key}"
     assert rows_in(folder, "seconds") == rows_in(other, "seconds")
 
 
 @dataclasses.dataclass
 class Chain:
-    """A run in `count` processes with `workers` loader processes each, from life to life of its processes."""
+    """Run of `count` ranks with `workers` loader processes each, over several lives of its processes."""
 
     folder: Path
     whole: Path  # folder of a run without a fault
@@ -52,7 +52,7 @@ class Chain:
     saved: tuple[int, int] = (-1, -1)  # epochs, and steps of the next
 
     def life(self, before=None, only=None, end=lambda: None, expected=(0,)) -> None:
-        """Start the processes, `end` them, and check what they leave.
+        """Start the processes, `end` them, and check their files.
 
         Processes that are not killed must end with one of the `expected` codes; with 2, or 0 if they were done, where
         another was killed.
@@ -76,7 +76,7 @@ class Chain:
             assert self.saved == (-1, -1), f"{name}: the checkpoint is gone"
 
     def finish(self) -> None:
-        """Go on to the end, and compare with the run that was never interrupted."""
+        """Resume to the end, and compare with the uninterrupted run."""
         if not self.done:
             self.life()
         require_equal(self.folder, self.whole)

@@ -1,4 +1,4 @@
-"""Runs on the digits from which the fault tests start, and with which they compare."""
+"""Runs on the digits that the fault tests resume and compare with."""
 
 import functools
 
@@ -9,7 +9,7 @@ from harness import QUICK, script
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """Folder of a finished run of two epochs; not to be written to."""
+    """Return the folder of a finished run of two epochs; tests must not write to it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     script("digits/train.py", *QUICK, "--epochs", 2, "--ema-decay", 0.9, "--output-dir", folder, expected={0})
     return folder
@@ -17,6 +17,6 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """Number of processes -> folder of a run that was never interrupted."""
+    """Return {number of ranks: folder of an uninterrupted run}."""
     folder = tmp_path_factory.mktemp("whole")
     return functools.cache(lambda count: run_whole(folder / str(count), count))

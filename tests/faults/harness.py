@@ -1,4 +1,4 @@
-"""Scripts run in this process, the ways in which they may end, and processes that die at a chosen point."""
+"""Scripts in this process, checks of how they end, and processes that die at a chosen point."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ SLOW = pytest.mark.slow
 
 
 def repeated(short, full):
-    """Run a test with the argument `count` on few examples, and on all where slow tests run."""
+    """Parametrize `count`: few examples, and all of them with `-m slow`."""
     return pytest.mark.parametrize("count", [short, pytest.param(full, marks=SLOW)])
 
 
@@ -68,7 +68,7 @@ def trial(what: str) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Death:
-    """Before a script: let it die as its `at`-th file of a checkpoint has `size` bytes, or at its `at`-th renaming."""
+    """Function that kills a script when its `at`-th checkpoint has `size` bytes, or at its `at`-th renaming."""
 
     at: int
     size: int | None = None
@@ -84,7 +84,7 @@ class Death:
             left -= 1
             if left == 0 and self.size is None:
                 os.kill(os.getpid(), signal.SIGKILL)
-            elif left == 0:  # the kernel kills whoever writes more
+            elif left == 0:  # the kernel kills a process that writes more
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
                 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
@@ -93,5 +93,5 @@ class Death:
 
 
 def die_after(cpu_seconds: float) -> None:
-    """Before a script: let the kernel kill it after so many seconds of its own CPU time, at any instruction."""
+    """Return a function that has the kernel kill a script after some seconds of CPU time, at any instruction."""
     signal.setitimer(signal.ITIMER_PROF, cpu_seconds)

@@ -1,4 +1,4 @@
-"""Data sets and records of runs that are broken in every way: one line says what is wrong, or nothing is lost by it."""
+"""Data sets and records of runs with every kind of damage: one line of error, or no effect on results."""
 
 import itertools
 import shutil
@@ -20,7 +20,7 @@ def first(folder, pattern):
 
 
 def replaced(pattern, change):
-    """Damage to the first file of a pattern: `change` makes other content of its content."""
+    """Return a damage to the first file of a pattern: `change` maps its content to another."""
 
     def damage(root):
         path = first(root, pattern)
@@ -54,7 +54,7 @@ OTHER_BYTES = {
     "zeros": lambda content: bytes(len(content)),
 }
 IMAGE_DAMAGES = {
-    "sound": lambda root: None,  # so that the others fail for no other reason
+    "sound": lambda root: None,  # control: only the damage may cause errors
     **{f"{split}: {what}": replaced(f"{split}/*/*.JPEG", change)
        for what, change in OTHER_BYTES.items() for split in ("train", "val")},
     "no class in train": removed("train/n*"),
@@ -98,12 +98,12 @@ def test_records_of_a_run(name, of, finished, tmp_path):
         folder = tmp_path / what
         shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("tensorboard"))
         (folder / name).write_bytes(words)
-        own = ["--config", folder / name] if name == "config.yml" else []
-        resume = ["--output-dir", folder, "--resume", "auto", *own]
+        config = ["--config", folder / name] if name == "config.yml" else []
+        resume = ["--output-dir", folder, "--resume", "auto", *config]
         said = script("digits/train.py", *resume, expected={0, 2})
         mentioned = "error: " not in said or str(folder / name) in said.splitlines()[-1]
         assert mentioned, f"{name}, {what}: not named: {said[-300:]}"
-        script("digits/test.py", "--checkpoint", folder / "last.pt", *own, expected={0, 2})
+        script("digits/test.py", "--checkpoint", folder / "last.pt", *config, expected={0, 2})
         assert same(checkpoint.read(folder / "last.pt"), weights), f"{name}, {what}: other weights"
 
 

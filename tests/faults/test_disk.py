@@ -1,4 +1,4 @@
-"""Disks that fill up while a run writes: one line, the checkpoint before stays, and with space the run goes on."""
+"""Disks that fill up while a run writes: one line of error, an intact older checkpoint, and resuming with space."""
 
 import contextlib
 import resource
@@ -21,7 +21,7 @@ def mount(folder, kilobytes, *options):
 
 @contextlib.contextmanager
 def disk(folder, kilobytes):
-    """A file system of that size in `folder`; mounting one needs root."""
+    """Mount a file system of this size in `folder`, which needs root."""
     folder.mkdir()
     made = mount(folder, kilobytes)
     if made.returncode:
@@ -43,7 +43,7 @@ def test_a_disk_of_any_size(size, tmp_path, whole):
 @pytest.mark.slow
 @pytest.mark.parametrize("left", [0, 4, 8, 16, 700, 1600, 2400, 3200, 4800])
 def test_a_disk_that_fills_up_after_a_save(left, tmp_path, whole):
-    """The metrics, TensorBoard's events and the pictures are next; `left` is in KiB."""
+    """Fill the disk before metrics, TensorBoard's events and pictures; `left` is in KiB."""
     chain, gate = Chain(tmp_path / "run", whole(1)), Gate()
 
     def fill():
@@ -59,7 +59,7 @@ def test_a_disk_that_fills_up_after_a_save(left, tmp_path, whole):
 
 @contextlib.contextmanager
 def largest_file(size):
-    """Without root: no file of this process may grow beyond `size` bytes, which is an error of its own (EFBIG)."""
+    """Limit the files of this process to `size` bytes, which needs no root and gives another error (EFBIG)."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     yield

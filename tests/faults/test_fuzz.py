@@ -1,4 +1,4 @@
-"""Recipes and command lines that nobody would write: a Config, or one line that says why not.
+"""Fuzzed recipes and command lines: a Config, or one line of error.
 
 Hypothesis makes them, always the same ones.
 """
@@ -49,7 +49,7 @@ FRAGMENTS = [
 
 
 def fitting(key):
-    """Values that a field may well have, so that settings are let in and networks built."""
+    """Return valid values of a field, because only valid settings build networks."""
     field = config.FIELDS[key]
     low, high = (field.metadata[bound] for bound in ("low", "high"))
     numbers = st.floats(low or 0, min(high or 9, 9)) | st.integers(int(low or 0), int(min(high or 70, 70)))
@@ -96,7 +96,7 @@ def examples(count):
 
 
 def check(cfg):
-    """A network is built from the settings that were let in, without memory for its weights, or refused."""
+    """Build a network from valid settings on the meta device, or expect one line of error."""
     with torch.device("meta"):
         run.build_model(cfg)
 
@@ -117,7 +117,7 @@ def test_recipes(count, tmp_path):
 
 @repeated(30, 500)
 def test_command_lines(count, finished, tmp_path, monkeypatch):
-    """train.py and test.py in this process, up to the data; the network is built where its settings are let in."""
+    """Run train.py and test.py in this process up to the data, and build the network if its settings are valid."""
 
     def no_data(cfg, *_, **__):
         check(cfg)
@@ -144,7 +144,7 @@ def test_names_that_tensorboard_cannot_write(key, name):
 
 @pytest.mark.parametrize(("flag", "code"), [("--resume", 2), ("--finetune", 0)])
 def test_settings_of_a_checkpoint_that_unfold(flag, code, finished, tmp_path):
-    """A list that shares its parts takes few bytes in a file; written out this one would have 4^18 words."""
+    """Use a list that shares its parts: few bytes in a file, but 4^18 words if written out."""
     state, bomb = checkpoint.read(finished / "last.pt"), ["x"]
     for _ in range(18):
         bomb = [bomb] * 4

@@ -1,4 +1,4 @@
-"""Runs that are killed or stopped, or lose a process, end with the weights of an uninterrupted run."""
+"""Runs that are killed, stopped or lose a process: they end with the weights of an uninterrupted run."""
 
 import multiprocessing
 import os
@@ -29,7 +29,7 @@ def stopped(rng, count):
     return {"before": signal_at_step(sent, rng.randint(1, UPDATES[count])), "expected": (0, 128 + sent)}
 
 
-FAULTS = {  # random generator, number of processes -> how a life ends
+FAULTS = {  # random generator, number of ranks -> end of a life
     "at any instruction": lambda rng, count: {"before": partial(die_after, rng.uniform(0.2, 2))},
     "after a step": killed,
     "one after a step": lambda rng, count: killed(rng, count) | {"only": rng.randrange(count)},
@@ -59,7 +59,7 @@ FAULTS = {  # random generator, number of processes -> how a life ends
         pytest.param("without a worker", 1, 1, 4, marks=SLOW),
     ],
 )
-def test_a_run_goes_on_after(fault, count, workers, times, tmp_path, whole):
+def test_a_run_resumes_after(fault, count, workers, times, tmp_path, whole):
     rng, left, number = random.Random(f"{count} {workers}"), times, 0
     while left:
         number += 1

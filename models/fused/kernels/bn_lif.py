@@ -4,7 +4,7 @@ Shapes: [T,R,C], with R = B*H*W positions as rows of channels, or [1,R,C] if all
 mean, 1 / standard deviation, gamma and beta.
 
 The backward pass needs only the input, because it recomputes the membrane. One launch computes BatchNorm's sums over
-the rows, another writes the gradient: this moves less memory than to write a gradient and read it again.
+the rows, another writes the gradient: this moves less memory than writing a gradient and reading it again.
 """
 
 import torch
@@ -123,7 +123,7 @@ def _backward_kernel(
 def forward(
     y: Tensor, norm: Tensor | None, add: Tensor | None, steps: int, threshold: float, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return spikes [T,R,C], plus `add` if given; with `keep` also the membranes that `backward` needs of long runs."""
+    """Return spikes [T,R,C], plus `add` if given; with `keep` also membranes, which `backward` needs if T > `CHUNK`."""
     shown, rows, channels = y.shape
     out = y.new_empty((steps, rows, channels))
     keep = keep and steps > CHUNK

@@ -1,6 +1,6 @@
-"""Statistics of BatchNorm as the `norm` of other kernels: of all rows in training, else the running ones.
+"""Statistics of BatchNorm as the `norm` of other kernels: from all rows in training, else the running ones.
 
-Rows repeated T times have the same mean and variance as once; only the unbiased running variance has T times the count.
+T equal time steps are computed once. They change only the count in the unbiased running variance.
 """
 
 import functools
@@ -154,7 +154,7 @@ def _norm_tiling(parts: int, channels: int, norms: int) -> Tiling:
 
 
 def _tensors(norm: Norm) -> tuple[Tensor, ...]:
-    """Return statistics, gamma, beta and bias; attributes of the module would take half a microsecond each."""
+    """Return statistics, gamma, beta and bias; attribute look-ups would take half a microsecond each."""
     tensors = _NAMES(norm.bn._buffers | norm.bn._parameters)
     return tensors if norm.bias is None else (*tensors, norm.bias)
 
@@ -167,8 +167,8 @@ def _gathered(
     n = (rows - part * torch.arange(len(means), device=moments.device)).clamp(max=part)[:, None]
     mean = (n * means).sum(0) / rows
     square = squares.sum(0) + (n * (means - mean).square()).sum(0)
-    mine = torch.stack([mean, square, torch.full_like(mean, rows)])
-    received = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(received, mine, group)
+    local = torch.stack([mean, square, torch.full_like(mean, rows)])
+    received = [torch.empty_like(local) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(received, local, group)
     means, squares, counts = torch.stack(received, 1)  # each [ranks,C]
     return torch.stack([means, squares]), counts[:, 0].contiguous()

@@ -33,7 +33,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(rows: int, channels: int, per_thread: int, reduce: bool = False) -> Tiling:
-    """Return tiles of `per_thread` elements a thread; in a reduction a program takes several, to leave few results."""
+    """Return tiles of `per_thread` elements a thread; in a reduction a program takes several, to write few results."""
     return _tiling(rows, channels, per_thread, reduce, PROGRAMS, WARPS, COLUMNS_FIRST)
 
 
@@ -61,7 +61,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def warps_for(elements: int, per_thread: int) -> int:
-    """Return the warps of a program: `WARPS`, or fewer to have enough programs."""
+    """Return the warps of a program: `WARPS`, or fewer to fill the device with programs."""
     return min(WARPS, next_power_of_2(elements // (PROGRAMS * 32 * per_thread)))
 
 

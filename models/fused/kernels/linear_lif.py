@@ -26,9 +26,9 @@ def _kernel(
     for t in range(T):
         y = tl.zeros((BR, BC), ACC)
         for first in range(0, K, BK):
-            here = first + k
-            row = tl.load(x + (t * R.to(tl.int64) + r) * K + here[None, :], (r < R) & (here[None, :] < K), 0.0)
-            column = tl.load(weight + c * K + here[:, None], (c < C) & (here[:, None] < K), 0.0)
+            inputs = first + k
+            row = tl.load(x + (t * R.to(tl.int64) + r) * K + inputs[None, :], (r < R) & (inputs[None, :] < K), 0.0)
+            column = tl.load(weight + c * K + inputs[:, None], (c < C) & (inputs[:, None] < K), 0.0)
             y = tl.dot(row, column, y, input_precision="ieee", out_dtype=ACC)
         h = charge(normalised(y, load_norm(norm, c, C, ACC)), v)  # loaded in each step, to save registers
         v = reset(h, THRESHOLD)

@@ -1,4 +1,4 @@
-"""Packed spikes for the backward pass: bits, and bytes for sums of spikes, instead of two or four bytes each."""
+"""Packed spikes for the backward pass: a bit per spike, and a byte per sum of spikes, not two or four bytes."""
 
 import torch
 import triton

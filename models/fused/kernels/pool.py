@@ -1,7 +1,7 @@
 """Max pooling (3x3, stride 2, padding 1) before BatchNorm, on rows of channels [N,H,W,C].
 
-BatchNorm keeps the order of values, or reverses it if gamma is negative. With pooling first, directly after the
-convolution, later steps have a quarter of the values.
+BatchNorm keeps the order of values, or reverses it if gamma is negative. Pooling first, directly after the
+convolution, leaves a quarter of the values to later steps.
 """
 
 import torch
@@ -72,7 +72,7 @@ def _backward_kernel(
         h, w = i * 2 + k // 2, j * 2 + k % 2
         g = tl.zeros((BR, BC), ACC)
         for window in tl.static_range(4):
-            if window // 2 <= k // 2 and window % 2 <= k % 2:  # an even row or column lies in one window alone
+            if window // 2 <= k // 2 and window % 2 <= k % 2:  # even rows and columns lie in one window only
                 place = (k // 2 - window // 2 * 2 + 1) * 3 + k % 2 - window % 2 * 2 + 1
                 g += tl.where(places[window] == place, grads[window], 0.0)
         g = through_norm(g, ys[k].to(ACC), bn, means)
