@@ -70,8 +70,7 @@ def _top1(recipe: Config) -> dict[str, float]:
 
 def report(result: dict, recipe: Config, energy) -> None:
     """Print accuracy and energy, and the published figures."""
-    figures = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {count} samples"
-    logger.info(figures.format(**result))
+    logger.info("top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {count} samples".format(**result))
     parts = [f"{value:.2f} % ({source}; {result['top1'] - value:+.2f})" for source, value in _top1(recipe).items()]
     if energy:
         logger.info(energy.totals())
@@ -98,7 +97,6 @@ def write(cfg: Config, folder: Path, result: dict, recipe: Config, data: Data, m
 
 def warn_of_other_classes(names: Sequence[str], state: dict, path: Path | str) -> None:
     """Warn if a checkpoint records other names of classes than the data set has: the labels may not match."""
-    for old, new in zip(state.get("classes", ()), names, strict=False):
-        if old != new:
-            logger.warning(f"warning: {path}: trained with class {short(old)}, the data set has {short(new)}")
-            break
+    pairs = zip(state.get("classes", ()), names, strict=False)
+    if pair := next((pair for pair in pairs if pair[0] != pair[1]), None):
+        logger.warning(f"warning: {path}: trained with class {short(pair[0])}, the data set has {short(pair[1])}")

@@ -44,6 +44,13 @@ def create_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
         raise UserError(f"opt = {cfg.opt!r}: {error}; use adamw") from None
 
 
+def lr_at(cfg: Config, epoch: float) -> float:
+    """Return the learning rate at a (fractional) epoch."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], base_lr(cfg))
+    create_schedule(cfg, optimizer).step(epoch)
+    return optimizer.param_groups[0]["lr"]
+
+
 def create_schedule(cfg: Config, optimizer: torch.optim.Optimizer) -> Scheduler:
     """Return timm's schedule; `step` with a (fractional) epoch sets the rate of each group, times its `lr_scale`."""
     decay_epochs = cfg.epochs - (cfg.warmup_epochs if cfg.warmup_prefix else 0)

@@ -9,6 +9,7 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from . import checkpoint
@@ -41,8 +42,7 @@ class Trainer:
         self.evaluated = self.models[-1]
         if cfg.compile:
             model.compile()
-        is_parallel = world.world_size > 1
-        self.parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if is_parallel else model
+        self.parallel = DistributedDataParallel(model, broadcast_buffers=False) if world.world_size > 1 else model
         self.criterion = SoftTargetCrossEntropy() if mixes(cfg) else LabelSmoothingCrossEntropy(cfg.smoothing)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.amp == "fp16" and world.device.type == "cuda")
         self.step = GraphedStep(self._step) if cfg.cuda_graphs else self._step
@@ -56,11 +56,8 @@ class Trainer:
 
     def begin_epoch(self, epoch: int) -> None:
         self.epoch, self.steps_done = epoch, 0  # both count what is done
+        self.name = f"epoch {epoch + 1}/{total_epochs(self.cfg)}"
         self.loss_sum, self.seen = torch.zeros((), dtype=torch.float64, device=self.world.device), 0
-
-    @property
-    def name(self) -> str:
-        return f"epoch {self.epoch + 1}/{total_epochs(self.cfg)}"
 
     def state(self) -> dict:
         """Return plain data from which `restore` continues bit for bit; within an epoch all ranks call it."""

@@ -27,7 +27,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from engine import config, world
 from engine.cli import UserError
-from engine.optim import base_lr, create_schedule
 from engine.run import create_data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -276,10 +275,3 @@ def same(a: object, b: object) -> bool:
 
 def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def lr_at(cfg, epoch):
-    """Return the learning rate at a (fractional) epoch."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=base_lr(cfg))
-    create_schedule(cfg, optimizer).step(epoch)
-    return optimizer.param_groups[0]["lr"]

@@ -2,9 +2,9 @@
 
 import pytest
 import yaml
-from scripts import ROOT, here, lr_at, named, refuses
+from scripts import ROOT, here, named, refuses
 
-from engine import config, weights
+from engine import config, optim, weights
 
 RECIPES = sorted(path for path in ROOT.glob("*/*.yml") if (path.parent / "train.py").exists())
 
@@ -186,7 +186,7 @@ def test_every_field_has_its_help():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_recipe_loads(path):
     for cfg in config.read(path).all():
-        assert lr_at(cfg, 0) >= 0
+        assert optim.lr_at(cfg, 0) >= 0
 
 
 def test_a_variant_changes_what_it_lists(recipe):

@@ -7,13 +7,13 @@ import itertools
 
 import pytest
 import torch
-from scripts import ROOT, lr_at, refuses
+from scripts import ROOT, refuses
 
 from engine import checkpoint, config, world
 from engine.cli import UserError
 from engine.data.image import create_data
 from engine.evaluate import evaluate
-from engine.optim import create_optimizer
+from engine.optim import create_optimizer, lr_at
 from engine.run import _check_device, build_model, setup
 from engine.trainer import Trainer, autocast
 

@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
-from scripts import ROOT, lr_at
+from scripts import ROOT
 
 from engine import config, world
 from engine.evaluate import published
-from engine.optim import base_lr, create_optimizer, create_schedule, effective_batch, total_epochs
+from engine.optim import base_lr, create_optimizer, create_schedule, effective_batch, lr_at, total_epochs
 from engine.run import build_model
 from models import create_model
 

@@ -133,8 +133,7 @@ def read_image(source: object, mode: str = "RGB", name: str | None = None) -> Im
 def read_tensor(path: Path, cfg: Config) -> Tensor:
     """Return the image of a file as a network sees it in evaluation: [C,H,W] float32, normalised."""
     mean, std = (255 * np.array(values, np.float32) for values in statistics(cfg))
-    pixels = _transform(cfg, train=False)(path)
-    return normalize(torch.from_numpy(pixels).float(), mean.tolist(), std.tolist())
+    return normalize(torch.from_numpy(_transform(cfg, train=False)(path)).float(), mean.tolist(), std.tolist())
 
 
 def statistics(cfg: Config) -> tuple[Sequence[float], Sequence[float]]:

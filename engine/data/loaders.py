@@ -55,8 +55,7 @@ class TrainLoader:
                 part.set_epoch(epoch)
         if self.is_stream:
             return itertools.islice(self.loader, first, None)
-        skipped = first * self.source.batch_size
-        self.source.batch_sampler.sampler = itertools.islice(self.sampler, skipped, None)
+        self.source.batch_sampler.sampler = itertools.islice(self.sampler, first * self.source.batch_size, None)
         return iter(self.loader)
 
 
