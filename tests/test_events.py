@@ -88,9 +88,9 @@ def test_counts_above_a_byte():
 def test_a_recording_is_cut_by_time_in_order_or_not():
     shuffled = Events(*(values[RANDOM.permutation(1003)] for values in FEW))
     for recording in (Events(*FEW), shuffled):
-        for start, end in ((0, 400_000), (300_000, 700_000), WHOLE, (900_000, 900_000)):
+        for start, end in ((0, 400_000), (300_000, 700_000), WHOLE):
             chosen = (recording.t >= start) & (recording.t < end)
-            part = Events(*(values[chosen] for values in recording))
+            part = Events(*(values[chosen] for values in recording[:4]))
             assert np.array_equal(to_frames(recording, FOUR, (start, end)), integrate(part, 4))
 
 
