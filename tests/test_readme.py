@@ -80,7 +80,13 @@ def workplace(tmp_path, data, monkeypatch, one_core):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page, commands in COMMANDS.items() if commands])
+LONG = ("recipes", "analyses", "membrane")  # pages whose commands take more than ten seconds
+PAGES = [
+    pytest.param(page, marks=[pytest.mark.slow] * (page in LONG)) for page, commands in COMMANDS.items() if commands
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_run_in_order(page, workplace, data, monkeypatch, capfd):
     """Run commands, then Python, unchanged but short and on tiny data; torch.distributed.launch starts two ranks."""
     folder = workplace
