@@ -81,12 +81,12 @@ def workplace(tmp_path, data, monkeypatch, one_core):
 
 
 LONG = ("recipes", "analyses", "membrane")  # pages whose commands take more than ten seconds
-PAGES = [
+CASES = [
     pytest.param(page, marks=[pytest.mark.slow] * (page in LONG)) for page, commands in COMMANDS.items() if commands
 ]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", CASES)
 def test_the_commands_of_a_page_run_in_order(page, workplace, data, monkeypatch, capfd):
     """Run commands, then Python, unchanged but short and on tiny data; torch.distributed.launch starts two ranks."""
     folder = workplace
