@@ -20,13 +20,11 @@ import yaml
 
 from . import settings
 from .cli import UserError, short
-from .settings import FIELDS, Config, mixes, names, plain
+from .settings import FIELDS, Config, MachineSettings, ModelSettings, Published, mixes, names, plain
 
 __all__ = ["FIELDS", "Config", "load", "mixes", "plain"]
 _TYPES = typing.get_type_hints(Config)
-MODEL_FIELDS, LOCAL_FIELDS, PUBLISHED = map(
-    names, (settings.ModelSettings, settings.MachineSettings, settings.Published)
-)
+MODEL_FIELDS, LOCAL_FIELDS, PUBLISHED = names(ModelSettings), names(MachineSettings), names(Published)
 ALIASES = {flag.lstrip("-").replace("-", "_"): key for key, field in FIELDS.items() for flag in field.metadata["flags"]}
 LAUNCHERS = "local_rank world_size dist_url dist_on_itp dist_eval".split()
 NETWORK = "depths layer num_heads patch_size dim embed_dims sr_ratios qkv_bias".split()  # here in the network's name

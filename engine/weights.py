@@ -67,7 +67,9 @@ def _with_data_of_run(cfg: Config, path: Path, sources: Sources) -> Config:
 
 def recipe_of(path: Path, folder: Path) -> Path | None:
     """Return the recipe in `folder` of a released checkpoint, known by its md5."""
-    recipe = folder / f"{RELEASED.get(hashlib.md5(path.read_bytes()).hexdigest())}.yml"
+    with path.open("rb") as file:  # in parts: a checkpoint has up to a gigabyte
+        name = RELEASED.get(hashlib.file_digest(file, "md5").hexdigest())
+    recipe = folder / f"{name}.yml"
     return recipe if recipe.exists() else None
 
 
