@@ -20,7 +20,7 @@ import torch
 from tabulate import tabulate
 
 from engine.cli import Stopped, StopRequest, UserError
-from engine.config import FIELDS, MODEL_FIELDS, Config, load, read
+from engine.config import FIELDS, MODEL_FIELDS, Config, load, plain, read
 from engine.log import logger, setup_console
 from engine.run import build_model
 
@@ -44,7 +44,7 @@ class Run(NamedTuple):
         path = self.folder / "last.test.json"
         if (result := read_result(path)) is None:
             return None
-        for key, (value, wanted) in differences(result, load(self.recipe, self.flags)).items():
+        for key, (value, wanted) in differences(result, plain(load(self.recipe, self.flags))).items():
             raise UserError(f"{self.folder}: trained with {key} = {value}, not {wanted}; use another --out")
         return result | {"path": path}
 
@@ -133,10 +133,8 @@ def record(evaluated: Sequence[dict], target: Path, has_curves: bool) -> None:
         name = "-".join(filter(None, (result.get("recipe"), result.get("variant"), f"seed{result.get('seed')}")))
         source, folder = result["path"].parent, target / name
         older = read_result(folder / result["path"].name) or result
-        for key, value in settings(older).items():
-            if value != settings(result)[key]:
-                problem = f"has {key} = {value}, {source} {settings(result)[key]}"
-                raise UserError(f"{folder}: {problem}; use another --record")
+        for key, (value, wanted) in differences(older, settings(result)).items():
+            raise UserError(f"{folder}: has {key} = {value}, {source} {wanted}; use another --record")
         folder.mkdir(parents=True, exist_ok=True)
         for path in (result["path"], *(source / name for name in RECORDED)):
             (folder / path.name).write_text(path.read_text().replace(f"{Path.cwd()}/", ""))

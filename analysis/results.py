@@ -65,9 +65,8 @@ def settings(result: dict) -> dict[str, object]:
     return {key: result.get(key, FIELDS[key].default) for key in SETTINGS}
 
 
-def differences(result: dict, cfg: Config) -> dict[str, tuple]:
-    """Return the settings that affect the accuracy and differ: name -> (value of the result, value of `cfg`)."""
-    wanted = plain(cfg)
+def differences(result: dict, wanted: dict) -> dict[str, tuple]:
+    """Return the settings that affect the accuracy and differ: name -> (value of the result, wanted value)."""
     return {key: (value, wanted[key]) for key, value in settings(result).items() if value != wanted[key]}
 
 
@@ -75,8 +74,8 @@ def by_recipe(rows: Sequence[dict], configs: Sequence[Config]) -> dict[Config, l
     """Group results by the recipe or variant that they follow; warn about results that follow none."""
     groups = {cfg: [] for cfg in configs}
     for result in rows:
-        nearest = min(configs, key=lambda cfg: (cfg.dataset != result["dataset"], len(differences(result, cfg))))
-        if different := differences(result, nearest):
+        nearest = min(configs, key=lambda cfg: (cfg.dataset != result["dataset"], len(differences(result, plain(cfg)))))
+        if different := differences(result, plain(nearest)):
             key, (value, recipe) = next(iter(different.items()))
             name = " ".join(filter(None, (Path(nearest.config).name, nearest.variant)))
             logger.warning(f"{result['path']}: left out, {key} is {value}, but {recipe} in the nearest recipe, {name}")
