@@ -28,6 +28,7 @@ from .results import averages, by_recipe, mean, results, verdict
 
 DATA_NAMES = {"torch/cifar10": "CIFAR-10", "torch/cifar100": "CIFAR-100", "dvs128-gesture": "DVS128 Gesture"}
 DATA_NAMES |= {"cifar10-dvs": "CIFAR10-DVS", "digits": "digits", "digits-dvs": "digits, as events"}
+DATA_NAMES |= {"cifar10-jpeg": "CIFAR-10, JPEG copy"}
 ABLATED = ("torch/cifar100", "cifar10-dvs")  # data sets of the paper's ablations: images, events
 
 
@@ -48,6 +49,11 @@ def _given(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else f"{value:{form}}"
 
 
+def data_key(cfg: Config) -> str:
+    """Return the name of a recipe's data set, for images in folders that of the folder."""
+    return Path(cfg.data_path).name if cfg.dataset == "imagefolder" and cfg.data_path else cfg.dataset
+
+
 def row(cfg: Config, runs: Runs) -> dict[str, str]:
     """Return the row of a recipe."""
     shape = (1, cfg.in_channels, cfg.input_size, cfg.input_size)
@@ -59,7 +65,7 @@ def row(cfg: Config, runs: Runs) -> dict[str, str]:
     energies = [result["energy"]["energy_mj"] for result in runs[cfg] if "energy" in result]
     top1 = [result["top1"] for result in runs[cfg]]
     return {
-        **({"data set": DATA_NAMES[cfg.dataset]} if cfg.dataset in DATA_NAMES else {}),
+        **({"data set": DATA_NAMES[data_key(cfg)]} if data_key(cfg) in DATA_NAMES else {}),
         "network": cfg.model,
         "T": str(cfg.time_steps),
         "input": str(cfg.input_size),
@@ -76,8 +82,8 @@ def row(cfg: Config, runs: Runs) -> dict[str, str]:
 
 def recipe_rows(runs: Runs, datasets: Sequence[str]) -> list[dict]:
     """Return a row for each recipe of the data sets, in their order."""
-    configs = [cfg for cfg in runs if cfg.dataset in datasets and not cfg.variant]
-    return [row(cfg, runs) for cfg in sorted(configs, key=lambda cfg: datasets.index(cfg.dataset))]
+    configs = [cfg for cfg in runs if data_key(cfg) in datasets and not cfg.variant]
+    return [row(cfg, runs) for cfg in sorted(configs, key=lambda cfg: datasets.index(data_key(cfg)))]
 
 
 def listed(table: dict, runs: Runs) -> list[dict]:
@@ -116,12 +122,12 @@ def ablations(runs: Runs) -> list[dict]:
 
 
 def measured(runs: Runs) -> dict[str, dict[str, Config]]:
-    """Return the recipes and variants of the ablations that have results: file name -> variant -> settings."""
-    groups, names = {}, published("ablations")
+    """Return the recipes with results of several variants: file name -> variant -> settings."""
+    groups = {}
     for cfg in runs:
-        if runs[cfg] and (cfg.variant or "") in names:
+        if runs[cfg]:
             groups.setdefault(Path(cfg.config).stem, {})[cfg.variant or ""] = cfg
-    return {recipe: {name: group[name] for name in names if name in group} for recipe, group in groups.items()}
+    return {recipe: group for recipe, group in groups.items() if len(group) > 1}
 
 
 def measurements(runs: Runs) -> list[dict]:
@@ -132,7 +138,7 @@ def measurements(runs: Runs) -> list[dict]:
             dataset = ABLATED[cfg.dataset in EVENT_DATASETS]
             paper = _variants(runs, dataset).get(variant, Config()).paper_top1
             rows.append(
-                {"recipe": recipe, "attention, embedding": names[variant], "--variant": variant}
+                {"recipe": recipe, "attention, embedding": names.get(variant, variant), "--variant": variant}
                 | {"top-1 (%) *paper*": f"{paper:.2f} ({DATA_NAMES[dataset]})" if paper else ""}
                 | {"parameters": row(cfg, runs)["parameters"], "runs *here*": str(len(runs[cfg]))}
                 | {f"{key} *here*": text for key, text in averages(runs[cfg]).items()}
@@ -159,10 +165,10 @@ def orders(runs: Runs) -> list[dict]:
 
 
 def tables(runs: Runs) -> dict[str, tuple[str, list[dict]]]:
-    """Return {name of the CSV file: (title, rows)} of each table."""
+    """Return {name of the CSV file: (title, rows)} of each table that has rows."""
     others = {name: (table["title"], listed(table, runs)) for name, table in published("tables").items()}
-    return {
-        "imagenet": ("ImageNet-1k", recipe_rows(runs, ["imagefolder"])),
+    made = {
+        "imagenet": ("ImageNet-1k", recipe_rows(runs, ["imagenet"])),
         "imagenet_others": others.pop("imagenet_others"),
         "imagenet_later": others.pop("imagenet_later"),
         "small": ("CIFAR, event recordings, digits", recipe_rows(runs, [*DATA_NAMES])),
@@ -171,6 +177,7 @@ def tables(runs: Runs) -> dict[str, tuple[str, list[dict]]]:
         "ablations_here": ("Ablations measured here", measurements(runs)),
         "orders": ("Orders of the paper, and whether they hold here: difference of top-1 (%)", orders(runs)),
     }
+    return {name: table for name, table in made.items() if table[1]}
 
 
 def markdown(title: str, rows: list[dict]) -> str:

@@ -73,6 +73,7 @@ RIVALS = {  # arguments of `SpikingTransformer`
         for width in (384, 512, 768)
     },
     "spikformer_4_384": {"family": "spikformer", "width": 384, "depth": 4, "heads": 12, "qkv_bias": True} | _CIFAR,
+    "spikformer_4_256": {"family": "spikformer", "width": 256, "depth": 4, "heads": 8},
     "spikformer_3_64": {"family": "spikformer", "width": 64, "depth": 3, "heads": 8, "qkv_bias": True} | _CIFAR,
     "spikformer_2_256": {"family": "spikformer", "width": 256, "ssa_scale": 0.25} | _DVS,
     "spikformer_2_64": {"family": "spikformer", "width": 64, "ssa_scale": 0.25} | _DVS,
