@@ -112,7 +112,7 @@ def write(rates: Rates, title: str, folder: Path, suffix: str) -> None:
     if rates.integers:
         shares = {name: values.tolist() for name, values in rates.integers.items()}
         integers = [
-            {"behind": name, "mean": sum(n * share for n, share in enumerate(row)), **dict(enumerate(row))}
+            {"after": name, "mean": sum(n * share for n, share in enumerate(row)), **dict(enumerate(row))}
             for name, row in shares.items()
         ]
         write_csv(folder / f"integers{suffix}.csv", integers)
