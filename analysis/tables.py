@@ -66,6 +66,7 @@ def row(cfg: Config, runs: Runs) -> dict[str, str]:
     top1 = [result["top1"] for result in runs[cfg]]
     return {
         **({"data set": DATA_NAMES[data_key(cfg)]} if data_key(cfg) in DATA_NAMES else {}),
+        "recipe": Path(cfg.config).stem,
         "network": cfg.model,
         "T": str(cfg.time_steps),
         "input": str(cfg.input_size),
