@@ -11,8 +11,8 @@ from engine.config import FIELDS, LOCAL_FIELDS, MODEL_FIELDS, PUBLISHED, Config,
 from engine.log import logger, read_record
 
 # samples of the complete test sets; results on fewer do not count
-TEST_SAMPLES = {"imagefolder": 50_000, "torch/cifar10": 10_000, "torch/cifar100": 10_000, "dvs128-gesture": 288}
-TEST_SAMPLES |= {"cifar10-dvs": 1_000, "digits": 360, "digits-dvs": 360}
+TEST_SAMPLES = {"torch/cifar10": 10_000, "torch/cifar100": 10_000, "dvs128-gesture": 288, "cifar10-dvs": 1_000}
+TEST_SAMPLES |= {"digits": 360, "digits-dvs": 360, "imagenet": 50_000, "cifar10-jpeg": 10_000}  # see `data_key`
 # settings that affect the accuracy; seeds may differ, because results are means over seeds
 _OTHERS = "variant effective_batch seed eval_batch_size eval_amp channels_last grad_checkpointing".split()
 _TRAINING = [key for key in FIELDS if key not in (*LOCAL_FIELDS, *MODEL_FIELDS, *PUBLISHED, *_OTHERS)]
@@ -30,7 +30,7 @@ def results(folders: Sequence[Path]) -> list[dict]:
     for path in sorted(path for folder in folders for path in folder.rglob("*.test.json")):
         if (result := read_result(path)) is None:
             logger.warning(f"{path}: left out, not a result of test.py")
-        elif not _is_complete(result):
+        elif result["count"] != TEST_SAMPLES.get(result["dataset"], result["count"]):
             logger.warning(f"{path}: left out, {result['count']} samples are not the test set of {result['dataset']}")
         elif (first := seen.setdefault(json.dumps(result), path)) != path:
             logger.warning(f"{path}: left out, a copy of {first}")
@@ -43,11 +43,6 @@ def results(folders: Sequence[Path]) -> list[dict]:
     return [group[-1] for group in newest.values()]
 
 
-def _is_complete(result: dict) -> bool:
-    is_custom = result["dataset"] == "imagefolder" and result.get("num_classes") != 1000  # a folder of the user
-    return is_custom or result["count"] == TEST_SAMPLES.get(result["dataset"], result["count"])
-
-
 def read_result(path: Path) -> dict | None:
     """Return the content of a file, or None if test.py did not write it."""
     try:
@@ -58,6 +53,11 @@ def read_result(path: Path) -> dict | None:
         return content if is_result and all(isinstance(text, str) for text in texts) else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError):
         return None
+
+
+def data_key(cfg: Config) -> str:
+    """Return the name of a recipe's data set, for images in folders that of the folder."""
+    return Path(cfg.data_path).name if cfg.dataset == "imagefolder" and cfg.data_path else cfg.dataset
 
 
 def settings(result: dict) -> dict[str, object]:
@@ -79,6 +79,8 @@ def by_recipe(rows: Sequence[dict], configs: Sequence[Config]) -> dict[Config, l
             key, (value, recipe) = next(iter(different.items()))
             name = " ".join(filter(None, (Path(nearest.config).name, nearest.variant)))
             logger.warning(f"{result['path']}: left out, {key} is {value}, but {recipe} in the nearest recipe, {name}")
+        elif result["count"] != TEST_SAMPLES.get(data_key(nearest), result["count"]):
+            logger.warning(f"{result['path']}: left out, {result['count']} images are not the recipe's test set")
         else:
             groups[nearest].append(result)
     return groups

@@ -24,7 +24,7 @@ from engine.run import build_model
 
 from .common import main, parser, published, recipes, write_csv
 from .energy import estimate
-from .results import averages, by_recipe, mean, results, verdict
+from .results import averages, by_recipe, data_key, mean, results, verdict
 
 DATA_NAMES = {"torch/cifar10": "CIFAR-10", "torch/cifar100": "CIFAR-100", "dvs128-gesture": "DVS128 Gesture"}
 DATA_NAMES |= {"cifar10-dvs": "CIFAR10-DVS", "digits": "digits", "digits-dvs": "digits, as events"}
@@ -47,11 +47,6 @@ Runs = Mapping[Config, Sequence[dict]]  # results of each recipe and variant
 
 def _given(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else f"{value:{form}}"
-
-
-def data_key(cfg: Config) -> str:
-    """Return the name of a recipe's data set, for images in folders that of the folder."""
-    return Path(cfg.data_path).name if cfg.dataset == "imagefolder" and cfg.data_path else cfg.dataset
 
 
 def row(cfg: Config, runs: Runs) -> dict[str, str]:
@@ -166,9 +161,9 @@ def orders(runs: Runs) -> list[dict]:
 
 
 def tables(runs: Runs) -> dict[str, tuple[str, list[dict]]]:
-    """Return {name of the CSV file: (title, rows)} of each table that has rows."""
+    """Return {name of the CSV file: (title, rows)} of each table."""
     others = {name: (table["title"], listed(table, runs)) for name, table in published("tables").items()}
-    made = {
+    return {
         "imagenet": ("ImageNet-1k", recipe_rows(runs, ["imagenet"])),
         "imagenet_others": others.pop("imagenet_others"),
         "imagenet_later": others.pop("imagenet_later"),
@@ -178,7 +173,6 @@ def tables(runs: Runs) -> dict[str, tuple[str, list[dict]]]:
         "ablations_here": ("Ablations measured here", measurements(runs)),
         "orders": ("Orders of the paper, and whether they hold here: difference of top-1 (%)", orders(runs)),
     }
-    return {name: table for name, table in made.items() if table[1]}
 
 
 def markdown(title: str, rows: list[dict]) -> str:
@@ -197,7 +191,7 @@ def run(argv: Sequence[str]) -> None:
     configs = [cfg for path, _ in recipes() for cfg in read(path).all() if cfg.num_classes]  # own_images has none
     runs = by_recipe(results(args.results or [*Path().glob("output")]), configs)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    made = tables(runs)
+    made = {name: table for name, table in tables(runs).items() if table[1]}  # those with rows
     text = "\n\n".join(markdown(*table) for table in made.values())
     (args.output_dir / "tables.md").write_text(text + "\n")
     for name, (_, rows) in made.items():

@@ -71,7 +71,7 @@ def read(yaml_path: str | Path, argv: Sequence[str] = ()) -> Sources:
     (flags, ignored, is_help), recipe = _read_flags(argv), Path(yaml_path)
     path = Path(flags.get("config", recipe))
     sibling = recipe.parent / (path if path.suffix else f"{path}.yml")
-    if not os.path.isfile(path) and os.path.isfile(sibling):
+    if not os.path.isfile(path) and (os.path.isfile(sibling) or not path.suffix):
         path = sibling
     sources = Sources(path, _read_yaml(path, ignored), flags, recipe, ignored)
     if is_help:
@@ -97,7 +97,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _read_yaml(path: Path, ignored: list[str]) -> dict[str | None, dict[str, object]]:
     """Return the settings of a recipe, under None, and of each of its variants; collect keys without effect."""
     if not os.path.isfile(path):  # a pipe or a device may have no end
-        raise UserError(f"{path}: no such recipe")
+        raise UserError(f"{path}: no such recipe; use one of {sorted(p.name for p in path.parent.glob('*.yml'))}")
     try:
         content = yaml.load(path.read_bytes(), _UniqueKeyLoader)
     except Exception as error:  # PyYAML raises errors of many kinds

@@ -158,7 +158,7 @@ def run(argv: Sequence[str]) -> None:
     if args.picture:
         pictures.gallery(drawn, args.picture, "Inputs as the network sees them, with its answers", predictor.columns)
     if failed := len(files) - sum(row["rank"] == 1 for row in rows):
-        raise UserError(f"{failed} of {len(files)} files: unreadable, see the warnings; replace them")
+        raise UserError(f"{failed} of {len(files)} files: unreadable, see the warnings; correct or replace them")
 
 
 def _parser() -> Parser:

@@ -45,7 +45,7 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
         cfg = sources.config(state["config"])
         dataset = (sources.recipes[None] | sources.flags).get("dataset", cfg.dataset)
         if dataset != cfg.dataset != "eventfolder":  # which has no recipe of its own
-            logger.warning(f"warning: {path}: trained on {cfg.dataset}; evaluating on that, not on {dataset}")
+            logger.info(f"{path}: evaluating on {cfg.dataset} as in training, not on {dataset}")
         warn_of_other_network(cfg, state, path)
         cfg = _with_data_of_run(cfg, path, sources)
     elif "config" not in sources.flags and (known := recipe_of(path, sources.script_recipe.parent)):
@@ -133,10 +133,10 @@ def warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:
     """Warn about settings that change the network but not the shapes of its weights."""
     released = {"ssa_membrane": "released" if cfg.residual == "sew" else "per_sample"}
     released["time_steps"] = getattr(state.get("args"), "time_step", cfg.time_steps)
-    recorded = state.get("config") or released
+    recorded, how = (state["config"], "trained with") if state.get("config") else (released, "probably trained with")
     keys = ("variant", "ssa_membrane", "residual", "time_steps", "attention", "ssa_scale")
     for key, value, trained in differences(cfg, recorded, keys):
-        logger.warning(f"warning: {path}: trained with {key} = {short(trained)}, this run has {value!r}")
+        logger.warning(f"warning: {path}: {how} {key} = {short(trained)}, this run has {value!r}")
 
 
 def differences(cfg: Config, recorded: dict, keys: Sequence[str]) -> Iterator[tuple[str, object, object]]:

@@ -15,7 +15,11 @@ from .embed import SPEDS
 from .layers import Chain, DropPath, SpikingMLP
 from .neuron import require, require_choice
 
-ATTENTIONS = {"token": TokenQKAttention, "channel": ChannelQKAttention, "self": SpikingSelfAttention}
+ATTENTIONS = {
+    "token": TokenQKAttention,
+    "channel": ChannelQKAttention,
+    "self": SpikingSelfAttention,
+}
 
 # family: (units of the first SPEDS, units before its shortcut starts, units of the later SPEDS); a unit (n, pool) is
 # a 3x3 convolution to 1/n of the stage's channels, with max pooling if `pool`.

@@ -370,6 +370,8 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     result(tmp_path / "another_network/best.test.json", 13.0, attention=["self", "self", "token"])
     result(tmp_path / "variant/best.test.json", 97.0, attention=["self", "self", "self"])
     result(tmp_path / "another_size/best.test.json", 13.0, input_size=16)
+    folder = config.plain(config.load(ROOT / "cifar10/cifar10_cpu.yml"), without=["energy", "time"])
+    result(tmp_path / "my_folder/best.test.json", 13.0, **folder)  # 360 images instead of 10,000
     (tmp_path / "untested").mkdir()
     (tmp_path / "untested/metrics.jsonl").touch()
     for name, text in NO_RESULTS.items():
@@ -379,6 +381,7 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     printed = capfd.readouterr().out
     left_out = [line.split(": left out")[0] for line in printed.splitlines() if ": left out" in line]
     folders = ("a/last", "copy/best", "part/best", "short/best", "another_network/best", "another_size/best")
+    folders += ("my_folder/best",)
     names = [*folders, *NO_RESULTS]
     assert left_out.pop(0) == str(tmp_path / "untested")
     assert sorted(left_out) == sorted(str(tmp_path / f"{name}.test.json") for name in names)
@@ -418,7 +421,7 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     assert {row["--variant"] for row in written["ablations"]} == variants
     paper = {row["--variant"]: row["CIFAR10-DVS: top-1 (%) paper"] for row in written["ablations"]}
     assert (paper["channel_self"], paper["spikformer_speds"], paper["ms"]) == ("84.30", "82.20", "")
-    assert set(results.TEST_SAMPLES) == {cfg.dataset for _, cfg in common.recipes()}
+    assert set(results.TEST_SAMPLES) == {results.data_key(cfg) for _, cfg in common.recipes() if cfg.num_classes}
     tables.run(["--results", str(tmp_path / "untested"), "--output-dir", str(tmp_path / "none")])  # without results
     files = [{path.name for path in (tmp_path / folder).glob("*.csv")} for folder in ("out", "none")]
     assert files[0] - files[1] == {"ablations_here.csv"}

@@ -64,7 +64,7 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     allowed |= {"mixup_in": ("step",)} if cfg.mixup else {}
     allowed |= {"split_seed": (None,)} if raw.is_split else {}
     allowed |= {"sensor_size": (None,)} if raw.side else {}
-    require(cfg, "event frames", allowed)
+    require(cfg, f"event frames of {len(classes)} classes", allowed)
     if cfg.dataset == "digits-dvs":
         train_set = digits.create_frames(True, layout(cfg)) if train else None
         test_set, split = digits.create_frames(False, layout(cfg)), None

@@ -20,7 +20,7 @@ def require(cfg: Config, samples: str, allowed: Mapping[str, Sequence]) -> None:
     for key, values in allowed.items():
         if (value := getattr(cfg, key)) not in values:
             fix = " or ".join("none" if choice is None else str(choice) for choice in values)
-            raise UserError(f"{key} = {value}: {cfg.dataset} has {samples}; use {fix}, or leave it out")
+            raise UserError(f"{key} = {value}: {cfg.dataset} has {samples}; use --{key.replace('_', '-')} {fix}")
 
 
 def data_path(cfg: Config, must_exist: bool = True) -> Path:
@@ -29,7 +29,7 @@ def data_path(cfg: Config, must_exist: bool = True) -> Path:
         raise UserError(f"dataset {cfg.dataset}: its folder is unknown; use --data-path")
     root = Path(cfg.data_path).resolve()
     if must_exist and not root.is_dir():
-        raise UserError(f"{root}: no such folder; use --data-path, or --download for CIFAR")
+        raise UserError(f"{root}: no such folder; use --data-path (docs/data.md), or --download for torch/cifar10")
     return root
 
 

@@ -95,7 +95,7 @@ def integrate(events: Events, frames: int, height: int = SIDE, width: int = SIDE
         raise DamagedRecording(f"only {count} events for {frames} frames (--time-steps)")
     rows, columns = events.y.max() + 1, events.x.max() + 1
     if rows > height or columns > width:
-        raise DamagedRecording(f"{rows} x {columns} pixels, the sensor has {height} x {width} (--sensor-size)")
+        raise DamagedRecording(f"{rows} x {columns} pixels, more than --sensor-size {height} {width}")
     sizes = np.full(frames, count // frames)
     sizes[-1] += count % frames
     frame = np.repeat(np.arange(frames, dtype=np.uint32), sizes)
@@ -138,7 +138,7 @@ def frames_of(name: str, read: Reader, samples: Spans, layout: Layout) -> tuple[
             frames[sample] = to_frames(recording, layout, span)
     except Exception as error:  # a damaged file makes its reader fail in any way
         problem = f"{sample if len(samples) > 1 else ''} {str(error) or type(error).__name__}".strip()[:150]
-        raise UserError(f"{name}: unusable recording ({problem}); replace it") from None
+        raise UserError(f"{name}: unusable recording ({problem}); correct or replace it") from None
     return frames, getattr(recording, "invalid", 0)
 
 

@@ -193,7 +193,7 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
     try:
         dataset = distributed.in_turns(make) if cfg.download else make()
     except Exception as error:  # each library fails in its own way
-        raise UserError(f"{cfg.dataset} in {root}: {error!r}; use --data-path, or --download") from None
+        raise UserError(f"{cfg.dataset} in {root}: {error!r}; check --data-path, --download and the network") from None
     if train and type(dataset) is ImageFolder and dataset.root == root:  # timm's fallback
         raise UserError(f"{root}: no folder {split}; make one for training and one for testing")
     if hasattr(dataset, "loader"):
