@@ -30,7 +30,7 @@ def results(folders: Sequence[Path]) -> list[dict]:
     for path in sorted(path for folder in folders for path in folder.rglob("*.test.json")):
         if (result := read_result(path)) is None:
             logger.warning(f"{path}: left out, not a result of test.py")
-        elif result["count"] != TEST_SAMPLES.get(result["dataset"], result["count"]):
+        elif not _is_complete(result):
             logger.warning(f"{path}: left out, {result['count']} samples are not the test set of {result['dataset']}")
         elif (first := seen.setdefault(json.dumps(result), path)) != path:
             logger.warning(f"{path}: left out, a copy of {first}")
@@ -41,6 +41,12 @@ def results(folders: Sequence[Path]) -> list[dict]:
         for older in group[:-1]:
             logger.warning(f"{older['path']}: left out, {group[-1]['path'].name} is newer")
     return [group[-1] for group in newest.values()]
+
+
+def _is_complete(result: dict, key: str = "") -> bool:
+    is_imagenet = result["dataset"] == "imagefolder" and result.get("num_classes") == 1000
+    key = key or ("imagenet" if is_imagenet else result["dataset"])
+    return result["count"] == TEST_SAMPLES.get(key, result["count"])
 
 
 def read_result(path: Path) -> dict | None:
@@ -79,7 +85,7 @@ def by_recipe(rows: Sequence[dict], configs: Sequence[Config]) -> dict[Config, l
             key, (value, recipe) = next(iter(different.items()))
             name = " ".join(filter(None, (Path(nearest.config).name, nearest.variant)))
             logger.warning(f"{result['path']}: left out, {key} is {value}, but {recipe} in the nearest recipe, {name}")
-        elif result["count"] != TEST_SAMPLES.get(data_key(nearest), result["count"]):
+        elif not _is_complete(result, data_key(nearest)):
             logger.warning(f"{result['path']}: left out, {result['count']} images are not the recipe's test set")
         else:
             groups[nearest].append(result)
