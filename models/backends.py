@@ -53,8 +53,6 @@ def _cupy_refusal(x: Tensor) -> str | None:
 
 
 def triton_lif(x: Tensor, threshold: float) -> Tensor:
-    if torch.compiler.is_compiling():  # the compiler cannot trace a kernel launch
-        return torch_lif(x, threshold)
     from .fused import autograd
 
     is_ready = x.is_cuda or autograd.interpreted()
@@ -106,7 +104,7 @@ def launches(backend: str) -> bool:
 
 def auto_lif(x: Tensor, threshold: float) -> Tensor:
     """Compute one layer of neurons with the first backend that runs; `FastPath` chooses for whole networks."""
-    if not x.is_cuda or torch.compiler.is_compiling():
+    if not x.is_cuda:
         return torch_lif(x, threshold)
     if launches("triton"):
         return triton_lif(x, threshold)
@@ -132,7 +130,7 @@ class FastPath:
         return coverage
 
     def __call__(self, model: HierarchicalSpikingTransformer, x: Tensor) -> Iterator[Tensor] | None:
-        if model.residual != "sew" or torch.compiler.is_compiling() or is_transformed() or is_continued():
+        if model.residual != "sew" or is_transformed() or is_continued():
             return None
         covered, ops = self.covered(model), None
         if covered.function is triton_lif or (covered.function is auto_lif and x.is_cuda and launches("triton")):

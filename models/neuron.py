@@ -111,11 +111,9 @@ def is_continued() -> bool:
 
 
 def is_transformed() -> bool:
-    """Return whether torch.export, torch.jit.trace or torch.func transforms the call; they need plain operations."""
-    if torch.compiler.is_dynamo_compiling():
-        return False  # the compiler supports autograd functions
+    """Return whether the compiler, an exporter or torch.func transforms the call; they need plain operations."""
     is_in_func = torch._C._are_functorch_transforms_active()  # not public in torch
-    return is_in_func or torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return is_in_func or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class LIF(nn.Module):

@@ -238,7 +238,7 @@ def test_the_whole_network_is_one_graph_to_the_compiler(checkpointing):
         settings = {"depths": (1,), "attention": ("self",), "in_channels": 3, "time_steps": 2, "width": 16}
         model = lively(create_model("qkformer_3_64", drop_path=0.5, **settings)).train()
         if is_compiled:
-            model.set_grad_checkpointing(checkpointing)
+            model.to(memory_format=torch.channels_last).set_grad_checkpointing(checkpointing)
             model.compile(backend="aot_eager", fullgraph=True)  # without minutes of C++ compilation
         steps.append(train(model, images(8, 3, 8, 8)))
     (plain, memory), (compiled, less) = steps
