@@ -1,6 +1,6 @@
 """Runs of a recipe over variants and seeds, one process each, and a table of any runs.
 
-    python -m analysis.grid digits/digits.yml --variants recipe self token --seeds 0 1 2 [--out FOLDER] [-- FLAGS]
+    python -m analysis.grid digits/digits.yml --variants recipe self token --seeds 0 1 2 [--output-dir FOLDER] [-- FLAGS]
     python -m analysis.grid --compare output/first output/self [--record docs/results [--curves]]
 
 Trains each variant ("recipe" is the recipe itself) with each seed in FOLDER/VARIANT-seedN; FLAGS go to train.py. It
@@ -45,7 +45,7 @@ class Run(NamedTuple):
         if (result := read_result(path)) is None:
             return None
         for key, (value, wanted) in differences(result, plain(load(self.recipe, self.flags))).items():
-            raise UserError(f"{self.folder}: trained with {key} = {value}, not {wanted}; use another --out")
+            raise UserError(f"{self.folder}: trained with {key} = {value}, not {wanted}; use another --output-dir")
         return result | {"path": path}
 
     def execute(self) -> bool:
@@ -89,7 +89,7 @@ def plan(recipe: Path, variants: Sequence[str] | None, seeds: Sequence[int], out
 def train(runs: Sequence[Run]) -> list[str]:
     """Train the runs that are not finished; return the folders of those that failed."""
     pending, failed = [run for run in runs if not run.result()], []
-    logger.info(f"{len(runs)} runs, {len(runs) - len(pending)} finished")
+    logger.info(f"runs: {len(runs)}, finished: {len(runs) - len(pending)}")
     for i, run in enumerate(pending, 1):
         logger.info(f"run {i}/{len(pending)}: {run.folder}, output in grid.log")
         if run.execute():
@@ -163,7 +163,7 @@ def run(argv: Sequence[str]) -> None:
     flags.add_argument("recipe", nargs="?", type=Path, help="recipe to train, such as digits/digits.yml")
     flags.add_argument("--variants", nargs="+", help=f"variants of the recipe; {ITSELF} is the recipe itself (all)")
     flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of each variant (0 1 2)")
-    flags.add_argument("--out", type=Path, help="folder of the runs and the table (output/grid/RECIPE)")
+    flags.add_argument("--output-dir", type=Path, help="folder of the runs and the table (output/grid/RECIPE)")
     flags.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="show these runs and train nothing")
     flags.add_argument("--record", type=Path, metavar="FOLDER", help="copy the small files of each run to this folder")
     flags.add_argument("--curves", action="store_true", help="with --record, copy the learning curves too")
@@ -173,9 +173,9 @@ def run(argv: Sequence[str]) -> None:
         raise UserError("recipe: missing; pass one such as digits/digits.yml, or --compare RUN ...")
     failed = []
     if args.compare:
-        evaluated, out = results(args.compare), args.out
+        evaluated, out = results(args.compare), args.output_dir
     else:
-        out = args.out or Path("output/grid", args.recipe.stem)
+        out = args.output_dir or Path("output/grid", args.recipe.stem)
         runs = plan(args.recipe, args.variants, args.seeds, out, list(argv[at + 1 :]))
         failed = train(runs)
         evaluated = [result for run in runs if (result := run.result())]

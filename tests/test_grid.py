@@ -60,7 +60,7 @@ def starts(folder):
 
 def test_a_grid_resumes_and_skips_finished_runs(recipe, tmp_path, monkeypatch, capfd):
     out = tmp_path / "out"
-    command = ["analysis.grid", recipe, "--variants", "recipe", "self", "--out", out, "--seeds"]
+    command = ["analysis.grid", recipe, "--variants", "recipe", "self", "--output-dir", out, "--seeds"]
     here(monkeypatch, capfd, *command, 0, 2)
     assert starts(out) == dict.fromkeys(["recipe-seed0", "recipe-seed2", "self-seed0", "self-seed2"], 1)
     (out / "self-seed2/last.test.json").write_text("{")  # its evaluation was killed
@@ -79,7 +79,7 @@ def test_a_grid_resumes_and_skips_finished_runs(recipe, tmp_path, monkeypatch, c
 
 def test_a_signal_lets_the_run_save(recipe, tmp_path):
     out = tmp_path / "out"
-    command = ["-m", "analysis.grid", recipe, "--variants", "recipe", "--seeds", 8, "--out", out]
+    command = ["-m", "analysis.grid", recipe, "--variants", "recipe", "--seeds", 8, "--output-dir", out]
     child = Child(*command, log=tmp_path / "log")
     while not (out / "recipe-seed8/ready").exists():
         assert child.process.is_alive(), child.output
@@ -93,7 +93,7 @@ def test_any_runs_side_by_side(tmp_path, monkeypatch, capfd):
     for seed, top1 in enumerate((98.0, 99.0)):
         result(tmp_path / f"a{seed}/best.test.json", top1, seed=seed)
     result(tmp_path / "b/best.test.json", 97.0, epochs=2)
-    here(monkeypatch, capfd, "analysis.grid", "--compare", tmp_path, "--out", tmp_path)
+    here(monkeypatch, capfd, "analysis.grid", "--compare", tmp_path, "--output-dir", tmp_path)
     rows = [*csv.DictReader((tmp_path / "grid.csv").open())]
     assert [(row["settings"], row["seeds"], row["top-1 (%)"]) for row in rows] == [
         ("epochs: 8", "0 1", "98.50 ± 0.71"),
