@@ -191,8 +191,9 @@ def print_help(sources: Sources) -> None:
     """Print the flags that the script reads, with the settings of `sources` as defaults, and exit."""
     script = "test" if Path(sys.argv[0]).stem == "test" else "train"
     sentence, *examples = settings.HELP[script]
-    command = f"    python {sources.script_recipe.parent.name}/{script}.py"
-    lines = [sentence, "", *(f"{command} {flags}" for flags in examples), "", f"[Values] are those of {sources.path}."]
+    folder = sources.script_recipe.parent.name
+    examples = [f"    python {folder}/{script}.py {flags.format(folder)}" for flags in examples]
+    lines = [sentence, "", *examples, "", f"[Values] are those of {sources.path}."]
     style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=120)
     parser = Parser(usage=argparse.SUPPRESS, description="\n".join(lines), formatter_class=style)
     for title, keys in settings.groups(script).items():

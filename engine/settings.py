@@ -5,9 +5,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 
 AMP = ("fp16", "bf16", "off")
-HELP = {  # script -> a sentence, and the flags of examples
-    "train": ["Train a network.", "--output-dir output/first", "--output-dir output/first --resume auto"],
-    "test": ["Evaluate a checkpoint.", "--checkpoint output/first/best.pt", "--energy"],
+HELP = {  # script -> a sentence, and the flags of examples; {} is the folder of the script
+    "train": ["Train a network.", "--output-dir output/my-{}", "--output-dir output/my-{} --resume auto"],
+    "test": ["Evaluate a checkpoint.", "--checkpoint output/my-{}/best.pt", "--energy"],
 }
 NOT_COMPILED = ("pack_spikes", "energy", "cuda_graphs")
 TRAINING = ("augmentation", "optimization")  # groups of settings that test.py does not read
