@@ -28,13 +28,13 @@ demo: $(VENV)/ready
 
 help:
 	@echo "make demo     train and evaluate a small network on digits, in about 2 minutes (also plain make)"
-	@echo "make tables   the paper's tables, with your runs in output/"
+	@echo "make tables   the paper's tables, with the runs in docs/results and output/"
 	@echo "make test     linter and tests; one file: make test PYTEST_ARGS=tests/test_models.py"
 	@echo "make audit    known vulnerabilities of the pinned packages"
 	@echo "The first call sets up $(VENV) with $(PYTHON); another interpreter: make PYTHON=python3.12"
 
 tables: $(VENV)/ready
-	$(RUN) -m analysis.tables
+	$(RUN) -m analysis.tables --results docs/results $(wildcard output)
 
 test: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check .
