@@ -27,7 +27,7 @@ from .energy import estimate
 from .results import averages, by_recipe, data_key, mean, results, verdict
 
 DATA_NAMES = {"torch/cifar10": "CIFAR-10", "torch/cifar100": "CIFAR-100", "dvs128-gesture": "DVS128 Gesture"}
-DATA_NAMES |= {"cifar10-dvs": "CIFAR10-DVS", "digits": "digits", "digits-dvs": "digits, as events"}
+DATA_NAMES |= {"cifar10-dvs": "CIFAR10-DVS", "digits": "digits", "digits-dvs": "event digits"}
 DATA_NAMES |= {"cifar10-jpeg": "CIFAR-10, JPEG copy"}
 ABLATED = ("torch/cifar100", "cifar10-dvs")  # data sets of the paper's ablations: images, events
 
@@ -128,7 +128,7 @@ def measured(runs: Runs) -> dict[str, dict[str, Config]]:
 
 def measurements(runs: Runs) -> list[dict]:
     """Return a row for each measured recipe and variant of the ablations, next to the paper's accuracy."""
-    rows, names = [], published("ablations")
+    rows, names = [], published("ablations") | published("membranes")
     for recipe, group in measured(runs).items():
         for variant, cfg in group.items():
             dataset = ABLATED[cfg.dataset in EVENT_DATASETS]
