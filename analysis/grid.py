@@ -1,6 +1,6 @@
 """Runs of a recipe over variants and seeds, one process each, and a table of any runs.
 
-    python -m analysis.grid digits/digits.yml --variants recipe self token --seeds 0 1 2 [--output-dir FOLDER] [-- FLAGS]
+    python -m analysis.grid digits/digits.yml --variants recipe self token --seeds 0 1 [--output-dir FOLDER] [-- FLAGS]
     python -m analysis.grid --compare output/first output/self [--record docs/results [--curves]]
 
 Trains each variant ("recipe" is the recipe itself) with each seed in FOLDER/VARIANT-seedN; FLAGS go to train.py. It
