@@ -29,7 +29,7 @@ from .data import event, image, pictures
 from .data.folders import is_hidden
 from .data.frames import DECODERS
 from .log import logger
-from .weights import build_model, load_weights, recipe_of, settings_of
+from .weights import build_model, load_weights, recipe_of, settings_of, warn_of_silence
 
 FLAGS = "config eval_batch_size device workers input_size time_steps sensor_size ssa_membrane use_ema".split()
 COLUMNS = ("file", "rank", "class", "probability")
@@ -142,6 +142,8 @@ def run(argv: Sequence[str]) -> None:
             for error in errors:
                 logger.warning(f"warning: {error}")
             samples = [sample for _, sample in readable]
+            if samples and not rows:
+                warn_of_silence(predictor.cfg, predictor.model, torch.stack(samples).to(predictor.device))
             answers = map(predictor.stream, samples) if args.stream else ([x] for x in predictor(samples))
             for (path, sample), steps in zip(readable, answers, strict=True):
                 for step, answer in enumerate(steps, 1):

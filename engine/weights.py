@@ -52,7 +52,7 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
         cfg = dataclasses.replace(read(known), flags=sources.flags).config()
         logger.info(f"{path}: the released checkpoint of {known.stem}, recognised by its md5")
     else:
-        cfg = sources.config(_shown_by(state, path))
+        cfg = dataclasses.replace(sources.config(_shown_by(state, path)), epochs=0)  # no training is on record
     return dataclasses.replace(cfg, checkpoint=str(path))
 
 
@@ -163,7 +163,7 @@ def warn_of_silence(cfg: Config, model: nn.Module, images: Tensor) -> None:
         where = ", ".join(names[:3]) + (f" and {len(names) - 3} more layers" if len(names) > 3 else "")
         updates = min(int(value) for name, value in model.named_buffers() if name.endswith("num_batches_tracked"))
         fix = f"train longer (BatchNorm has seen {updates} updates), lower lr, or check the settings of the input"
-        logger.warning(f"warning: {where}: no spikes on {len(images)} test samples; {fix}")
+        logger.warning(f"warning: {where}: no spikes on {len(images)} samples; {fix}")
 
 
 def silent_layers(model: nn.Module, x: Tensor) -> list[str]:

@@ -179,3 +179,13 @@ def test_silence_of_few_updates_is_explained(warnings):
             buffer.fill_(25)
     warn_of_silence(cfg, model, torch.rand(4, 1, 8, 8))
     named(warnings[-1], 25)
+
+
+def test_a_silent_network_is_named(images, tmp_path, monkeypatch, capfd):
+    state = torch.load(images[0] / "best.pt")
+    for name, value in state["state_dict"].items():
+        if name.endswith("running_var"):
+            value.fill_(1e9)
+    torch.save(state, tmp_path / "silent.pt")
+    out = here(monkeypatch, capfd, "engine.predict", "--checkpoint", tmp_path / "silent.pt", ROOT / "docs/digit.png")
+    assert "warning: stages." in out

@@ -29,7 +29,8 @@ def data_path(cfg: Config, must_exist: bool = True) -> Path:
         raise UserError(f"dataset {cfg.dataset}: its folder is unknown; use --data-path")
     root = Path(cfg.data_path).resolve()
     if must_exist and not root.is_dir():
-        raise UserError(f"{root}: no such folder; use --data-path (docs/data.md), or --download for torch/NAME")
+        download = " or --download" if cfg.dataset.startswith("torch/") else ""
+        raise UserError(f"{root}: no such folder; use --data-path{download}, or make it as docs/data.md says")
     return root
 
 

@@ -87,7 +87,7 @@ def create_dataset(cfg: Config, train: bool) -> Dataset:
     names = class_names(dataset)
     if names and len(names) != cfg.num_classes:
         root = getattr(dataset, "root", cfg.dataset)
-        raise UserError(f"num_classes = {cfg.num_classes}: {root} has {len(names)}; complete it, or use --num-classes")
+        raise UserError(f"num_classes = {cfg.num_classes}: {root} has {len(names)}; use --num-classes {len(names)}")
     dataset.transform, dataset.target_transform = _transform(cfg, train), functools.partial(_require_label, cfg)
     return dataset
 
