@@ -86,7 +86,7 @@ def _shown_by(state: dict, path: Path) -> dict[str, object]:
     shown = {names[key]: value for key in names if isinstance(value := getattr(args, key, None), int)}
     logger.info(
         f"{path}: {name}, recognised by its shapes, with {' and '.join(shown) or 'neither T nor size'} recorded. "
-        "Shapes do not tell: --time-steps, --input-size, --ssa-membrane"
+        "Shapes do not show --time-steps, --input-size and --ssa-membrane"
     )
     return {"model": name, **arguments, **shown}
 
