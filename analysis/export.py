@@ -75,9 +75,10 @@ def _write_safetensors(subject: common.Subject, output: Path) -> None:
     if card.exists() and LIBRARY not in card.read_text(errors="replace"):
         raise UserError(f"{card}: not a model card, and the new card would overwrite it; use another --output")
     weights = {name: value.contiguous() for name, value in subject.model.state_dict().items()}
+    unknown = () if subject.cfg.epochs else ("epochs",)  # see `settings_of`
     metadata = {
         "format": "pt",  # Hugging Face's name of torch
-        "config": json.dumps(plain(subject.cfg, without=LOCAL_FIELDS)),
+        "config": json.dumps(plain(subject.cfg, without=[*LOCAL_FIELDS, *unknown])),
         "classes": json.dumps(list(subject.classes)),
     }
     _write(output, save(weights, metadata))

@@ -40,7 +40,11 @@ def build_model(cfg: Config) -> nn.Module:
 
 
 def settings_of(state: dict, path: Path, sources: Sources) -> Config:
-    """Return the settings to evaluate a checkpoint with: its record, its published row or its shapes, under flags."""
+    """Return the settings to evaluate a checkpoint with: its record, its published row or its shapes, under flags.
+
+    `epochs` is 0 without a record of its training, so that analysis.tables does not count it as a run of the recipe.
+    """
+    is_recorded = "epochs" in state.get("config", {})
     if state["format"] == "qkformer":
         cfg = sources.config(state["config"])
         dataset = (sources.recipes[None] | sources.flags).get("dataset", cfg.dataset)
@@ -49,11 +53,11 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
         warn_of_other_network(cfg, state, path)
         cfg = _with_data_of_run(cfg, path, sources)
     elif "config" not in sources.flags and (known := recipe_of(path, sources.script_recipe.parent)):
-        cfg = dataclasses.replace(read(known), flags=sources.flags).config()
+        cfg, is_recorded = dataclasses.replace(read(known), flags=sources.flags).config(), True
         logger.info(f"{path}: the released checkpoint of {known.stem}, recognised by its md5")
     else:
-        cfg = dataclasses.replace(sources.config(_shown_by(state, path)), epochs=0)  # no training is on record
-    return dataclasses.replace(cfg, checkpoint=str(path))
+        cfg = sources.config(_shown_by(state, path))
+    return dataclasses.replace(cfg, checkpoint=str(path), epochs=cfg.epochs if is_recorded else 0)
 
 
 def _with_data_of_run(cfg: Config, path: Path, sources: Sources) -> Config:

@@ -149,6 +149,14 @@ def test_safetensors_evaluate_as_the_checkpoint_and_are_not_resumed(tmp_path, mo
     named(line, output)
 
 
+def test_safetensors_of_weights_without_a_record_are_no_run_of_the_recipe(tmp_path, monkeypatch, capfd):
+    path, output = untrained(tmp_path / "best.pt", "digits/digits.yml"), tmp_path / "foreign.safetensors"
+    torch.save({"model": checkpoint.read(path)["state_dict"]}, tmp_path / "foreign.pth")
+    export_safetensors(tmp_path / "foreign.pth", "--config", "digits/digits.yml", "--output", output)
+    here(monkeypatch, capfd, "digits/test.py", "--checkpoint", output)
+    assert result_in(tmp_path)["epochs"] == 0
+
+
 def test_safetensors_keep_the_names_of_classes_and_event_folders_need_no_recipe(tmp_path):
     flags = ["--dataset", "eventfolder", "--num-classes", "2"]
     path = untrained(tmp_path / "best.pt", "cifar10-dvs/cifar10-dvs.yml", *flags)
