@@ -191,8 +191,9 @@ def print_help(sources: Sources) -> None:
     """Print the flags that the script reads, with the settings of `sources` as defaults, and exit."""
     script = "test" if Path(sys.argv[0]).stem == "test" else "train"
     sentence, *examples = settings.HELP[script]
-    folder, recipe = sources.script_recipe.parent.name, sources.path.stem
-    examples = [f"    python {folder}/{script}.py {flags.format(recipe)}" for flags in examples]
+    command, config = f"    python {sources.script_recipe.parent.name}/{script}.py", sources.flags.get("config")
+    command += f" --config {config}" if config else ""
+    examples = [f"{command} {flags.format(sources.path.stem)}" for flags in examples]
     lines = [sentence, "", *examples, "", f"[Values] are those of {sources.path}."]
     style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=120)
     parser = Parser(usage=argparse.SUPPRESS, description="\n".join(lines), formatter_class=style)

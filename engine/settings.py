@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 
 AMP = ("fp16", "bf16", "off")
-HELP = {  # script -> a sentence, and the flags of examples; {} is the folder of the script
+HELP = {  # script -> a sentence, and the flags of examples; {} is the recipe
     "train": ["Train a network.", "--output-dir output/my-{}", "--output-dir output/my-{} --resume auto"],
     "test": ["Evaluate a checkpoint.", "--checkpoint output/my-{}/best.pt", "--energy"],
 }
