@@ -56,7 +56,11 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
         cfg, is_recorded = dataclasses.replace(read(known), flags=sources.flags).config(), True
         logger.info(f"{path}: the released checkpoint of {known.stem}, recognised by its md5")
     else:
-        cfg = sources.config(_shown_by(state, path))
+        shown = _shown_by(state, path)
+        if (name := shown.get("model")) in sources.recipes and not sources.flags.keys() & {"model", "variant"}:
+            logger.info(f"{path}: evaluating with the settings of --variant {name} in {sources.path}")
+            sources = dataclasses.replace(sources, flags={"variant": name} | sources.flags)
+        cfg = sources.config(shown)
     return dataclasses.replace(cfg, checkpoint=str(path), epochs=cfg.epochs if is_recorded else 0)
 
 
@@ -90,7 +94,7 @@ def _shown_by(state: dict, path: Path) -> dict[str, object]:
     shown = {names[key]: value for key in names if isinstance(value := getattr(args, key, None), int)}
     logger.info(
         f"{path}: {name}, recognised by its shapes, with {' and '.join(shown) or 'neither T nor size'} recorded. "
-        "Shapes do not show --time-steps, --input-size and --ssa-membrane"
+        "Shapes do not show --time-steps, --input-size, --ssa-membrane and --heads"
     )
     return {"model": name, **arguments, **shown}
 

@@ -100,6 +100,18 @@ def test_an_unknown_file_is_known_by_its_shapes(data, tmp_path, monkeypatch, cap
         assert result["epochs"] == 0  # so that no table counts it as a run of the recipe
 
 
+def test_a_file_of_a_rival_is_evaluated_with_the_variant_of_its_name(data, tmp_path, monkeypatch, capfd):
+    """Take the number of heads and the statistics of the images, which shapes do not show."""
+    small = ["--data-path", data / "five", "--dataset", "imagefolder", "--workers", "0"]
+    for name, heads, mean in (("spikingformer_4_384", 8, 0.4914), ("sdt_2_512", None, 0.5071)):
+        path = released_file(tmp_path / f"{name}.pth", name, num_classes=4)
+        here(monkeypatch, capfd, "cifar100/test.py", "--checkpoint", path, *small, "--output-dir", tmp_path / name)
+        result = result_in(tmp_path / name)
+        assert (result["model"], result["variant"], result["heads"], result["mean"][0]) == (name, name, heads, mean)
+    here(monkeypatch, capfd, "cifar100/test.py", "--checkpoint", path, *small, "--model", name)
+    assert result_in(tmp_path)["variant"] is None
+
+
 def test_fine_tuning_and_resuming_from_released_weights(data, tmp_path, monkeypatch, capfd):
     network = {"name": "qkformer_3_64", "in_channels": 3}
     weights = checkpoint.read(released_file(tmp_path / "released.pth", num_classes=1000, **network))["state_dict"]
