@@ -164,7 +164,7 @@ def test_commands_that_do_not_run_here_have_valid_flags():
             if words != ["--help"]:
                 config.load(ROOT / folder / recipe, words)
             checked.add(folder)
-    assert checked == {"imagenet", "cifar10", "cifar100", "digits", "cifar10-dvs", "dvs128-gesture"}
+    assert checked >= {"imagenet", "cifar10", "cifar100", "digits", "cifar10-dvs", "dvs128-gesture"}
 
 
 def test_make_targets_exist():
