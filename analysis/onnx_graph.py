@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from engine.cli import UserError
 from models import LIF
-from models.neuron import lif_step
 
 from .common import hooked
 
@@ -138,9 +137,8 @@ def _follow(model: nn.Module, x: Tensor, spikes: dict[str, Tensor]) -> tuple[Ten
         nonlocal flips, distance
         v = torch.zeros_like(currents[0])
         for current, spike in zip(currents, spikes[name], strict=True):  # [B,...] of a time step
-            h = torch.empty_like(current)
-            decided, _ = lif_step(current, v, lif.threshold, h=h)
-            differs = decided != spike
+            h = lif.charge(current, v)
+            differs = (h >= lif.threshold) != spike
             flips += differs.flatten(1).sum(1)
             distance = max(distance, ((h - lif.threshold).abs() * differs).max().item())
             v = h * (1 - spike)

@@ -12,12 +12,14 @@ import torch
 import yaml
 from safetensors.torch import save, save_file
 from scripts import ROOT, fail, here, named, refuses, result_in
+from spikingjelly.activation_based.monitor import OutputMonitor
 from test_analysis import untrained
 
 from analysis import common, export
-from analysis.onnx_graph import Parity
+from analysis.onnx_graph import Parity, _follow
 from engine import checkpoint, config, predict
 from engine.config import plain
+from models import LIF, create_model
 
 UNIT = "stages.0.embed.units.0."
 
@@ -87,6 +89,20 @@ def test_a_spike_within_rounding_of_the_threshold_is_explained(digits):
     subject.model.head.bias.data += 1e-4
     with refuses("1e-05", "1.0e-04"):
         export.compare(subject.model, graph, x.split(1)).require()
+
+
+@pytest.mark.parametrize("changes", [{"neuron": "if"}, {"neuron": "plif"}, {"tau": 1.5}], ids=str)
+def test_every_neuron_follows_its_own_spikes(changes):
+    torch.manual_seed(0)
+    model, x = create_model("qkformer_3_64", **changes), 2 * torch.randn(3, 1, 8, 8)
+    spikes = OutputMonitor(model, LIF)
+    expected = model(x)  # in training mode, where a new network spikes
+    spikes.disable()
+    given = {name: rows[0] for name in spikes.monitored_layers if (rows := spikes[name])}
+    assert sum(bool(value.any()) for value in given.values()) > len(given) / 2
+    logits, flips, distance = _follow(model, x, given)
+    assert torch.equal(logits, expected)
+    assert (flips.tolist(), distance) == ([0, 0, 0], 0)
 
 
 def test_a_leaking_membrane_is_exported_at_a_batch_of_1(tmp_path, monkeypatch):
