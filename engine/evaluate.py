@@ -56,8 +56,10 @@ def evaluate(
 
 
 def published(cfg: Config) -> Config:
-    """Return the recipe of `cfg`, or its variant, if network and input are the same, for its published figures."""
+    """Return the recipe of `cfg`, or its variant, if network and data are the same, for its published figures."""
     keys = {*MODEL_FIELDS, "input_size", "split_seed"} - {"ssa_membrane"}  # which is compared with the published one
+    if not cfg.dataset.startswith(("wds/", "hfds/")):  # the recipe's data set may have any name there
+        keys.add("dataset")
     recipes = (recipe for recipe in read(cfg.config).all() if all(getattr(recipe, k) == getattr(cfg, k) for k in keys))
     return next(recipes, Config())
 
