@@ -94,10 +94,10 @@ def runs_of(cfg: Config) -> Path:
 
 
 def checkpoint_to_test(cfg: Config) -> Path:
-    """Return the checkpoint that the flags name, else `best.pt` of the recipe's last run in `output/`."""
+    """Return the checkpoint that the flags name, else `best.pt` of the recipe's last run in its default folder."""
     if path := cfg.checkpoint or cfg.resume or cfg.finetune:
         return Path(path)
-    if not (runs := [*runs_of(cfg).glob("*/best.pt")]):
+    if not (runs := [*runs_of(cfg).glob("best.pt"), *runs_of(cfg).glob("*/best.pt")]):
         raise UserError(f"--checkpoint: missing, and {runs_of(cfg)} holds no best.pt of a run; name a file")
     return max(runs, key=os.path.getmtime)
 
