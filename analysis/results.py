@@ -14,7 +14,8 @@ from engine.log import logger, read_record
 TEST_SAMPLES = {"torch/cifar10": 10_000, "torch/cifar100": 10_000, "dvs128-gesture": 288, "cifar10-dvs": 1_000}
 TEST_SAMPLES |= {"digits": 360, "digits-dvs": 360, "imagenet": 50_000, "cifar10-jpeg": 10_000}  # see `data_key`
 # settings that affect the accuracy; seeds may differ, because results are means over seeds
-_OTHERS = "variant effective_batch seed eval_batch_size eval_amp channels_last grad_checkpointing".split()
+_OTHERS = "variant effective_batch accum_iter seed save_steps keep eval_batch_size eval_amp".split()
+_OTHERS += ["channels_last", "grad_checkpointing"]
 _TRAINING = [key for key in FIELDS if key not in (*LOCAL_FIELDS, *MODEL_FIELDS, *PUBLISHED, *_OTHERS)]
 SETTINGS = ["dataset", *MODEL_FIELDS, *(key for key in _TRAINING if key != "dataset")]
 
@@ -81,7 +82,11 @@ def by_recipe(rows: Sequence[dict], configs: Sequence[Config]) -> dict[Config, l
     groups = {cfg: [] for cfg in configs}
     for result in rows:
         nearest = min(configs, key=lambda cfg: (cfg.dataset != result["dataset"], len(differences(result, plain(cfg)))))
-        if different := differences(result, plain(nearest)):
+        different = differences(result, plain(nearest))
+        trained, wanted = result.get("effective_batch"), nearest.effective_batch
+        if trained and wanted and trained != wanted:
+            different["effective_batch"] = (trained, wanted)
+        if different:
             key, (value, recipe) = next(iter(different.items()))
             name = " ".join(filter(None, (Path(nearest.config).name, nearest.variant)))
             logger.warning(f"{result['path']}: left out, {key} is {value}, but {recipe} in the nearest recipe, {name}")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -46,7 +47,7 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
     """
     is_recorded = "epochs" in state.get("config", {})
     if state["format"] == "qkformer":
-        cfg = sources.config(state["config"])
+        cfg = sources.config(state["config"] | _trained_batch(state))
         dataset = (sources.recipes[None] | sources.flags).get("dataset", cfg.dataset)
         if dataset != cfg.dataset != "eventfolder":  # which has no recipe of its own
             logger.info(f"{path}: evaluating on {cfg.dataset} as in training, not on {dataset}")
@@ -62,6 +63,13 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
             sources = dataclasses.replace(sources, flags={"variant": name} | sources.flags)
         cfg = sources.config(shown)
     return dataclasses.replace(cfg, checkpoint=str(path), epochs=cfg.epochs if is_recorded else 0)
+
+
+def _trained_batch(state: dict) -> dict[str, int]:
+    """Return the effective batch of the training, if recorded; a run may have more or fewer ranks than its recipe."""
+    order = state.get("position", {}).get("order")
+    sizes = [order.get(key) for key in ("batch_size", "accum_iter", "world_size")] if isinstance(order, dict) else [""]
+    return {"effective_batch": math.prod(sizes)} if all(isinstance(size, int) for size in sizes) else {}
 
 
 def _with_data_of_run(cfg: Config, path: Path, sources: Sources) -> Config:

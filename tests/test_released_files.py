@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from timm.models import adapt_input_conv
 
 from engine import checkpoint, config, weights
 from engine.evaluate import published
+from engine.run_dir import checkpoint_to_test
 from engine.weights import build_model, load_weights
 from models import create_model
 from models.registry import identify
@@ -37,6 +39,9 @@ def test_the_released_flags_and_the_default_checkpoint(data, tmp_path, monkeypat
     released += " --dist_url env://"
     flags = [*released.split(), "--data_path", data / "five"]
     named(fail(monkeypatch, capfd, "imagenet/test.py"), "--checkpoint", "output/qkformer_10_384")
+    (tmp_path / "output/digits").mkdir(parents=True)
+    (tmp_path / "output/digits/best.pt").touch()  # `--output-dir output/digits`
+    assert checkpoint_to_test(config.load(ROOT / "digits/digits.yml")) == Path("output/digits/best.pt")
     here(monkeypatch, capfd, "imagenet/train.py", *flags, "--epochs", "1")
     (folder,) = (tmp_path / "output/qkformer_10_384").iterdir()
     (recorded,), path = rows_in(folder), folder / "best.pt"
@@ -44,6 +49,7 @@ def test_the_released_flags_and_the_default_checkpoint(data, tmp_path, monkeypat
         here(monkeypatch, capfd, *f"imagenet/{command[0]}".split(), *command[1:], *flags)
         result = result_in(folder)
         assert (result["loss"], result["top1"], result["count"]) == (recorded["test_loss"], recorded["test_top1"], 5)
+        assert result["effective_batch"] == 8  # not the recipe's
         (folder / "best.test.json").unlink()
 
 
@@ -77,6 +83,8 @@ def test_published_figures_are_shown_with_their_own_network_only():
         ("qkformer_10_384", "--dataset wds/mine", (78.8, 78.85)),
         ("qkformer_10_384", "--num-classes 4", (None, None)),
         ("../cifar100/cifar100", "--variant self", (81.23, None)),
+        ("../cifar10/cifar10", "--dataset imagefolder", (None, None)),
+        ("../cifar10-dvs/cifar10-dvs", "--dataset eventfolder", (None, None)),
     ]:
         cfg = published(config.load(ROOT / f"imagenet/{recipe}.yml", flags.split()))
         assert (cfg.paper_top1, cfg.log_top1) == figures
