@@ -142,12 +142,14 @@ def subject(path: Path, flags: Sequence[str], name: str = "") -> Subject:
 
 
 def _recipe_of(state: dict, path: Path, flags: Sequence[str]) -> Path:
-    """Return the recipe of `--config`, or one of the checkpoint's data set, or one of the same kind of data."""
+    """Return the recipe of `--config`, or the nearest one of the checkpoint's data set, or of the same kind of data."""
     if any(flag.split("=")[0] == "--config" for flag in flags):
         return Path(load(DIGITS, flags, validate=False).config)
     if dataset := state["config"].get("dataset") if state["format"] == "qkformer" else None:
         kind = "cifar10-dvs/cifar10-dvs.yml" if dataset in EVENT_DATASETS else "imagenet/qkformer_10_384.yml"
-        return next((recipe for recipe, cfg in recipes() if cfg.dataset == dataset), ROOT / kind)
+        same = [(recipe, cfg) for recipe, cfg in recipes() if cfg.dataset == dataset]
+        same.sort(key=lambda pair: (pair[1].model != state["config"].get("model"), pair[0].parent.name != "imagenet"))
+        return same[0][0] if same else ROOT / kind
     raise UserError(f"{path}: does not record its data set; add --config, such as imagenet/qkformer_10_384.yml")
 
 

@@ -296,6 +296,12 @@ def test_files_of_the_user_are_no_recipes(tmp_path, monkeypatch):
     assert [path.name for path, _ in common.recipes()] == ["digits.yml"]
 
 
+def test_images_in_folders_take_the_recipe_of_their_network_else_one_of_imagenet():
+    for model, folder in (("qkformer_4_256", "cifar10"), ("qkformer_3_64", "imagenet"), ("qkformer_4_384", "imagenet")):
+        state = {"format": "qkformer", "config": {"dataset": "imagefolder", "model": model}}
+        assert common._recipe_of(state, Path("best.pt"), []).parent.name == folder
+
+
 @pytest.mark.parametrize(
     ("flags", "value"),
     [
@@ -363,8 +369,10 @@ def test_a_difference_decides_beyond_2_standard_errors(values, others, expected,
 def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monkeypatch, capfd):
     result(tmp_path / "a/best.test.json", 98.0, energy={"energy_mj": 0.00125}, time="2026-01-02")
     result(tmp_path / "a/last.test.json", 11.0)  # older
-    result(tmp_path / "b/best.test.json", 99.0, seed=1)
-    result(tmp_path / "copy/best.test.json", 99.0, seed=1)
+    steps = {"seed": 1, "batch_size": 16, "accum_iter": 2, "save_steps": 500}  # no other accuracy
+    result(tmp_path / "b/best.test.json", 99.0, **steps)
+    result(tmp_path / "copy/best.test.json", 99.0, **steps)
+    result(tmp_path / "large_batch/best.test.json", 13.0, effective_batch=32)
     result(tmp_path / "part/best.test.json", 12.0, count=100)
     result(tmp_path / "short/best.test.json", 14.0, epochs=2)
     result(tmp_path / "another_network/best.test.json", 13.0, attention=["self", "self", "token"])
@@ -381,11 +389,11 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     printed = capfd.readouterr().out
     left_out = [line.split(": left out")[0] for line in printed.splitlines() if ": left out" in line]
     folders = ("a/last", "copy/best", "part/best", "short/best", "another_network/best", "another_size/best")
-    folders += ("my_folder/best",)
+    folders += ("my_folder/best", "large_batch/best")
     names = [*folders, *NO_RESULTS]
     assert left_out.pop(0) == str(tmp_path / "untested")
     assert sorted(left_out) == sorted(str(tmp_path / f"{name}.test.json") for name in names)
-    named(printed, "epochs is 2", "input_size is 16")  # with the reason
+    named(printed, "epochs is 2", "input_size is 16", "effective_batch is 32")  # with the reason
     written = {
         name: rows_of(tmp_path / f"out/{name}.csv")
         for name in ("imagenet", "imagenet_others", "small", "small_others", "ablations", "ablations_here", "orders")
