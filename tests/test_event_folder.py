@@ -140,6 +140,7 @@ def test_other_sensors_are_added_up_or_repeated(side, tmp_path):
 
 def test_one_tree_is_split_by_a_seed(tmp_path):
     root = folder(tmp_path, parts=[""], per_class=4)
+    (root / "0").rename(root / "0.up")  # no file, in spite of the dot
     with refuses(tmp_path, "--split-seed"):
         load(root, "--input-size", 34)
     data = load(root, "--input-size", 34, "--split-seed", 1)

@@ -46,7 +46,7 @@ def _make(folder: Path, layout: Layout, recordings: list[Recording], show: bool)
     if problems := [error for error, _ in results if error]:
         raise UserError(f"{len(problems)} of {len(recordings)} recordings cannot be read: {problems[0]}")
     for path in partial.rglob("*.*"):
-        if path.relative_to(partial).as_posix() not in names:
+        if path.is_file() and path.relative_to(partial).as_posix() not in names:
             path.unlink()  # half a file of a killed process
     partial.rename(folder)
 
