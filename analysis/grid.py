@@ -3,8 +3,8 @@
     python -m analysis.grid digits/digits.yml --variants recipe self token --seeds 0 1 [--output-dir FOLDER] [-- FLAGS]
     python -m analysis.grid --compare output/first output/self [--record docs/results [--curves]]
 
-Trains each variant ("recipe" is the recipe itself) with each seed in FOLDER/VARIANT-seedN; FLAGS go to train.py. It
-evaluates the last checkpoint with its energy. The same command resumes and skips finished runs. Writes means over seeds
+Trains each variant ("recipe" is the recipe itself) with each seed in FOLDER/VARIANT-seedN, and evaluates the last
+checkpoint with its energy; FLAGS go to both. The same command resumes and skips finished runs. Writes means over seeds
 to grid.md and grid.csv. `--record` copies small files of each run to FOLDER/RECIPE-VARIANT-seedN for analysis.tables.
 """
 
@@ -79,6 +79,8 @@ def plan(recipe: Path, variants: Sequence[str] | None, seeds: Sequence[int], out
     if unknown := [variant for variant in variants or () if variant not in known]:
         raise UserError(f"--variants {unknown[0]}: unknown; {recipe} has {', '.join(known)}")
     chosen = {name: [] if name == ITSELF else ["--variant", name] for name in variants or known}
+    for variant in chosen.values():
+        load(recipe, [*variant, *flags, "--energy"])  # now, not after the training
     return [
         Run(recipe, out / f"{name}-seed{seed}", [*variant, "--seed", str(seed), *flags])
         for seed in seeds

@@ -146,10 +146,19 @@ def test_every_accuracy_in_the_tables_has_a_record():
         assert max(path.stat().st_size for path in folder.iterdir()) < 100_000
 
 
-@pytest.mark.parametrize("words", ["", "absent/digits.yml", "digits/digits.yml --variants selfish", "--compare absent"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "absent/digits.yml",
+        "digits/digits.yml --variants selfish",
+        "--compare absent",
+        "digits/digits.yml -- --compile",  # without the energy
+    ],
+)
 def test_what_a_grid_cannot_run_is_refused(words, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
-    named(fail(monkeypatch, capfd, "analysis.grid", *words.split()), *words.split()[-1:])
+    named(fail(monkeypatch, capfd, "analysis.grid", *words.split()), words.split("--")[-1].split(" ")[-1])
 
 
 def test_runs_of_the_first_seed_come_first(tmp_path):
