@@ -20,8 +20,10 @@ CHECKS = [  # of the results of each snippet
     "logits.shape == (2, 100)",
     "[boxes.shape for _, boxes in answers] == [(2, 4, 24, 32), (2, 4, 12, 16), (2, 4, 6, 8)]",
     "logits.shape == (2, 100) and [next(s.parameters()).requires_grad for s in model.stages] == [False, False, True]",
+    "(backbone.model.time_steps, backbone.model.ssa_membrane) == (4, 'released')",
     "top.values.shape == (1, 5) and image.shape == (1, 3, 224, 224)",
     "loss.isfinite() and all(p.grad is not None for p in model.parameters())",
+    "len({group['lr_scale'] for group in optimizer.param_groups}) == 11",  # of 10 blocks and the first SPEDS
     "logits.shape == (1, 10) and frames.sum() == 500",
     "logits.shape == (1, 10) and state.steps == 16",
     "open_share.shape == (8, 32, 32) and 0 <= open_share.min() <= open_share.max() <= 1",
@@ -37,6 +39,7 @@ def workplace(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     Image.fromarray(pixels(0, 4, 40, random)).save(tmp_path / "cat.jpg")
     image_folder(tmp_path / "images", train=1, test=1)
+    (tmp_path / "imagenet").symlink_to(ROOT / "imagenet")
     (tmp_path / "recording.aedat").write_bytes(aedat2(*events(0, 10, 500, random)))
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "models":
