@@ -33,7 +33,7 @@ def results(folders: Sequence[Path]) -> list[dict]:
             logger.warning(f"{path}: left out, not a result of test.py")
         elif not _is_complete(result):
             logger.warning(f"{path}: left out, {result['count']} samples are not the test set of {result['dataset']}")
-        elif (first := seen.setdefault(json.dumps(result), path)) != path:
+        elif (first := seen.setdefault(_identity(result), path)) != path:
             logger.warning(f"{path}: left out, a copy of {first}")
         else:
             newest.setdefault(path.parent, []).append(result | {"path": path})
@@ -42,6 +42,11 @@ def results(folders: Sequence[Path]) -> list[dict]:
         for older in group[:-1]:
             logger.warning(f"{older['path']}: left out, {group[-1]['path'].name} is newer")
     return [group[-1] for group in newest.values()]
+
+
+def _identity(result: dict) -> str:
+    """Return what a copy shares with its original; `analysis.grid --record` shortens paths."""
+    return json.dumps({key: value for key, value in result.items() if key not in (*LOCAL_FIELDS, "command")})
 
 
 def _is_complete(result: dict, key: str = "") -> bool:
@@ -63,8 +68,8 @@ def read_result(path: Path) -> dict | None:
 
 
 def data_key(cfg: Config) -> str:
-    """Return the name of a recipe's data set, for images in folders that of the folder."""
-    return Path(cfg.data_path).name if cfg.dataset == "imagefolder" and cfg.data_path else cfg.dataset
+    """Return the name of a recipe's data set, for images and recordings in folders that of the folder."""
+    return Path(cfg.data_path).name if cfg.dataset.endswith("folder") and cfg.data_path else cfg.dataset
 
 
 def settings(result: dict) -> dict[str, object]:

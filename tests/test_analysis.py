@@ -371,7 +371,7 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     result(tmp_path / "a/last.test.json", 11.0)  # older
     steps = {"seed": 1, "batch_size": 16, "accum_iter": 2, "save_steps": 500}  # no other accuracy
     result(tmp_path / "b/best.test.json", 99.0, **steps)
-    result(tmp_path / "copy/best.test.json", 99.0, **steps)
+    result(tmp_path / "copy/best.test.json", 99.0, **steps, data_path="data", command=["digits/test.py"])
     result(tmp_path / "large_batch/best.test.json", 13.0, effective_batch=32)
     result(tmp_path / "part/best.test.json", 12.0, count=100)
     result(tmp_path / "short/best.test.json", 14.0, epochs=2)
