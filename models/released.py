@@ -89,7 +89,8 @@ def _kind(model: Backbone) -> tuple[str, str]:
 
 def _family_naming(model: Backbone) -> Naming:
     """Return the spelling of the model's family."""
-    require("channel" not in model.attention, "attention='channel': has no released names")
+    unknown = sorted({*model.attention} - {"token", "self", "sdsa"})
+    require(not unknown, f"attention={unknown}: has no released names")
     kind, data = _kind(model)
     naming = NAMINGS.get(f"{kind}_{data}") or NAMINGS.get(kind)
     require(naming is not None, f"residual={kind!r}: released for the imagenet family only, not for {data!r}")
@@ -99,7 +100,7 @@ def _family_naming(model: Backbone) -> Naming:
 def released_key_map(model: Backbone) -> dict[str, str]:
     """Return {released name: this project's name} of the state dict, in the spelling of the model's family.
 
-    Channel attention, and "ms" residuals outside the ImageNet family, raise `ValueError`: they were never released.
+    Other attentions than the released ones, and "ms" residuals outside the ImageNet family, raise `ValueError`.
     """
     return _key_map(model, _family_naming(model))
 

@@ -65,6 +65,10 @@ def test_membrane_shortcuts_are_not_mistaken_for_spiking_ones():
 def test_what_was_never_released_has_no_names():
     with refuses("channel"):
         to_released(create_model("qkformer_2_256", attention=("channel", "self")))
+    model = create_model("qkformer_2_64")
+    model.attention = ("pair", "self")  # as with an attention of the user
+    with refuses("pair"):
+        to_released(model)
     with refuses("'cifar'"):
         released_key_map(create_model("qkformer_4_384", residual="ms"))
 
