@@ -74,9 +74,10 @@ def label(name: str, most: int = 15) -> str:
 
 
 def provenance() -> dict:
-    """Return git commit, versions of packages, command line and time."""
+    """Return git commit ("+changes" if files other than records differ), versions of packages, command and time."""
+    changes = _git("status", "--porcelain", "--", ".", ":!docs/results", ":!benchmarks/results")
     return {
-        "git_commit": _git("rev-parse", "HEAD") + "+changes" * bool(_git("status", "--porcelain")),
+        "git_commit": _git("rev-parse", "HEAD") + "+changes" * bool(changes),
         "command": sys.argv,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {d.name: d.version for d in distributions() if d.name in PACKAGES},

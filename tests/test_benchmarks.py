@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import json
 import math
+import re
+import subprocess
 from unittest.mock import Mock
 
 import pytest
@@ -16,6 +18,7 @@ from benchmarks.speed import cases, compare, weights
 from benchmarks.spikingjelly2 import Remote
 from benchmarks.turns import Timed, Turns
 from engine.config import load
+from engine.log import provenance
 
 TINY = "--device cpu --time-steps 1 --batch-size 2 --input-size 16 --rounds 2 --steps 1".split()
 CPU = torch.device("cpu")
@@ -79,6 +82,25 @@ def test_earlier_runs_with_the_same_commit_and_arguments_count(tmp_path, monkeyp
         assert (file.kept, file.all) == ([], [])
         file.write([{"x": 2}])
         assert bool(results(commit, rounds=2).kept) == (commit == "5c3a")
+
+
+def test_new_records_are_no_changes_of_the_commit(tmp_path, monkeypatch):
+    def git(*words):
+        author = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", "-C", tmp_path, *author, *words], check=True, capture_output=True)
+
+    monkeypatch.setattr("engine.log.ROOT", tmp_path)
+    for name in ("benchmarks/results", "docs/results/digits-seed0"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "old.json").touch()
+    git("init")
+    git("add", ".")
+    git("commit", "--message", "first")
+    (tmp_path / "benchmarks/results/new.json").touch()
+    (tmp_path / "docs/results/digits-seed0/new.json").touch()
+    assert re.fullmatch("[0-9a-f]{40}", provenance()["git_commit"])
+    (tmp_path / "docs/page.md").touch()
+    assert re.fullmatch(r"[0-9a-f]{40}\+changes", provenance()["git_commit"])
 
 
 @pytest.mark.gpu
