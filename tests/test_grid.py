@@ -137,8 +137,8 @@ def test_every_accuracy_in_the_tables_has_a_record():
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         measured, start = read_result(folder / "last.test.json"), json.loads((folder / "run.json").read_text())[-1]
         recorded = config.load(folder / "config.yml")
-        # hooks of the energy take another path, and rounding there may change some of 10,000 answers
-        assert last["test_top1"] == pytest.approx(measured["top1"], abs=0.05)
+        # hooks of the energy take another path, and rounding there may change an answer, or some of 10,000
+        assert last["test_top1"] == pytest.approx(measured["top1"], abs=max(0.05, 101 / measured["count"]))
         assert last["epoch"] + 1 == recorded.epochs + recorded.cooldown_epochs
         assert start["command"][0].endswith("train.py")
         assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", start["git_commit"])
