@@ -131,9 +131,13 @@ def _row(group: Sequence[dict], differing: set[tuple[str, str]]) -> dict[str, st
 
 def record(evaluated: Sequence[dict], target: Path, has_curves: bool) -> None:
     """Copy small files to `target`, with relative paths; raise `UserError` if a run there has other settings."""
+    recorded = set()
     for result in evaluated:
         name = "-".join(filter(None, (result.get("recipe"), result.get("variant"), f"seed{result.get('seed')}")))
         source, folder = result["path"].parent, target / name
+        if folder in recorded:
+            raise UserError(f"{folder}: {source} is another run of the same name; use another --record")
+        recorded.add(folder)
         older = read_result(folder / result["path"].name) or result
         for key, (value, wanted) in differences(older, settings(result)).items():
             raise UserError(f"{folder}: has {key} = {value}, {source} {wanted}; use another --record")

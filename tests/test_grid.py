@@ -117,6 +117,11 @@ def test_a_record_keeps_the_small_files_of_a_run(tmp_path, monkeypatch, capfd):
     assert (folder / "run.json").read_text() == "data: data"  # relative to the working directory
     here(monkeypatch, capfd, *command, "records", "--curves")
     assert (folder / "curves.png").exists()
+    result(Path("again/last.test.json"), 96.0, recipe="digits", variant="self", seed=1)
+    for name in grid.RECORDED:
+        (tmp_path / "again" / name).touch()
+    line = fail(monkeypatch, capfd, "analysis.grid", "--compare", "run", "again", "--record", "two")
+    named(line, "two/digits-self-seed1")
     result(Path("run/last.test.json"), 90.0, recipe="digits", variant="self", seed=1, epochs=2)
     named(fail(monkeypatch, capfd, *command, "records"), folder, "epochs")
     assert read_result(folder / "last.test.json")["top1"] == 97.0
