@@ -118,12 +118,12 @@ def ablations(runs: Runs) -> list[dict]:
 
 
 def measured(runs: Runs) -> dict[str, dict[str, Config]]:
-    """Return the recipes with results of several variants: file name -> variant -> settings."""
+    """Return the recipes with results of variants: file name -> variant -> settings."""
     groups = {}
     for cfg in runs:
         if runs[cfg]:
             groups.setdefault(Path(cfg.config).stem, {})[cfg.variant or ""] = cfg
-    return {recipe: group for recipe, group in groups.items() if len(group) > 1}
+    return {recipe: group for recipe, group in groups.items() if any(group)}
 
 
 def measurements(runs: Runs) -> list[dict]:
@@ -132,10 +132,12 @@ def measurements(runs: Runs) -> list[dict]:
     for recipe, group in measured(runs).items():
         for variant, cfg in group.items():
             dataset = ABLATED[cfg.dataset in EVENT_DATASETS]
-            paper = _variants(runs, dataset).get(variant, Config()).paper_top1
+            paper, name = _variants(runs, dataset).get(variant, Config()).paper_top1, f" ({DATA_NAMES[dataset]})"
+            if cfg.paper_top1:
+                paper, name = cfg.paper_top1, ""
             rows.append(
                 {"recipe": recipe, "attention, embedding": names.get(variant, variant), "--variant": variant}
-                | {"top-1 (%) *paper*": f"{paper:.2f} ({DATA_NAMES[dataset]})" if paper else ""}
+                | {"top-1 (%) *paper*": f"{paper:.2f}{name}" if paper else ""}
                 | {"parameters": row(cfg, runs)["parameters"], "runs *here*": str(len(runs[cfg]))}
                 | {f"{key} *here*": text for key, text in averages(runs[cfg]).items()}
             )
@@ -152,7 +154,7 @@ def orders(runs: Runs) -> list[dict]:
             figures = [cfg.paper_top1 for name in (better, worse) if (cfg := variants.get(name)) and cfg.paper_top1]
             given[dataset] = figures[0] - figures[1] if len(figures) == 2 else None
             texts[f"{DATA_NAMES[dataset]} *paper*"] = _given(given[dataset], "+.2f")
-        for recipe, group in groups.items():
+        for recipe, group in ((recipe, group) for recipe, group in groups.items() if len(group) > 1):
             top1 = [[run["top1"] for run in runs.get(group.get(name), ())] for name in (better, worse)]
             is_events = next(iter(group.values())).dataset in EVENT_DATASETS
             texts[f"{recipe} *here*"] = verdict(*top1, given[ABLATED[is_events]])
