@@ -221,6 +221,8 @@ def conflicts(c: Config) -> Iterator[tuple[str, str]]:
         (c.compile and c.lif_backend not in ("auto", "torch"), "lif_backend", "use auto or torch with compile"),
         (c.pack_spikes and c.lif_backend not in ("auto", "triton"), "pack_spikes", "needs lif_backend auto or triton"),
         (c.pack_spikes and c.residual == "ms", "pack_spikes", "needs residual sew"),
+        (c.pack_spikes and (c.neuron, c.tau or 2) != ("lif", 2), "pack_spikes", "needs LIF neurons with tau 2"),
+        ("bf16" in (c.amp, c.eval_amp) and c.lif_backend == "cupy", "lif_backend", "use auto or triton with bf16"),
         (c.finetune and c.resume not in (None, "auto"), "finetune", "starts a run; use it without resume"),
         *((c.compile and getattr(c, key), key, "use it without compile") for key in NOT_COMPILED),
         (c.cuda_graphs and c.lif_backend == "cupy", "lif_backend", "use auto or triton with cuda_graphs"),
