@@ -119,7 +119,7 @@ class Trainer:
 
     def save(self, is_best: bool = False) -> None:
         """Write `last.pt`, and `best.pt` if it is the best, from the main rank; all ranks call it."""
-        config = plain(self.cfg, without=LOCAL_FIELDS)
+        config = plain(self.cfg, without=LOCAL_FIELDS) | {"recipe": Path(self.cfg.config).stem}
         content = self.state() | {"config": config, "classes": list(self.data.classes)}
         if not self.world.is_main:
             return

@@ -47,6 +47,9 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
     """
     is_recorded = "epochs" in state.get("config", {})
     if state["format"] == "qkformer":
+        recipe = sources.script_recipe.with_name(f"{Path(str(state['config'].get('recipe'))).name}.yml")
+        if "config" not in sources.flags and os.path.isfile(recipe):
+            sources = dataclasses.replace(read(recipe), flags=sources.flags, script_recipe=sources.script_recipe)
         cfg = sources.config(state["config"] | _trained_batch(state))
         dataset = (sources.recipes[None] | sources.flags).get("dataset", cfg.dataset)
         if dataset != cfg.dataset != "eventfolder":  # which has no recipe of its own
@@ -150,7 +153,7 @@ def warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:
     released = {"ssa_membrane": "released" if cfg.residual == "sew" else "per_sample"}
     released["time_steps"] = getattr(state.get("args"), "time_step", cfg.time_steps)
     recorded, how = (state["config"], "trained with") if state.get("config") else (released, "probably trained with")
-    keys = ("variant", "ssa_membrane", "residual", "time_steps", "attention", "ssa_scale")
+    keys = "variant ssa_membrane residual time_steps attention ssa_scale neuron tau heads".split()
     for key, value, trained in differences(cfg, recorded, keys):
         logger.warning(f"warning: {path}: {how} {key} = {short(trained)}, this run has {value!r}")
 
