@@ -55,6 +55,8 @@ def train(recipe: Path) -> None:
     trainer = Trainer(cfg, world, model, create_optimizer(cfg, model), data, start.folder)
     if start.state:
         trainer.resume(start.state, start.path, new_run=not start.continues)
+        if trainer.epoch >= total_epochs(cfg) and not start.continues:
+            raise UserError(f"epochs = {cfg.epochs}: {start.path} has done {trainer.epoch}; raise it to train on")
     _announce(trainer, sources)
     with trainer.stop_request, records(cfg, world, start.folder, data, trainer.epoch) as record:
         while trainer.epoch < total_epochs(cfg):
@@ -149,7 +151,8 @@ def _settings_to_train(sources: Sources, start: Start) -> Config:
             change = f"{key} = {value!r}, {start.path} was trained with {recorded!r}"
             raise UserError(f"--config {sources.path}: {change}; omit the flag, or branch off with --output-dir NEW")
     recorded = start.state["config"] if start.is_native else plain(cfg)
-    for key, value, trained in differences(cfg, recorded, ("variant", *MODEL_FIELDS, "opt")):
+    groups = ("opt", "decay_1d", "layer_decay")  # of parameters in the optimizer
+    for key, value, trained in differences(cfg, recorded, ("variant", *MODEL_FIELDS, *groups)):
         raise UserError(f"--resume {start.path}: trained with {key}={short(trained)}, not {value!r}; use --finetune")
     return cfg
 

@@ -67,6 +67,19 @@ def test_a_known_file_is_evaluated_by_its_recipe(data, tmp_path, monkeypatch, ca
     assert (about["ssa_membrane"], about["count"]) == ("released", 5)
 
 
+def test_a_checkpoint_is_evaluated_by_the_recipe_of_its_run(tmp_path):
+    def recipe(*flags, **recorded):
+        state = {"format": "qkformer", "config": config.plain(config.load(ROOT / "imagenet/qkformer_10_768.yml"))}
+        sources = config.read(ROOT / "imagenet/qkformer_10_384.yml", flags)
+        cfg = weights.settings_of({**state, "config": state["config"] | recorded}, tmp_path / "best.pt", sources)
+        return Path(cfg.config).stem
+
+    assert recipe(recipe="qkformer_10_768") == "qkformer_10_768"
+    assert recipe("--config", "qkformer_10_512", recipe="qkformer_10_768") == "qkformer_10_512"
+    for unknown in ({}, {"recipe": "mine"}, {"recipe": "../cifar10/cifar10"}, {"recipe": "x" * 5000}, {"recipe": 3}):
+        assert recipe(**unknown) == "qkformer_10_384"
+
+
 def test_published_figures_are_shown_with_their_own_network_only():
     for name, arguments in (("qkformer_10_384", {}), ("qkformer_4_384", {"num_classes": 100})):
         variant, shown = identify(to_released(create_model(name, **arguments)))
@@ -141,6 +154,7 @@ def test_fine_tuning_and_resuming_from_released_weights(data, tmp_path, monkeypa
     assert checkpoint.read(tmp_path / "resumed/last.pt")["epoch"] == 201
     named(fail(monkeypatch, capfd, *small, "--resume", tmp_path / "released.pth"), "head.weight")
     torch.save(weights, tmp_path / "bare.pth")
+    named(fail(monkeypatch, capfd, *small, "--resume", path, "--output-dir", tmp_path / "done"), path, "epochs = 200")
     line = fail(monkeypatch, capfd, *small, "--resume", tmp_path / "bare.pth")
     named(line, tmp_path / "bare.pth", "--finetune")
 
@@ -154,7 +168,7 @@ def test_a_recipe_named_on_the_command_line_is_not_ignored_by_a_resumed_run(tmp_
     again = ["digits/train.py", "--config", other, *quick, "--resume", tmp_path / "run/last.pt"]
     line = fail(monkeypatch, capfd, *again)
     named(line, tmp_path / "run/last.pt", "clip_grad", 1.0, "--output-dir")
-    here(monkeypatch, capfd, *again, "--output-dir", tmp_path / "branch")
+    here(monkeypatch, capfd, *again, "--output-dir", tmp_path / "branch", "--epochs", "2")
 
 
 FIRST = "stages.0.embed.units.0.conv.weight"
