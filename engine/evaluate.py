@@ -99,6 +99,8 @@ def write(cfg: Config, folder: Path, result: dict, recipe: Config, data: Data, m
 
 def warn_of_other_classes(names: Sequence[str], state: dict, path: Path | str) -> None:
     """Warn if a checkpoint records other names of classes than the data set has: the labels may not match."""
-    pairs = zip(state.get("classes", ()), names, strict=False)
-    if pair := next((pair for pair in pairs if pair[0] != pair[1]), None):
+    if [*names] == [str(i) for i in range(len(names))]:  # shards have no names
+        return
+    pairs = zip(state.get("classes", ()), (str(name).split(",")[0] for name in names), strict=False)  # no synonyms
+    if pair := next((pair for pair in pairs if str(pair[0]).split(",")[0] != pair[1]), None):
         logger.warning(f"warning: {path}: trained with class {short(pair[0])}, the data set has {short(pair[1])}")

@@ -104,6 +104,8 @@ def test_one_class_is_refused(tmp_path):
 def test_other_names_of_classes_are_reported(warnings):
     warn_of_other_classes(["a", "b"], {"classes": ["a", "b"]}, "best.pt")
     warn_of_other_classes(["a", "b"], {}, "best.pt")
+    warn_of_other_classes(["tench, Tinca tinca"], {"classes": ["tench"]}, "best.pt")
+    warn_of_other_classes(["0", "1"], {"classes": ["tench", "goldfish"]}, "best.pt")
     assert not warnings
     warn_of_other_classes(["b", "zebra"], {"classes": ["b", "horse"]}, "best.pt")
     named(*warnings, "best.pt", "'horse'", "'zebra'")
