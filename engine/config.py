@@ -141,7 +141,12 @@ def _settings(content: object, path: Path, where: str, ignored: list[str]) -> di
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line that raises `UserError`."""
+    """A command line that raises `UserError`, with flags in both spellings, `--batch-size` and `--batch_size`."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        args = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in args]
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the flags)")
@@ -153,7 +158,6 @@ def _flag(key: str) -> str:
 
 def _read_flags(argv: Sequence[str]) -> tuple[dict[str, object], list[str], bool]:
     """Return the settings of a command line, its flags without effect, and True if it asks for help."""
-    argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     parser = Parser(allow_abbrev=False, add_help=False)
     parser.add_argument("-h", "--help", action="store_true", dest="is_help")
     add_flags(parser, FIELDS)
