@@ -18,6 +18,7 @@ from engine.cli import UserError
 from engine.config import LOCAL_FIELDS, MODEL_FIELDS, Config, plain
 from engine.data.recordings import EVENT_DATASETS
 from engine.log import logger, write_whole
+from engine.weights import arguments
 from models import LIF
 
 from . import common
@@ -104,14 +105,14 @@ def _card_data(cfg: Config, top1: float | None) -> ModelCardData:
 def _model_card(subject: common.Subject, name: str) -> str:
     """Return the model card, in Markdown, of the weights in the file `name`."""
     cfg, top1 = subject.cfg, _measured(subject)
-    settings = {key: value for key, value in plain(cfg).items() if key in MODEL_FIELDS[1:] and value is not None}
     figures = {
         "metadata": _card_data(cfg, top1).to_yaml(),
         "attention": ", ".join(subject.model.attention),
         "parameters": sum(p.numel() for p in subject.model.parameters()),
         "shape": "event frames [B,T,C,H,W]" if cfg.dataset in EVENT_DATASETS else "images [B,C,H,W]",
         "top1": "not measured" if top1 is None else f"{top1:.2f} %",
-        "arguments": "".join(f"    {key}={value!r},\n" for key, value in settings.items()),
+        "arguments": "".join(f"    {key}={value!r},\n" for key, value in arguments(cfg).items()),
+        "residual": subject.model.residual,
         "folder": Path(cfg.config).parent.name,
         "name": name,
     }
@@ -123,7 +124,7 @@ def _measured(subject: common.Subject) -> float | None:
     """Return the top-1 (%) that test.py wrote for this checkpoint and these settings, or None."""
     path = subject.path.with_suffix(".test.json")
     result, settings = read_result(path), json.loads(json.dumps(plain(subject.cfg)))
-    keys = (*MODEL_FIELDS, "dataset", "input_size", "mean", "std", "crop_pct")
+    keys = (*MODEL_FIELDS, "dataset", "input_size", "mean", "std", "crop_pct", "use_ema")
     is_current = result and path.stat().st_mtime >= subject.path.stat().st_mtime
     if is_current and all(result.get(key) == settings[key] for key in keys):
         return result["top1"]

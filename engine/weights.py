@@ -24,14 +24,18 @@ from .log import logger
 RELEASED = {md5: tag.replace(".in1k", "") for tag, (_, md5) in registry.RELEASED.items()}  # md5 -> recipe in imagenet/
 
 
+def arguments(cfg: Config) -> dict[str, object]:
+    """Return the arguments of `create_model` for `cfg`; no network takes all, so defaults are left out."""
+    always, keys = ("num_classes", "in_channels", "time_steps"), (*MODEL_FIELDS[1:], "drop_path")
+    return {key: getattr(cfg, key) for key in keys if key in always or getattr(cfg, key) != FIELDS[key].default}
+
+
 def build_model(cfg: Config) -> nn.Module:
     """Return the network of `cfg`."""
-    always, keys = ("num_classes", "in_channels", "time_steps"), (*MODEL_FIELDS[1:], "drop_path")
-    settings = {k: getattr(cfg, k) for k in keys if k in always or getattr(cfg, k) != FIELDS[k].default}
     if cfg.pack_spikes and cfg.model not in registry.QKFORMERS:
         raise UserError(f"--pack-spikes: {cfg.model} has no path that packs spikes; omit it")
     try:
-        model = create_model(cfg.model, **settings, lif_backend=cfg.lif_backend)
+        model = create_model(cfg.model, **arguments(cfg), lif_backend=cfg.lif_backend)
         if cfg.pack_spikes:
             model.set_spike_packing()
     except (TypeError, ValueError) as error:

@@ -201,6 +201,15 @@ def test_a_card_has_no_accuracy_that_was_not_measured(tmp_path):
         assert ("12.34" in card, "model-index" in card) == (has_accuracy, has_accuracy)
 
 
+def test_the_card_of_a_rival_builds_it(tmp_path, monkeypatch):
+    path = untrained(tmp_path / "best.pt", "digits/digits.yml", "--model", "spikformer_3_64", "--time-steps", "1")
+    export_safetensors(path)
+    (code,) = re.findall(r"```python\n(.*?)```", path.with_suffix(".md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(code, namespace := {})
+    assert namespace["model"].family == "spikformer"
+
+
 @pytest.mark.parametrize(
     "write",
     [
