@@ -10,6 +10,7 @@ to grid.md and grid.csv. `--record` copies small files of each run to FOLDER/REC
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,7 +45,11 @@ class Run(NamedTuple):
         path = self.folder / "last.test.json"
         if (result := read_result(path)) is None:
             return None
-        for key, (value, wanted) in differences(result, plain(load(self.recipe, self.flags))).items():
+        cfg = load(self.recipe, self.flags)
+        settings = plain(cfg) | {"effective_batch": cfg.batch_size * cfg.accum_iter}  # of one rank
+        paths = [path and os.path.abspath(path) for path in (result.get("data_path"), cfg.data_path)]
+        different = differences(result, settings) | ({"data_path": paths} if paths[0] != paths[1] else {})
+        for key, (value, wanted) in different.items():
             raise UserError(f"{self.folder}: trained with {key} = {value}, not {wanted}; use another --output-dir")
         return result | {"path": path}
 

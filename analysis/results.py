@@ -16,8 +16,9 @@ TEST_SAMPLES |= {"digits": 360, "digits-dvs": 360, "imagenet": 50_000, "cifar10-
 # settings that affect the accuracy; seeds may differ, because results are means over seeds
 _OTHERS = "variant effective_batch accum_iter seed save_steps keep eval_batch_size eval_amp".split()
 _OTHERS += ["channels_last", "grad_checkpointing"]
+_OPEN = ("num_classes", "effective_batch")  # None fits every number
 _TRAINING = [key for key in FIELDS if key not in (*LOCAL_FIELDS, *MODEL_FIELDS, *PUBLISHED, *_OTHERS)]
-SETTINGS = ["dataset", *MODEL_FIELDS, *(key for key in _TRAINING if key != "dataset")]
+SETTINGS = ["dataset", *MODEL_FIELDS, *(key for key in _TRAINING if key != "dataset"), "effective_batch", "finetune"]
 
 
 def results(folders: Sequence[Path]) -> list[dict]:
@@ -56,12 +57,14 @@ def _is_complete(result: dict, key: str = "") -> bool:
 
 
 def read_result(path: Path) -> dict | None:
-    """Return the content of a file, or None if test.py did not write it."""
+    """Return the content of a file, with `finetune` of its run, or None if test.py did not write it."""
     try:
         content = json.loads(path.read_text())
         figures = [content["top1"] / 100, content.get("energy", {"energy_mj": 0})["energy_mj"]]
         texts = [content[key] for key in ("time", "dataset", "model")]
         is_result = figures[0] <= 1 and all(0 <= x < math.inf for x in figures) and isinstance(content["count"], int)
+        start = read_record(path.with_name("run.json"), {}, lambda text: json.loads(text)[0]["config"])
+        content["finetune"] = start.get("finetune")
         return content if is_result and all(isinstance(text, str) for text in texts) else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError):
         return None
@@ -79,7 +82,8 @@ def settings(result: dict) -> dict[str, object]:
 
 def differences(result: dict, wanted: dict) -> dict[str, tuple]:
     """Return the settings that affect the accuracy and differ: name -> (value of the result, wanted value)."""
-    return {key: (value, wanted[key]) for key, value in settings(result).items() if value != wanted[key]}
+    pairs = {key: (value, wanted[key]) for key, value in settings(result).items() if value != wanted[key]}
+    return {key: pair for key, pair in pairs.items() if key not in _OPEN or None not in pair}
 
 
 def by_recipe(rows: Sequence[dict], configs: Sequence[Config]) -> dict[Config, list[dict]]:
@@ -87,11 +91,7 @@ def by_recipe(rows: Sequence[dict], configs: Sequence[Config]) -> dict[Config, l
     groups = {cfg: [] for cfg in configs}
     for result in rows:
         nearest = min(configs, key=lambda cfg: (cfg.dataset != result["dataset"], len(differences(result, plain(cfg)))))
-        different = differences(result, plain(nearest))
-        trained, wanted = result.get("effective_batch"), nearest.effective_batch
-        if trained and wanted and trained != wanted:
-            different["effective_batch"] = (trained, wanted)
-        if different:
+        if different := differences(result, plain(nearest)):
             key, (value, recipe) = next(iter(different.items()))
             name = " ".join(filter(None, (Path(nearest.config).name, nearest.variant)))
             logger.warning(f"{result['path']}: left out, {key} is {value}, but {recipe} in the nearest recipe, {name}")

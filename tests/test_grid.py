@@ -74,7 +74,9 @@ def test_a_grid_resumes_and_skips_finished_runs(recipe, tmp_path, monkeypatch, c
     ]
     assert {(row["seconds"], row["energy (mJ)"], row["firing rate"]) for row in rows} == {("4", "0.002", "0.2000")}
     assert [row["parameters"] for row in rows] == ["140,162", "141,538"]
-    named(fail(monkeypatch, capfd, *command, 0, "--", "--epochs", 3), "recipe-seed0", "epochs", 3)
+    for flag, key, value in (("--epochs", "epochs", 3), ("--accum-iter", "effective_batch", 48)):
+        named(fail(monkeypatch, capfd, *command, 0, "--", flag, 3), "recipe-seed0", key, value)
+    named(fail(monkeypatch, capfd, *command, 0, "--", "--data-path", "x"), "recipe-seed0", "data_path", "x")
 
 
 def test_a_signal_lets_the_run_save(recipe, tmp_path):
@@ -106,7 +108,7 @@ def test_a_record_keeps_the_small_files_of_a_run(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     result(Path("run/last.test.json"), 97.0, recipe="digits", variant="self", seed=1)
     for name in (*grid.RECORDED, "last.pt"):
-        (tmp_path / "run" / name).write_text(f"data: {tmp_path}/data")
+        (tmp_path / "run" / name).write_text(f'[{{"config": {{"data": "{tmp_path}/data"}}}}]')
     Path("run/metrics.jsonl").write_text(
         '{"seconds": 1, "epoch": 0, "test_top1": 1, "train_loss": 1, "test_loss": 1}\n'
     )
@@ -114,12 +116,13 @@ def test_a_record_keeps_the_small_files_of_a_run(tmp_path, monkeypatch, capfd):
     here(monkeypatch, capfd, *command, "records")
     folder = Path("records/digits-self-seed1")
     assert {path.name for path in folder.iterdir()} == {"last.test.json", *grid.RECORDED}
-    assert (folder / "run.json").read_text() == "data: data"  # relative to the working directory
+    start = '[{"config": {"data": "data"}}]'  # relative to the working directory
+    assert (folder / "run.json").read_text() == start
     here(monkeypatch, capfd, *command, "records", "--curves")
     assert (folder / "curves.png").exists()
     result(Path("again/last.test.json"), 96.0, recipe="digits", variant="self", seed=1)
     for name in grid.RECORDED:
-        (tmp_path / "again" / name).touch()
+        (tmp_path / "again" / name).write_text(start)
     line = fail(monkeypatch, capfd, "analysis.grid", "--compare", "run", "again", "--record", "two")
     named(line, "two/digits-self-seed1")
     result(Path("run/last.test.json"), 90.0, recipe="digits", variant="self", seed=1, epochs=2)
@@ -164,6 +167,11 @@ def test_every_accuracy_in_the_tables_has_a_record():
 def test_what_a_grid_cannot_run_is_refused(words, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     named(fail(monkeypatch, capfd, "analysis.grid", *words.split()), words.split("--")[-1].split(" ")[-1])
+
+
+def test_counted_classes_are_no_difference():
+    wanted = config.plain(config.load(ROOT / "imagenet/own_images.yml"))
+    assert not {"num_classes", "effective_batch"} & set(differences({"num_classes": 3, "effective_batch": 8}, wanted))
 
 
 def test_runs_of_the_first_seed_come_first(tmp_path):
