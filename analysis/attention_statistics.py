@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine.cli import UserError
 from engine.log import logger
-from models.attention import SSA_SCALE, ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
+from models.attention import ChannelQKAttention, SpikingSelfAttention, TokenQKAttention
 from models.neuron import ATTN_THRESHOLD
 from models.qkformer import Block
 
@@ -77,7 +77,7 @@ def _rows(depth: int, name: str, attention: nn.Module, sums: dict[str, Tensor], 
     kind, scale = KINDS[type(attention)], getattr(attention, "scale", 1.0)
     width = attention.q.conv.out_channels // attention.heads
     expected = independent(kind, rates, width, tokens)
-    factors = {"self scaled": SSA_SCALE, "self unscaled": 1.0} if kind == "self" else {kind: 1.0}
+    factors = {"self scaled": scale, "self unscaled": 1.0} if kind == "self" else {kind: 1.0}
     return [
         {
             "depth": depth,

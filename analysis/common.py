@@ -52,7 +52,7 @@ class Subject:
         every, seen, kept = 1, 0, []
         for images, labels in self.data.test:
             if spread and not seen:
-                every = max(1, len(self.data.test) * len(labels) // count)
+                every = -(-len(self.data.test) * len(labels) // count)  # rounded up, to reach the last class
             kept.append((images[-seen % every :: every], labels[-seen % every :: every]))
             seen += len(labels)
             if sum(len(labels) for _, labels in kept) >= count:
@@ -143,7 +143,7 @@ def subject(path: Path, flags: Sequence[str], name: str = "") -> Subject:
 
 def _recipe_of(state: dict, path: Path, flags: Sequence[str]) -> Path:
     """Return the recipe of `--config`, or the nearest one of the checkpoint's data set, or of the same kind of data."""
-    if any(flag.split("=")[0] == "--config" for flag in flags):
+    if any(flag.split("=")[0] in ("--config", "-c") for flag in flags):
         return Path(load(DIGITS, flags, validate=False).config)
     if dataset := state["config"].get("dataset") if state["format"] == "qkformer" else None:
         kind = "cifar10-dvs/cifar10-dvs.yml" if dataset in EVENT_DATASETS else "imagenet/qkformer_10_384.yml"

@@ -82,7 +82,8 @@ class EnergyMeter(TorchFunctionMode):
     def _started(self, model: nn.Module, args: tuple) -> None:
         x = args[0]
         has_frames = x.dim() == 5
-        steps = x.shape[1] if has_frames else getattr(model, "time_steps", 1)
+        own = (module.time_steps for module in model.modules() if hasattr(module, "time_steps"))  # perhaps in a wrapper
+        steps = x.shape[1] if has_frames else next(own, 1)
         self._add(("run", ""), len(x), len(x) * steps, has_frames)
 
     def _fired(self, name: str, spikes: Tensor) -> None:

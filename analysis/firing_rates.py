@@ -49,7 +49,7 @@ def measure(subject: Subject) -> Rates:
             callbacks[module] = lambda _, output, name=name: add(spikes, name, output)
         elif isinstance(module, TokenQKAttention | ChannelQKAttention):
             callbacks[module.proj] = lambda x, _, name=f"{name}.proj": add(masked, name, x)
-        elif subject.cfg.residual == "ms":
+        elif subject.model.residual == "ms":
             continue
         elif isinstance(module, Block) or name.endswith(".embed"):
             callbacks[module] = lambda _, output, name=name: add_integers(name, output)

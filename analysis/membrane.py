@@ -19,14 +19,14 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from engine.cli import UserError
-from engine.config import MODEL_FIELDS, plain
+from engine.config import plain
 from engine.log import logger, progress
 
 from .common import Subject, drawing, main, positive, subjects, write_csv
+from .results import SETTINGS
 
 MEMBRANES = ("released", "per_sample")
-# settings that averaged checkpoints share
-SAME = [key for key in (*MODEL_FIELDS, "dataset", "input_size") if key != "ssa_membrane"]
+SAME = [key for key in SETTINGS if key != "ssa_membrane"]  # settings that averaged checkpoints share
 CHANGES = ("answers that change", "probability that moves")
 
 
@@ -145,8 +145,10 @@ def run(argv: Sequence[str]) -> None:
         raise UserError("--shuffles 1: no second order to compare; use 2 or more")
     rows = []
     for subject in loaded:
-        if subject.cfg.residual == "ms" or "self" not in subject.model.attention:
+        has_leak = hasattr(subject.model, "ssa_membrane") and "self" in subject.model.attention
+        if subject.model.residual == "ms" or not has_leak:
             raise UserError(f"{subject.path}: no membrane leaks across the batch; use another checkpoint")
+    for subject in loaded:
         rows += study(subject, args.samples, sorted(set(args.batch_sizes)), args.shuffles)
     means = averages(rows)
     write_csv(args.output_dir / "membrane.csv", rows)

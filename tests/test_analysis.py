@@ -1,6 +1,7 @@
 """Figures of the analyses against other counts, and the files that their scripts write."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -74,6 +75,7 @@ def test_samples_may_come_from_all_over_the_test_set(all_kinds):
     images, some = loaded.samples(50, spread=True)  # 8 batches of 50 make every eighth
     assert torch.equal(images, everything[::8][:50])
     assert torch.equal(some, labels[::8][:50])
+    assert torch.equal(loaded.samples(220, spread=True)[0], everything[::2])  # to the end
 
 
 @pytest.mark.parametrize(("flags", "backend"), [([], "torch"), (["--lif-backend", "auto"], "auto")])
@@ -122,6 +124,7 @@ def test_the_tables_of_firing_rates(all_kinds, tmp_path, monkeypatch, capfd):
 
 def test_membrane_shortcuts_have_no_integers(trained):
     loaded = subject(trained("ms", "--residual", "ms"))
+    loaded.cfg = dataclasses.replace(loaded.cfg, residual="sew")  # the default, as in settings of rivals
     rates = firing_rates.measure(loaded)
     assert rates.integers == {}
     assert set(rates.spikes) == {name for name, module in loaded.model.named_modules() if isinstance(module, LIF)}
@@ -267,9 +270,9 @@ def test_the_membrane_study(trained, tmp_path, monkeypatch, capfd):
             assert {other["top1"] for other in rows if other["batch size"] == "1"} == {row["top1"]}
     assert {float(row["answers that change"]) for row in rows if row["evaluated"] == "per_sample"} == {0}
     assert (tmp_path / "membrane.png").exists()
-    path = trained("ms", "--residual", "ms")
-    line = fail(monkeypatch, capfd, "analysis.membrane", "--checkpoint", path, "--device", "cpu")
-    named(line, path)
+    for path in trained("ms", "--residual", "ms"), trained("rival", "--model", "spikformer_3_64"):
+        line = fail(monkeypatch, capfd, "analysis.membrane", "--checkpoint", path, "--device", "cpu")
+        named(line, path)
 
 
 def test_the_table_in_the_docs_is_that_of_its_figures():
@@ -296,6 +299,12 @@ def test_files_of_the_user_are_no_recipes(tmp_path, monkeypatch):
     assert [path.name for path, _ in common.recipes()] == ["digits.yml"]
 
 
+def test_flags_have_two_spellings(all_kinds, tmp_path):
+    for flag in ("--output-dir", "--output_dir"):
+        args, _ = common.subjects("", ["--checkpoint", str(all_kinds), flag, str(tmp_path / "new_folder")])
+        assert args.output_dir == tmp_path / "new_folder"
+
+
 def test_images_in_folders_take_the_recipe_of_their_network_else_one_of_imagenet():
     for model, folder in (("qkformer_4_256", "cifar10"), ("qkformer_3_64", "imagenet"), ("qkformer_4_384", "imagenet")):
         state = {"format": "qkformer", "config": {"dataset": "imagefolder", "model": model}}
@@ -318,6 +327,7 @@ def test_a_checkpoint_without_recipe_or_weights_is_refused(tmp_path, monkeypatch
 
 
 def test_curves_of_logs_and_runs(tmp_path, monkeypatch, capfd):
+    named(fail(monkeypatch, capfd, "analysis.curves", "--output", tmp_path / "run-0.1"), "run-0.1", ".png")
     lengths = {name: (curve.epochs[0], curve.epochs[-1]) for name in curves.LOGS for curve in [curves.published(name)]}
     assert lengths.pop("imagenet_768_384") == (202, 210)
     assert lengths == {"imagenet_768_224": (1, 200), "cifar10": (1, 410), "cifar100": (1, 408), "cifar10-dvs": (1, 106)}
@@ -373,6 +383,8 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     result(tmp_path / "b/best.test.json", 99.0, **steps)
     result(tmp_path / "copy/best.test.json", 99.0, **steps, data_path="data", command=["digits/test.py"])
     result(tmp_path / "large_batch/best.test.json", 13.0, effective_batch=32)
+    result(tmp_path / "tuned/best.test.json", 13.0)
+    (tmp_path / "tuned/run.json").write_text('[{"config": {"finetune": "best.pt"}}]')
     result(tmp_path / "part/best.test.json", 12.0, count=100)
     result(tmp_path / "short/best.test.json", 14.0, epochs=2)
     result(tmp_path / "another_network/best.test.json", 13.0, attention=["self", "self", "token"])
@@ -389,7 +401,7 @@ def test_tables_hold_what_was_published_and_measured_and_no_more(tmp_path, monke
     printed = capfd.readouterr().out
     left_out = [line.split(": left out")[0] for line in printed.splitlines() if ": left out" in line]
     folders = ("a/last", "copy/best", "part/best", "short/best", "another_network/best", "another_size/best")
-    folders += ("my_folder/best", "large_batch/best")
+    folders += ("my_folder/best", "large_batch/best", "tuned/best")
     names = [*folders, *NO_RESULTS]
     assert left_out.pop(0) == str(tmp_path / "untested")
     assert sorted(left_out) == sorted(str(tmp_path / f"{name}.test.json") for name in names)

@@ -67,6 +67,11 @@ def test_rows_of_qkformer(recipe, macs, first, mean):
     assert abs(implied - mean) <= 0.0005 + 0.005 / (AC_PJ * others * MJ)
 
 
+def test_a_wrapped_network_has_its_time_steps():
+    network = timm.create_model("qkformer_3_64", features_only=True)
+    assert estimate(network, torch.zeros(1, 1, 8, 8)).time_steps == 4
+
+
 @pytest.mark.parametrize(
     "row", [row for row in PUBLISHED if "not spiking" in row["network"]], ids=lambda row: row["timm"]
 )
