@@ -1,5 +1,6 @@
 """Folder of frames of an event data set, made once on all cores; it gets its name when it is complete."""
 
+import shutil
 from collections.abc import Callable, Collection
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -44,6 +45,7 @@ def _make(folder: Path, layout: Layout, recordings: list[Recording], show: bool)
         some = f"{len(invalid):,} recordings, such as {next(iter(invalid))}"
         logger.warning(f"warning: {sum(invalid.values()):,} invalid events in {some}, are left out")
     if problems := [error for error, _ in results if error]:
+        shutil.rmtree(partial)  # others may change too before the next start
         raise UserError(f"{len(problems)} of {len(recordings)} recordings cannot be read: {problems[0]}")
     for path in partial.rglob("*.*"):
         if path.is_file() and path.relative_to(partial).as_posix() not in names:
