@@ -214,7 +214,9 @@ def conflicts(c: Config) -> Iterator[tuple[str, str]]:
         bounds = getattr(c, key)
         if bounds is not None and (len(bounds) != 2 or bounds[0] > bounds[1]):
             yield key, "needs two numbers, the smaller first"
+    sizes = [c.input_size * share // 1 for share in c.cutmix_minmax or (0, 1)]  # of the area, in whole pixels
     rules = (
+        (len({*sizes}) < 2, "cutmix_minmax", "needs two different numbers of pixels of input_size"),
         (c.lr is None and c.blr is None, "lr", "set lr, or blr to scale with the batch"),
         (c.warmup_prefix and c.warmup_epochs >= c.epochs, "warmup_epochs", "must be below epochs"),
         (mixes(c) and c.batch_size % 2, "batch_size", "must be even, because mixup pairs the images of a batch"),

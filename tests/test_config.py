@@ -90,6 +90,7 @@ def test_the_saved_configuration_reads_back(recipe, tmp_path):
         ("lr: 1", "--compile --lif-backend triton", "triton"),
         ("lr: 1\nlif_backend: cupy", "--compile", "cupy"),
         ("lr: 1", "--pack-spikes --lif-backend torch", "pack_spikes"),
+        ("lr: 1", "--cutmix-minmax 0.5 0.5", "cutmix_minmax"),
         ("lr: 1", "--pack-spikes --neuron if", "pack_spikes"),
         ("lr: 1", "--pack-spikes --tau 1.5", "pack_spikes"),
         ("lr: 1", "--lif-backend cupy --amp bf16", "lif_backend"),

@@ -122,6 +122,13 @@ def test_a_label_without_an_output_is_reported(label, value, monkeypatch):
             samples[0]
 
 
+def test_an_image_of_hugging_face_that_cannot_be_read_is_not_replaced(monkeypatch):
+    reader = [(io.BytesIO(b"junk"), 0), (io.BytesIO(encoded(RED, "PNG")), 1)]
+    monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: reader)
+    with refuses("hfds/x"):
+        dataset(*IMAGENET[:3], "--dataset", "hfds/x")[0]
+
+
 @pytest.mark.parametrize(
     ("inner", "outer"),
     [

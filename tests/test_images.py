@@ -194,6 +194,7 @@ def test_images_without_a_range_are_refused(name, dtype, tmp_path):
 def test_images_of_other_libraries_are_scaled_too(dtype, tmp_path, monkeypatch):
     file = io.BytesIO()
     Image.fromarray(RAMP.astype(dtype)).save(file, "TIFF")
+    file.seek(0)
     monkeypatch.setattr(timm.data.dataset, "create_reader", lambda *args, **kwargs: [(file, 0)])
     flags = "--dataset hfds/x --in-channels 1 --mean 0 --std 1 --input-size 8 --workers 0 --eval-batch-size 1"
     with contextlib.nullcontext() if dtype == np.uint16 else refuses("hfds/x"):

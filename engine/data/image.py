@@ -6,6 +6,7 @@ attributes `transform`, `target_transform` and `classes`, and name it in `DATASE
 """
 
 import functools
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,11 +115,12 @@ def imagenet_classes() -> dict[str, str]:
 
 
 def read_image(source: object, mode: str = "RGB", name: str | None = None) -> Image.Image:
-    """Return an image, of a path or of Pillow, in the mode "L" or "RGB"; `name` is for errors of Pillow's images."""
+    """Return an image, of a path, bytes or Pillow, in the mode "L" or "RGB"; `name` is for errors without a path."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about EXIF data, palettes, and sizes that Pillow still reads
-            image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            image = source if isinstance(source, Image.Image) else Image.open(file, formats=FORMATS)
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))  # Pillow would clip 16 bits
             if image.mode in ("I", "F"):
@@ -126,7 +128,7 @@ def read_image(source: object, mode: str = "RGB", name: str | None = None) -> Im
             image.load()  # here, because its errors get a name
             return image if image.mode == mode else image.convert(mode)
     except Exception as error:  # a damaged file makes decoders fail in any way
-        where = name if isinstance(source, Image.Image) else source
+        where = name if isinstance(source, (Image.Image, bytes)) else source
         raise UserError(f"{where}: unusable image ({error}); replace or remove it") from None
 
 
@@ -198,6 +200,8 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
         raise UserError(f"{root}: no folder {split}; make one for training and one for testing")
     if hasattr(dataset, "loader"):
         dataset.loader = str  # `_transform` reads
+    if hasattr(dataset, "load_bytes"):
+        dataset.load_bytes = True  # else timm takes the next image in place of one that it cannot read
     if not train and isinstance(dataset, IterableDataset):
         # each rank reads all and keeps its share, because timm's stream would repeat or skip samples
         dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
