@@ -119,7 +119,7 @@ def create_loader(
     is_stream, ranks = isinstance(dataset, IterableDataset), world.world_size
     batch_size = cfg.batch_size if train else cfg.eval_batch_size or cfg.batch_size
     workers = min(cfg.workers, os.cpu_count() or 1)
-    if train and len(dataset) < batch_size * ranks:
+    if train and len(dataset) < batch_size * (1 if is_stream else ranks):  # the length of a stream is that of a rank
         raise UserError(f"batch_size = {batch_size}: {ranks} ranks share {len(dataset)} samples; use a smaller one")
     sampler = None
     if is_stream:
@@ -127,6 +127,8 @@ def create_loader(
         if shards < readers:  # a worker without a shard would wait for ever
             raise UserError(f"{dataset.reader.root}: {readers} ranks cannot share {shards} shards; start fewer ranks")
         workers = min(workers, shards // readers)
+        if train:
+            workers = max(1, workers)  # without, timm goes on with the random numbers of the last epoch
         dataset.set_loader_cfg(workers)  # its length depends on them
     elif not train:
         sampler = [i for i in range(len(dataset)) if i // batch_size % ranks == world.rank]
