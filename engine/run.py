@@ -58,7 +58,7 @@ def train(recipe: Path) -> None:
         if trainer.epoch >= total_epochs(cfg) and not start.continues:
             raise UserError(f"epochs = {cfg.epochs}: {start.path} has done {trainer.epoch}; raise it to train on")
     _announce(trainer, sources)
-    with trainer.stop_request, records(cfg, world, start.folder, data, trainer.epoch) as record:
+    with trainer.stop_request, records(cfg, world, start, data, trainer.epoch) as record:
         while trainer.epoch < total_epochs(cfg):
             _train_one_epoch(trainer, record)
     logger.info(f"best top-1 {trainer.best['test_top1']:.2f} %; checkpoints and metrics are in {start.folder}")
@@ -70,7 +70,7 @@ def _train_one_epoch(trainer: Trainer, record: Callable[[dict], None] | None) ->
     result, images, _ = evaluate(cfg, world, trainer.evaluated, trainer.data.test, f"{name} test", stop)
     trainer.stop_if_asked("in the evaluation")
     is_best = trainer.end_epoch(result)
-    row = {"epoch": epoch, "lr": trainer.optimizer.param_groups[0]["lr"], "train_loss": train_loss}
+    row = {"epoch": epoch, "lr": trainer.lr, "train_loss": train_loss}
     row |= {f"test_{key}": result[key] for key in ("loss", "top1", "top5")}
     row["seconds"] = round(time.monotonic() - began, 2)
     if record:
@@ -93,6 +93,7 @@ def test(recipe: Path, meter: str | None) -> None:
     path = distributed.gather([checkpoint_to_test(cfg) if world.is_main else None])[0]
     state = checkpoint.read(path)
     cfg = _counted(settings_of(state, path, sources))
+    _require_equal_settings(cfg)
     folder = Path(cfg.output_dir or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # fail before the evaluation, not after it
@@ -139,6 +140,9 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     data = (event if cfg.dataset in EVENT_DATASETS else image).create_data(cfg, world, train)
     if len(data.classes) < 2:
         raise UserError(f"{cfg.data_path or cfg.dataset}: has one class; add a folder for another")
+    sizes = len(data.train.dataset) if train else 0, len(data.test.dataset)
+    if different := [other for other in distributed.gather([sizes]) if other != sizes]:
+        raise UserError(f"{cfg.data_path or cfg.dataset}: {sizes} samples on one rank, {different[0]} on another")
     return data
 
 

@@ -121,14 +121,15 @@ def warn_of_seen(data: Data, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def records(cfg: Config, world: World, folder: Path, data: Data, first_epoch: int) -> Iterator[Callable | None]:
+def records(cfg: Config, world: World, start: Start, data: Data, first_epoch: int) -> Iterator[Callable | None]:
     """Record settings, provenance and data; give the main rank a function that records the row of an epoch."""
     if not world.is_main:
         yield None
         return
+    folder = start.folder
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder)
-    if first_epoch and log.read_record(folder / SPLIT, data.split, _split) != data.split:
+    if start.continues and log.read_record(folder / SPLIT, data.split, _split) != data.split:
         raise UserError(f"{folder / SPLIT}: the data are split otherwise now; use the same --split-seed and data")
     if data.split:
         log.write_whole(folder / SPLIT, json.dumps(data.split, indent=0) + "\n")

@@ -83,7 +83,7 @@ class Trainer:
             self.ema.module.load_state_dict(state.get("state_dict_ema") or state["state_dict"])
         # before loading, which places the state as these settings say
         for saved, group in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False):
-            saved.update({k: v for k, v in group.items() if k not in ("params", "lr")})
+            saved.update({k: v for k, v in group.items() if k not in ("params", "lr", "lookahead_step")})
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -214,10 +214,15 @@ class Trainer:
         if self.ema:
             self.ema.update(self.model)
 
+    @property
+    def lr(self) -> float:
+        """Learning rate without the factors of `layer_decay`."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
     def _status(self) -> dict:
         loss = self.loss_sum.item()
         self._require_finite(loss)
-        return {"loss": f"{loss / self.seen:.4f}", "lr": f"{self.optimizer.param_groups[0]['lr']:.2e}"}
+        return {"loss": f"{loss / self.seen:.4f}", "lr": f"{self.lr:.2e}"}
 
     def _require_finite(self, loss: float) -> None:
         self._require(math.isfinite(loss), f"the loss is {loss}; lower lr, or use --amp bf16")
