@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.cli import UserError
-from engine.data.pictures import SUFFIXES
+from engine.data.pictures import require_format
 from engine.log import label, logger, read_record, setup_console
 
 from .common import drawing, main, parser
@@ -74,8 +74,7 @@ def run(argv: Sequence[str]) -> None:
     flags.add_argument("--output", type=Path, default=Path("output/curves.png"), help="picture (output/curves.png)")
     args = flags.parse_args(argv)
     setup_console(is_main=True)
-    if args.output.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--output {args.output}: unknown format; use {', '.join(SUFFIXES)}")
+    require_format("--output", args.output)
     names = args.published or ([] if args.runs else [*LOGS])
     curves = [published(name) for name in names]
     runs = [run.resolve() for run in args.runs]

@@ -132,8 +132,8 @@ def run(argv: Sequence[str]) -> None:
             raise UserError(f"{path}: is an input, or named twice; choose another file to write")
         taken.add(path.resolve())
         path.parent.mkdir(parents=True, exist_ok=True)
-    if args.picture and args.picture.suffix.lower() not in pictures.SUFFIXES:
-        raise UserError(f"--picture {args.picture}: unknown format; use {', '.join(pictures.SUFFIXES)}")
+    if args.picture:
+        pictures.require_format("--picture", args.picture)
     workers = min(predictor.cfg.workers, os.cpu_count() or 1, len(files) // predictor.batch_size)
     read = partial(_read_files, predictor.read)
     loader = DataLoader(files, predictor.batch_size, num_workers=workers, collate_fn=read)

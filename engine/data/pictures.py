@@ -7,7 +7,15 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..cli import UserError
+
 SUFFIXES = (".png", ".jpg", ".pdf", ".svg")  # formats of pictures
+
+
+def require_format(flag: str, path: Path) -> None:
+    """Raise `UserError` if the `path` of a flag has no suffix of a picture."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{flag} {path}: unknown format; use {', '.join(SUFFIXES)}")
 
 
 def of_image(mean: Sequence[float], std: Sequence[float], image: Tensor) -> Tensor:
