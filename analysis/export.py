@@ -18,7 +18,7 @@ from engine.cli import UserError
 from engine.config import LOCAL_FIELDS, MODEL_FIELDS, Config, plain
 from engine.data.recordings import EVENT_DATASETS
 from engine.log import logger, write_whole
-from engine.weights import arguments
+from engine.weights import model_arguments
 from models import LIF
 
 from . import common
@@ -111,7 +111,7 @@ def _model_card(subject: common.Subject, name: str) -> str:
         "parameters": sum(p.numel() for p in subject.model.parameters()),
         "shape": "event frames [B,T,C,H,W]" if cfg.dataset in EVENT_DATASETS else "images [B,C,H,W]",
         "top1": "not measured" if top1 is None else f"{top1:.2f} %",
-        "arguments": "".join(f"    {key}={value!r},\n" for key, value in arguments(cfg).items()),
+        "arguments": "".join(f"    {key}={value!r},\n" for key, value in model_arguments(cfg).items()),
         "residual": subject.model.residual,
         "folder": Path(cfg.config).parent.name,
         "name": name,

@@ -14,11 +14,10 @@ from engine.log import logger, read_record
 TEST_SAMPLES = {"torch/cifar10": 10_000, "torch/cifar100": 10_000, "dvs128-gesture": 288, "cifar10-dvs": 1_000}
 TEST_SAMPLES |= {"digits": 360, "digits-dvs": 360, "imagenet": 50_000, "cifar10-jpeg": 10_000}  # see `data_key`
 # settings that affect the accuracy; seeds may differ, because results are means over seeds
-_OTHERS = "variant effective_batch accum_iter seed save_steps keep eval_batch_size eval_amp".split()
-_OTHERS += ["channels_last", "grad_checkpointing"]
+_OTHERS = "variant accum_iter seed save_steps keep eval_batch_size eval_amp channels_last grad_checkpointing".split()
 _OPEN = ("num_classes", "effective_batch")  # None fits every number
 _TRAINING = [key for key in FIELDS if key not in (*LOCAL_FIELDS, *MODEL_FIELDS, *PUBLISHED, *_OTHERS)]
-SETTINGS = ["dataset", *MODEL_FIELDS, *(key for key in _TRAINING if key != "dataset"), "effective_batch", "finetune"]
+SETTINGS = ["dataset", *MODEL_FIELDS, *(key for key in _TRAINING if key != "dataset"), "finetune"]
 
 
 def results(folders: Sequence[Path]) -> list[dict]:

@@ -24,7 +24,7 @@ from .log import logger
 RELEASED = {md5: tag.replace(".in1k", "") for tag, (_, md5) in registry.RELEASED.items()}  # md5 -> recipe in imagenet/
 
 
-def arguments(cfg: Config) -> dict[str, object]:
+def model_arguments(cfg: Config) -> dict[str, object]:
     """Return the arguments of `create_model` for `cfg`; no network takes all, so defaults are left out."""
     always, keys = ("num_classes", "in_channels", "time_steps"), (*MODEL_FIELDS[1:], "drop_path")
     return {key: getattr(cfg, key) for key in keys if key in always or getattr(cfg, key) != FIELDS[key].default}
@@ -35,7 +35,7 @@ def build_model(cfg: Config) -> nn.Module:
     if cfg.pack_spikes and cfg.model not in registry.QKFORMERS:
         raise UserError(f"--pack-spikes: {cfg.model} has no path that packs spikes; omit it")
     try:
-        model = create_model(cfg.model, **arguments(cfg), lif_backend=cfg.lif_backend)
+        model = create_model(cfg.model, **model_arguments(cfg), lif_backend=cfg.lif_backend)
         if cfg.pack_spikes:
             model.set_spike_packing()
     except (TypeError, ValueError) as error:
@@ -52,7 +52,7 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
     is_recorded = "epochs" in state.get("config", {})
     if state["format"] == "qkformer":
         recipe = sources.script_recipe.with_name(f"{Path(str(state['config'].get('recipe'))).name}.yml")
-        if "config" not in sources.flags and os.path.isfile(recipe):
+        if "config" not in sources.flags and recipe != sources.path and os.path.isfile(recipe):
             sources = dataclasses.replace(read(recipe), flags=sources.flags, script_recipe=sources.script_recipe)
         cfg = sources.config(state["config"] | _trained_batch(state))
         dataset = (sources.recipes[None] | sources.flags).get("dataset", cfg.dataset)
