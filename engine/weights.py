@@ -154,7 +154,8 @@ def _adapted_input(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
 
 def warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:
     """Warn about settings that change the network but not the shapes of its weights."""
-    released = {"ssa_membrane": "released" if cfg.residual == "sew" else "per_sample"}
+    leaks = cfg.model in registry.QKFORMERS and cfg.residual == "sew"
+    released = {"ssa_membrane": "released" if leaks else "per_sample"}
     released["time_steps"] = getattr(state.get("args"), "time_step", cfg.time_steps)
     recorded, how = (state["config"], "trained with") if state.get("config") else (released, "probably trained with")
     keys = "variant ssa_membrane residual time_steps attention ssa_scale neuron tau heads".split()
