@@ -22,7 +22,7 @@ from . import world as distributed
 from .cli import UserError, short, spare_children
 from .config import LOCAL_FIELDS, MODEL_FIELDS, Config, Sources, mixes, plain, read
 from .data import event, image
-from .data.folders import data_path, find_classes, split_folders
+from .data.folders import data_path, find_classes, part_folder, split_folders
 from .data.loaders import Data
 from .data.recordings import EVENT_DATASETS, event_folder
 from .evaluate import evaluate, published, report, warn_of_other_classes, write
@@ -30,7 +30,7 @@ from .log import logger
 from .optim import base_lr, create_optimizer, effective_batch, total_epochs
 from .run_dir import Start, checkpoint_to_test, find_run, records, warn_of_seen
 from .trainer import Trainer
-from .weights import build_model, differences, load_weights, settings_of
+from .weights import build_model, differences, load_weights, settings_of, with_data_of_run
 from .world import World
 
 
@@ -148,12 +148,13 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
 
 def _settings_to_train(sources: Sources, start: Start) -> Config:
     """Return the settings of a run: its own if it continues, else those of the recipe, under flags."""
-    cfg = _counted(sources.config(start.state["config"] if start.continues else None))
+    cfg = sources.config(start.state["config"] if start.continues else None)
+    cfg = _counted(with_data_of_run(cfg, start.path, sources) if start.continues else cfg)
     if start.continues and "config" in sources.flags:
         recipe = _counted(sources.config(validate=False))
         for key, value, recorded in differences(recipe, plain(cfg), plain(cfg, without=LOCAL_FIELDS)):
             change = f"{key} = {value!r}, {start.path} was trained with {recorded!r}"
-            raise UserError(f"--config {sources.path}: {change}; omit the flag, or branch off with --output-dir NEW")
+            raise UserError(f"--config {sources.path}: {change}; omit --config, or branch off with --output-dir NEW")
     recorded = start.state["config"] if start.is_native else plain(cfg)
     groups = ("opt", "decay_1d", "layer_decay")  # of parameters in the optimizer
     for key, value, trained in differences(cfg, recorded, ("variant", *MODEL_FIELDS, *groups)):
@@ -167,10 +168,11 @@ def _counted(cfg: Config) -> Config:
         return cfg
     if cfg.dataset == "eventfolder":
         return dataclasses.replace(cfg, num_classes=len(event_folder(data_path(cfg), cfg.split_seed).classes))
-    folders = [*split_folders(data_path(cfg)).values()] if cfg.dataset == "imagefolder" else []
-    if not folders:
-        raise UserError(f"num_classes: no folders train and val in {cfg.data_path}; make both, or use --num-classes")
-    return dataclasses.replace(cfg, num_classes=len(find_classes(folders[0])[0]))
+    if cfg.dataset != "imagefolder":
+        raise UserError(f"num_classes: {cfg.dataset} has no folders to count; use --num-classes")
+    root = data_path(cfg)
+    folder = next(iter(split_folders(root).values()), None) or part_folder(root, "train")
+    return dataclasses.replace(cfg, num_classes=len(find_classes(folder)[0]))
 
 
 def _require_equal_settings(cfg: Config) -> None:

@@ -39,7 +39,7 @@ def build_model(cfg: Config) -> nn.Module:
         if cfg.pack_spikes:
             model.set_spike_packing()
     except (TypeError, ValueError) as error:
-        raise UserError(f"model = {cfg.model}: {error}") from None
+        raise UserError(f"model = {cfg.model}: {str(error).removeprefix(f'model={cfg.model!r}: ')}") from None
     model.set_grad_checkpointing(cfg.grad_checkpointing)
     return model.to(memory_format=torch.channels_last) if cfg.channels_last else model
 
@@ -56,10 +56,11 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
             sources = dataclasses.replace(read(recipe), flags=sources.flags, script_recipe=sources.script_recipe)
         cfg = sources.config(state["config"] | _trained_batch(state))
         dataset = (sources.recipes[None] | sources.flags).get("dataset", cfg.dataset)
-        if dataset != cfg.dataset != "eventfolder":  # which has no recipe of its own
+        if dataset != cfg.dataset:
             logger.info(f"{path}: evaluating on {cfg.dataset} as in training, not on {dataset}")
+            cfg = dataclasses.replace(cfg, data_path=sources.flags.get("data_path"))  # the recipe's has other data
         warn_of_other_network(cfg, state, path)
-        cfg = _with_data_of_run(cfg, path, sources)
+        cfg = with_data_of_run(cfg, path, sources)
     elif "config" not in sources.flags and (known := recipe_of(path, sources.script_recipe.parent)):
         cfg, is_recorded = dataclasses.replace(read(known), flags=sources.flags).config(), True
         logger.info(f"{path}: the released checkpoint of {known.stem}, recognised by its md5")
@@ -79,7 +80,7 @@ def _trained_batch(state: dict) -> dict[str, int]:
     return {"effective_batch": math.prod(sizes)} if all(isinstance(size, int) for size in sizes) else {}
 
 
-def _with_data_of_run(cfg: Config, path: Path, sources: Sources) -> Config:
+def with_data_of_run(cfg: Config, path: Path, sources: Sources) -> Config:
     """Return the settings with the data folder that the run of the checkpoint recorded, unless a flag names one."""
     record = path.with_name("config.yml")
     recorded = read(record).config(validate=False).data_path if record.is_file() else None
@@ -138,8 +139,9 @@ def load_weights(cfg: Config, model: nn.Module, state: dict, path: Path | str, a
     try:
         load_released(model, weights)
     except ValueError as error:
-        other = f"trained as {short(trained)}, not {cfg.model!r}; " if trained != cfg.model else ""
-        raise UserError(f"{path}: {other}{error}") from None
+        is_same = trained == cfg.model
+        fix = "use the settings of its training" if is_same else f"use --model {short(trained)}, as in its training"
+        raise UserError(f"{path}: {error}; {fix}") from None
 
 
 def _adapted_input(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:

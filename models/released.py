@@ -139,7 +139,7 @@ def load_released(model: Backbone, state_dict: Mapping[str, Tensor]) -> None:
         ],
     }
     problems = [
-        f"{len(names)} {what}: {', '.join(names[:20])}" + f" and {len(names) - 20} more" * (len(names) > 20)
+        f"{len(names)} {what}: {', '.join(names[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3)
         for what, names in listings.items()
         if names
     ]

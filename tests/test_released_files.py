@@ -215,12 +215,11 @@ def test_a_file_of_another_trainer_is_evaluated_and_fine_tuned(name, tmp_path, m
 
 
 @pytest.mark.parametrize(("name", "leaks"), [("qkformer_4_384", True), ("spikformer_4_384", False)])
-def test_only_released_files_of_qkformer_warn_of_the_leaking_membrane(name, leaks, tmp_path, monkeypatch):
-    path, lines = released_file(tmp_path / "file.pth", name), []
-    monkeypatch.setattr(weights.logger, "warning", lines.append)
+def test_only_released_files_of_qkformer_warn_of_the_leaking_membrane(name, leaks, tmp_path, warnings):
+    path = released_file(tmp_path / "file.pth", name)
     cfg = config.load(ROOT / "cifar10/cifar10.yml", ["--model", name, "--ssa-membrane", "per_sample"])
     weights.warn_of_other_network(cfg, checkpoint.read(path), path)
-    assert any("ssa_membrane" in line for line in lines) == leaks
+    assert any("ssa_membrane" in line for line in warnings) == leaks
 
 
 def model_of(channels, *flags):
