@@ -232,11 +232,12 @@ def test_invalid_events_of_a_file_are_counted(tmp_path, warnings):
     named(warnings[0], tmp_path / "x.aedat", ": 1 ")
 
 
-@pytest.mark.parametrize("name", ["x.npz", "x.txt"])
-def test_an_unreadable_file_is_reported(name, tmp_path):
-    (tmp_path / name).write_bytes(b"PK")
-    with refuses(tmp_path / name):
+@pytest.mark.parametrize(("name", "content"), [("x.npz", b"PK"), ("x.txt", b"PK"), ("x.npz", b"text")])
+def test_an_unreadable_file_is_reported_without_advice_to_unpickle_it(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with refuses(tmp_path / name) as error:
         read_recording(tmp_path / name, settings(tmp_path))
+    assert "pickle" not in str(error.value)
 
 
 def recordings_of_the_page(root):

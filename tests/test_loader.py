@@ -62,7 +62,9 @@ def test_a_kept_worker_starts_each_evaluation_from_its_first_image(data):
 )
 def test_workers_can_be_spawned(recipe, folder, flags, data, tmp_path, one_core):
     """Spawn workers as macOS and Windows do, with pickled arguments."""
-    root = cifar10_dvs(tmp_path, per_class=2, count=50) if folder == "events" else data / str(folder)
+    root = data / folder if folder else "none"
+    if folder == "events":
+        root = cifar10_dvs(tmp_path, per_class=2, count=50)
     loaded = load_data(recipe, *flags, "--batch-size", 4, "--data-path", root, "--workers", 1)
     for source in (loaded.train.source, loaded.test.loader):
         pickle.dumps((source.dataset, source.collate_fn, source.worker_init_fn))

@@ -47,7 +47,8 @@ class FrameFiles(Dataset):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         label, file = self.samples[index]
         try:
-            frames = np.load(self.folder / file, allow_pickle=False)
+            with (self.folder / file).open("rb") as content:
+                frames = np.lib.format.read_array(content, allow_pickle=False)
             if frames.shape != self.shape or frames.dtype.kind != "u":
                 raise ValueError(f"{frames.dtype} {frames.shape}")
         except Exception as error:  # a damaged file makes numpy fail in any way
@@ -66,6 +67,7 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     allowed |= {"sensor_size": (None,)} if raw.side else {}
     require(cfg, f"event frames of {len(classes)} classes", allowed)
     if cfg.dataset == "digits-dvs":
+        require(cfg, "simulated events", {"data_path": (None,)})
         train_set = digits.create_frames(True, layout(cfg)) if train else None
         test_set, split = digits.create_frames(False, layout(cfg)), None
     else:

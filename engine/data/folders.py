@@ -46,6 +46,13 @@ def split_folders(root: Path) -> dict[str, Path]:
     return folders
 
 
+def part_folder(root: Path, part: str) -> Path:
+    """Return the folder of `root` for the part "train" or "test"; raise `UserError` if there is none."""
+    if part not in (folders := split_folders(root)):
+        raise UserError(f"{root}: no folder {SPLITS[part][0]}; make train and val, each with a folder per class")
+    return folders[part]
+
+
 def find_classes(folder: str | Path) -> tuple[list[str], dict[str, int]]:
     """Return the names of the class folders, sorted, and name -> label, as torchvision does."""
     names = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not is_hidden(path.name))

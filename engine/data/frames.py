@@ -43,6 +43,8 @@ def read_numpy(content: bytes) -> Events | np.ndarray:
     Events are arrays t, x, y, p (spikingjelly) or a structured array (tonic); p is 0 or -1 for OFF and 1 for ON.
     Frames are an array `frames` (spikingjelly) or the only array.
     """
+    if not content.startswith((b"PK\x03\x04", b"PK\x05\x06", b"\x93NUMPY")):
+        raise DamagedRecording("neither .npz nor .npy inside")  # numpy would advise to unpickle it
     data = np.load(io.BytesIO(content), allow_pickle=False)
     names = data.dtype.names or () if isinstance(data, np.ndarray) else data.files
     if set("txyp") <= set(names):
@@ -95,7 +97,8 @@ def integrate(events: Events, frames: int, height: int = SIDE, width: int = SIDE
         raise DamagedRecording(f"only {count} events for {frames} frames (--time-steps)")
     rows, columns = events.y.max() + 1, events.x.max() + 1
     if rows > height or columns > width:
-        raise DamagedRecording(f"{rows} x {columns} pixels, more than --sensor-size {height} {width}")
+        fix = "give the sensor's in --sensor-size"
+        raise DamagedRecording(f"{rows} x {columns} pixels, more than {height} x {width}; {fix}")
     sizes = np.full(frames, count // frames)
     sizes[-1] += count % frames
     frame = np.repeat(np.arange(frames, dtype=np.uint32), sizes)

@@ -31,7 +31,7 @@ from ..log import logger
 from ..world import World
 from . import pictures
 from .digits import Digits
-from .folders import data_path, find_classes, is_hidden, require, split_folders
+from .folders import data_path, find_classes, is_hidden, part_folder, require
 from .loaders import Data, Seeded, create_loader, create_mixup
 from .recordings import EVENT_DATASETS
 
@@ -45,16 +45,20 @@ IMAGENET_SIZES = {"train": 1_281_167, "test": 50_000}
 def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """Create the loaders of images."""
     test_set, (mean, std) = create_dataset(cfg, train=False), statistics(cfg)
-    names = class_names(test_set)
+    train_set, names = create_dataset(cfg, train=True) if train else test_set, class_names(test_set)
+    if different := set(class_names(train_set)) ^ set(names):
+        name, part = min(different), "training" if min(different) in names else "test"
+        where = f"{cfg.data_path or cfg.dataset}: the {part} set"
+        raise UserError(f"{where} has no class {name}; training and test set need the same classes")
+    if names and len(names) != cfg.num_classes:
+        root = getattr(test_set, "root", cfg.dataset)
+        raise UserError(f"num_classes = {cfg.num_classes}: {root} has {len(names)}; use --num-classes {len(names)}")
     test = create_loader(cfg, world, test_set, False, fast_collate, mean, std)
     show = functools.partial(pictures.of_image, mean, std)
     classes = [imagenet_classes().get(name, name) for name in names] or [str(i) for i in range(cfg.num_classes)]
     if not train:
         return Data(None, test, classes, None, show)
 
-    train_set = create_dataset(cfg, train=True)
-    if different := set(class_names(train_set)) ^ set(names):
-        raise UserError(f"{cfg.dataset}: only one of training and test set has the class {min(different)}; complete it")
     if not isinstance(train_set, IterableDataset):
         train_set = Seeded(train_set, cfg.seed)
     mixup, erasing = create_mixup(cfg), None
@@ -85,10 +89,6 @@ def _transform(cfg: Config, train: bool) -> object:
 def create_dataset(cfg: Config, train: bool) -> Dataset:
     """Return the training or the test set of images; it and its samples raise `UserError`."""
     dataset = DATASETS.get(cfg.dataset, _of_timm)(cfg, train)
-    names = class_names(dataset)
-    if names and len(names) != cfg.num_classes:
-        root = getattr(dataset, "root", cfg.dataset)
-        raise UserError(f"num_classes = {cfg.num_classes}: {root} has {len(names)}; use --num-classes {len(names)}")
     dataset.transform, dataset.target_transform = _transform(cfg, train), functools.partial(_require_label, cfg)
     return dataset
 
@@ -157,8 +157,7 @@ class _ImageFolder(ImageFolder):
 def _image_folder(cfg: Config, train: bool) -> ImageFolder:
     """Return the training or the test part of a folder, with a folder per class in each."""
     part, root, skipped = "train" if train else "test", data_path(cfg), []
-    if (folder := split_folders(root).get(part)) is None:
-        raise UserError(f"{root}: no folder {'train' if train else 'val'}; make both, each with a folder per class")
+    folder = part_folder(root, part)
 
     def is_image(path: str) -> bool:
         name = "" if is_hidden(path[len(str(root)) :]) else path.lower()
@@ -195,7 +194,9 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
     try:
         dataset = distributed.in_turns(make) if cfg.download else make()
     except Exception as error:  # each library fails in its own way
-        raise UserError(f"{cfg.dataset} in {root}: {error!r}; check --data-path, --download and the network") from None
+        problem = f"{type(error).__name__}: {error}".replace("download=True", "--download")
+        fix = "check --data-path, or use --download; folders of images need --dataset imagefolder"
+        raise UserError(f"{cfg.dataset} in {root}: {problem}; {fix}") from None
     if train and type(dataset) is ImageFolder and dataset.root == root:  # timm's fallback
         raise UserError(f"{root}: no folder {split}; make one for training and one for testing")
     if hasattr(dataset, "loader"):
@@ -208,4 +209,9 @@ def _of_timm(cfg: Config, train: bool) -> Dataset:
     return dataset
 
 
-DATASETS = {"digits": lambda cfg, train: Digits(train), "imagefolder": _image_folder}
+def _digits(cfg: Config, train: bool) -> Digits:
+    require(cfg, "scikit-learn's images", {"data_path": (None,)})
+    return Digits(train)
+
+
+DATASETS = {"digits": _digits, "imagefolder": _image_folder}

@@ -19,9 +19,15 @@ def prepare(root: Path, layout: Layout, find: Callable[[], list[Recording]], sho
     folder = root / layout.folder
     if folder.exists():
         return folder
-    logger.info(f"preparing {folder}, or waiting for another process")
-    with filelock.FileLock(root / f"{folder.name}.lock"):
+    lock = filelock.FileLock(root / f"{folder.name}.lock")
+    try:
+        acquired = lock.acquire(blocking=False)
+    except filelock.Timeout:
+        logger.info(f"waiting for another process to prepare {folder}")
+        acquired = lock.acquire()
+    with acquired:
         if not folder.exists():
+            logger.info(f"preparing {folder}")
             _make(folder, layout, find(), show)
     return folder
 
