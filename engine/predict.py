@@ -5,12 +5,12 @@
 In Python: `predictor = engine.predict.load("output/shapes/best.pt")`, then `predictor(["photo.png"])`.
 """
 
+import argparse
 import csv
 import dataclasses
 import json
 import os
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,17 +28,21 @@ from .config import Config, Parser, Sources, add_flags, read, settings_in
 from .data import event, image, pictures
 from .data.folders import is_hidden
 from .data.frames import DECODERS
+from .data.recordings import FRAMES
 from .log import logger
 from .weights import build_model, load_weights, recipe_of, settings_of, warn_of_silence
 
-FLAGS = "config eval_batch_size device workers input_size time_steps sensor_size ssa_membrane use_ema".split()
+FLAGS = "eval_batch_size device workers input_size time_steps sensor_size ssa_membrane use_ema".split()
 COLUMNS = ("file", "rank", "class", "probability")
 TOP, DRAWN = 5, 80  # classes of an answer, images or frames in a picture
 Answer = list[tuple[str, float]]  # the most probable classes with their probabilities, best first
 
 
 class Predictor:
-    """Trained network with the preprocessing of its inputs and the names of its classes; made by `load`."""
+    """Trained network with the preprocessing of its inputs and the names of its classes; made by `load`.
+
+    With `ssa_membrane="released"` an answer depends on the other inputs of its batch.
+    """
 
     def __init__(self, cfg: Config, model: nn.Module, classes: Sequence[str], device: torch.device):
         self.cfg, self.model, self.classes, self.device = cfg, model.to(device).eval(), classes, device
@@ -84,8 +88,6 @@ def load(path: str | Path, device: str = "auto", **settings: object) -> Predicto
     if not (recipe or state["format"] == "qkformer" or recipe_of(path, folder)):
         raise UserError(f"{path}: no preprocessing recorded; use --config with the recipe of its data set")
     cfg = settings_of(state, path, dataclasses.replace(sources, flags=settings))
-    if cfg.ssa_membrane == "released" and cfg.residual == "sew":
-        logger.warning("warning: ssa_membrane released: answers depend on the batch; use --eval-batch-size 1")
     model = build_model(cfg)
     load_weights(cfg, model, state, path)
     names = state.get("classes") or [*image.imagenet_classes().values()]
@@ -97,8 +99,11 @@ def _files_in(paths: Sequence[Path], suffixes: tuple[str, ...]) -> list[Path]:
     """Return the files among the paths, and those with one of the suffixes in folders."""
     files = []
     for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
         names = sorted(str(file.relative_to(path)) for file in path.rglob("*"))
-        inside = [path / name for name in names if name.lower().endswith(suffixes) and not is_hidden(name)]
+        names = [name for name in names if name.lower().endswith(suffixes) and not is_hidden(name)]
+        inside = [path / name for name in names if not (name.endswith(".npy") and FRAMES.match(name))]
         if path.is_dir() and not inside:
             raise UserError(f"{path}: holds none of {', '.join(suffixes)}; name files, or a folder of them")
         files += inside or [path]
@@ -134,6 +139,9 @@ def run(argv: Sequence[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     if args.picture:
         pictures.require_format("--picture", args.picture)
+    cfg, together = predictor.cfg, min(predictor.batch_size, len(files))
+    if cfg.ssa_membrane == "released" and cfg.residual == "sew" and together > 1:
+        logger.warning("warning: ssa_membrane released: answers depend on the batch; use --eval-batch-size 1")
     workers = min(predictor.cfg.workers, os.cpu_count() or 1, len(files) // predictor.batch_size)
     read = partial(_read_files, predictor.read)
     loader = DataLoader(files, predictor.batch_size, num_workers=workers, collate_fn=read)
@@ -165,12 +173,16 @@ def run(argv: Sequence[str]) -> None:
 
 def _parser() -> Parser:
     note = "Values in [brackets] are for what neither the checkpoint nor the recipe sets."
-    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False, epilog=note)
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, epilog=note
+    )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="images or recordings, or folders of them")
     parser.add_argument("--stream", action="store_true", help="recordings: print the answer after each frame")
     for name, content in {"csv": "a table", "json": "JSON", "picture": "a picture of inputs with answers"}.items():
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"also write {content}")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a run's best.pt, or a released file")
+    about = "recipe with the preprocessing, for files without a record of it, such as cifar10/cifar10.yml"
+    parser.add_argument("-c", "--config", metavar="FILE", help=about, default=argparse.SUPPRESS)
     add_flags(parser, FLAGS)
     return parser
 

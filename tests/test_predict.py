@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from engine import checkpoint, config, log, predict, world
 from engine.config import LOCAL_FIELDS, plain
+from engine.data.frames import DECODERS
 from engine.run import build_model, create_data
 from engine.weights import warn_of_silence
 
@@ -104,7 +105,10 @@ def test_a_folder_is_answered_but_for_unreadable_files(images, tmp_path, monkeyp
 
 def test_a_recording_is_answered_frame_by_frame(recordings, monkeypatch, capfd):
     root, model, data = recordings
-    (path, *_) = sorted((root / "data/test").rglob("*.npz"))
+    (path, *others) = sorted((root / "data/test").rglob("*.npz"))
+    files = predict._files_in([root / "data"], tuple(DECODERS))
+    assert {path, *others} <= set(files)
+    assert not any(file.suffix == ".npy" for file in files)  # the frames that the evaluation kept there
     out = here(monkeypatch, capfd, "engine.predict", "--checkpoint", root / "best.pt", "--stream", path).splitlines()
     out = [line for line in out if not line.startswith("warning")]
     assert [line.split(":")[0].split()[-1] for line in out] == ["1/4", "2/4", "3/4", "4/4"]
@@ -118,6 +122,7 @@ def test_what_cannot_be_answered_is_refused(images, tmp_path, monkeypatch, capfd
     common = ["engine.predict", "--device", "cpu", "--checkpoint"]
     named(fail(monkeypatch, capfd, *common, root / "best.pt", "--stream", "x.png"), "--stream")
     named(fail(monkeypatch, capfd, *common, root / "best.pt", tmp_path), tmp_path)
+    named(fail(monkeypatch, capfd, *common, root / "best.pt", "no.png"), "no.png")
     photo, taken = tmp_path / "photo.png", tmp_path / "taken.pt"
     photo.write_bytes(Path(data.test.loader.dataset.samples[0][0]).read_bytes())
     taken.write_bytes((root / "best.pt").read_bytes())
@@ -154,7 +159,7 @@ def test_a_run_on_a_folder_records_classes_and_data(images, tmp_path, monkeypatc
     for script in ("imagenet/test.py", "cifar10/test.py"):
         out = here(monkeypatch, capfd, script, "--checkpoint", "run/best.pt")
         named(out, "on 10 samples", root / "data")
-    here(monkeypatch, capfd, *run, *small, "--data-path", root / "data", "--resume", "auto", "--epochs", "2")
+    here(monkeypatch, capfd, run[0], *run[-2:], *small, "--resume", "auto", "--epochs", "2")
 
 
 def test_a_reader_that_stops_reading_leaves_no_traceback(monkeypatch, capfd):
