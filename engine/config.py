@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -97,7 +98,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _read_yaml(path: Path, ignored: list[str]) -> dict[str | None, dict[str, object]]:
     """Return the settings of a recipe, under None, and of each of its variants; collect keys without effect."""
     if not os.path.isfile(path):  # a pipe or a device may have no end
-        raise UserError(f"{path}: no such recipe; use one of {sorted(p.name for p in path.parent.glob('*.yml'))}")
+        names = ", ".join(sorted(p.name for p in path.parent.glob("*.yml")))
+        raise UserError(f"{path}: no such recipe; use {names or 'a file, such as cifar10/cifar10.yml'}")
     try:
         content = yaml.load(path.read_bytes(), _UniqueKeyLoader)
     except Exception as error:  # PyYAML raises errors of many kinds
@@ -199,6 +201,8 @@ def print_help(sources: Sources) -> None:
     command += f" --config {config}" if config else ""
     examples = [f"{command} {flags.format(sources.path.stem)}" for flags in examples]
     lines = [sentence, "", *examples, "", f"[Values] are those of {sources.path}."]
+    if variants := ", ".join(list(sources.recipes)[1:]):
+        lines += textwrap.wrap(f"Its variants (--variant): {variants}.", 120)
     style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=120)
     parser = Parser(usage=argparse.SUPPRESS, description="\n".join(lines), formatter_class=style)
     for title, keys in settings.groups(script).items():

@@ -39,11 +39,11 @@ class Published:
 class ModelSettings:
     """Arguments of the network; None is the model's default."""
 
-    model: str = option("qkformer_4_384", "network, see models.list_models()", group="model")
+    model: str = option("qkformer_4_384", "network; docs/backbone.md lists all", group="model")
     num_classes: int | None = option(10, "classes; none: count the folders", low=1, flags=["--nb-classes"])
     in_channels: int = option(3, "channels of the input", low=1, flags=["--in-chans"])
     time_steps: int = option(4, "T: steps per image or recording", low=1, high=1024, flags=["--time-step", "--T", "-T"])
-    attention: tuple[str, ...] | None = option(None, "attention of each stage, such as token (default: the model's)")
+    attention: tuple[str, ...] | None = option(None, "token, channel or self, of each stage (default: the model's)")
     mlp_ratio: float | None = option(None, "MLP: hidden over outer channels (default: the model's)", low=0.1, high=64)
     heads: int | None = option(None, "attention heads (default: the model's)", low=1)
     neuron: str = option("lif", "neurons: lif, if (no decay), plif (learned decay)", choices=("lif", "if", "plif"))
@@ -52,7 +52,9 @@ class ModelSettings:
     embed: str | None = option(None, "speds: SPEDS in Spikformer (default: its own)", choices=("speds",))
     ssa_scale: float | None = option(None, "factor in the self-attention (default: 0.125)", low=1e-6)
     residual: str = option("sew", "residuals add spikes (sew) or membrane currents (ms)", choices=("sew", "ms"))
-    ssa_membrane: str = option("per_sample", "SSA; released: leak over the batch", choices=("per_sample", "released"))
+    ssa_membrane: str = option(
+        "per_sample", "released: the self-attention's membrane leaks over the batch", choices=("per_sample", "released")
+    )
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class DataSettings:
     mixup: float = option(0.0, "alpha of mixup; 0: off", low=0)
     mixup_prob: float = option(1.0, "probability of mixup or cutmix", low=0, high=1)
     mixup_mode: str = option("batch", "one mixing ratio per batch, pair or image", choices=("batch", "pair", "elem"))
-    mixup_off_epoch: int | None = option(None, "first epoch without mixup; 0: never off, as without", low=0)
+    mixup_off_epoch: int | None = option(None, "first epoch without mixup (default, 0: never off)", low=0)
     mixup_in: str = option("loader", "mix in the loader's workers or in the step", choices=("loader", "step"))
     smoothing: float = option(0.1, "label smoothing", low=0, high=0.999)
 
@@ -104,7 +106,7 @@ class ImageSettings:
 class OptimSettings:
     """Training: optimizer, schedule, precision, checkpoints."""
 
-    effective_batch: int | None = option(None, "images per update; others warn", low=1, group="optimization")
+    effective_batch: int | None = option(None, "images per update; warns if it differs", low=1, group="optimization")
     opt: str = option("adamw", "timm's optimizer")
     lr: float | None = option(None, "learning rate (default: blr * effective batch / 256)", low=0, high=1000)
     blr: float | None = option(None, "learning rate per 256 images of effective batch", low=0, high=1000)
@@ -156,8 +158,8 @@ class MachineSettings:
     checkpoint: str | None = option(None, "checkpoint to evaluate (default: best.pt of the last run)", only="test")
     eval: bool = option(False, "evaluate --resume or --finetune as test.py does", only="train")
     energy: bool = option(False, "also measure MACs, synaptic operations, firing rates and energy", only="test")
-    use_ema: bool = option(True, "--checkpoint, --finetune: prefer averaged weights")
-    log_interval: int = option(50, "steps between lines of progress without a terminal", low=1)
+    use_ema: bool = option(True, "load the averaged weights of a file, if it has any")
+    log_interval: int = option(50, "steps from one line of progress to the next, in logs", low=1)
 
 
 @dataclass(frozen=True)
