@@ -21,6 +21,7 @@ demo: $(VENV)/ready
 	@echo "      $(DEMO)/attention_masks.png      tokens of a digit that pass the Q-K attention"
 	@echo "      $(DEMO)/firing_rates.png         firing rate of each neuron layer"
 	@echo "      $(DEMO)/last.energy.png          energy of each layer"
+	@echo "docs/analyses.md explains them and the energy."
 	@echo "Next: source $(VENV)/bin/activate"
 	@echo "      python digits/train.py --help              every setting is a flag"
 	@echo "      python digits/train.py --attention channel channel self --time-steps 2"

@@ -94,8 +94,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def checkpoint_parser(doc: str, **checkpoint_argument) -> argparse.ArgumentParser:
     """Return a parser with `--checkpoint`, for `parse_known_args`; all other flags are those of test.py."""
-    flags = parser(f"{doc}\nTakes all flags of test.py, such as --data-path, --batch-size or --device.")
-    about = "file that train.py wrote, or a released file"
+    flags = parser(f"{doc}\nTakes all flags of test.py, such as --config, --dataset, --data-path or --device.")
+    about = "file that train.py wrote; a released file needs --config"
     flags.add_argument("--checkpoint", type=Path, required=True, help=about, **checkpoint_argument)
     return flags
 
@@ -150,7 +150,9 @@ def _recipe_of(state: dict, path: Path, flags: Sequence[str]) -> Path:
         same = [(recipe, cfg) for recipe, cfg in recipes() if cfg.dataset == dataset]
         same.sort(key=lambda pair: (pair[1].model != state["config"].get("model"), pair[0].parent.name != "imagenet"))
         return same[0][0] if same else ROOT / kind
-    raise UserError(f"{path}: does not record its data set; add --config, such as imagenet/qkformer_10_384.yml")
+    raise UserError(
+        f"{path}: does not record its data set; add --config with a recipe for it, such as cifar10/cifar10.yml"
+    )
 
 
 def recipes(folder: str = "*") -> Iterator[tuple[Path, Config]]:

@@ -123,7 +123,7 @@ class EnergyReport:
         """Format the totals in a few lines."""
         lines = [
             f"energy {self.energy_mj:.4g} mJ a sample: {self.flops / 1e6:,.2f} M MACs a step, T = {self.time_steps}, "
-            f"{self.sops / 1e6:,.2f} M SOPs"
+            f"{self.sops / 1e6:,.2f} M synaptic operations (SOPs)"
         ]
         if self.firing_rates:
             form = "  integers as {integers}, first convolution {first_convolution}: {energy_mj:.4g} mJ"

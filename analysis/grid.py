@@ -11,6 +11,7 @@ to grid.md and grid.csv. `--record` copies small files of each run to FOLDER/REC
 import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -128,6 +129,7 @@ def _row(group: Sequence[dict], differing: set[tuple[str, str]]) -> dict[str, st
         "data set": first["dataset"],
         "variant": first.get("variant") or ITSELF,
         "settings": json.dumps(changes)[1:-1].replace('"', ""),
+        "epochs": first["epochs"],
         "seeds": " ".join(str(result.get("seed")) for result in group),
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         **averages(group),
@@ -154,8 +156,8 @@ def record(evaluated: Sequence[dict], target: Path, has_curves: bool) -> None:
     logger.info(f"recorded: {len(evaluated)} runs in {target}")
 
 
-def show(evaluated: Sequence[dict], folder: Path | None) -> None:
-    """Print the table, and write it to a folder if one is given."""
+def show(evaluated: Sequence[dict], folder: Path | None, argv: Sequence[str]) -> None:
+    """Print the table, and write it with the command `argv` to a folder if one is given."""
     if not evaluated:
         raise UserError("results: none; run test.py on the runs")
     rows = summary(evaluated)
@@ -163,7 +165,7 @@ def show(evaluated: Sequence[dict], folder: Path | None) -> None:
     logger.info(text)
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "grid.md").write_text(text + "\n")
+        (folder / "grid.md").write_text(f"{text}\n\n`python -m analysis.grid {shlex.join(argv)}`\n")
         write_csv(folder / "grid.csv", rows)
         logger.info(f"written: grid.md and grid.csv in {folder}")
 
@@ -190,7 +192,7 @@ def run(argv: Sequence[str]) -> None:
         runs = plan(args.recipe, args.variants, args.seeds, out, list(argv[at + 1 :]))
         failed = train(runs)
         evaluated = [result for run in runs if (result := run.result())]
-    show(evaluated, out)
+    show(evaluated, out, argv)
     if args.record:
         record(evaluated, args.record, args.curves)
     if failed:

@@ -102,6 +102,7 @@ def test_any_runs_side_by_side(tmp_path, monkeypatch, capfd):
         ("epochs: 8", "0 1", "98.50 ± 0.71"),
         ("epochs: 2", "0", "97.00"),
     ]
+    named((tmp_path / "grid.md").read_text(), "analysis.grid --compare", tmp_path)
     assert {row["seconds"] for row in rows} == {""}
 
 
