@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 from pathlib import Path
@@ -64,6 +65,7 @@ def data(tmp_path_factory):
     for part in ("train", "val"):
         (shapes / part / "n00000000").rename(shapes / part / "circle")
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(shapes / "val/circle/9.png")
+    shutil.copytree(shapes / "train", root / "photos")
     return root
 
 
