@@ -239,7 +239,7 @@ def _announce(trainer: Trainer, sources: Sources) -> None:
     logger.info(
         f"{cfg.model}: {parameters:,} parameters, T = {cfg.time_steps}, on {world.world_size} x {world.device.type}; "
         f"effective batch {batch}, learning rate {base_lr(cfg):.3g}\n"
-        f"ssa_membrane {cfg.ssa_membrane}, {mixing}; writing to {trainer.folder}"
+        f"ssa_membrane {cfg.ssa_membrane}, {mixing}; on {cfg.data_path or cfg.dataset}, writing to {trainer.folder}"
     )
     if cfg.ssa_membrane == "released" and cfg.residual == "sew":
         logger.info("ssa_membrane released: answers depend on the other samples of a batch; per_sample avoids it")

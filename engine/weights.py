@@ -55,8 +55,6 @@ def settings_of(state: dict, path: Path, sources: Sources) -> Config:
         if "config" not in sources.flags and recipe != sources.path and os.path.isfile(recipe):
             sources = dataclasses.replace(read(recipe), flags=sources.flags, script_recipe=sources.script_recipe)
         cfg = sources.config(state["config"] | _trained_batch(state))
-        if not _is_of_dataset(sources, cfg):
-            logger.info(f"{path}: evaluating on {cfg.dataset}, as in training")
         warn_of_other_network(cfg, state, path)
         cfg = with_data_of_run(cfg, path, sources)
     elif "config" not in sources.flags and (known := recipe_of(path, sources.script_recipe.parent)):
@@ -80,17 +78,15 @@ def _trained_batch(state: dict) -> dict[str, int]:
 
 def with_data_of_run(cfg: Config, path: Path, sources: Sources) -> Config:
     """Return the settings with the data folder that the run of the checkpoint recorded, unless a flag names one."""
+    known, record = cfg.data_path, path.with_name("config.yml")
+    if (sources.recipes[None] | sources.flags).get("dataset", cfg.dataset) != cfg.dataset:
+        logger.info(f"{path}: using {cfg.dataset}, the data set of its training")
+        known = None  # the recipe's is of other data
     if "data_path" in sources.flags:
         return cfg
-    known, record = cfg.data_path if _is_of_dataset(sources, cfg) else None, path.with_name("config.yml")
     recorded = read(record).config(validate=False).data_path if record.is_file() else None
     is_elsewhere = recorded and not os.path.exists(recorded) and os.path.exists(known or "")  # a copied run
     return dataclasses.replace(cfg, data_path=known if is_elsewhere or recorded is None else recorded)
-
-
-def _is_of_dataset(sources: Sources, cfg: Config) -> bool:
-    """Return True if recipe and flags name the data set of `cfg`, or none."""
-    return (sources.recipes[None] | sources.flags).get("dataset", cfg.dataset) == cfg.dataset
 
 
 def recipe_of(path: Path, folder: Path) -> Path | None:

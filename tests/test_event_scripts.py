@@ -47,7 +47,7 @@ def test_a_checkpoint_of_other_data_is_evaluated_on_them(tmp_path, monkeypatch, 
     other = ["cifar10-dvs/test.py", "--checkpoint", tmp_path / "last.pt", "--data-path", tmp_path]
     named(fail(monkeypatch, capfd, *other), "data_path", tmp_path, "digits-dvs")
     longer = ["--output-dir", tmp_path, "--resume", "auto", "--epochs", "2", "--workers", "0"]
-    here(monkeypatch, capfd, "cifar10-dvs/train.py", *longer)
+    named(here(monkeypatch, capfd, "cifar10-dvs/train.py", *longer), tmp_path / "last.pt", "digits-dvs")
     resume = ["--output-dir", tmp_path, "--resume", "auto", "--time-steps", "3"]
     monkeypatch.setattr(engine.run, "create_data", None)  # before the data are read
     named(fail(monkeypatch, capfd, "digits-dvs/train.py", *resume), "time_steps", 1, 3)

@@ -159,6 +159,10 @@ def test_a_run_on_a_folder_records_classes_and_data(images, tmp_path, monkeypatc
     for script in ("imagenet/test.py", "cifar10/test.py"):
         out = here(monkeypatch, capfd, script, "--checkpoint", "run/best.pt")
         named(out, "on 10 samples", root / "data")
+    two = tiny_data.image_folder(tmp_path / "two", classes=2, train=1, test=1)
+    line = fail(monkeypatch, capfd, "imagenet/test.py", "--checkpoint", "run/best.pt", "--data-path", two)
+    named(line, two, "has 2")
+    assert "--num-classes" not in line  # which would not fit the weights
     here(monkeypatch, capfd, run[0], *run[-2:], *small, "--resume", "auto", "--epochs", "2")
 
 

@@ -23,7 +23,7 @@ from ..settings import FIELDS, ImageSettings, names
 from ..world import World
 from . import digits, pictures
 from .augment import SNNWideAugment
-from .folders import data_path, require
+from .folders import data_path, require, require_classes
 from .frames import WHOLE, Layout, frames_of
 from .loaders import Data, create_loader, create_mixup
 from .prepare import contents, prepare
@@ -61,11 +61,12 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     raw = RAW.get(cfg.dataset) or event_folder(data_path(cfg), cfg.split_seed)
     classes = list(raw.classes.values())
     allowed = {key: (FIELDS[key].default,) for key in names(ImageSettings)}
-    allowed |= {"num_classes": (len(classes),), "in_channels": (2,), "auto_augment": (None, "snn-wide")}
+    allowed |= {"in_channels": (2,), "auto_augment": (None, "snn-wide")}
     allowed |= {"mixup_in": ("step",)} if cfg.mixup else {}
     allowed |= {"split_seed": (None,)} if raw.is_split else {}
     allowed |= {"sensor_size": (None,)} if raw.side else {}
-    require(cfg, f"event frames of {len(classes)} classes", allowed)
+    require(cfg, "event frames", allowed)
+    require_classes(cfg, len(classes), cfg.data_path or cfg.dataset, train)
     if cfg.dataset == "digits-dvs":
         require(cfg, "simulated events", {"data_path": (None,)})
         train_set = digits.create_frames(True, layout(cfg)) if train else None

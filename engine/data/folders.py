@@ -23,6 +23,13 @@ def require(cfg: Config, samples: str, allowed: Mapping[str, Sequence]) -> None:
             raise UserError(f"{key} = {value}: {cfg.dataset} has {samples}; use --{key.replace('_', '-')} {fix}")
 
 
+def require_classes(cfg: Config, count: int, where: object, train: bool) -> None:
+    """Raise `UserError` if a data set has another number of classes than the network."""
+    if count != cfg.num_classes:
+        fix = f"use --num-classes {count}" if train else "evaluate on data with the classes of the checkpoint"
+        raise UserError(f"num_classes = {cfg.num_classes}: {where} has {count} classes; {fix}")
+
+
 def data_path(cfg: Config, must_exist: bool = True) -> Path:
     """Return the folder of the data set, absolute."""
     if cfg.data_path is None:

@@ -31,7 +31,7 @@ from ..log import logger
 from ..world import World
 from . import pictures
 from .digits import Digits
-from .folders import data_path, find_classes, is_hidden, part_folder, require
+from .folders import data_path, find_classes, is_hidden, part_folder, require, require_classes
 from .loaders import Data, Seeded, create_loader, create_mixup
 from .recordings import EVENT_DATASETS
 
@@ -50,9 +50,8 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
         name, part = min(different), "training" if min(different) in names else "test"
         where = f"{cfg.data_path or cfg.dataset}: the {part} set"
         raise UserError(f"{where} has no class {name}; training and test set need the same classes")
-    if names and len(names) != cfg.num_classes:
-        root = getattr(test_set, "root", cfg.dataset)
-        raise UserError(f"num_classes = {cfg.num_classes}: {root} has {len(names)}; use --num-classes {len(names)}")
+    if names:
+        require_classes(cfg, len(names), getattr(test_set, "root", cfg.dataset), train)
     test = create_loader(cfg, world, test_set, False, fast_collate, mean, std)
     show = functools.partial(pictures.of_image, mean, std)
     classes = [imagenet_classes().get(name, name) for name in names] or [str(i) for i in range(cfg.num_classes)]
