@@ -1,10 +1,9 @@
 """Networks for torch.hub: `torch.hub.load(FOLDER, "qkformer_4_384", source="local", num_classes=100)`."""
 
+import functools
 import importlib.util
 import pathlib
 import sys
-
-import timm
 
 dependencies = ["torch", "timm"]
 
@@ -20,4 +19,4 @@ def _import_as(name: str, folder: pathlib.Path):
 
 
 _qkformer = sys.modules.get("qkformer") or _import_as("qkformer", pathlib.Path(__file__).parent / "models")
-globals().update({name: timm.models.model_entrypoint(name) for name in _qkformer.list_models()})
+globals().update({name: functools.partial(_qkformer.create_model, name) for name in _qkformer.list_models()})

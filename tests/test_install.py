@@ -84,7 +84,11 @@ def test_torch_hub_finds_every_network(other, tmp_path):
     code = f"""
 import models, torch
 assert models.other
-from_hub = torch.hub.load({str(ROOT)!r}, "qkformer_2_64", source="local", num_classes=5).eval()
+arguments = {{"source": "local", "num_classes": 5}}
+first = torch.hub.load({str(ROOT)!r}, "qkformer_2_64", **arguments)
+torch.save(first.state_dict(), "weights.pth")
+from_hub = torch.hub.load({str(ROOT)!r}, "qkformer_2_64", checkpoint_path="weights.pth", **arguments).eval()
+assert torch.equal(from_hub.head.weight, first.head.weight)
 assert from_hub(torch.rand(2, 3, 2, 16, 16)).shape == (2, 5)
 import qkformer
 with torch.device("meta"):
