@@ -65,10 +65,10 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     allowed |= {"mixup_in": ("step",)} if cfg.mixup else {}
     allowed |= {"split_seed": (None,)} if raw.is_split else {}
     allowed |= {"sensor_size": (None,)} if raw.side else {}
+    allowed |= {"data_path": (None,)} if cfg.dataset == "digits-dvs" else {}
     require(cfg, "event frames", allowed)
     require_classes(cfg, len(classes), cfg.data_path or cfg.dataset, train)
     if cfg.dataset == "digits-dvs":
-        require(cfg, "simulated events", {"data_path": (None,)})
         train_set = digits.create_frames(True, layout(cfg)) if train else None
         test_set, split = digits.create_frames(False, layout(cfg)), None
     else:

@@ -1,7 +1,7 @@
 """Folders of data sets: where they are, and their parts for training and testing."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from ..cli import UserError
@@ -21,6 +21,13 @@ def require(cfg: Config, samples: str, allowed: Mapping[str, Sequence]) -> None:
         if (value := getattr(cfg, key)) not in values:
             fix = " or ".join("none" if choice is None else str(choice) for choice in values)
             raise UserError(f"{key} = {value}: {cfg.dataset} has {samples}; use --{key.replace('_', '-')} {fix}")
+
+
+def require_equal_classes(where: object, train: Collection[str], test: Collection[str]) -> None:
+    """Raise `UserError` if training and test set have other classes."""
+    if different := set(train) ^ set(test):
+        name, part = min(different), "training" if min(different) in test else "test"
+        raise UserError(f"{where}: the {part} set has no class {name}; training and test set need the same classes")
 
 
 def require_classes(cfg: Config, count: int, where: object, train: bool) -> None:

@@ -31,7 +31,7 @@ from ..log import logger
 from ..world import World
 from . import pictures
 from .digits import Digits
-from .folders import data_path, find_classes, is_hidden, part_folder, require, require_classes
+from .folders import data_path, find_classes, is_hidden, part_folder, require, require_classes, require_equal_classes
 from .loaders import Data, Seeded, create_loader, create_mixup
 from .recordings import EVENT_DATASETS
 
@@ -46,10 +46,7 @@ def create_data(cfg: Config, world: World, train: bool = True) -> Data:
     """Create the loaders of images."""
     test_set, (mean, std) = create_dataset(cfg, train=False), statistics(cfg)
     train_set, names = create_dataset(cfg, train=True) if train else test_set, class_names(test_set)
-    if different := set(class_names(train_set)) ^ set(names):
-        name, part = min(different), "training" if min(different) in names else "test"
-        where = f"{cfg.data_path or cfg.dataset}: the {part} set"
-        raise UserError(f"{where} has no class {name}; training and test set need the same classes")
+    require_equal_classes(cfg.data_path or cfg.dataset, class_names(train_set), names)
     if names:
         require_classes(cfg, len(names), getattr(test_set, "root", cfg.dataset), train)
     test = create_loader(cfg, world, test_set, False, fast_collate, mean, std)

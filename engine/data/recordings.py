@@ -18,7 +18,7 @@ from ..cli import UserError
 from ..log import logger
 from . import digits
 from .aedat import SIDE
-from .folders import find_classes, is_hidden, split_folders
+from .folders import find_classes, is_hidden, require_equal_classes, split_folders
 from .frames import DECODERS, LARGEST, WHOLE, Reader, Spans, read_member
 
 CIFAR10_DVS = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -191,9 +191,7 @@ def event_folder(root: Path, split_seed: int | None) -> Raw:
         raise UserError(f"{root}: no folders train and test; make both, or use --split-seed on a folder per class")
     folders = {f"{part}/": folder for part, folder in folders.items()} or {"": root}
     classes = [[name for name in find_classes(folder)[0] if not FRAMES.match(name)] for folder in folders.values()]
-    if different := set(classes[0]) ^ set(classes[-1]):
-        raise UserError(f"{root}: only one of train and test has the class {min(different)}; complete it")
-
+    require_equal_classes(root, classes[0], classes[-1])
     sources = {f"{part}{name}": folder / name for part, folder in folders.items() for name in classes[0]}
     names = {name: name for name in classes[0]}
     return Raw(lambda *_: _by_class(sources, *DECODERS), names, {}, len(folders) == 2, side=None)
