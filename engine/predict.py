@@ -139,8 +139,7 @@ def run(argv: Sequence[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     if args.picture:
         pictures.require_format("--picture", args.picture)
-    cfg, together = predictor.cfg, min(predictor.batch_size, len(files))
-    if cfg.ssa_membrane == "released" and cfg.residual == "sew" and together > 1:
+    if predictor.cfg.ssa_membrane == "released" and min(predictor.batch_size, len(files)) > 1:
         logger.warning("warning: ssa_membrane released: answers depend on the batch; use --eval-batch-size 1")
     workers = min(predictor.cfg.workers, os.cpu_count() or 1, len(files) // predictor.batch_size)
     read = partial(_read_files, predictor.read)

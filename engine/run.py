@@ -171,7 +171,7 @@ def _counted(cfg: Config) -> Config:
     if cfg.dataset != "imagefolder":
         raise UserError(f"num_classes: {cfg.dataset} has no folders to count; use --num-classes")
     root = data_path(cfg)
-    folder = next(iter(split_folders(root).values()), None) or part_folder(root, "train")
+    folder = part_folder(root, next(iter(split_folders(root)), "train"))
     return dataclasses.replace(cfg, num_classes=len(find_classes(folder)[0]))
 
 
@@ -241,7 +241,7 @@ def _announce(trainer: Trainer, sources: Sources) -> None:
         f"effective batch {batch}, learning rate {base_lr(cfg):.3g}\n"
         f"ssa_membrane {cfg.ssa_membrane}, {mixing}; on {cfg.data_path or cfg.dataset}, writing to {trainer.folder}"
     )
-    if cfg.ssa_membrane == "released" and cfg.residual == "sew":
+    if cfg.ssa_membrane == "released":
         logger.info("ssa_membrane released: answers depend on the other samples of a batch; per_sample avoids it")
     weights.warn_of_recipe(cfg, sources)
     if cfg.effective_batch not in (None, batch):

@@ -97,6 +97,11 @@ def recipe_of(path: Path, folder: Path) -> Path | None:
     return recipe if recipe.exists() else None
 
 
+def _leaks(model: str, residual: str | None) -> bool:
+    """Return True if the membrane leaks across the batch in the released code of a network."""
+    return model in registry.QKFORMERS and residual == "sew"
+
+
 def _shown_by(state: dict, path: Path) -> dict[str, object]:
     """Infer settings of a checkpoint of another project: the network from shapes, T and size from its `args`."""
     try:
@@ -104,7 +109,7 @@ def _shown_by(state: dict, path: Path) -> dict[str, object]:
     except ValueError as error:
         logger.warning(f"warning: {path}: {error}; trying recipe and flags")
         return {}
-    if arguments.get("residual") != "sew":
+    if not _leaks(name, arguments.get("residual")):
         arguments["ssa_membrane"] = "per_sample"
     args, names = state.get("args"), {"T": "time_steps", "time_step": "time_steps", "input_size": "input_size"}
     shown = {names[key]: value for key in names if isinstance(value := getattr(args, key, None), int)}
@@ -156,8 +161,7 @@ def _adapted_input(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
 
 def warn_of_other_network(cfg: Config, state: dict, path: Path | str) -> None:
     """Warn about settings that change the network but not the shapes of its weights."""
-    leaks = cfg.model in registry.QKFORMERS and cfg.residual == "sew"
-    released = {"ssa_membrane": "released" if leaks else "per_sample"}
+    released = {"ssa_membrane": "released" if _leaks(cfg.model, cfg.residual) else "per_sample"}
     released["time_steps"] = getattr(state.get("args"), "time_step", cfg.time_steps)
     recorded, how = (state["config"], "trained with") if state.get("config") else (released, "probably trained with")
     keys = "variant ssa_membrane residual time_steps attention ssa_scale neuron tau heads".split()
